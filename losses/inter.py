@@ -1,0 +1,155 @@
+"""Inter-level distillation, between a network's region bags and its images: L_S and L_T."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.cross_entropy import Targets, soft_cross_entropy
+from losses.intra import pair_weights
+from losses.targets import image_targets
+from utils import distributed
+from utils.views import Views, image_major
+
+DIVERSE_TEMPERATURE = 0.02
+CONTRAST_TEMPERATURE = 0.1
+# Elements of one similarity matrix of diverse density: 2^25 float32 are 128 MiB.
+CHUNK_ELEMENTS = 2**25
+
+
+def student_loss(
+    student: Views, teacher_views: int, student_temp: float, train_bag: bool = False
+) -> Tensor:
+    """L_S = KL(p^B_v || p^I_v), the bag of regions teaches its image.
+
+    Averaged over the same pairs as the intra-level terms, so a local crop counts twice and a
+    global one once. The bag is fixed (ours; through both sides the attention learns to avoid
+    what decides the class) unless train_bag (CMD.LS_GRAD = both).
+    """
+    pairs = pair_weights(teacher_views, student.count, student.image_embeddings)
+    view_weights = pairs.sum(dim=1) / student.batch  # [V]
+    images = image_major(student.image_embeddings, student.batch)
+    bags = image_major(student.bag_embeddings, student.batch)
+    if train_bag:
+        with torch.autocast(images.device.type, enabled=False):
+            log_p = _log_softmax(images, student.image_prototypes, student_temp)
+            log_bag = _log_softmax(bags, student.region_prototypes, student_temp)
+            return (view_weights * kl_divergence(log_bag, log_p)).sum()
+    cross_entropy, entropy = soft_cross_entropy(
+        images,
+        student.image_prototypes,
+        student_temp,
+        Targets(bags, student.region_prototypes, student_temp),
+        torch.diag(view_weights).expand(student.batch, -1, -1),
+    )
+    return cross_entropy - (view_weights * entropy).sum()
+
+
+def _log_softmax(embeddings: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(embeddings @ prototypes.T / temperature, dim=-1)
+
+
+def kl_divergence(log_target: Tensor, log_input: Tensor) -> Tensor:
+    """KL(target || input) over the last dimension, in nats, with gradient to both."""
+    return (log_target.exp() * (log_target - log_input)).sum(-1)
+
+
+def diverse_density(teacher: Views, k: int) -> Tensor:
+    """L_T, diverse: attend to patches that recur in some other images and not in all (ours).
+
+    After diverse density (Maron & Lozano-Pérez 1998), without labels. For patch n of view i
+    of image b, and every bag (j, b') of another image, both views and all processes:
+        s(j, b') = max_m cos(u_{i,b,n}, u_{j,b',m})
+        r_n = mean of the k largest s - mean of all s
+        L_T = KL( softmax_n(r_n / 0.02) || a_{i,b} ), mean over i and b.
+    The target has no gradient; the attention's reaches the pooling alone. 0 where the batch
+    has a single image: there is no other bag.
+    """
+    (log_attention,) = teacher.log_attention
+    target = diverse_targets(teacher, k)
+    if target is None:
+        return 0 * log_attention.sum()
+    return (target.exp() * (target - log_attention)).sum(-1).mean()
+
+
+@torch.no_grad()
+def diverse_targets(teacher: Views, k: int) -> Tensor | None:
+    """log t [I * B, N], crop-major; None where no other image is at hand."""
+    (patches,) = teacher.patch_embeddings
+    with torch.autocast(patches.device.type, enabled=False):
+        patches = F.normalize(_float(patches), dim=-1)
+        own = image_major(patches, teacher.batch)  # [B, I, N, d]
+        everyone = distributed.gather(own)  # [B', I, N, d]
+        total, views, count, _ = everyone.shape
+        if total < 2:
+            return None
+        bags = everyone.flatten(0, 1)  # [B' * I, N, d]
+        others = (total - 1) * views
+        first_own = distributed.position() * teacher.batch
+        step = max(1, CHUNK_ELEMENTS // (views * count * len(bags) * count))
+        rarity = []
+        for first in range(0, teacher.batch, step):
+            queries = own[first : first + step].flatten(1, 2)  # [b, I * N, d]
+            similarity = torch.einsum("bqd,gnd->bqgn", queries, bags).amax(-1)
+            similarity = similarity.unflatten(-1, (total, views))
+            images = torch.arange(len(queries), device=patches.device)
+            kept = torch.ones(len(queries), total, dtype=torch.bool, device=patches.device)
+            kept[images, first_own + first + images] = False
+            similarity = similarity.permute(0, 2, 3, 1)[kept]  # [b * (B' - 1), I, I * N]
+            similarity = similarity.unflatten(0, (len(queries), total - 1)).flatten(1, 2)
+            top = similarity.topk(min(k, others), dim=1).values.mean(1)
+            rarity.append(top - similarity.mean(1))  # [b, I * N]
+        rarity = torch.cat(rarity).unflatten(1, (views, count)).transpose(0, 1).flatten(0, 1)
+        return F.log_softmax(rarity / DIVERSE_TEMPERATURE, dim=-1)
+
+
+def contrast(teacher: Views) -> Tensor:
+    """L_T, contrast: the bag of one view must recognise its image as the bag of the other (ours).
+
+    -log( exp(e_{i,b}.sg[e_{j,b}]/0.1) / sum over (j',b') != (i,b) of exp(e_{i,b}.sg[..]/0.1) ),
+    candidates from all processes, mean over i and b. Wants two image-level views.
+    """
+    bags = image_major(teacher.bag_embeddings, teacher.batch)  # [B, 2, d]
+    everyone = distributed.gather(bags)
+    first = distributed.position() * teacher.batch
+    rows = torch.arange(teacher.batch, device=bags.device)
+    terms = []
+    for view in range(2):
+        logits = torch.einsum("bd,cjd->bcj", bags[:, view], everyone) / CONTRAST_TEMPERATURE
+        itself = torch.zeros_like(logits, dtype=torch.bool)
+        itself[rows, first + rows, view] = True
+        logits = logits.masked_fill(itself, -torch.inf).flatten(1)
+        other = 2 * (first + rows) + (1 - view)
+        terms.append(F.cross_entropy(logits, other))
+    return torch.stack(terms).mean()
+
+
+def cross_view(
+    teacher: Views,
+    centre: Tensor,
+    bag_centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """L_T, cross: KL( q^I_j || softmax((z^B_i - c_B) / tau_s) ), j the other view (ours)."""
+    log_q = image_targets(teacher, centre, teacher_temp).log_probabilities().detach()
+    log_bag = _bag_log_probabilities(teacher, bag_centre, student_temp)
+    return kl_divergence(log_q.flip(1), log_bag).mean()
+
+
+def same_view(teacher: Views, centre: Tensor, bag_centre: Tensor, teacher_temp: float) -> Tensor:
+    """L_T, same: KL( softmax((z^B_i - c_B) / tau_t) || q^I_i ); nearest to the released line."""
+    log_q = image_targets(teacher, centre, teacher_temp).log_probabilities().detach()
+    log_bag = _bag_log_probabilities(teacher, bag_centre, teacher_temp)
+    return kl_divergence(log_bag, log_q).mean()
+
+
+def _bag_log_probabilities(teacher: Views, bag_centre: Tensor, temperature: float) -> Tensor:
+    """[B, I, K], with gradient to the bags and so to the pooling."""
+    with torch.autocast(teacher.bag_embeddings.device.type, enabled=False):
+        bags = image_major(teacher.bag_embeddings, teacher.batch)
+        logits = bags @ teacher.region_prototypes.detach().T
+        return F.log_softmax((logits - bag_centre) / temperature, dim=-1)
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,64 @@
+"""The authors' released inter-level terms, number for number; to compare with, not to use.
+
+T is a constant and S compares sums of logits, which are no distributions. Under today's
+torch.nn.functional.kl_div the released loss is NaN from the first step; here it has the value
+that kl_div(reduction="mean") had before mid-2022, and gradient 0 where a target is not
+positive (ours: the old gradient was NaN there).
+"""
+
+import torch
+from torch import Tensor
+
+from losses.intra import pair_weights
+from losses.targets import image_targets, region_targets
+from utils.views import Views, image_major
+
+
+def kl_mean_before_2022(inputs: Tensor, targets: Tensor) -> Tensor:
+    """target * (log target - input) where target > 0, else 0; meant over the last dimension.
+
+    The old kl_div(reduction="mean") over [rows, K] is the mean of the result.
+    """
+    positive = targets > 0
+    logs = torch.where(positive, targets, 1).log()
+    return torch.where(positive, targets * (logs - inputs), 0).mean(-1)
+
+
+def released_terms(
+    student: Views,
+    teacher: Views,
+    centre: Tensor,
+    region_centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[Tensor, Tensor]:
+    """T and S of the released code, each the mean over the pairs (i, v).
+
+    T = klmean(input q^I_i, target sum_m q_{i,m}); S = klmean(input z_v / tau_s, target
+    sum_n z_{v,n} / tau_s). Holds [B, V, K].
+    """
+    with torch.autocast(student.image_embeddings.device.type, enabled=False):
+        pairs = pair_weights(teacher.count, student.count, student.image_embeddings)
+        q_image = image_targets(teacher, centre, teacher_temp).log_probabilities().exp()
+        q_sums = _sum_of_region_targets(teacher, region_centre, teacher_temp)
+        teacher_term = kl_mean_before_2022(q_image, q_sums)  # [B, I]
+
+        images = image_major(student.image_embeddings, student.batch) @ student.image_prototypes.T
+        sums = torch.cat([patches.sum(1) for patches in student.patch_embeddings])
+        regions = image_major(sums, student.batch) @ student.region_prototypes.T
+        student_term = kl_mean_before_2022(images / student_temp, regions / student_temp)  # [B, V]
+        return (
+            (teacher_term.mean(0) * pairs.sum(0)).sum(),
+            (student_term.mean(0) * pairs.sum(1)).sum(),
+        )
+
+
+@torch.no_grad()
+def _sum_of_region_targets(teacher: Views, centre: Tensor, temperature: float) -> Tensor:
+    """sum_m q_{i,m} [B, I, K], one image at a time."""
+    targets = region_targets(teacher, centre, temperature)
+    sums = [
+        targets.log_probabilities(slice(b, b + 1)).exp().unflatten(1, (teacher.count, -1)).sum(2)
+        for b in range(teacher.batch)
+    ]
+    return torch.cat(sums)

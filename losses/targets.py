@@ -1,0 +1,76 @@
+"""Centring and sharpening: the teacher's side of DINO (Caron et al. 2021).
+
+q = softmax((W e - c) / tau_t), with c an EMA of the batch's mean logits. As logits are linear
+in the embeddings, their mean is W times the mean embedding: no logit is built for it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from losses.cross_entropy import Targets
+from utils import distributed
+from utils.views import Views, image_major
+
+
+def image_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
+    """q^I of the image-level views: T = the teacher's crops, per image."""
+    return Targets(
+        image_major(teacher.image_embeddings, teacher.batch),
+        teacher.image_prototypes,
+        temperature,
+        centre,
+    )
+
+
+def region_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
+    """q of all patches of the image-level views: T = crops x patches, per image."""
+    (patches,) = teacher.patch_embeddings
+    rows = image_major(patches, teacher.batch).flatten(1, 2)
+    return Targets(rows, teacher.region_prototypes, temperature, centre)
+
+
+class Centres(nn.Module):
+    """c_I, c_R and c_B: EMA of the teacher logits' mean over batch and processes [esvit].
+
+    One update an optimizer step, after the loss: micro-batches are first collected by
+    `collect`, then averaged over processes and applied by `update`, so that gradient
+    accumulation sees the centres of the whole batch. bag: whether c_B is kept.
+    """
+
+    image: Tensor
+    region: Tensor | None
+    bag: Tensor | None
+
+    def __init__(
+        self, prototypes: int, region: bool = True, bag: bool = False, momentum: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.momentum = momentum
+        for name, kept in (("image", True), ("region", region), ("bag", bag)):
+            self.register_buffer(name, torch.zeros(prototypes) if kept else None)
+        self._collected: list[dict[str, Tensor]] = []
+
+    @torch.no_grad()
+    def collect(self, teacher: Views) -> None:
+        """Note one micro-batch's mean logits [K] of each kind that is kept."""
+        means = {"image": teacher.image_prototypes @ teacher.image_embeddings.mean(0)}
+        if self.region is not None:
+            (patches,) = teacher.patch_embeddings
+            means["region"] = teacher.region_prototypes @ patches.flatten(0, 1).mean(0)
+        if self.bag is not None:
+            means["bag"] = teacher.region_prototypes @ teacher.bag_embeddings.mean(0)
+        self._collected.append(means)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """c <- m c + (1 - m) mean, over what was collected since the last update."""
+        collected, self._collected = self._collected, []
+        if not collected:
+            raise RuntimeError("Centres.update was called with nothing collected")
+        names = list(collected[0])
+        stacked = torch.stack(
+            [torch.stack([means[name] for means in collected]).mean(0) for name in names]
+        )
+        for name, mean in zip(names, distributed.mean(stacked), strict=True):
+            centre = getattr(self, name)
+            centre.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)

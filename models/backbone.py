@@ -1,0 +1,71 @@
+"""What every backbone gives: the interface the rest of the project relies on."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """Images -> (image feature, patch features) at any size the stride allows.
+
+    num_features: D, the width of both features.
+    stride: pixels per patch cell along each side.
+    patch_size: the multiple (pixels) that each side of an input image must be.
+    window_size: Swin's attention window in patches; 0 for other families.
+    """
+
+    num_features: int
+    stride: int
+    patch_size: int
+    window_size: int = 0
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] float -> image feature [B, D] and patch features [B, N, D], row-major."""
+
+    @abstractmethod
+    def last_blocks(
+        self, images: Tensor, n: int, avgpool_patchtokens: bool = False
+    ) -> tuple[Tensor, ...]:
+        """One feature [B, D_i] for each of the last `n` blocks, in the order of the network.
+
+        Concatenated, they are the linear probe's input (EsViT's protocol).
+        `avgpool_patchtokens` appends the average of the last block's patches (ViT only;
+        the other families' features are such averages already).
+        """
+
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patch map of an image of `height` x `width` pixels."""
+        return -(-height // self.stride), -(-width // self.stride)
+
+    def check_size(self, images: Tensor) -> None:
+        """Raise ValueError unless both sides are multiples of `patch_size`."""
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images of {height}x{width} pixels: both sides must be multiples of the "
+                f"patch size {self.patch_size}"
+            )
+
+
+def check_depth(n: int, depth: int) -> None:
+    """Raise ValueError unless `n` blocks exist."""
+    if not 1 <= n <= depth:
+        raise ValueError(f"the last {n} blocks were asked for; the backbone has {depth}")
+
+
+def init_transformer(module: nn.Module) -> None:
+    """The family's initialisation: linears trunc_normal(std 0.02) with zero bias, LayerNorm 1/0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth rises linearly from 0 at the first block to `rate` at the last."""
+    return torch.linspace(0, rate, depth).tolist()

@@ -1,0 +1,71 @@
+"""The projection head of DINO (Caron et al. 2021), embeddings and prototypes apart.
+
+A caller that needs logits multiplies the two; a loss that can do without never holds them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """K weight-normed rows in R^d: W = g * v / |v|, the last layer of the head.
+
+    Parameters `weight_g` [K, 1] and `weight_v` [K, d] carry the names of the reference's
+    weight norm. Directions keep nn.Linear's default initialisation; g = 1.
+    norm_last_layer: freeze the magnitudes g.
+    """
+
+    def __init__(self, dim: int, count: int, norm_last_layer: bool = True) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=not norm_last_layer)
+        self.weight_v = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
+
+    def forward(self) -> Tensor:
+        """The prototypes W [K, d], float32."""
+        v = self.weight_v.float()
+        return v * (self.weight_g.float() / v.norm(dim=1, keepdim=True))
+
+
+class DINOHead(nn.Module):
+    """MLP in_dim -> hidden -> ... -> bottleneck, then the unit sphere; prototypes beside it.
+
+    layers: linears in the MLP (3 by default, GELU between). Linears are trunc_normal(0.02)
+    with zero bias; `use_bn` puts a BatchNorm after every linear but the last.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        layers: int = 3,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
+        modules: list[nn.Module] = []
+        for index in range(layers):
+            modules.append(nn.Linear(widths[index], widths[index + 1]))
+            if index < layers - 1:
+                if use_bn:
+                    modules.append(nn.BatchNorm1d(hidden_dim))
+                modules.append(nn.GELU())
+        self.mlp = nn.Sequential(*modules)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [..., in_dim] -> embeddings [..., bottleneck] on the unit sphere, float32."""
+        shape = features.shape[:-1]
+        embeddings = self.mlp(features.flatten(0, -2))
+        return F.normalize(embeddings.float(), dim=-1).unflatten(0, shape)
+
+    def prototypes(self) -> Tensor:
+        """W [K, bottleneck], float32; logits are embeddings @ W.T."""
+        return self.last_layer()

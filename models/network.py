@@ -1,0 +1,154 @@
+"""A network: backbone, heads and pooling over a list of crops; and the teacher's EMA."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.heads import DINOHead
+from models.mil import GatedAttentionPool, bag_embedding
+from utils.views import Views
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Shape of both heads and of the pooling; see DINOHead and GatedAttentionPool."""
+
+    out_dim: int = 65536
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    layers: int = 3
+    use_bn: bool = False
+    norm_last_layer: bool = True
+    pool_hidden: int = 128
+
+    def build(self, in_dim: int) -> DINOHead:
+        """A freshly initialised head on features of width `in_dim`."""
+        return DINOHead(
+            in_dim,
+            self.out_dim,
+            self.hidden_dim,
+            self.bottleneck_dim,
+            self.layers,
+            self.use_bn,
+            self.norm_last_layer,
+        )
+
+
+class Network(nn.Module):
+    """Backbone + image head, and where the objective uses them, region head and MIL pooling.
+
+    Only what is used may be built: a parameter without gradient breaks DDP.
+    State names: backbone.*, head.*, head_dense.*, pool.* (EsViT's, and ours for the pooling).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: HeadSpec,
+        region_head: bool,
+        pooling: bool,
+    ) -> None:
+        super().__init__()
+        if pooling and not region_head:
+            raise ValueError("the pooling reads region embeddings: it needs the region head")
+        self.backbone = backbone
+        self.head = heads.build(backbone.num_features)
+        self.head_dense = heads.build(backbone.num_features) if region_head else None
+        self.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden) if pooling else None
+
+    def forward(
+        self, crops: Sequence[Tensor], teacher: Views | None = None
+    ) -> Views | tuple[Views, Views]:
+        """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.
+
+        One backbone forward per run of equally sized crops. With a pooling, attention and
+        bags are added; given the teacher's views too, the pooling is applied to them as well,
+        its inputs detached and its parameters not, and both are returned. All parameters are
+        used inside this one call, as DDP wants it.
+        """
+        image_features, patch_features = [], []
+        for size in _runs_of_equal_size(crops):
+            image, patches = self.backbone(torch.cat(size))
+            image_features.append(image)
+            patch_features.append(patches)
+        features = torch.cat(image_features)
+        views = Views(
+            batch=len(crops[0]),
+            image_features=features,
+            image_embeddings=self.head(features),
+            image_prototypes=self.head.prototypes(),
+            patch_features=patch_features,
+        )
+        if self.head_dense is not None:
+            views = replace(
+                views,
+                patch_embeddings=[self.head_dense(patches) for patches in patch_features],
+                region_prototypes=self.head_dense.prototypes(),
+            )
+        if self.pool is not None:
+            views = add_attention(self.pool, views)
+            if teacher is not None:
+                teacher = add_attention(self.pool, teacher)
+        return views if teacher is None else (views, teacher)
+
+
+def add_attention(pool: GatedAttentionPool, views: Views) -> Views:
+    """Views with the pooling's log attention and bag embeddings."""
+    log_attention = [pool(patches) for patches in views.patch_embeddings]
+    bags = [
+        bag_embedding(patches, log)
+        for patches, log in zip(views.patch_embeddings, log_attention, strict=True)
+    ]
+    return replace(views, log_attention=log_attention, bag_embeddings=torch.cat(bags))
+
+
+def _runs_of_equal_size(crops: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Consecutive crops of one size, grouped."""
+    runs: list[list[Tensor]] = []
+    for crop in crops:
+        if runs and runs[-1][0].shape == crop.shape:
+            runs[-1].append(crop)
+        else:
+            runs.append([crop])
+    return runs
+
+
+def make_teacher(student: Network, teacher: Network) -> Network:
+    """Give `teacher` the student's weights and take it out of the gradient; returns it."""
+    load_shared(teacher, student.state_dict())
+    teacher.requires_grad_(False)
+    return teacher
+
+
+def load_shared(teacher: Network, state: dict[str, Tensor]) -> None:
+    """Load a state of the student's form into a teacher, which has no pooling of its own."""
+    teacher.load_state_dict({k: v for k, v in state.items() if not k.startswith("pool.")})
+
+
+@dataclass
+class TeacherEMA:
+    """teacher <- m * teacher + (1 - m) * student, over backbone and heads [esvit].
+
+    The parameter lists are paired by name once. BatchNorm statistics are not averaged: the
+    teacher keeps its own, from its own forward passes [esvit].
+    """
+
+    student: Network
+    teacher: Network
+    _student: list[Tensor] = field(init=False)
+    _teacher: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        students = dict(self.student.named_parameters())
+        named = list(self.teacher.named_parameters())
+        self._teacher = [parameter for _, parameter in named]
+        self._student = [students[name] for name, _ in named]
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """One step of the average; in place, no host sync."""
+        torch._foreach_mul_(self._teacher, momentum)
+        torch._foreach_add_(self._teacher, self._student, alpha=1 - momentum)

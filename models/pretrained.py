@@ -1,0 +1,210 @@
+"""Reading weights: ours, and those of EsViT, CMD's release, DINO, torchvision and timm.
+
+Every reader ends in a strict load: a key that is missing or left over is an error that
+names it, but for the left-overs that are expected (buffers, and heads where only the
+backbone is wanted).
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.registry import ARCHITECTURES, BackboneSpec, build_backbone
+from utils.checkpoint import check_format, is_own, load_file
+from utils.errors import InputError
+
+BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
+HEADS = r"^(head|head_dense|fc|pool)\."
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
+
+
+def load_backbone(
+    path: str | Path, checkpoint_key: str = "teacher", spec: BackboneSpec | None = None
+) -> Backbone:
+    """The backbone in a checkpoint, in eval mode, on the CPU, without gradients.
+
+    path: a file of this project, EsViT, CMD's release, DINO, torchvision or timm (.pth, .pt,
+    .safetensors). checkpoint_key: "teacher" or "student", where the file has both.
+    spec: the architecture; by default the one stored in the file or read off its shapes.
+    Calling the result on images [B, 3, H, W] gives (image feature [B, D], patch features
+    [B, N, D]). Raises InputError naming what does not fit.
+    """
+    checkpoint = load_file(path)
+    state = select_state(checkpoint, checkpoint_key, path)
+    if spec is None:
+        spec = stored_spec(checkpoint) or infer_spec(backbone_state(state), path)
+    backbone = build_backbone(spec)
+    load_strictly(backbone, backbone_state(state), f"{path} ({spec.arch})", HEADS)
+    return backbone.eval().requires_grad_(False)
+
+
+def select_state(checkpoint: object, key: str, path: str | Path) -> dict[str, Tensor]:
+    """The one network's weights in a file's contents, wrappers' prefixes removed."""
+    if is_own(checkpoint):
+        check_format(checkpoint, path)
+    state = checkpoint
+    if isinstance(checkpoint, dict):
+        if key in checkpoint:
+            state = checkpoint[key]
+        elif "student" in checkpoint or "teacher" in checkpoint:
+            held = [name for name in ("student", "teacher") if name in checkpoint]
+            raise InputError(f"{path} has no '{key}' weights; it has: {', '.join(held)}.")
+        else:
+            state = next((checkpoint[k] for k in ("model", "state_dict") if k in checkpoint), state)
+    tensors = (
+        {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    )
+    if not tensors:
+        raise InputError(f"{path} holds no network weights.")
+    return {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
+
+
+def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names brought to EsViT's: timm >= 0.9 numbers a Swin downsample with the stage after it.
+
+    Told apart by layers.0.downsample, which only EsViT's numbering has.
+    """
+    downsamples = [name for name in state if re.match(r"layers\.\d+\.downsample\.", name)]
+    if not downsamples or any(name.startswith("layers.0.") for name in downsamples):
+        return state
+    return {
+        re.sub(
+            r"^layers\.(\d+)\.downsample\.",
+            lambda match: f"layers.{int(match[1]) - 1}.downsample.",
+            name,
+        ): value
+        for name, value in state.items()
+    }
+
+
+def load_strictly(
+    module: nn.Module, state: dict[str, Tensor], source: str, expected_leftovers: str = r"$^"
+) -> None:
+    """Load all of `module` from `state`; name what is missing, left over or of another shape.
+
+    expected_leftovers: a pattern of names that may be left over, besides buffers.
+    """
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in state and not re.search(BUFFERS, name)]
+    leftover = [
+        name
+        for name in state
+        if name not in wanted
+        and not re.search(BUFFERS, name)
+        and not re.search(expected_leftovers, name)
+    ]
+    shapes = [
+        f"{name} is {list(state[name].shape)} in the file, {list(wanted[name].shape)} here"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    faults = [
+        text
+        for text in (
+            missing and f"missing: {_few(missing)}",
+            leftover and f"left over: {_few(leftover)}",
+            shapes and f"of another shape: {_few(shapes)}",
+        )
+        if text
+    ]
+    if faults:
+        raise InputError(
+            f"{source}: the weights do not fit the network. {'; '.join(faults)}. "
+            f"Check MODEL.ARCH, MODEL.WINDOW_SIZE, MODEL.PATCH_SIZE and MODEL.IMG_SIZE."
+        )
+    module.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
+
+
+def _few(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def stored_spec(checkpoint: object) -> BackboneSpec | None:
+    """The architecture that a checkpoint of ours records; None for anyone else's."""
+    if not is_own(checkpoint):
+        return None
+    return BackboneSpec.from_dict(checkpoint["model"]["backbone"])
+
+
+def infer_spec(state: dict[str, Tensor], path: str | Path) -> BackboneSpec:
+    """Read an architecture off the shapes of a backbone's weights in EsViT's names."""
+    if "conv1.weight" in state and "layer4.2.conv3.weight" in state:
+        return BackboneSpec("resnet50")
+    if "patch_embed.proj.weight" in state and "layers.0.blocks.0.norm1.weight" in state:
+        return _infer_swin(state)
+    if "patch_embed.proj.weight" in state and "pos_embed" in state:
+        return _infer_vit(state)
+    raise InputError(
+        f"{path} holds none of the known backbones ({', '.join(ARCHITECTURES)}); "
+        f"its first keys are: {_few(state)}."
+    )
+
+
+def _count(state: dict[str, Tensor], pattern: str) -> int:
+    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
+    return 1 + max(found, default=-1)
+
+
+def _named(family: str, **figures) -> str:
+    """The registry's name with these figures, else the family's first with them overridden."""
+    for name, known in ARCHITECTURES.items():
+        if known["family"] == family and all(known[k] == v for k, v in figures.items()):
+            return name
+    return next(name for name, known in ARCHITECTURES.items() if known["family"] == family)
+
+
+def _infer_swin(state: dict[str, Tensor]) -> BackboneSpec:
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    stages = _count(state, r"layers\.(\d+)\.")
+    depths = tuple(_count(state, rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(stages))
+    tables = [
+        state[f"layers.{s}.blocks.0.attn.relative_position_bias_table"] for s in range(stages)
+    ]
+    heads = tuple(table.shape[1] for table in tables)
+    # A table has (2w - 1)^2 rows; later stages' windows shrink to their maps.
+    window = (round(len(tables[0]) ** 0.5) + 1) // 2
+    arch = _named("swin", embed_dim=width, depths=depths, num_heads=heads)
+    return BackboneSpec(arch, width, depths, heads, window_size=window, patch_size=patch)
+
+
+def _infer_vit(state: dict[str, Tensor]) -> BackboneSpec:
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    depth = _count(state, r"blocks\.(\d+)\.")
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    # Heads leave no trace in the shapes: the family has 64 channels a head.
+    heads = max(1, width // 64)
+    arch = _named("vit", embed_dim=width, depths=(depth,), num_heads=(heads,))
+    return BackboneSpec(arch, width, (depth,), (heads,), patch_size=patch, img_size=side * patch)
+
+
+def load_pretrained(network: nn.Module, path: str | Path, key: str) -> list[str]:
+    """Start a network from someone's weights; returns the names of the parts that were read.
+
+    The backbone must fit. A head, region head or pooling is read too where the file has one
+    of the same shape, and keeps its fresh initialisation otherwise.
+    """
+    state = backbone_state(select_state(load_file(path), key, path))
+    load_strictly(network.backbone, state, str(path), HEADS)
+    read = ["backbone"]
+    for part in ("head", "head_dense", "pool"):
+        module = getattr(network, part)
+        if module is None:
+            continue
+        own = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+        wanted = module.state_dict()
+        if own.keys() == wanted.keys() and all(own[k].shape == wanted[k].shape for k in wanted):
+            module.load_state_dict(own)
+            read.append(part)
+    return read
+
+
+@torch.no_grad()
+def count_parameters(module: nn.Module) -> int:
+    """Number of values in the module's parameters, trained or not."""
+    return sum(parameter.numel() for parameter in module.parameters())

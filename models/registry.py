@@ -1,0 +1,144 @@
+"""Architectures by name. A new backbone is one file beside this one and one entry here."""
+
+import difflib
+from dataclasses import asdict, dataclass
+
+from models.backbone import Backbone
+from models.resnet import ResNet
+from models.swin import Swin
+from models.vit import ViT
+from utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """All that decides a backbone's parameters; stored in every checkpoint.
+
+    arch: a name in ARCHITECTURES. embed_dim, depths, num_heads: 0 or () for the
+    architecture's own (a ViT has one depth and one number of heads; a Swin one a stage).
+    window_size: Swin's window, patches. patch_size: pixels, 0 for the architecture's own.
+    img_size: pixels for which windows and position embeddings are laid out.
+    """
+
+    arch: str
+    embed_dim: int = 0
+    depths: tuple[int, ...] = ()
+    num_heads: tuple[int, ...] = ()
+    window_size: int = 7
+    patch_size: int = 0
+    img_size: int = 224
+
+    def to_dict(self) -> dict:
+        """Plain data for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "BackboneSpec":
+        """The inverse of `to_dict`."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _swin(embed_dim: int, depths: tuple, num_heads: tuple) -> dict:
+    return {
+        "family": "swin",
+        "embed_dim": embed_dim,
+        "depths": depths,
+        "num_heads": num_heads,
+        "patch_size": 4,
+    }
+
+
+def _vit(embed_dim: int, num_heads: int) -> dict:
+    return {
+        "family": "vit",
+        "embed_dim": embed_dim,
+        "depths": (12,),
+        "num_heads": (num_heads,),
+        "patch_size": 16,
+    }
+
+
+ARCHITECTURES = {
+    "swin_tiny": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_small": _swin(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_large": _swin(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "deit_tiny": _vit(192, 3),
+    "deit_small": _vit(384, 6),
+    "vit_small": _vit(384, 6),
+    "vit_base": _vit(768, 12),
+    "resnet50": {"family": "resnet"},
+}
+
+
+def resolve(spec: BackboneSpec) -> dict:
+    """The architecture's figures with the spec's own put in; InputError where they cannot be."""
+    if spec.arch not in ARCHITECTURES:
+        near = difflib.get_close_matches(spec.arch, ARCHITECTURES, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"MODEL.ARCH: there is no architecture '{spec.arch}'.{hint} "
+            f"Known: {', '.join(ARCHITECTURES)}."
+        )
+    figures = dict(ARCHITECTURES[spec.arch])
+    own = {
+        name: getattr(spec, name)
+        for name in ("embed_dim", "depths", "num_heads", "patch_size")
+        if getattr(spec, name)
+    }
+    if figures["family"] == "resnet":
+        if own:
+            raise InputError(f"MODEL: {spec.arch} has no {', '.join(own)} to set.")
+        return figures
+    figures.update(own)
+    depths, heads = figures["depths"], figures["num_heads"]
+    if len(depths) != len(heads) or min(depths) < 1 or min(heads) < 1:
+        raise InputError(
+            f"MODEL.DEPTHS {list(depths)} and MODEL.NUM_HEADS {list(heads)} must be equally "
+            f"long, positive lists."
+        )
+    if figures["family"] == "vit" and len(depths) != 1:
+        raise InputError(f"MODEL.DEPTHS: {spec.arch} has one stage; give one depth.")
+    for stage, head in enumerate(heads):
+        width = figures["embed_dim"] * 2**stage
+        if width % head:
+            raise InputError(
+                f"MODEL.NUM_HEADS: {head} heads do not divide the width {width} of stage {stage}."
+            )
+    if spec.img_size % figures["patch_size"]:
+        raise InputError(
+            f"MODEL.IMG_SIZE {spec.img_size} is not a multiple of the patch size "
+            f"{figures['patch_size']}."
+        )
+    if figures["family"] == "swin" and spec.window_size < 1:
+        raise InputError(f"MODEL.WINDOW_SIZE must be positive, not {spec.window_size}.")
+    return figures
+
+
+def build_backbone(spec: BackboneSpec, drop_path: float = 0.0) -> Backbone:
+    """A freshly initialised backbone. drop_path: stochastic depth of the last block.
+
+    Raises InputError for an unknown architecture or figures that do not fit together.
+    """
+    figures = resolve(spec)
+    family = figures["family"]
+    if family == "swin":
+        return Swin(
+            figures["embed_dim"],
+            figures["depths"],
+            figures["num_heads"],
+            window_size=spec.window_size,
+            patch_size=figures["patch_size"],
+            img_size=spec.img_size,
+            drop_path=drop_path,
+        )
+    if family == "vit":
+        return ViT(
+            figures["embed_dim"],
+            figures["depths"][0],
+            figures["num_heads"][0],
+            patch_size=figures["patch_size"],
+            img_size=spec.img_size,
+            drop_path=drop_path,
+        )
+    return ResNet()

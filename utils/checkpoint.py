@@ -1,0 +1,139 @@
+"""Checkpoint files: written atomically, read without running anything.
+
+A run's folder holds
+    checkpoint.pth        the last one; the same command resumes from it
+    checkpoint0040.pth    kept every CKPT.KEEP_EVERY epochs
+A file is a dict of tensors and plain data: format, step, epoch, student, teacher, optimizer,
+scaler, centres, config, model (what rebuilds the networks) and versions.
+"""
+
+import argparse
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import InputError
+
+FORMAT = 1
+LAST = "checkpoint.pth"
+
+# torch.load(weights_only=True) runs nothing but what it knows. The reference's files need
+# these besides: their options are an argparse.Namespace, and their optimizer state holds
+# NumPy scalars (learning rates), under NumPy 1's or NumPy 2's module name.
+_SCALAR = np.float64(0).__reduce__()[0]
+_ALLOWED = [
+    argparse.Namespace,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
+]
+
+
+def load_file(path: str | Path) -> Any:
+    """The contents of a torch or safetensors file, on the CPU; only tensors and plain data.
+
+    Raises InputError when the file is missing, is no checkpoint, is damaged, or holds
+    anything beyond tensors, plain data and what the reference's files are known to hold.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint at {path}.")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    try:
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+            name = str(error).split("GLOBAL ", 1)[-1].split(" ", 1)[0].rstrip(".,")
+            raise InputError(
+                f"{path} is refused: it wants to run '{name}' while loading, and a checkpoint "
+                f"may hold only tensors and plain data."
+            ) from None
+        raise InputError(f"{path} is not a checkpoint (it is no torch file).") from None
+    except PermissionError:
+        raise InputError(f"{path} may not be read: check its permissions.") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError):
+        raise InputError(
+            f"{path} is not a checkpoint, or is damaged (is it a complete torch file?)."
+        ) from None
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file as load_safetensors
+
+    try:
+        return load_safetensors(path)
+    except (SafetensorError, OSError):
+        raise InputError(f"{path} is not a safetensors file, or is damaged.") from None
+
+
+def is_own(checkpoint: Any) -> bool:
+    """Whether the contents are a checkpoint that this project wrote."""
+    return isinstance(checkpoint, dict) and isinstance(checkpoint.get("format"), int)
+
+
+def check_format(checkpoint: dict, path: str | Path) -> None:
+    """Raise InputError for a checkpoint of ours written by a newer version."""
+    if checkpoint["format"] > FORMAT:
+        raise InputError(
+            f"{path} has checkpoint format {checkpoint['format']}; this version reads up to "
+            f"{FORMAT}. Update the code to read it."
+        )
+
+
+def save(checkpoint: dict, path: str | Path) -> None:
+    """Write under a temporary name, flush to the disk, rename: never a half file at `path`.
+
+    Raises InputError when the disk refuses; whatever was at `path` is still there then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"the checkpoint {path} could not be written: {error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_copy(source: str | Path, target: str | Path) -> None:
+    """Keep `source` under a second name; a hard link where the file system has them."""
+    source, target = Path(source), Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        import shutil
+
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; a file system that cannot is no reason to stop."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+"""Processes: joining a group, and the collectives that losses and logs need.
+
+In one process every collective is the identity, so nothing above needs to know.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: rank of world processes, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+    """Join the process group that torchrun or torch.distributed.launch describes, if any.
+
+    device: auto (a GPU where there is one) | cpu | cuda. nccl on GPUs, gloo on the CPU.
+    Raises InputError when a GPU is asked for and there is none for this process.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise InputError(
+                f"DEVICE cuda: process {local_rank} of this machine has no GPU ({count} found). "
+                f"Start at most {count} processes here, or set DEVICE cpu."
+                if count
+                else "DEVICE cuda: no GPU was found on this machine. Set DEVICE cpu (or auto)."
+            )
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device("cpu")
+    if size > 1:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
+        )
+    return World(rank, size, place)
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if _size() > 1:
+        dist.barrier()
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; no gradient."""
+    if _size() == 1:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / _size()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Equally shaped tensors [B, ...] of all processes, concatenated by rank; no gradient."""
+    if _size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+def position() -> int:
+    """This process's rank, which is where its rows stand in what `gather` returns."""
+    return dist.get_rank() if _size() > 1 else 0

@@ -1,0 +1,24 @@
+"""The one exception that speaks to the user.
+
+Entry scripts turn it into one plain line on stderr and exit code 2; anything else
+that escapes is a bug of ours and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """The user's input cannot be worked with: what is wrong, where, and what to do."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run an entry script: an `InputError` becomes one line and exit code 2, Ctrl-C 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

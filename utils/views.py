@@ -1,0 +1,41 @@
+"""What a network makes of one batch of crops: the hand-over from models to losses."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Views:
+    """All crops of a batch as seen by one network.
+
+    B images, V crops, d the embedding width, D the feature width, K prototypes. Rows are
+    crop-major: all B images of crop 1, then crop 2, ... Lists have one entry for each run
+    of equally sized crops, in the order of the crops: [V_g * B, N_g, ...].
+
+    batch: B.
+    image_features [V*B, D]; image_embeddings [V*B, d]; image_prototypes [K, d].
+    patch_features: [V_g*B, N_g, D]; patch_embeddings: [V_g*B, N_g, d]; region_prototypes [K, d].
+    log_attention: [V_g*B, N_g]; bag_embeddings [V*B, d].
+    What the network was not built for is None or empty.
+    """
+
+    batch: int
+    image_embeddings: Tensor
+    image_prototypes: Tensor
+    image_features: Tensor | None = None
+    patch_features: list[Tensor] = field(default_factory=list)
+    patch_embeddings: list[Tensor] = field(default_factory=list)
+    region_prototypes: Tensor | None = None
+    log_attention: list[Tensor] = field(default_factory=list)
+    bag_embeddings: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """V, the number of crops."""
+        return len(self.image_embeddings) // self.batch
+
+
+def image_major(rows: Tensor, batch: int) -> Tensor:
+    """Crop-major rows [V*B, ...] -> [B, V, ...]."""
+    return rows.unflatten(0, (-1, batch)).transpose(0, 1)
