@@ -17,11 +17,6 @@ from losses.released import released_terms
 from losses.targets import Centres
 from utils.views import Views
 
-OBJECTIVES = ("dino", "esvit", "cmd", "released")
-LT_FORMS = ("diverse", "contrast", "cross", "same", "none")
-LS_GRADS = ("image", "both")
-REGION_WEIGHTS = ("uniform", "mix")
-
 
 @dataclass(frozen=True)
 class Objective:

@@ -4,12 +4,20 @@ Entry scripts turn it into one plain line on stderr and exit code 2; anything el
 that escapes is a bug of ours and keeps its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
 
 class InputError(Exception):
-    """The user's input cannot be worked with: what is wrong, where, and what to do."""
+    """The user's input cannot be worked with: what is wrong, where, and what to do.
+
+    everywhere: all processes raise it together, so that rank 0 speaks for them.
+    """
+
+    def __init__(self, message: str, everywhere: bool = True) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -17,7 +25,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""Multi-crop augmentation (SwAV; DINO, arXiv:2104.14294; EsViT, arXiv:2106.09785)."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+from utils.errors import InputError
+from utils.seeding import derive_seed
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+GLOBAL_CROPS = 2
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """The seed of image `index` in epoch `epoch` of the run seeded with `seed`."""
+    return derive_seed(seed, epoch, index)
+
+
+class GaussianBlur(nn.Module):
+    """PIL's Gaussian blur with a radius (the kernel's sigma, in pixels) uniform in `radius`."""
+
+    def __init__(self, radius: tuple[float, float] = (0.1, 2.0)) -> None:
+        super().__init__()
+        self.radius = radius
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        radius = torch.empty(1).uniform_(*self.radius).item()
+        return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def _to_normalised_tensor() -> list[nn.Module]:
+    return [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True),
+    ]
+
+
+def eval_transform(size: int = 224, resize: int | None = None) -> v2.Compose:
+    """PIL RGB image -> float32 [3, size, size], normalised: the centre of the resized image.
+
+    The shorter side becomes `resize` pixels, bicubic; by default size * 256 / 224.
+    """
+    if resize is None:
+        resize = round(size * 256 / 224)
+    return v2.Compose(
+        [
+            v2.Resize(resize, interpolation=InterpolationMode.BICUBIC),
+            v2.CenterCrop(size),
+            *_to_normalised_tensor(),
+        ]
+    )
+
+
+class MultiCrop:
+    """Two global crops and several local crops of one image, augmented as in DINO.
+
+    `local_crops_number` and `local_crops_size` have one entry per local size, so (4, 4)
+    and (96, 64) give four crops of 96 and then four of 64 pixels; () or (0,) gives none.
+    Scales are shares of the image's area. `color_jitter` is (brightness, contrast,
+    saturation, hue). `blur_prob` is for (first global, second global, local) crops;
+    `solarise_prob` for the second global crop only.
+
+    `sizes` lists the side of every crop in the order in which they come. Raises
+    `InputError` if the two local sequences differ in length or hold impossible values.
+    """
+
+    def __init__(
+        self,
+        global_crops_size: int = 224,
+        global_crops_scale: Sequence[float] = (0.4, 1.0),
+        local_crops_number: Sequence[int] = (8,),
+        local_crops_size: Sequence[int] = (96,),
+        local_crops_scale: Sequence[float] = (0.05, 0.4),
+        color_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
+        color_jitter_prob: float = 0.8,
+        grey_prob: float = 0.2,
+        flip_prob: float = 0.5,
+        solarise_prob: float = 0.2,
+        blur_prob: Sequence[float] = (1.0, 0.1, 0.5),
+    ) -> None:
+        _check_local_crops(local_crops_number, local_crops_size)
+
+        def crop(
+            size: int, scale: Sequence[float], blur: float, solarise: float = 0.0
+        ) -> v2.Compose:
+            return v2.Compose(
+                [
+                    v2.RandomResizedCrop(
+                        size, scale=tuple(scale), interpolation=InterpolationMode.BICUBIC
+                    ),
+                    v2.RandomHorizontalFlip(flip_prob),
+                    v2.RandomApply([v2.ColorJitter(*color_jitter)], color_jitter_prob),
+                    v2.RandomGrayscale(grey_prob),
+                    v2.RandomApply([GaussianBlur()], blur),
+                    v2.RandomSolarize(threshold=128, p=solarise),
+                    *_to_normalised_tensor(),
+                ]
+            )
+
+        blur_first, blur_second, blur_local = blur_prob
+        self.sizes = [global_crops_size] * GLOBAL_CROPS
+        # ((group, number in the group), augmentation): the global crops are group 0, each
+        # local size is a group.
+        self._crops = [
+            ((0, 0), crop(global_crops_size, global_crops_scale, blur_first)),
+            ((0, 1), crop(global_crops_size, global_crops_scale, blur_second, solarise_prob)),
+        ]
+        local_groups = zip(local_crops_number, local_crops_size, strict=True)
+        for group, (number, size) in enumerate(local_groups, start=1):
+            local_crop = crop(size, local_crops_scale, blur_local)
+            self.sizes += [size] * number
+            self._crops += [((group, i), local_crop) for i in range(number)]
+
+    def __call__(self, image: Image.Image, seed: int) -> list[Tensor]:
+        """PIL RGB image -> float32 [3, S, S] per crop: the two global crops, then the local ones.
+
+        `seed` (see `sample_seed`) alone decides every draw. Each crop has a stream of its
+        own, so another number of crops leaves the others as they are. No global random
+        state changes.
+        """
+        crops = []
+        with torch.random.fork_rng(devices=[]):
+            for place, crop in self._crops:
+                # torch.manual_seed would also reseed the accelerators, which are not forked.
+                torch.default_generator.manual_seed(derive_seed(seed, *place))
+                crops.append(crop(image))
+        return crops
+
+
+def _check_local_crops(numbers: Sequence[int], sizes: Sequence[int]) -> None:
+    if len(numbers) != len(sizes):
+        raise InputError(
+            f"local_crops_number {tuple(numbers)} and local_crops_size {tuple(sizes)} differ in "
+            "length: give one number for each size"
+        )
+    if any(number < 0 for number in numbers) or any(size < 1 for size in sizes):
+        raise InputError(
+            f"local_crops_number {tuple(numbers)} and local_crops_size {tuple(sizes)} must be at "
+            "least 0 and at least 1: correct the wrong entry"
+        )

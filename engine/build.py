@@ -1,0 +1,140 @@
+"""From options to objects: the one place where configuration meets constructors."""
+
+from dataclasses import asdict
+
+import torch
+
+from datasets.multicrop import MultiCrop
+from losses.objective import Objective
+from models.network import HeadSpec, Network, make_teacher
+from models.registry import BackboneSpec, build_backbone
+from utils.config import Node, local_crops
+from utils.errors import InputError
+from utils.seeding import derive_seed
+
+# Branches of the seed; data order and augmentation use the seed itself.
+_INITIALISATION, _UNTRAINED_POOLING, _STEPS = 1, 2, 3
+
+
+def backbone_spec(cfg: Node) -> BackboneSpec:
+    """MODEL.* as the architecture's description."""
+    return BackboneSpec(
+        arch=cfg.MODEL.ARCH,
+        embed_dim=cfg.MODEL.EMBED_DIM,
+        depths=tuple(cfg.MODEL.DEPTHS),
+        num_heads=tuple(cfg.MODEL.NUM_HEADS),
+        window_size=cfg.MODEL.WINDOW_SIZE,
+        patch_size=cfg.MODEL.PATCH_SIZE,
+        img_size=cfg.MODEL.IMG_SIZE,
+    )
+
+
+def head_spec(cfg: Node) -> HeadSpec:
+    """HEAD.* as the shape of heads and pooling."""
+    return HeadSpec(
+        out_dim=cfg.HEAD.OUT_DIM,
+        hidden_dim=cfg.HEAD.HIDDEN_DIM,
+        bottleneck_dim=cfg.HEAD.BOTTLENECK_DIM,
+        layers=cfg.HEAD.LAYERS,
+        use_bn=cfg.HEAD.USE_BN,
+        norm_last_layer=cfg.HEAD.NORM_LAST_LAYER,
+        pool_hidden=cfg.HEAD.POOL_HIDDEN,
+    )
+
+
+def objective(cfg: Node) -> Objective:
+    """LOSS.* and CMD.* as the objective."""
+    return Objective(
+        name=cfg.LOSS.OBJECTIVE,
+        lambda1=cfg.CMD.LAMBDA1,
+        ls=cfg.CMD.LS,
+        ls_grad=cfg.CMD.LS_GRAD,
+        lt=cfg.CMD.LT,
+        diverse_k=cfg.CMD.DIVERSE_K,
+        region_weight=cfg.CMD.REGION_WEIGHT,
+        student_temp=cfg.LOSS.STUDENT_TEMP,
+    )
+
+
+def multicrop(cfg: Node) -> MultiCrop:
+    """AUG.* as the augmentation."""
+    crops = local_crops(cfg)
+    return MultiCrop(
+        global_crops_size=cfg.AUG.GLOBAL_CROPS_SIZE,
+        global_crops_scale=cfg.AUG.GLOBAL_CROPS_SCALE,
+        local_crops_number=[number for number, _ in crops],
+        local_crops_size=[size for _, size in crops],
+        local_crops_scale=cfg.AUG.LOCAL_CROPS_SCALE,
+        color_jitter=cfg.AUG.COLOR_JITTER,
+        color_jitter_prob=cfg.AUG.COLOR_JITTER_PROB,
+        grey_prob=cfg.AUG.GRAY_PROB,
+        solarise_prob=cfg.AUG.SOLARIZE_PROB,
+        blur_prob=cfg.AUG.BLUR_PROB,
+    )
+
+
+def networks(cfg: Node) -> tuple[Network, Network]:
+    """Student and teacher, freshly initialised from SEED, the same on every process.
+
+    Both on the CPU, with equal weights; the teacher out of the gradient, without drop path
+    and without a pooling of its own. Raises InputError for an architecture or a crop size
+    that cannot be.
+    """
+    goal, heads, spec = objective(cfg), head_spec(cfg), backbone_spec(cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(cfg.SEED, _INITIALISATION))
+        student = Network(
+            build_backbone(spec, drop_path=cfg.MODEL.DROP_PATH),
+            heads,
+            goal.needs_region_head,
+            goal.needs_pooling,
+        )
+        teacher = Network(build_backbone(spec), heads, goal.needs_region_head, pooling=False)
+    check_crop_sizes(cfg, student.backbone.patch_size)
+    if student.pool is not None and not goal.trains_pooling:
+        student.pool.requires_grad_(False)
+    return student, make_teacher(student, teacher)
+
+
+def check_crop_sizes(cfg: Node, multiple: int) -> None:
+    """Raise InputError unless the backbone takes every crop."""
+    sizes = [("AUG.GLOBAL_CROPS_SIZE", cfg.AUG.GLOBAL_CROPS_SIZE)]
+    sizes += [("AUG.LOCAL_CROPS_SIZE", size) for _, size in local_crops(cfg)]
+    for key, size in sizes:
+        if size % multiple:
+            raise InputError(
+                f"{key} {size} is not a multiple of {multiple} pixels, the patch size of "
+                f"{cfg.MODEL.ARCH}."
+            )
+
+
+def untrained_pooling_seed(cfg: Node) -> int:
+    """Seed of the fresh pooling that the report measures attention against."""
+    return derive_seed(cfg.SEED, _UNTRAINED_POOLING)
+
+
+def step_seed(cfg: Node, step: int, micro: int, rank: int) -> int:
+    """Seed of the device-side randomness (drop path) of one micro-batch."""
+    return derive_seed(cfg.SEED, _STEPS, step, micro, rank)
+
+
+def precision(cfg: Node, device: torch.device) -> str:
+    """fp32, bf16 or fp16: what TRAIN.PRECISION means on this device."""
+    wanted = cfg.TRAIN.PRECISION
+    if wanted == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if wanted == "fp16" and device.type != "cuda":
+        raise InputError("TRAIN.PRECISION fp16 needs a GPU; on the CPU use fp32 or bf16.")
+    return wanted
+
+
+def model_description(cfg: Node, student: Network) -> dict:
+    """What rebuilds the networks from a checkpoint alone; plain data."""
+    return {
+        "backbone": backbone_spec(cfg).to_dict(),
+        "heads": asdict(head_spec(cfg)),
+        "region_head": student.head_dense is not None,
+        "pooling": student.pool is not None,
+    }

@@ -1,0 +1,103 @@
+"""What tells a live run from a dead one: entropies, norms and ranks, and a plain warning.
+
+A loss can fall while the network collapses: all images get one target, or every target is
+uniform. These figures are computed only when a line of the log is written.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from losses.targets import Centres, image_targets
+from utils.views import Views
+
+# Lines of the log for which a figure must stay bad before a warning is given. A healthy
+# run starts with equal targets for all images (everything is still near its centre).
+PATIENCE = 20
+
+
+@torch.no_grad()
+def measure(
+    student: Views, teacher: Views, centres: Centres, entropy: Tensor, teacher_temp: float
+) -> dict[str, Tensor]:
+    """Figures of one micro-batch of this process, scalars on the device.
+
+    teacher_entropy: mean entropy of the teacher's image distributions, nats.
+    teacher_kl_uniform: mean KL of them from the uniform distribution, nats: log K - entropy.
+    teacher_information: entropy of their mean minus mean entropy, nats: how much a target
+    says about which image it is for; 0 when all images get the same target, at most
+    log(2 B).
+    centre_norm, region_centre_norm: L2 norms of c_I, c_R.
+    feature_rank: effective rank of the teacher's image features in the batch: the
+    exponential of the entropy of the normalised singular values after the mean is taken off.
+    attention_entropy: mean entropy of the teacher-side MIL attention over log N; 1 is uniform.
+    """
+    prototypes = len(teacher.image_prototypes)
+    figures = {
+        "teacher_entropy": entropy.mean(),
+        "teacher_kl_uniform": math.log(prototypes) - entropy.mean(),
+        "centre_norm": centres.image.norm(),
+        "feature_rank": effective_rank(teacher.image_features),
+    }
+    q = image_targets(teacher, centres.image, teacher_temp).log_probabilities().exp()
+    within = torch.special.entr(q).sum(-1).mean()
+    figures["teacher_information"] = torch.special.entr(q.mean((0, 1))).sum() - within
+    if centres.region is not None:
+        figures["region_centre_norm"] = centres.region.norm()
+    if teacher.log_attention:
+        (log_attention,) = teacher.log_attention
+        attention_entropy = -(log_attention.exp() * log_attention).sum(-1).mean()
+        figures["attention_entropy"] = attention_entropy / math.log(max(2, log_attention.shape[-1]))
+    return figures
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """Effective rank of rows [n, D] about their mean (Roy & Vetterli 2007); 0 if all are equal."""
+    features = features.float()
+    singular = torch.linalg.svdvals(features - features.mean(0))
+    share = singular / singular.sum().clamp_min(1e-12)
+    # Rows that differ by rounding alone have no rank.
+    varies = singular.amax() > 1e-5 * features.norm(dim=1).mean()
+    return torch.where(varies, torch.special.entr(share).sum().exp(), 0.0)
+
+
+class CollapseWatch:
+    """Warns, once for each cause, when a figure has been bad for PATIENCE lines in a row."""
+
+    def __init__(self, patience: int = PATIENCE) -> None:
+        self.patience = patience
+        self._bad: dict[str, int] = {}
+
+    def update(self, figures: Mapping[str, float], images: int) -> list[str]:
+        """Warnings that a log line's figures give. images: B of the batch they are from."""
+        warnings = []
+        for cause, (bad, text) in self._judge(figures, images).items():
+            self._bad[cause] = self._bad.get(cause, 0) + 1 if bad else 0
+            if self._bad[cause] == self.patience:
+                warnings.append(text)
+        return warnings
+
+    def _judge(self, f: Mapping[str, float], images: int) -> dict[str, tuple[bool, str]]:
+        most = math.log(2 * images)
+        causes = {
+            "information": (
+                f["teacher_information"] < 0.02 * most,
+                "the teacher gives all images nearly the same target "
+                f"(teacher_information {f['teacher_information']:.3g} of at most {most:.3g} "
+                "nats): the run looks collapsed. Check the teacher temperature and the centring.",
+            ),
+            "rank": (
+                f["feature_rank"] < 1.5,
+                f"the features of different images lie on a line (feature_rank "
+                f"{f['feature_rank']:.3g}): the run looks collapsed. Lower the learning rate.",
+            ),
+        }
+        if "attention_entropy" in f:
+            causes["attention"] = (
+                f["attention_entropy"] < 0.02,
+                f"the MIL attention looks at one patch (attention_entropy "
+                f"{f['attention_entropy']:.3g} of 1): its pooling looks collapsed.",
+            )
+        return causes

@@ -1,0 +1,310 @@
+"""The pretraining loop: one step, one epoch's ends, and the state that a resume needs."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from datasets.loader import BadImage
+from engine import diagnostics
+from engine.build import step_seed
+from engine.features import extract, labelled_folder
+from engine.knn import knn_accuracy
+from losses.objective import Objective
+from losses.targets import Centres
+from models.network import Network, TeacherEMA, load_shared
+from utils import checkpoint, config, distributed
+from utils.config import Node
+from utils.distributed import World
+from utils.errors import InputError
+from utils.logging import RunLog, Window, logger, on_terminal
+from utils.optim import cancel_last_layer, clip_each, set_rates
+from utils.schedules import cosine, teacher_temperature
+from utils.views import Views
+
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Values for every optimizer step, and the teacher's temperature for every epoch."""
+
+    lr: np.ndarray
+    weight_decay: np.ndarray
+    momentum: np.ndarray
+    teacher_temp: np.ndarray
+
+    @classmethod
+    def build(cls, cfg: Node, steps_per_epoch: int, images_per_step: int) -> "Schedules":
+        """The recipe's schedules: lr = BASE_LR * images / 256, all by the global step [esvit]."""
+        train, epochs = cfg.TRAIN, cfg.TRAIN.EPOCHS
+        return cls(
+            lr=cosine(
+                scaled_lr(cfg, images_per_step),
+                train.MIN_LR,
+                epochs,
+                steps_per_epoch,
+                train.WARMUP_EPOCHS,
+            ),
+            weight_decay=cosine(
+                train.WEIGHT_DECAY, train.WEIGHT_DECAY_END, epochs, steps_per_epoch
+            ),
+            momentum=cosine(train.MOMENTUM_TEACHER, 1.0, epochs, steps_per_epoch),
+            teacher_temp=teacher_temperature(
+                cfg.LOSS.WARMUP_TEACHER_TEMP,
+                cfg.LOSS.TEACHER_TEMP,
+                cfg.LOSS.WARMUP_TEACHER_TEMP_EPOCHS,
+                epochs,
+            ),
+        )
+
+
+def scaled_lr(cfg: Node, images_per_step: int) -> float:
+    """The peak learning rate: BASE_LR at 256 images a step, in proportion otherwise."""
+    return cfg.TRAIN.BASE_LR * images_per_step / 256
+
+
+@dataclass
+class Pretraining:
+    """All that one optimizer step reads and changes."""
+
+    cfg: Node
+    world: World
+    student: Network
+    wrapped: nn.Module  # the student, in DDP where there are several processes
+    teacher: Network
+    objective: Objective
+    centres: Centres
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedules: Schedules
+    steps_per_epoch: int
+    images_per_step: int
+    precision: str
+    step: int = 0  # optimizer steps done
+
+    def __post_init__(self) -> None:
+        self.ema = TeacherEMA(self.student, self.teacher)
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.schedules.lr)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision for the networks; the losses keep float32 by themselves."""
+        return torch.autocast(
+            self.world.device.type,
+            dtype=_AUTOCAST[self.precision],
+            enabled=self.precision != "fp32",
+        )
+
+    def forward(self, crops: list[Tensor]) -> tuple[Views, Views]:
+        """Views of the student (all crops) and of the teacher (the two image-level ones)."""
+        with self.autocast():
+            with torch.no_grad():
+                teacher = self.teacher(crops[:2])
+            if self.student.pool is None:
+                return self.wrapped(crops), teacher
+            return self.wrapped(crops, teacher)
+
+    def train_step(self, batches: Iterator) -> tuple[dict[str, Tensor], tuple]:
+        """One optimizer step over TRAIN.ACCUM_STEPS micro-batches from `batches`.
+
+        Returns the step's figures, scalars on the device, and (student views, teacher views,
+        teacher entropies) of the last micro-batch. The centres are held during the step.
+        """
+        cfg, step = self.cfg, self.step
+        epoch = step // self.steps_per_epoch
+        temperature = float(self.schedules.teacher_temp[epoch])
+        set_rates(
+            self.optimizer, float(self.schedules.lr[step]), float(self.schedules.weight_decay[step])
+        )
+        figures: dict[str, Tensor] = {}
+        for micro in range(cfg.TRAIN.ACCUM_STEPS):
+            crops = self._next_crops(batches)
+            torch.manual_seed(step_seed(cfg, step, micro, self.world.rank))
+            is_last = micro == cfg.TRAIN.ACCUM_STEPS - 1
+            synced = is_last or not isinstance(self.wrapped, DistributedDataParallel)
+            with contextlib.nullcontext() if synced else self.wrapped.no_sync():
+                student, teacher = self.forward(crops)
+                total, terms, entropy = self.objective(student, teacher, self.centres, temperature)
+                self.scaler.scale(total / cfg.TRAIN.ACCUM_STEPS).backward()
+            self.centres.collect(teacher)
+            for name, value in {"loss": total.detach(), **terms}.items():
+                share = value / cfg.TRAIN.ACCUM_STEPS
+                figures[name] = figures[name] + share if name in figures else share
+
+        self.scaler.unscale_(self.optimizer)
+        figures["grad_norm"] = clip_each(self.student.parameters(), cfg.TRAIN.CLIP_GRAD)
+        if epoch < cfg.TRAIN.FREEZE_LAST_LAYER:
+            cancel_last_layer(self.student)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(float(self.schedules.momentum[step]))
+        self.centres.update()
+        self.step += 1
+        return figures, (student, teacher, entropy)
+
+    def _next_crops(self, batches: Iterator) -> list[Tensor]:
+        batch = next(batches)
+        if isinstance(batch, BadImage):
+            raise InputError(str(batch), everywhere=False)
+        crops, _ = batch
+        return [crop.to(self.world.device, non_blocking=True) for crop in crops]
+
+    def state(self) -> dict:
+        """What a checkpoint holds: tensors and plain data only.
+
+        No random state: data order, augmentation and drop path are functions of (SEED, step).
+        """
+        student = self.student.state_dict()
+        pooling = {name: value for name, value in student.items() if name.startswith("pool.")}
+        return {
+            "format": checkpoint.FORMAT,
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "images_per_step": self.images_per_step,
+            "student": student,
+            "teacher": {**self.teacher.state_dict(), **pooling},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "centres": self.centres.state_dict(),
+            "config": config.to_dict(self.cfg),
+            "versions": {"torch": str(torch.__version__)},
+        }
+
+    def restore(self, state: dict) -> None:
+        """Take up a state of the same configuration; see `engine.resume` for the checks."""
+        self.student.load_state_dict(state["student"])
+        load_shared(self.teacher, state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.centres.load_state_dict(state["centres"])
+        self.step = state["step"]
+
+
+def train(run: Pretraining, loader, folder: Path, model: dict) -> None:
+    """Train from `run.step` to the end: steps, log lines, k-NN, checkpoints in `folder`.
+
+    model: what rebuilds the networks, stored in every checkpoint.
+    """
+    cfg, is_main = run.cfg, run.world.is_main
+    log = RunLog(folder, run.step) if is_main else None
+    watch, window = diagnostics.CollapseWatch(), Window()
+    batches = iter(loader)
+    started, started_at = time.perf_counter(), run.step
+    bar = tqdm(
+        total=run.total_steps,
+        initial=run.step,
+        unit="step",
+        disable=not (is_main and on_terminal()),
+    )
+    while run.step < run.total_steps:
+        figures, last = run.train_step(batches)
+        window.add(figures)
+        bar.update()
+        epoch_ends = run.step % run.steps_per_epoch == 0
+        if run.step % cfg.PRINT_FREQ == 0 or epoch_ends:
+            line = _fetch(run, window, last)
+            seconds = time.perf_counter() - started
+            line["images_per_second"] = (run.step - started_at) * run.images_per_step / seconds
+            started, started_at = time.perf_counter(), run.step
+            _report(run, line, log, bar, watch)
+        if epoch_ends:
+            pause = time.perf_counter()
+            _end_of_epoch(run, log, folder, model)
+            started += time.perf_counter() - pause
+    bar.close()
+    if log:
+        log.close()
+
+
+def _fetch(run: Pretraining, window: Window, last: tuple) -> dict[str, float]:
+    """One line's figures: means over the steps since the last line, and this step's health."""
+    done = run.step - 1
+    student, teacher, entropy = last
+    temperature = float(run.schedules.teacher_temp[done // run.steps_per_epoch])
+    health = diagnostics.measure(student, teacher, run.centres, entropy, temperature)
+    return {
+        "epoch": done / run.steps_per_epoch,
+        **window.fetch(health),
+        "lr": float(run.schedules.lr[done]),
+        "weight_decay": float(run.schedules.weight_decay[done]),
+        "momentum": float(run.schedules.momentum[done]),
+        "teacher_temp": temperature,
+    }
+
+
+def _report(run: Pretraining, line: dict, log: RunLog | None, bar: tqdm, watch) -> None:
+    """Write the line, warn of collapse; raise InputError on all ranks for a loss of NaN or inf."""
+    for warning in watch.update(line, run.cfg.TRAIN.BATCH_SIZE_PER_GPU):
+        logger.warning(warning)
+    if log:
+        log.write(run.step, line)
+    short = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_second']:.0f} img/s"
+    bar.set_postfix_str(short)
+    if bar.disable:
+        logger.info(
+            f"epoch {line['epoch']:7.2f}/{run.cfg.TRAIN.EPOCHS}  "
+            f"step {run.step}/{run.total_steps}  {short}"
+        )
+    # The figures are means over processes: every rank sees the same and stops.
+    if not math.isfinite(line["loss"]):
+        raise InputError(
+            f"the loss is {line['loss']} at step {run.step}. The last checkpoint is from before. "
+            f"Lower the learning rate (--lr) or the precision's risk (--precision fp32 or bf16)."
+        )
+
+
+def _end_of_epoch(run: Pretraining, log: RunLog | None, folder: Path, model: dict) -> None:
+    """k-NN and checkpoints, where they are due; rank 0 works, the others wait."""
+    cfg, epoch = run.cfg, run.step // run.steps_per_epoch
+    is_last = run.step == run.total_steps
+    if cfg.EVAL.KNN_EVERY and (epoch % cfg.EVAL.KNN_EVERY == 0 or is_last):
+        if run.world.is_main:
+            top1, top5 = held_out_knn(run)
+            logger.info(
+                f"epoch {epoch}: k-NN of the teacher: top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+            )
+            log.write(run.step, {"epoch": epoch, "knn_top1": top1, "knn_top5": top5})
+        distributed.barrier()
+    if epoch % cfg.CKPT.EVERY_EPOCHS == 0 or is_last:
+        if run.world.is_main:
+            checkpoint.save({**run.state(), "model": model}, folder / checkpoint.LAST)
+            if cfg.CKPT.KEEP_EVERY and (epoch % cfg.CKPT.KEEP_EVERY == 0):
+                kept = folder / f"checkpoint{epoch:04d}.pth"
+                checkpoint.link_copy(folder / checkpoint.LAST, kept)
+        distributed.barrier()
+
+
+def held_out_knn(run: Pretraining) -> tuple[float, float]:
+    """k-NN top-1 and top-5, percent, of the teacher's image features on EVAL's two folders."""
+    cfg = run.cfg
+    backbone = run.teacher.backbone.eval()
+
+    def features(images: Tensor) -> Tensor:
+        with run.autocast():
+            return backbone(images)[0]
+
+    gallery, queries = (
+        extract(
+            features,
+            labelled_folder(path, cfg.EVAL.SIZE),
+            run.world.device,
+            cfg.TRAIN.BATCH_SIZE_PER_GPU,
+            cfg.DATA.WORKERS,
+        )
+        for path in (cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL)
+    )
+    backbone.train()
+    k = cfg.EVAL.KNN_K
+    return knn_accuracy(*gallery, *queries, [k])[k]

@@ -1,0 +1,137 @@
+"""Self-supervised pretraining: CMD, and EsViT and DINO as its special cases.
+
+One process, on a GPU or the CPU:
+    python main_cmd.py --data_path DATA/train --output_dir OUT
+Several GPUs of one machine:
+    torchrun --nproc_per_node=8 main_cmd.py --data_path DATA/train --output_dir OUT
+The same command with the same --output_dir goes on where it stopped.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets.fine_grained import build_dataset
+from datasets.loader import MultiCropDataset, StepSampler, build_loader, steps_per_epoch
+from engine import build, resume
+from engine.pretrain import Pretraining, Schedules, scaled_lr, train
+from models.pretrained import count_parameters
+from models.registry import resolve
+from utils import cli, config, distributed, logging
+from utils.errors import InputError, run_script
+from utils.logging import logger
+from utils.optim import build_optimizer
+
+
+def main() -> None:
+    # Options: nothing runs before they are checked.
+    command = cli.parse(__doc__)
+    cfg = command.cfg
+    if not cfg.OUTPUT_DIR:
+        raise InputError("no folder for the run: give --output_dir.")
+    if not cfg.DATA.PATH:
+        raise InputError("no images: give --data_path (python -m datasets.synthetic makes some).")
+    resolve(build.backbone_spec(cfg))
+
+    # Processes and device.
+    world = distributed.start(cfg.DEVICE, cfg.TRAIN.TIMEOUT_MINUTES)
+    logging.setup(world.is_main)
+    for note in command.notes:
+        logger.info(note)
+    precision = build.precision(cfg, world.device)
+
+    # Data: files -> crops, shuffled every epoch.
+    dataset = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH)
+    batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
+    images_per_step = batch * world.size * accumulation
+    epoch_steps = steps_per_epoch(len(dataset), batch, world.size, accumulation)
+
+    # Networks, the same on every process.
+    student, teacher = build.networks(cfg)
+    state = resume.find(cfg, images_per_step)
+    if state is None:
+        resume.start_from(cfg, student, teacher)
+    if world.size > 1 and world.device.type == "cuda":
+        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
+    student, teacher = student.to(world.device), teacher.to(world.device)
+    wrapped = student
+    if world.size > 1:
+        wrapped = DistributedDataParallel(
+            student,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    # Objective, optimizer, schedules.
+    objective = build.objective(cfg)
+    run = Pretraining(
+        cfg=cfg,
+        world=world,
+        student=student,
+        wrapped=wrapped,
+        teacher=teacher,
+        objective=objective,
+        centres=objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM).to(world.device),
+        optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
+        schedules=Schedules.build(cfg, epoch_steps, images_per_step),
+        steps_per_epoch=epoch_steps,
+        images_per_step=images_per_step,
+        precision=precision,
+    )
+
+    # The run's folder; going on where a checkpoint stands in it.
+    folder = open_folder(cfg, world.is_main)
+    if state is not None:
+        resume.resume(run, state)
+        del state
+
+    logger.info(
+        f"{len(dataset)} images in {cfg.DATA.PATH}; "
+        f"processes {world.size} on {world.device.type}, {precision}\n"
+        f"{cfg.MODEL.ARCH}: backbone {count_parameters(student.backbone) / 1e6:.2f} M parameters, "
+        f"student in all {count_parameters(student) / 1e6:.2f} M; objective {objective.name}\n"
+        f"images per step {images_per_step} (batch {batch} x processes {world.size} x "
+        f"accumulation {accumulation}); steps per epoch {epoch_steps}, in all {run.total_steps}\n"
+        f"base lr {cfg.TRAIN.BASE_LR:.3g} at 256 images, "
+        f"peak lr {scaled_lr(cfg, images_per_step):.3g}"
+    )
+
+    sampler = StepSampler(
+        len(dataset),
+        batch,
+        world.rank,
+        world.size,
+        accumulation,
+        cfg.SEED,
+        run.step,
+        run.total_steps,
+    )
+    crops = MultiCropDataset(dataset, build.multicrop(cfg), cfg.SEED)
+    loader = build_loader(crops, sampler, cfg.DATA.WORKERS, world.device.type == "cuda")
+    train(run, loader, folder, build.model_description(cfg, student))
+    logger.info(f"done: {folder}")
+    distributed.stop()
+
+
+def open_folder(cfg: config.Node, is_main: bool) -> Path:
+    """Make the run's folder and write the resolved options into it (rank 0)."""
+    folder = Path(cfg.OUTPUT_DIR)
+    if is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.write(cfg, folder / "config.yaml")
+        except OSError as error:
+            raise InputError(
+                f"--output_dir {folder} cannot be written ({error.strerror}): choose another.",
+                everywhere=False,
+            ) from None
+    distributed.barrier()
+    return folder
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,542 @@
+"""Image folders, the multi-crop augmentation, and the loader of a whole run."""
+
+import colorsys
+import inspect
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch.utils.data import Dataset
+
+from datasets.fine_grained import ImageFolder, UnreadableImage, build_dataset, load_image
+from datasets.loader import (
+    BadImage,
+    MultiCropDataset,
+    StepSampler,
+    build_loader,
+    collate,
+    steps_per_epoch,
+)
+from datasets.multicrop import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MultiCrop,
+    derive_seed,
+    eval_transform,
+    sample_seed,
+)
+from utils.errors import InputError
+
+# Every random part off: with scale (1, 1) a square image comes through whole.
+OFF = {
+    "global_crops_scale": (1.0, 1.0),
+    "local_crops_scale": (1.0, 1.0),
+    "color_jitter_prob": 0.0,
+    "grey_prob": 0.0,
+    "flip_prob": 0.0,
+    "solarise_prob": 0.0,
+    "blur_prob": (0.0, 0.0, 0.0),
+}
+DEFAULTS = {n: p.default for n, p in inspect.signature(MultiCrop).parameters.items()}
+
+
+def noise(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(i).save(root / name)
+    return root
+
+
+def plain(size: int = 24, **changed) -> MultiCrop:
+    """Whole-image crops, two global and two local, with nothing random but what is changed."""
+    sizes = {"global_crops_size": size, "local_crops_number": (2,), "local_crops_size": (size,)}
+    return MultiCrop(**{**OFF, **sizes, **changed})
+
+
+def pixels(crop: torch.Tensor) -> np.ndarray:
+    """Undo the normalisation: uint8 [S, S, 3]."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((crop * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def same(crop: torch.Tensor, image: Image.Image) -> bool:
+    return np.array_equal(pixels(crop), np.asarray(image))
+
+
+def equal_crops(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[bool]:
+    return [torch.equal(a, b) for a, b in zip(left, right, strict=True)]
+
+
+def rng_states() -> list:
+    return [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]  # noqa: NPY002
+
+
+# Image folders
+
+
+def test_class_folders_give_sorted_labels(tmp_path):
+    save(tmp_path, "wren/b.png", "wren/deep/er/a.PNG", "auk/z.JPeG", "auk/y.webp")
+    (tmp_path / "empty class").mkdir()
+    folder = ImageFolder(tmp_path)
+    assert folder.paths == ["auk/y.webp", "auk/z.JPeG", "wren/b.png", "wren/deep/er/a.PNG"]
+    assert folder.classes == ["auk", "wren"]
+    assert folder.labels == [0, 0, 1, 1]
+    image, label = folder[2]
+    assert label == 1
+    assert np.array_equal(np.asarray(image), np.asarray(noise(0)))
+
+
+def test_images_without_classes_have_label_minus_one(tmp_path):
+    folder = ImageFolder(save(tmp_path, "b.png", "sub/a.bmp", "a.tif"))
+    assert folder.paths == ["a.tif", "b.png", "sub/a.bmp"]
+    assert folder.classes == []
+    assert folder.labels == [-1, -1, -1]
+
+
+def test_hidden_entries_and_other_files_are_skipped(tmp_path):
+    save(tmp_path, "a/x.png", "a/.x.png", ".cache/y.png", "a/.thumbs/z.png")
+    (tmp_path / "a" / "notes.txt").write_text("none")
+    (tmp_path / "README").write_text("none")
+    folder = ImageFolder(tmp_path)
+    assert folder.paths == ["a/x.png"]
+    assert folder.classes == ["a"]
+
+
+def test_every_suffix_is_found(tmp_path):
+    suffixes = ["jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "gif", "JPG", "Png"]
+    names = [f"{i:02}.{suffix}" for i, suffix in enumerate(suffixes)]
+    folder = ImageFolder(save(tmp_path, *names))
+    assert folder.paths == names
+    assert all(folder[i][0].size == (24, 24) for i in range(len(folder)))
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    save(tmp_path / "store", "x.png")
+    save(tmp_path / "root", "a/y.png")
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "store")
+    (tmp_path / "root" / "a" / "up").symlink_to(tmp_path / "root")
+    assert {"a/y.png", "b/x.png"} <= set(ImageFolder(tmp_path / "root").paths)
+    assert len(ImageFolder(tmp_path / "root")) == 2
+
+
+def test_transform_is_applied(tmp_path):
+    folder = ImageFolder(save(tmp_path, "x.png"), transform=lambda image: image.size)
+    assert folder[0] == ((24, 24), -1)
+
+
+def folder_error(root) -> str:
+    with pytest.raises(InputError) as caught:
+        ImageFolder(root)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_unusable_folders_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.txt").write_text("x")
+    (tmp_path / "file.jpg").write_text("x")
+    assert f"{tmp_path}/none does not exist: give" in folder_error(tmp_path / "none")
+    assert "file.jpg is a file: give" in folder_error(str(tmp_path / "file.jpg"))
+    assert "empty is empty: put images" in folder_error(tmp_path / "empty")
+    assert "words holds no images (files ending in .jpg" in folder_error(tmp_path / "words")
+    assert "no data folder is named: give" in folder_error("")
+
+
+def test_folder_of_broken_images_is_refused_but_one_good_header_will_do(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02}.jpg").write_bytes(b"not an image")
+    text = folder_error(tmp_path)
+    assert "no readable images (tried 8 of 40 files, the first is 00.jpg): check" in text
+    for i in range(30, 40):
+        noise().save(tmp_path / f"{i:02}.jpg")
+    assert len(ImageFolder(tmp_path)) == 40
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    colour = {"L": (90, 90, 90), "LA": (90, 90, 90), "1": (255, 255, 255)}.get(mode, (204, 51, 102))
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    # The colour is one of the web palette's, so dithering has nothing to do.
+    Image.new("RGB", (6, 4), colour).convert(mode).save(path)
+    with Image.open(path) as stored:
+        assert stored.mode == mode
+    image = load_image(path)
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    assert (np.asarray(image) == colour).all()
+
+
+def test_transparent_palette_becomes_rgb_without_a_warning(tmp_path, recwarn):
+    image = Image.new("RGB", (6, 4), (204, 51, 102)).convert("P")
+    image.save(tmp_path / "x.png", transparency=bytes(range(256)))
+    assert (np.asarray(load_image(tmp_path / "x.png")) == (204, 51, 102)).all()
+    assert not recwarn.list
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    assert np.asarray(load_image(tmp_path / "x.png"))[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: turn by 90 degrees clockwise
+    noise(size=(8, 6)).save(tmp_path / "x.png", exif=exif)
+    turned = noise(size=(8, 6)).transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "x.png")), np.asarray(turned))
+
+
+def test_unreadable_image_tells_path_and_reason(tmp_path):
+    noise(size=(64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    (tmp_path / "text.jpg").write_text("words")
+    reasons = {"cut.png": "truncated", "text.jpg": "known format", "gone.jpg": "No such file"}
+    for name, reason in reasons.items():
+        with pytest.raises(UnreadableImage) as caught:
+            load_image(tmp_path / name)
+        assert caught.value.path == str(tmp_path / name)
+        assert reason in caught.value.reason
+        assert str(tmp_path / name) not in caught.value.reason
+
+
+def test_registry(tmp_path):
+    assert build_dataset("folder", save(tmp_path, "a/x.png")).classes == ["a"]
+    with pytest.raises(InputError, match=r"no data set 'foldr': use one of .*folder.*'folder'"):
+        build_dataset("foldr", tmp_path)
+
+
+# Augmentation
+
+
+def test_shapes_and_order_for_several_local_sizes():
+    crops = MultiCrop(32, local_crops_number=(2, 3), local_crops_size=(16, 12))
+    views = crops(noise(), 0)
+    assert [tuple(v.shape) for v in views] == [(3, s, s) for s in [32, 32, 16, 16, 12, 12, 12]]
+    assert crops.sizes == [32, 32, 16, 16, 12, 12, 12]
+    assert {(type(v), v.dtype) for v in views} == {(torch.Tensor, torch.float32)}
+    assert not any(torch.equal(a, b) for a, b in [views[0:2], views[2:4], views[4:6]])
+
+
+@pytest.mark.parametrize(("number", "size"), [((), ()), ((0,), (96,))])
+def test_no_local_crops(number, size):
+    crops = MultiCrop(32, local_crops_number=number, local_crops_size=size)
+    assert [v.shape[-1] for v in crops(noise(), 0)] == crops.sizes == [32, 32]
+
+
+@pytest.mark.parametrize(("number", "size"), [((8,), (96, 64)), ((-1,), (96,)), ((2,), (0,))])
+def test_impossible_local_crops_are_refused(number, size):
+    with pytest.raises(InputError, match=r"local_crops_number .* local_crops_size .*: (give|corr)"):
+        MultiCrop(local_crops_number=number, local_crops_size=size)
+
+
+def test_number_of_local_crops_leaves_the_other_crops_alone():
+    def views(*number: int) -> list[torch.Tensor]:
+        crops = MultiCrop(32, local_crops_number=number, local_crops_size=(16, 12))
+        return crops(noise(), 7)
+
+    few, many = views(1, 2), views(4, 2)
+    assert equal_crops(few, many[:3] + many[6:]) == [True] * 5
+    assert not torch.equal(many[2], many[3])
+
+
+def test_seed_decides_the_crops_and_global_rng_is_untouched():
+    crops = MultiCrop(32, local_crops_number=(2,), local_crops_size=(16,))
+    torch.manual_seed(1)
+    before = rng_states()
+    first = crops(noise(), 5)
+    assert rng_states() == before
+    torch.manual_seed(2)
+    assert equal_crops(first, crops(noise(), 5)) == [True] * 4
+    assert equal_crops(first, crops(noise(), 6)) == [False] * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_accelerator_rng_is_untouched():
+    before = torch.cuda.get_rng_state()
+    MultiCrop(32)(noise(), 5)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_sample_seeds_differ_and_stay_the_same_for_ever():
+    assert sample_seed(0, 1, 2) == 9247832928889101276
+    keys = [(s, e, i) for s in range(5) for e in range(10) for i in range(40)]
+    assert len({sample_seed(*key) for key in keys}) == len(keys)
+    assert len({derive_seed(1), derive_seed(1, 0), derive_seed(1, 0, 0)}) == 3
+
+
+def test_plain_crop_is_the_bicubic_resize_normalised():
+    image = noise()
+    expected = np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC)) / 255
+    expected = (expected - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    for view in plain(40)(image, 0):
+        np.testing.assert_allclose(view.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_solarise_is_for_the_second_global_crop_only():
+    image = noise()
+    solarised = ImageOps.solarize(image, 128)
+    views = plain(solarise_prob=1.0)(image, 3)
+    assert [same(v, solarised) for v in views] == [False, True, False, False]
+    assert [same(v, image) for v in views] == [True, False, True, True]
+
+
+def test_blur_probabilities_belong_to_their_crops():
+    image = noise()
+    for on, blurred in [((1, 0, 0), [0]), ((0, 1, 0), [1]), ((0, 0, 1), [2, 3])]:
+        views = plain(blur_prob=on)(image, 1)
+        assert [i for i, v in enumerate(views) if not same(v, image)] == blurred
+
+
+def test_blur_is_pils_with_radii_spread_over_its_range():
+    image, grid = noise(), np.linspace(0, 2.4, 97).tolist()
+    filtered = [np.asarray(image.filter(ImageFilter.GaussianBlur(r)), dtype=int) for r in grid]
+    crops = plain(blur_prob=(1, 0, 0), local_crops_number=(0,))
+    radii = []
+    for seed in range(60):
+        blurred = pixels(crops(image, seed)[0])
+        distance = [np.abs(f - blurred).mean() for f in filtered]
+        assert min(distance) < 2
+        radii.append(grid[int(np.argmin(distance))])
+    assert 0.05 <= min(radii) < 0.6
+    assert 1.8 < max(radii) <= 2.05
+    assert 0.85 < np.mean(radii) < 1.25
+
+
+@pytest.mark.parametrize(
+    ("option", "shares"),
+    [
+        ("flip_prob", (0.5, 0.5, 0.5)),
+        ("color_jitter_prob", (0.8, 0.8, 0.8)),
+        ("grey_prob", (0.2, 0.2, 0.2)),
+        ("solarise_prob", (0.0, 0.2, 0.0)),
+        ("blur_prob", (1.0, 0.1, 0.5)),
+    ],
+)
+def test_default_probabilities(option, shares):
+    count, image = 400, noise(size=(8, 8))
+    crops = plain(8, local_crops_number=(1,), **{option: DEFAULTS[option]})
+    runs = [crops(image, seed) for seed in range(count)]
+    changed = np.mean([[not same(view, image) for view in views] for views in runs], axis=0)
+    # A blur of the least radius leaves every uint8 as it is.
+    slack = 0.06 if option == "blur_prob" else 0
+    for found, share in zip(changed, shares, strict=True):
+        assert abs(found - share) <= 4 * (share * (1 - share) / count) ** 0.5 + slack
+
+
+def test_flip_and_grey_are_what_they_say():
+    image = noise()
+    flipped = ImageOps.mirror(image)
+    assert all(same(v, flipped) for v in plain(flip_prob=1.0)(image, 0))
+    grey = image.convert("L").convert("RGB")
+    assert all(same(v, grey) for v in plain(grey_prob=1.0)(image, 0))
+
+
+def two_tone(left, right) -> Image.Image:
+    image = Image.new("RGB", (8, 8), left)
+    image.paste(right, (4, 0, 8, 8))
+    return image
+
+
+def chroma(colour) -> float:
+    return float(max(colour)) - float(min(colour))
+
+
+def hue_shift(colour) -> float:
+    return (colorsys.rgb_to_hsv(*[float(c) for c in colour])[0] + 0.5) % 1 - 0.5
+
+
+@pytest.mark.parametrize(
+    ("part", "strength", "image", "measure"),
+    [
+        (0, 0.4, two_tone((100,) * 3, (100,) * 3), lambda p: p[0, 0, 0] / 100 - 1),
+        (1, 0.4, two_tone((60,) * 3, (160,) * 3), lambda p: (p[0, 7, 0] - p[0, 0, 0]) / 100 - 1),
+        (2, 0.2, two_tone((180, 80, 80), (180, 80, 80)), lambda p: chroma(p[0, 0]) / 100 - 1),
+        (3, 0.1, two_tone((180, 80, 80), (180, 80, 80)), lambda p: hue_shift(p[0, 0])),
+    ],
+    ids=["brightness", "contrast", "saturation", "hue"],
+)
+def test_default_colour_jitter_spans_its_ranges(part, strength, image, measure):
+    alone = [value if i == part else 0 for i, value in enumerate(DEFAULTS["color_jitter"])]
+    crops = plain(8, local_crops_number=(0,), color_jitter=alone, color_jitter_prob=1.0)
+    values = [measure(pixels(crops(image, seed)[0]).astype(float)) for seed in range(150)]
+    assert max(values) == pytest.approx(strength, abs=0.1 * strength + 0.01)
+    assert min(values) == pytest.approx(-strength, abs=0.1 * strength + 0.01)
+
+
+def test_default_crop_scales():
+    ramp = np.arange(256, dtype=np.uint8)
+    across, down = np.meshgrid(ramp, ramp)
+    image = Image.fromarray(np.stack([across, down, down], axis=-1))
+    scales = {name: DEFAULTS[name] for name in ("global_crops_scale", "local_crops_scale")}
+    crops = plain(32, local_crops_number=(1,), **scales)
+    areas = []
+    for seed in range(150):
+        views = [pixels(v).astype(float) for v in crops(image, seed)]
+        sides = [(v[16, 31, 0] - v[16, 0, 0], v[31, 16, 1] - v[0, 16, 1]) for v in views]
+        areas.append([w * h * (32 / 31) ** 2 / 256**2 for w, h in sides])
+    low, high = np.min(areas, axis=0), np.max(areas, axis=0)
+    np.testing.assert_allclose(low, [0.4, 0.4, 0.05], atol=0.04)
+    np.testing.assert_allclose(high, [1.0, 1.0, 0.4], atol=0.06)
+
+
+@pytest.mark.parametrize(("size", "resize"), [(224, 256), (96, 110), (448, 512)])
+def test_eval_transform(size, resize):
+    image = noise(size=(300, 200))
+    wide = image.resize((resize * 300 // 200, resize), Image.Resampling.BICUBIC)
+    left, top = round((wide.width - size) / 2), round((resize - size) / 2)
+    centre = np.asarray(wide.crop((left, top, left + size, top + size)))
+    view = eval_transform(size)(image)
+    assert (type(view), view.dtype) == (torch.Tensor, torch.float32)
+    expected = (centre / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    np.testing.assert_allclose(view.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+# The run: sampler and loader
+
+
+def sampler(first=0, last=12, *, length=25, batch=2, rank=0, world=1, accumulation=2, seed=0):
+    return StepSampler(length, batch, rank, world, accumulation, seed, first, last)
+
+
+def step_keys(batch: int, world: int, accumulation: int) -> list[set]:
+    """The keys of every step of two epochs, all ranks and micro-batches together."""
+    steps = [set() for _ in range(6)]
+    for rank in range(world):
+        batches = list(
+            sampler(0, 6, batch=batch, rank=rank, world=world, accumulation=accumulation)
+        )
+        assert len(batches) == 6 * accumulation
+        for i, keys in enumerate(batches):
+            assert len(keys) == batch
+            assert not steps[i // accumulation] & set(keys)
+            steps[i // accumulation] |= set(keys)
+    return steps
+
+
+@pytest.mark.parametrize("layout", [(4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
+def test_a_step_has_the_same_images_however_it_is_divided(layout):
+    assert step_keys(*layout) == step_keys(8, 1, 1)
+
+
+def test_an_epoch_is_a_shuffle_without_repeats():
+    batches = list(sampler())
+    assert len(batches) == len(sampler()) == 24
+    epochs = [[key for keys in batches[i : i + 12] for key in keys] for i in (0, 12)]
+    orders = [[index for _, index in keys] for keys in epochs]
+    for number, (keys, order) in enumerate(zip(epochs, orders, strict=True)):
+        assert {epoch for epoch, _ in keys} == {number}
+        assert len(set(order)) == 24
+        assert set(order) < set(range(25))
+        assert order != sorted(order)
+    assert orders[0] != orders[1]
+    assert list(sampler(seed=1)) != batches
+
+
+def test_epochs_together_reach_every_image():
+    seen = {index for keys in sampler(0, 60) for _, index in keys}
+    assert seen == set(range(25))
+
+
+@pytest.mark.parametrize("first", [1, 5, 6, 8, 12])
+def test_a_later_start_gives_the_tail(first):
+    assert list(sampler(first)) == list(sampler())[2 * first :]
+
+
+def test_steps_per_epoch():
+    assert steps_per_epoch(25, 2, 3, 2) == 2
+    assert steps_per_epoch(24, 2, 3, 4) == 1
+    with pytest.raises(InputError) as caught:
+        steps_per_epoch(23, 2, 3, 4)
+    text = str(caught.value)
+    assert "23 images" in text
+    assert "24 (batch 2 x 3 processes x 4 accumulated): lower the batch size" in text
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    return save(tmp_path, *[f"{i:02}.png" for i in range(10)])
+
+
+def run_data(photos: Path, seed: int = 3) -> MultiCropDataset:
+    crops = MultiCrop(16, local_crops_number=(1, 1), local_crops_size=(8, 6))
+    return MultiCropDataset(ImageFolder(photos), crops, seed)
+
+
+def run_batches(photos: Path, workers: int, first: int = 0) -> list:
+    order = sampler(first, 5, length=10, batch=2)
+    return list(build_loader(run_data(photos), order, workers, pin_memory=False))
+
+
+def assert_equal_batches(left: list, right: list) -> None:
+    for (crops, indices), (other_crops, other_indices) in zip(left, right, strict=True):
+        assert torch.equal(indices, other_indices)
+        assert all(equal_crops(crops, other_crops))
+
+
+def test_batches_do_not_depend_on_workers_nor_on_the_first_step(photos):
+    before = rng_states()
+    whole = run_batches(photos, 0)
+    crops, indices = whole[0]
+    assert [tuple(c.shape) for c in crops] == [(2, 3, s, s) for s in (16, 16, 8, 6)]
+    assert indices.dtype == torch.int64
+    assert_equal_batches(run_batches(photos, 1), whole)
+    assert_equal_batches(run_batches(photos, 2), whole)
+    assert_equal_batches(run_batches(photos, 2, first=3), whole[6:])
+    assert rng_states() == before
+
+
+def test_crops_change_with_epoch_and_seed(photos):
+    data = run_data(photos)
+    (first, index), (second, _) = data[0, 4], data[1, 4]
+    assert index == 4
+    assert len(data) == 10
+    assert equal_crops(first, second) == [False] * 4
+    assert not torch.equal(first[0], run_data(photos, seed=4)[0, 4][0][0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_arrives_as_a_marker(photos, workers, capfd):
+    (photos / "04.png").write_bytes(b"broken")
+    sample = run_data(photos)[0, 4]
+    assert sample == BadImage(str(photos / "04.png"), "it is not an image in a known format")
+    assert str(sample).startswith(f"the image {photos / '04.png'} cannot be read (it is not")
+    assert "\n" not in str(sample)
+    batches = run_batches(photos, workers)
+    assert sample in batches
+    assert sum(isinstance(batch, BadImage) for batch in batches) < len(batches)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_collate_gives_the_marker_before_any_tensor():
+    crops, indices = collate([([torch.zeros(3, 4, 4)], 7), ([torch.ones(3, 4, 4)], 2)])
+    assert crops[0][:, 0, 0, 0].tolist() == [0, 1]
+    assert indices.tolist() == [7, 2]
+    bad = BadImage("x.jpg", "cut")
+    assert collate([([torch.zeros(3, 4, 4)], 7), bad]) is bad
+
+
+class Workplace(Dataset):
+    """Tells where an item was made: process and number of torch threads."""
+
+    def __getitem__(self, key):
+        return [torch.tensor([os.getpid(), torch.get_num_threads()])], key[1]
+
+
+def test_workers_start_once_a_run_and_have_one_thread():
+    batches = list(build_loader(Workplace(), sampler(0, 24), workers=2, pin_memory=False))
+    places = torch.cat([crops[0] for crops, _ in batches])
+    assert len(batches) == 48
+    assert len(set(places[:, 0].tolist())) == 2
+    assert os.getpid() not in places[:, 0]
+    assert set(places[:, 1].tolist()) == {1}

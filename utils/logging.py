@@ -1,0 +1,119 @@
+"""What a run tells: lines for people, log.txt for programs, TensorBoard; on rank 0 only.
+
+log.txt holds one JSON object a line: step, epoch and every figure.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from utils import distributed
+
+logger = logging.getLogger("cmd")
+
+
+class _ThroughProgressBar(logging.Handler):
+    """Lines that do not tear a progress bar on the same terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def setup(is_main: bool) -> None:
+    """Plain lines on stdout from rank 0; warnings with their name from every rank."""
+    logger.handlers = [_ThroughProgressBar()]
+    logger.handlers[0].setFormatter(_Formatter())
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    logger.propagate = False
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return prefix + record.getMessage()
+
+
+def on_terminal() -> bool:
+    """Whether a progress bar makes sense: a person is looking at rank 0's stderr."""
+    return sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
+
+
+class RunLog:
+    """log.txt and TensorBoard of one run's folder.
+
+    A resumed run goes on where its checkpoint was written: what was logged after it is cut.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        path = folder / "log.txt"
+        kept = []
+        if path.exists() and first_step > 0:
+            kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=first_step or None, flush_secs=30
+        )
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line: `figures` (with the epoch among them) after optimizer step `step`."""
+        line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a log line; a torn last line belongs to what is cut."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+class Window:
+    """Means of device scalars over the steps since the last log line, without host syncs."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sum: torch.Tensor | None = None
+        self._count = 0
+
+    def add(self, figures: Mapping[str, torch.Tensor]) -> None:
+        """Add one step's figures; the same names every time."""
+        self._names = list(figures)
+        values = torch.stack([value.detach().float() for value in figures.values()])
+        self._sum = values if self._sum is None else self._sum + values
+        self._count += 1
+
+    def fetch(self, extra: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Means over window and processes, and `extra` meant over processes; starts anew.
+
+        The one host sync of a log line.
+        """
+        if self._sum is None:
+            raise RuntimeError("Window.fetch was called before any step was added")
+        names = [*self._names, *extra]
+        values = [self._sum / self._count]
+        if extra:
+            values.append(torch.stack([value.float() for value in extra.values()]))
+        means = distributed.mean(torch.cat(values)).tolist()
+        self._sum, self._count = None, 0
+        return dict(zip(names, means, strict=True))
