@@ -8,7 +8,7 @@ from losses.cross_entropy import Targets, soft_cross_entropy
 from losses.intra import pair_weights
 from losses.targets import image_targets
 from utils import distributed
-from utils.views import Views, image_major
+from utils.views import Views, image_major, in_full_precision
 
 DIVERSE_TEMPERATURE = 0.02
 CONTRAST_TEMPERATURE = 0.1
@@ -16,6 +16,7 @@ CONTRAST_TEMPERATURE = 0.1
 CHUNK_ELEMENTS = 2**25
 
 
+@in_full_precision
 def student_loss(
     student: Views, teacher_views: int, student_temp: float, train_bag: bool = False
 ) -> Tensor:
@@ -30,10 +31,9 @@ def student_loss(
     images = image_major(student.image_embeddings, student.batch)
     bags = image_major(student.bag_embeddings, student.batch)
     if train_bag:
-        with torch.autocast(images.device.type, enabled=False):
-            log_p = _log_softmax(images, student.image_prototypes, student_temp)
-            log_bag = _log_softmax(bags, student.region_prototypes, student_temp)
-            return (view_weights * kl_divergence(log_bag, log_p)).sum()
+        log_p = _log_softmax(images, student.image_prototypes, student_temp)
+        log_bag = _log_softmax(bags, student.region_prototypes, student_temp)
+        return (view_weights * kl_divergence(log_bag, log_p)).sum()
     cross_entropy, entropy = soft_cross_entropy(
         images,
         student.image_prototypes,
@@ -53,6 +53,7 @@ def kl_divergence(log_target: Tensor, log_input: Tensor) -> Tensor:
     return (log_target.exp() * (log_target - log_input)).sum(-1)
 
 
+@in_full_precision
 def diverse_density(teacher: Views, k: int) -> Tensor:
     """L_T, diverse: attend to patches that recur in some other images and not in all (ours).
 
@@ -72,36 +73,37 @@ def diverse_density(teacher: Views, k: int) -> Tensor:
 
 
 @torch.no_grad()
+@in_full_precision
 def diverse_targets(teacher: Views, k: int) -> Tensor | None:
     """log t [I * B, N], crop-major; None where no other image is at hand."""
     (patches,) = teacher.patch_embeddings
-    with torch.autocast(patches.device.type, enabled=False):
-        patches = F.normalize(_float(patches), dim=-1)
-        own = image_major(patches, teacher.batch)  # [B, I, N, d]
-        everyone = distributed.gather(own)  # [B', I, N, d]
-        total, views, count, _ = everyone.shape
-        if total < 2:
-            return None
-        bags = everyone.flatten(0, 1)  # [B' * I, N, d]
-        others = (total - 1) * views
-        first_own = distributed.position() * teacher.batch
-        step = max(1, CHUNK_ELEMENTS // (views * count * len(bags) * count))
-        rarity = []
-        for first in range(0, teacher.batch, step):
-            queries = own[first : first + step].flatten(1, 2)  # [b, I * N, d]
-            similarity = torch.einsum("bqd,gnd->bqgn", queries, bags).amax(-1)
-            similarity = similarity.unflatten(-1, (total, views))
-            images = torch.arange(len(queries), device=patches.device)
-            kept = torch.ones(len(queries), total, dtype=torch.bool, device=patches.device)
-            kept[images, first_own + first + images] = False
-            similarity = similarity.permute(0, 2, 3, 1)[kept]  # [b * (B' - 1), I, I * N]
-            similarity = similarity.unflatten(0, (len(queries), total - 1)).flatten(1, 2)
-            top = similarity.topk(min(k, others), dim=1).values.mean(1)
-            rarity.append(top - similarity.mean(1))  # [b, I * N]
-        rarity = torch.cat(rarity).unflatten(1, (views, count)).transpose(0, 1).flatten(0, 1)
-        return F.log_softmax(rarity / DIVERSE_TEMPERATURE, dim=-1)
+    patches = F.normalize(_float(patches), dim=-1)
+    own = image_major(patches, teacher.batch)  # [B, I, N, d]
+    everyone = distributed.gather(own)  # [B', I, N, d]
+    total, views, count, _ = everyone.shape
+    if total < 2:
+        return None
+    bags = everyone.flatten(0, 1)  # [B' * I, N, d]
+    others = (total - 1) * views
+    first_own = distributed.position() * teacher.batch
+    step = max(1, CHUNK_ELEMENTS // (views * count * len(bags) * count))
+    rarity = []
+    for first in range(0, teacher.batch, step):
+        queries = own[first : first + step].flatten(1, 2)  # [b, I * N, d]
+        similarity = torch.einsum("bqd,gnd->bqgn", queries, bags).amax(-1)
+        similarity = similarity.unflatten(-1, (total, views))
+        images = torch.arange(len(queries), device=patches.device)
+        kept = torch.ones(len(queries), total, dtype=torch.bool, device=patches.device)
+        kept[images, first_own + first + images] = False
+        similarity = similarity.permute(0, 2, 3, 1)[kept]  # [b * (B' - 1), I, I * N]
+        similarity = similarity.unflatten(0, (len(queries), total - 1)).flatten(1, 2)
+        top = similarity.topk(min(k, others), dim=1).values.mean(1)
+        rarity.append(top - similarity.mean(1))  # [b, I * N]
+    rarity = torch.cat(rarity).unflatten(1, (views, count)).transpose(0, 1).flatten(0, 1)
+    return F.log_softmax(rarity / DIVERSE_TEMPERATURE, dim=-1)
 
 
+@in_full_precision
 def contrast(teacher: Views) -> Tensor:
     """L_T, contrast: the bag of one view must recognise its image as the bag of the other (ours).
 
@@ -123,6 +125,7 @@ def contrast(teacher: Views) -> Tensor:
     return torch.stack(terms).mean()
 
 
+@in_full_precision
 def cross_view(
     teacher: Views,
     centre: Tensor,
@@ -136,6 +139,7 @@ def cross_view(
     return kl_divergence(log_q.flip(1), log_bag).mean()
 
 
+@in_full_precision
 def same_view(teacher: Views, centre: Tensor, bag_centre: Tensor, teacher_temp: float) -> Tensor:
     """L_T, same: KL( softmax((z^B_i - c_B) / tau_t) || q^I_i ); nearest to the released line."""
     log_q = image_targets(teacher, centre, teacher_temp).log_probabilities().detach()
@@ -145,10 +149,9 @@ def same_view(teacher: Views, centre: Tensor, bag_centre: Tensor, teacher_temp: 
 
 def _bag_log_probabilities(teacher: Views, bag_centre: Tensor, temperature: float) -> Tensor:
     """[B, I, K], with gradient to the bags and so to the pooling."""
-    with torch.autocast(teacher.bag_embeddings.device.type, enabled=False):
-        bags = image_major(teacher.bag_embeddings, teacher.batch)
-        logits = bags @ teacher.region_prototypes.detach().T
-        return F.log_softmax((logits - bag_centre) / temperature, dim=-1)
+    bags = image_major(teacher.bag_embeddings, teacher.batch)
+    logits = bags @ teacher.region_prototypes.detach().T
+    return F.log_softmax((logits - bag_centre) / temperature, dim=-1)
 
 
 def _float(tensor: Tensor) -> Tensor:

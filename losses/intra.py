@@ -10,7 +10,7 @@ from torch import Tensor
 
 from losses.cross_entropy import soft_cross_entropy
 from losses.targets import image_targets, region_targets
-from utils.views import Views, image_major
+from utils.views import Views, image_major, in_full_precision
 
 
 def pair_weights(teacher_views: int, student_views: int, like: Tensor) -> Tensor:
@@ -78,6 +78,7 @@ def region_loss(
 
 
 @torch.no_grad()
+@in_full_precision
 def match_patches(student_features: Tensor, teacher: Views) -> Tensor:
     """m*(n): for each student patch [B, S, D], its best patch in each teacher view: [B, S, I].
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losses.intra import pair_weights
 from losses.targets import image_targets, region_targets
-from utils.views import Views, image_major
+from utils.views import Views, image_major, in_full_precision
 
 
 def kl_mean_before_2022(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -24,6 +24,7 @@ def kl_mean_before_2022(inputs: Tensor, targets: Tensor) -> Tensor:
     return torch.where(positive, targets * (logs - inputs), 0).mean(-1)
 
 
+@in_full_precision
 def released_terms(
     student: Views,
     teacher: Views,
@@ -37,20 +38,19 @@ def released_terms(
     T = klmean(input q^I_i, target sum_m q_{i,m}); S = klmean(input z_v / tau_s, target
     sum_n z_{v,n} / tau_s). Holds [B, V, K].
     """
-    with torch.autocast(student.image_embeddings.device.type, enabled=False):
-        pairs = pair_weights(teacher.count, student.count, student.image_embeddings)
-        q_image = image_targets(teacher, centre, teacher_temp).log_probabilities().exp()
-        q_sums = _sum_of_region_targets(teacher, region_centre, teacher_temp)
-        teacher_term = kl_mean_before_2022(q_image, q_sums)  # [B, I]
+    pairs = pair_weights(teacher.count, student.count, student.image_embeddings)
+    q_image = image_targets(teacher, centre, teacher_temp).log_probabilities().detach().exp()
+    q_sums = _sum_of_region_targets(teacher, region_centre, teacher_temp)
+    teacher_term = kl_mean_before_2022(q_image, q_sums)  # [B, I]
 
-        images = image_major(student.image_embeddings, student.batch) @ student.image_prototypes.T
-        sums = torch.cat([patches.sum(1) for patches in student.patch_embeddings])
-        regions = image_major(sums, student.batch) @ student.region_prototypes.T
-        student_term = kl_mean_before_2022(images / student_temp, regions / student_temp)  # [B, V]
-        return (
-            (teacher_term.mean(0) * pairs.sum(0)).sum(),
-            (student_term.mean(0) * pairs.sum(1)).sum(),
-        )
+    images = image_major(student.image_embeddings, student.batch) @ student.image_prototypes.T
+    sums = torch.cat([patches.sum(1) for patches in student.patch_embeddings])
+    regions = image_major(sums, student.batch) @ student.region_prototypes.T
+    student_term = kl_mean_before_2022(images / student_temp, regions / student_temp)  # [B, V]
+    return (
+        (teacher_term.mean(0) * pairs.sum(0)).sum(),
+        (student_term.mean(0) * pairs.sum(1)).sum(),
+    )
 
 
 @torch.no_grad()

@@ -37,4 +37,5 @@ def bag_embedding(embeddings: Tensor, log_attention: Tensor) -> Tensor:
     embeddings [R, N, d], log_attention [R, N] -> [R, d]. On the sphere a temperature means
     the same for a bag as for an image (ours).
     """
-    return F.normalize(torch.einsum("rn,rnd->rd", log_attention.exp(), embeddings), dim=-1)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return F.normalize(torch.einsum("rn,rnd->rd", log_attention.exp(), embeddings), dim=-1)

@@ -91,7 +91,8 @@ class Network(nn.Module):
         if self.pool is not None:
             views = add_attention(self.pool, views)
             if teacher is not None:
-                teacher = add_attention(self.pool, teacher)
+                fixed = [patches.detach() for patches in teacher.patch_embeddings]
+                teacher = add_attention(self.pool, replace(teacher, patch_embeddings=fixed))
         return views if teacher is None else (views, teacher)
 
 

@@ -1,7 +1,10 @@
 """What a network makes of one batch of crops: the hand-over from models to losses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 
+import torch
 from torch import Tensor
 
 
@@ -39,3 +42,18 @@ class Views:
 def image_major(rows: Tensor, batch: int) -> Tensor:
     """Crop-major rows [V*B, ...] -> [B, V, ...]."""
     return rows.unflatten(0, (-1, batch)).transpose(0, 1)
+
+
+def in_full_precision(function: Callable) -> Callable:
+    """Decorator: autocast is off inside a function whose first argument is a Views or a tensor.
+
+    Half-precision logits and similarities are too coarse at a teacher's temperature.
+    """
+
+    @wraps(function)
+    def wrapper(first, *args, **kwargs):
+        tensor = first.image_embeddings if isinstance(first, Views) else first
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return wrapper

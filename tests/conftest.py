@@ -1,0 +1,99 @@
+"""Small images, a network of a few thousand weights, and a run of main_cmd.py with both."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TRAINED = "LOSS.OBJECTIVE cmd TRAIN.EPOCHS 4 SEED 3 PRINT_FREQ 1 CKPT.KEEP_EVERY 1"
+NETWORK = """
+    MODEL.ARCH vit_small MODEL.EMBED_DIM 32 MODEL.DEPTHS [2] MODEL.NUM_HEADS [2]
+    MODEL.PATCH_SIZE 8 MODEL.IMG_SIZE 32
+    AUG.GLOBAL_CROPS_SIZE 32 AUG.LOCAL_CROPS_NUMBER [2] AUG.LOCAL_CROPS_SIZE [16]
+    HEAD.OUT_DIM 64 HEAD.HIDDEN_DIM 48 HEAD.BOTTLENECK_DIM 16 HEAD.POOL_HIDDEN 8
+    TRAIN.BATCH_SIZE_PER_GPU 8 TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR 0.05
+    DATA.WORKERS 0 DEVICE cpu
+"""
+
+Run = subprocess.CompletedProcess
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def save_images(folder: Path, count: int, seed: int) -> None:
+    """`count` noisy images of 48x48 pixels in one hue."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        draw = np.random.default_rng((seed, index))
+        pixels = draw.integers(0, 120, (48, 48, 3)) + 135 * np.eye(3, dtype=int)[seed % 3]
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:02d}.png")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """16 images in the class subfolders red and green."""
+    root = tmp_path_factory.mktemp("images")
+    save_images(root / "red", 8, 0)
+    save_images(root / "green", 8, 1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def network_options() -> str:
+    """KEY VALUE pairs of the tiny network and its crops."""
+    return NETWORK
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """One thread a process, none of the launcher's variables."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="session")
+def command(images) -> Callable[..., list[str]]:
+    """The command line of a tiny run: command(output folder, "KEY VALUE ...", launcher, flags)."""
+
+    def make(output, options: str = "", launcher=(), flags=()) -> list[str]:
+        pairs = f"{NETWORK} DATA.PATH {images} OUTPUT_DIR {output} {options}".split()
+        return [sys.executable, *launcher, "main_cmd.py", *flags, *pairs]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pretrain(command, environment) -> Callable[..., Run]:
+    """Run the tiny command as a process; it must succeed unless `fails`."""
+
+    def run(output, options: str = "", fails: bool = False, **how) -> Run:
+        done = subprocess.run(
+            command(output, options, **how),
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert fails or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, pretrain, images) -> Path:
+    """The folder of a run of CMD: 4 epochs of 2 steps, each epoch's checkpoint kept."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    knn = f"EVAL.KNN_EVERY 2 EVAL.KNN_TRAIN {images} EVAL.KNN_VAL {images} EVAL.SIZE 32"
+    pretrain(folder, f"{TRAINED} {knn} EVAL.KNN_K 3")
+    return folder

@@ -1,0 +1,336 @@
+"""Backbones, heads, pooling, and the pair of student and teacher."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine import build
+from models import ARCHITECTURES, BackboneSpec, build_backbone
+from models.heads import DINOHead
+from models.mil import GatedAttentionPool, bag_embedding
+from models.network import HeadSpec, Network, TeacherEMA, make_teacher
+from models.pretrained import count_parameters
+from models.registry import resolve
+from utils import config
+from utils.errors import InputError
+
+# Figures that keep a forward at 224 pixels in milliseconds.
+SMALL = {
+    "swin": {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)},
+    "vit": {"embed_dim": 32, "depths": (2,), "num_heads": (2,)},
+    "resnet": {},
+}
+# Backbone parameters, published (classifier taken off), in millions.
+MILLIONS = {
+    "swin_tiny": 27.52,
+    "swin_small": 48.84,
+    "swin_base": 86.74,
+    "swin_large": 195.0,
+    "deit_tiny": 5.53,
+    "deit_small": 21.67,
+    "vit_small": 21.67,
+    "vit_base": 85.8,
+    "resnet50": 23.51,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def small(arch: str, drop_path: float = 0.0, **changed):
+    spec = BackboneSpec(arch, **{**SMALL[ARCHITECTURES[arch]["family"]], **changed})
+    return build_backbone(spec, drop_path)
+
+
+def tiny_cfg(options: str):
+    cfg = config.defaults()
+    words = options.split()
+    for key, value in zip(words[::2], words[1::2], strict=True):
+        config.put(cfg, key, value, "test")
+    return cfg
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_an_architecture_has_its_published_size(arch):
+    assert count_parameters(build_backbone(BackboneSpec(arch))) / 1e6 == pytest.approx(
+        MILLIONS[arch], abs=0.006 * MILLIONS[arch]
+    )
+
+
+@pytest.mark.parametrize("size", [(224, 224), (112, 112), (96, 96), (64, 160)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_both_features_come_at_every_crop_size(arch, size):
+    backbone = small(arch).eval()
+    with torch.no_grad():
+        image, patches = backbone(torch.randn(2, 3, *size))
+    rows, columns = backbone.patch_grid(*size)
+    assert rows == -(-size[0] // backbone.stride)
+    assert columns == -(-size[1] // backbone.stride)
+    assert image.shape == (2, backbone.num_features)
+    assert patches.shape == (2, rows * columns, backbone.num_features)
+
+
+@pytest.mark.parametrize("arch", ["swin_tiny", "resnet50"])
+def test_the_image_feature_is_the_mean_of_the_patches(arch):
+    image, patches = small(arch).eval()(torch.randn(2, 3, 96, 96))
+    torch.testing.assert_close(image, patches.mean(1))
+
+
+@pytest.mark.parametrize("arch", ["swin_tiny", "deit_small"])
+def test_patches_are_row_major(arch):
+    backbone = small(arch).eval()
+    picture = torch.zeros(1, 3, 96, 128)
+    rows, columns = backbone.patch_grid(96, 128)
+    moved = picture.clone()
+    # The top right corner changes; with windows and shallow nets the change stays near it.
+    moved[..., :8, -8:] = 5
+    with torch.no_grad():
+        change = (backbone(moved)[1] - backbone(picture)[1]).norm(dim=-1)[0]
+    assert change.argmax() == columns - 1
+    assert len(change) == rows * columns
+
+
+@pytest.mark.parametrize(("arch", "size"), [("swin_tiny", 98), ("deit_small", 100)])
+def test_a_size_that_patches_do_not_tile_is_refused(arch, size):
+    with pytest.raises(ValueError, match=f"{size}.*multiples of the patch size"):
+        small(arch)(torch.zeros(1, 3, size, 96))
+
+
+@pytest.mark.parametrize(("arch", "eps"), [("swin_tiny", 1e-5), ("deit_small", 1e-6)])
+def test_every_layer_norm_has_the_familys_eps(arch, eps):
+    norms = [m for m in small(arch).modules() if isinstance(m, nn.LayerNorm)]
+    assert len(norms) > 4
+    assert {norm.eps for norm in norms} == {eps}
+
+
+@pytest.mark.parametrize(
+    ("img_size", "window", "windows", "shifts"),
+    [
+        # Maps of 56, 28, 14, 7 patches.
+        (224, 7, [7, 7, 7, 7], [3, 3, 3, 0]),
+        (224, 14, [14, 14, 14, 7], [7, 7, 0, 0]),
+        # Maps of 8, 4, 2, 1.
+        (32, 7, [7, 4, 2, 1], [3, 0, 0, 0]),
+    ],
+)
+def test_windows_shrink_to_the_maps_of_the_built_size_for_good(img_size, window, windows, shifts):
+    backbone = small("swin_tiny", depths=(2, 2, 2, 2), window_size=window, img_size=img_size).eval()
+    for size in (None, 96):
+        if size:
+            backbone(torch.zeros(1, 3, size, size))
+        seconds = [stage.blocks[1] for stage in backbone.layers]
+        assert [block.window_size for block in seconds] == [(w, w) for w in windows]
+        assert [block.shift_size for block in seconds] == [(s, s) for s in shifts]
+    tables = [block.attn.relative_position_bias_table for block in seconds]
+    assert [len(table) for table in tables] == [(2 * w - 1) ** 2 for w in windows]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (BackboneSpec("swin_tinny"), "swin_tiny"),
+        (BackboneSpec("resnet50", embed_dim=64), "embed_dim"),
+        (BackboneSpec("deit_small", depths=(2, 2), num_heads=(2, 2)), "one depth"),
+        (BackboneSpec("swin_tiny", depths=(2, 2)), "equally long"),
+        (BackboneSpec("deit_small", num_heads=(5,)), "5 heads do not divide"),
+        (BackboneSpec("deit_small", img_size=100), "multiple of the patch size"),
+    ],
+)
+def test_figures_that_do_not_fit_are_refused(spec, words):
+    with pytest.raises(InputError, match=words):
+        resolve(spec)
+
+
+def test_a_spec_survives_plain_data():
+    spec = BackboneSpec("swin_tiny", depths=(1, 2, 3, 4), window_size=14)
+    plain = spec.to_dict()
+    assert plain["depths"] == [1, 2, 3, 4]
+    assert BackboneSpec.from_dict(plain) == spec
+
+
+@pytest.mark.parametrize(
+    "network",
+    ["", "MODEL.ARCH swin_tiny MODEL.EMBED_DIM 12 MODEL.DEPTHS [1,1,2] MODEL.NUM_HEADS [1,1,2]"],
+    ids=["vit", "swin"],
+)
+def test_drop_path_is_the_students_alone_and_rises_to_the_last_block(network, network_options):
+    student, teacher = build.networks(tiny_cfg(f"{network_options} {network} MODEL.DROP_PATH 0.3"))
+
+    def rates(network):
+        return [
+            m.drop_path1.drop_prob
+            for m in network.modules()
+            if type(getattr(m, "drop_path1", None)).__name__ == "DropPath"
+        ]
+
+    found = rates(student)
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(0.3)
+    assert rates(teacher) == []
+    crop = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(teacher([crop]).image_features, teacher([crop]).image_features)
+        runs = torch.stack([student([crop]).image_features for _ in range(6)])
+    assert (runs.std(0) > 1e-4).any()
+
+
+def test_the_head_gives_unit_embeddings_and_prototypes_of_norm_g():
+    head = DINOHead(12, 7, hidden_dim=16, bottleneck_dim=5, norm_last_layer=False)
+    embeddings = head(torch.randn(2, 3, 12))
+    assert embeddings.shape == (2, 3, 5)
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(2, 3))
+    assert torch.equal(head.last_layer.weight_g, torch.ones(7, 1))
+    with torch.no_grad():
+        head.last_layer.weight_g.copy_(torch.arange(1.0, 8)[:, None])
+    torch.testing.assert_close(head.prototypes().norm(dim=1), torch.arange(1.0, 8))
+    directions = F.normalize(head.last_layer.weight_v, dim=1)
+    torch.testing.assert_close(F.normalize(head.prototypes(), dim=1), directions)
+
+
+def test_the_heads_state_carries_the_references_names():
+    shapes = {k: list(v.shape) for k, v in DINOHead(12, 7, 16, 5).state_dict().items()}
+    assert shapes == {
+        "mlp.0.weight": [16, 12],
+        "mlp.0.bias": [16],
+        "mlp.2.weight": [16, 16],
+        "mlp.2.bias": [16],
+        "mlp.4.weight": [5, 16],
+        "mlp.4.bias": [5],
+        "last_layer.weight_g": [7, 1],
+        "last_layer.weight_v": [7, 5],
+    }
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_norm_last_layer_freezes_the_magnitudes_alone(frozen):
+    head = DINOHead(12, 7, 16, 5, norm_last_layer=frozen)
+    trained = {name for name, p in head.named_parameters() if p.requires_grad}
+    assert ("last_layer.weight_g" not in trained) == frozen
+    assert "last_layer.weight_v" in trained
+    assert len(trained) == 8 - frozen
+
+
+def test_batch_norm_stands_after_every_linear_but_the_last():
+    head = DINOHead(12, 7, 16, 5, use_bn=True)
+    kinds = [type(module).__name__ for module in head.mlp]
+    assert kinds == [
+        *("Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU"),
+        "Linear",
+    ]
+    rows = torch.randn(6, 12)
+    head(rows)
+    expected = 0.1 * head.mlp[0](rows).mean(0)
+    torch.testing.assert_close(head.mlp[1].running_mean, expected)
+
+
+def test_the_pooling_weighs_patches_to_one_by_its_formula():
+    pool = GatedAttentionPool(5, hidden=4)
+    names = ["tanh.weight", "tanh.bias", "gate.weight", "gate.bias", "score.weight", "score.bias"]
+    assert list(pool.state_dict()) == names
+    u = F.normalize(torch.randn(2, 9, 5), dim=-1)
+    log_attention = pool(u)
+    torch.testing.assert_close(log_attention.exp().sum(1), torch.ones(2))
+    p = pool.state_dict()
+    scaled = 5**0.5 * u[1, 3]
+    left = torch.tanh(p["tanh.weight"] @ scaled + p["tanh.bias"])
+    right = torch.sigmoid(p["gate.weight"] @ scaled + p["gate.bias"])
+    score = p["score.weight"][0] @ (left * right) + p["score.bias"][0]
+    scaled = 5**0.5 * u[1, 4]
+    left = torch.tanh(p["tanh.weight"] @ scaled + p["tanh.bias"])
+    right = torch.sigmoid(p["gate.weight"] @ scaled + p["gate.bias"])
+    other = p["score.weight"][0] @ (left * right) + p["score.bias"][0]
+    torch.testing.assert_close(log_attention[1, 3] - log_attention[1, 4], score - other)
+    bag = bag_embedding(u, log_attention)
+    torch.testing.assert_close(bag.norm(dim=1), torch.ones(2))
+    weighted = sum(a * row for a, row in zip(log_attention[0].exp(), u[0], strict=True))
+    torch.testing.assert_close(bag[0], weighted / weighted.norm())
+
+
+def pair(use_bn: bool = False) -> tuple[Network, Network]:
+    heads = HeadSpec(8, 16, 5, use_bn=use_bn, pool_hidden=4)
+    backbone = {"img_size": 32, "patch_size": 8}
+    student = Network(small("deit_small", **backbone), heads, True, pooling=True)
+    teacher = Network(small("deit_small", **backbone), heads, True, pooling=False)
+    return student, make_teacher(student, teacher)
+
+
+def test_a_teacher_starts_as_the_student_out_of_the_gradient_and_without_pooling():
+    student, teacher = pair()
+    states = student.state_dict(), teacher.state_dict()
+    assert {k for k in states[0] if not k.startswith("pool.")} == set(states[1])
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    views = teacher([torch.randn(2, 3, 32, 32)])
+    assert not views.image_embeddings.requires_grad
+
+
+def test_the_teacher_moves_by_the_ema_of_parameters_and_keeps_its_own_bn_statistics():
+    student, teacher = pair(use_bn=True)
+    ema = TeacherEMA(student, teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        student([torch.randn(2, 3, 32, 32)] * 2)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    ema.update(0.9)
+    students = student.state_dict()
+    parameters = {name for name, _ in teacher.named_parameters()}
+    for name, value in teacher.state_dict().items():
+        if name in parameters:
+            torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * students[name])
+        else:
+            assert torch.equal(value, before[name]), name
+    changed = "head.mlp.1.running_mean"
+    assert not torch.equal(students[changed], before[changed])
+
+
+def test_runs_of_equal_crops_come_back_crop_major():
+    student, _ = pair()
+    student.eval()
+    crops = [torch.randn(2, 3, size, size) for size in (32, 32, 16, 16, 16)]
+    with torch.no_grad():
+        views = student(crops)
+        alone = [student([crop]) for crop in crops]
+    assert [tuple(p.shape) for p in views.patch_embeddings] == [(4, 16, 5), (6, 4, 5)]
+    assert views.count == 5
+    torch.testing.assert_close(
+        views.image_embeddings, torch.cat([view.image_embeddings for view in alone])
+    )
+    torch.testing.assert_close(
+        views.bag_embeddings, torch.cat([view.bag_embeddings for view in alone])
+    )
+
+
+def test_the_same_seed_gives_the_same_networks_and_another_seed_others(network_options):
+    def weights(seed):
+        return build.networks(tiny_cfg(f"{network_options} SEED {seed}"))[0].state_dict()
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    name = "backbone.blocks.0.attn.qkv.weight"
+    assert not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize(
+    ("objective", "region", "pooling"),
+    [
+        ("dino", False, False),
+        ("esvit", True, False),
+        ("released", True, False),
+        ("cmd", True, True),
+    ],
+)
+def test_only_the_parts_that_an_objective_uses_are_built(
+    objective, region, pooling, network_options
+):
+    student, teacher = build.networks(tiny_cfg(f"{network_options} LOSS.OBJECTIVE {objective}"))
+    assert (student.head_dense is not None) == (teacher.head_dense is not None) == region
+    assert (student.pool is not None) == pooling
+
+
+def test_a_crop_that_patches_do_not_tile_is_refused_at_build(network_options):
+    with pytest.raises(InputError, match=r"AUG.LOCAL_CROPS_SIZE 20 is not a multiple of 8"):
+        build.networks(tiny_cfg(network_options + " AUG.LOCAL_CROPS_SIZE [20]"))
