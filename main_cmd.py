@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.fine_grained import build_dataset
 from datasets.loader import MultiCropDataset, StepSampler, build_loader, steps_per_epoch
 from engine import build, resume
+from engine.features import labelled_folder
 from engine.pretrain import Pretraining, Schedules, scaled_lr, train
 from models.pretrained import count_parameters
 from models.registry import resolve
@@ -47,6 +48,7 @@ def main() -> None:
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     images_per_step = batch * world.size * accumulation
     epoch_steps = steps_per_epoch(len(dataset), batch, world.size, accumulation)
+    knn_folders = (cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL) if cfg.EVAL.KNN_EVERY else ()
 
     # Networks, the same on every process.
     student, teacher = build.networks(cfg)
@@ -81,6 +83,7 @@ def main() -> None:
         steps_per_epoch=epoch_steps,
         images_per_step=images_per_step,
         precision=precision,
+        held_out=tuple(labelled_folder(path, cfg.EVAL.SIZE) for path in knn_folders),
     )
 
     # The run's folder; going on where a checkpoint stands in it.

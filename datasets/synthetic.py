@@ -580,6 +580,20 @@ def read_parts(folder: str | os.PathLike) -> dict[str, Box]:
         ) from error
 
 
+def read_size(folder: str | os.PathLike) -> int:
+    """The side, in pixels, of a written set's images; the boxes refer to it.
+
+    Raises:
+        InputError: the folder has no `parts.json`, or one that cannot be read.
+    """
+    try:
+        return int(_read_json(Path(folder))["config"]["size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{Path(folder) / PARTS_FILE} does not give the images' size; write the set again."
+        ) from error
+
+
 def _as_box(values: list[int]) -> Box:
     x0, y0, x1, y1 = map(int, values)
     return x0, y0, x1, y1

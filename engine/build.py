@@ -100,6 +100,8 @@ def check_crop_sizes(cfg: Node, multiple: int) -> None:
     """Raise InputError unless the backbone takes every crop."""
     sizes = [("AUG.GLOBAL_CROPS_SIZE", cfg.AUG.GLOBAL_CROPS_SIZE)]
     sizes += [("AUG.LOCAL_CROPS_SIZE", size) for _, size in local_crops(cfg)]
+    if cfg.EVAL.KNN_EVERY:
+        sizes.append(("EVAL.SIZE", cfg.EVAL.SIZE))
     for key, size in sizes:
         if size % multiple:
             raise InputError(

@@ -55,7 +55,8 @@ def measure(
 
 def effective_rank(features: Tensor) -> Tensor:
     """Effective rank of rows [n, D] about their mean (Roy & Vetterli 2007); 0 if all are equal."""
-    features = features.float()
+    # A run whose figures are NaN must reach the line that says so.
+    features = torch.nan_to_num(features.float(), posinf=0.0, neginf=0.0)
     singular = torch.linalg.svdvals(features - features.mean(0))
     share = singular / singular.sum().clamp_min(1e-12)
     # Rows that differ by rounding alone have no rank.

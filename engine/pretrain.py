@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from datasets.fine_grained import ImageFolder
 from datasets.loader import BadImage
 from engine import diagnostics
 from engine.build import step_seed
-from engine.features import extract, labelled_folder
+from engine.features import extract
 from engine.knn import knn_accuracy
 from losses.objective import Objective
 from losses.targets import Centres
@@ -89,6 +90,7 @@ class Pretraining:
     steps_per_epoch: int
     images_per_step: int
     precision: str
+    held_out: tuple[ImageFolder, ...] = ()  # gallery and queries of the k-NN test
     step: int = 0  # optimizer steps done
 
     def __post_init__(self) -> None:
@@ -245,7 +247,13 @@ def _fetch(run: Pretraining, window: Window, last: tuple) -> dict[str, float]:
 
 
 def _report(run: Pretraining, line: dict, log: RunLog | None, bar: tqdm, watch) -> None:
-    """Write the line, warn of collapse; raise InputError on all ranks for a loss of NaN or inf."""
+    """Stop on all ranks (InputError) for a loss of NaN or inf; else warn of collapse, write."""
+    # The figures are means over processes: every rank sees the same and stops.
+    if not math.isfinite(line["loss"]):
+        raise InputError(
+            f"the loss is {line['loss']} at step {run.step}. The last checkpoint is from before. "
+            f"Lower the learning rate (--lr) or the precision's risk (--precision fp32 or bf16)."
+        )
     for warning in watch.update(line, run.cfg.TRAIN.BATCH_SIZE_PER_GPU):
         logger.warning(warning)
     if log:
@@ -256,12 +264,6 @@ def _report(run: Pretraining, line: dict, log: RunLog | None, bar: tqdm, watch) 
         logger.info(
             f"epoch {line['epoch']:7.2f}/{run.cfg.TRAIN.EPOCHS}  "
             f"step {run.step}/{run.total_steps}  {short}"
-        )
-    # The figures are means over processes: every rank sees the same and stops.
-    if not math.isfinite(line["loss"]):
-        raise InputError(
-            f"the loss is {line['loss']} at step {run.step}. The last checkpoint is from before. "
-            f"Lower the learning rate (--lr) or the precision's risk (--precision fp32 or bf16)."
         )
 
 
@@ -277,17 +279,18 @@ def _end_of_epoch(run: Pretraining, log: RunLog | None, folder: Path, model: dic
             )
             log.write(run.step, {"epoch": epoch, "knn_top1": top1, "knn_top5": top5})
         distributed.barrier()
-    if epoch % cfg.CKPT.EVERY_EPOCHS == 0 or is_last:
+    is_kept = bool(cfg.CKPT.KEEP_EVERY) and epoch % cfg.CKPT.KEEP_EVERY == 0
+    if epoch % cfg.CKPT.EVERY_EPOCHS == 0 or is_kept or is_last:
         if run.world.is_main:
             checkpoint.save({**run.state(), "model": model}, folder / checkpoint.LAST)
-            if cfg.CKPT.KEEP_EVERY and (epoch % cfg.CKPT.KEEP_EVERY == 0):
+            if is_kept:
                 kept = folder / f"checkpoint{epoch:04d}.pth"
                 checkpoint.link_copy(folder / checkpoint.LAST, kept)
         distributed.barrier()
 
 
 def held_out_knn(run: Pretraining) -> tuple[float, float]:
-    """k-NN top-1 and top-5, percent, of the teacher's image features on EVAL's two folders."""
+    """k-NN top-1 and top-5, percent, of the teacher's image features on the held-out folders."""
     cfg = run.cfg
     backbone = run.teacher.backbone.eval()
 
@@ -296,14 +299,8 @@ def held_out_knn(run: Pretraining) -> tuple[float, float]:
             return backbone(images)[0]
 
     gallery, queries = (
-        extract(
-            features,
-            labelled_folder(path, cfg.EVAL.SIZE),
-            run.world.device,
-            cfg.TRAIN.BATCH_SIZE_PER_GPU,
-            cfg.DATA.WORKERS,
-        )
-        for path in (cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL)
+        extract(features, folder, run.world.device, cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.DATA.WORKERS)
+        for folder in run.held_out
     )
     backbone.train()
     k = cfg.EVAL.KNN_K

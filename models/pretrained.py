@@ -137,7 +137,7 @@ def infer_spec(state: dict[str, Tensor], path: str | Path) -> BackboneSpec:
     if "conv1.weight" in state and "layer4.2.conv3.weight" in state:
         return BackboneSpec("resnet50")
     if "patch_embed.proj.weight" in state and "layers.0.blocks.0.norm1.weight" in state:
-        return _infer_swin(state)
+        return _infer_swin(state, path)
     if "patch_embed.proj.weight" in state and "pos_embed" in state:
         return _infer_vit(state)
     raise InputError(
@@ -159,13 +159,14 @@ def _named(family: str, **figures) -> str:
     return next(name for name, known in ARCHITECTURES.items() if known["family"] == family)
 
 
-def _infer_swin(state: dict[str, Tensor]) -> BackboneSpec:
+def _infer_swin(state: dict[str, Tensor], path: str | Path) -> BackboneSpec:
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     stages = _count(state, r"layers\.(\d+)\.")
     depths = tuple(_count(state, rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(stages))
-    tables = [
-        state[f"layers.{s}.blocks.0.attn.relative_position_bias_table"] for s in range(stages)
-    ]
+    names = [f"layers.{s}.blocks.0.attn.relative_position_bias_table" for s in range(stages)]
+    if lost := [name for name in names if name not in state]:
+        raise InputError(f"{path} has weights of a Swin but not all: missing: {_few(lost)}.")
+    tables = [state[name] for name in names]
     heads = tuple(table.shape[1] for table in tables)
     # A table has (2w - 1)^2 rows; later stages' windows shrink to their maps.
     window = (round(len(tables[0]) ** 0.5) + 1) // 2

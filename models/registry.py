@@ -92,6 +92,8 @@ def resolve(spec: BackboneSpec) -> dict:
         return figures
     figures.update(own)
     depths, heads = figures["depths"], figures["num_heads"]
+    if not all(isinstance(value, int) for value in (*depths, *heads)):
+        raise InputError("MODEL.DEPTHS and MODEL.NUM_HEADS must be whole numbers.")
     if len(depths) != len(heads) or min(depths) < 1 or min(heads) < 1:
         raise InputError(
             f"MODEL.DEPTHS {list(depths)} and MODEL.NUM_HEADS {list(heads)} must be equally "

@@ -168,7 +168,9 @@ def test_an_unknown_key_in_yaml_names_file_and_nearest(yaml_file):
 
 
 def test_pairs_without_a_last_value_are_refused():
-    assert "lack a value: SEED 1 TRAIN.EPOCHS" in refusal("SEED", "1", "TRAIN.EPOCHS")
+    message = refusal("SEED", "1", "TRAIN.EPOCHS")
+    assert "TRAIN.EPOCHS" in message
+    assert "a value" in message
 
 
 def test_a_flag_without_its_value_is_refused():

@@ -10,6 +10,8 @@ scaler, centres, config, model (what rebuilds the networks) and versions.
 import argparse
 import os
 import pickle
+import shutil
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,21 @@ _ALLOWED = [
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
 ]
+
+
+# What torch.load meets truncated and altered files with.
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    OSError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    TypeError,
+    struct.error,
+)
 
 
 def load_file(path: str | Path) -> Any:
@@ -60,7 +77,7 @@ def load_file(path: str | Path) -> Any:
         raise InputError(f"{path} is not a checkpoint (it is no torch file).") from None
     except PermissionError:
         raise InputError(f"{path} may not be read: check its permissions.") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError):
+    except _DAMAGED:
         raise InputError(
             f"{path} is not a checkpoint, or is damaged (is it a complete torch file?)."
         ) from None
@@ -83,6 +100,9 @@ def is_own(checkpoint: Any) -> bool:
 
 def check_format(checkpoint: dict, path: str | Path) -> None:
     """Raise InputError for a checkpoint of ours written by a newer version."""
+    lost = [name for name in ("config", "model", "student", "teacher") if name not in checkpoint]
+    if checkpoint["format"] <= FORMAT and lost:
+        raise InputError(f"{path} is not a whole checkpoint: it lacks {', '.join(lost)}.")
     if checkpoint["format"] > FORMAT:
         raise InputError(
             f"{path} has checkpoint format {checkpoint['format']}; this version reads up to "
@@ -96,6 +116,8 @@ def save(checkpoint: dict, path: str | Path) -> None:
     Raises InputError when the disk refuses; whatever was at `path` is still there then.
     """
     path = Path(path)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
+        stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -111,18 +133,24 @@ def save(checkpoint: dict, path: str | Path) -> None:
 
 
 def link_copy(source: str | Path, target: str | Path) -> None:
-    """Keep `source` under a second name; a hard link where the file system has them."""
+    """Keep `source` under a second name; a hard link where the file system has them.
+
+    Raises InputError when the disk refuses.
+    """
     source, target = Path(source), Path(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        import shutil
-
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    _sync_folder(target.parent)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise InputError(f"the checkpoint {target} could not be written: {error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -152,6 +152,8 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> CommandLi
             if option == "LOSS.OBJECTIVE":
                 told_objective = f"{flag} {typed[flag]}"
     if "use_fp16" in typed:
+        if "--precision" in typed:
+            raise InputError("--use_fp16 and --precision say the same thing: drop one of them.")
         fp16 = _bool("--use_fp16", typed["use_fp16"])
         config.put(cfg, "TRAIN.PRECISION", "fp16" if fp16 else "fp32", "--use_fp16")
     for key, value in pairs:
@@ -171,21 +173,31 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> CommandLi
 
 
 def _split_pairs(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Cut the trailing KEY VALUE pairs off: they begin at the first SECTION.KEY or KEY name.
+    """Take the KEY VALUE pairs out: argparse cannot, a flag with nargs='+' would swallow them.
 
-    argparse cannot: a flag with nargs='+' would swallow them.
+    An option's exact name always is a key. Another word is one, if a wrong one, when it looks
+    like SECTION.KEY in capitals and is not the value of the flag before it.
     """
-    names = {key.split(".")[0] for key in config.option_names()}
-    for start, word in enumerate(arguments):
-        after_value_flag = start > 0 and arguments[start - 1].startswith("--")
-        if word.startswith("-") or after_value_flag:
+    options = set(config.option_names())
+    sections = {key.split(".")[0] for key in options if "." in key}
+    rest: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    place = 0
+    while place < len(arguments):
+        word = arguments[place]
+        before = arguments[place - 1] if place else ""
+        is_value = before.startswith("--") and "=" not in before
+        head, dot, _ = word.partition(".")
+        looks_like_key = bool(dot) and (head.upper() in sections or word.isupper())
+        if word not in options and (is_value or not looks_like_key):
+            rest.append(word)
+            place += 1
             continue
-        if word.split(".")[0] in names or (word.replace(".", "").replace("_", "").isupper()):
-            words = arguments[start:]
-            if len(words) % 2:
-                raise InputError(f"the pairs at the end lack a value: {' '.join(words)}")
-            return arguments[:start], list(zip(words[::2], words[1::2], strict=True))
-    return arguments, []
+        if place + 1 == len(arguments):
+            raise InputError(f"the option {word} at the end of the line lacks a value.")
+        pairs.append((word, arguments[place + 1]))
+        place += 2
+    return rest, pairs
 
 
 def _bool(flag: str, text: str) -> bool:

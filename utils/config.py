@@ -145,6 +145,7 @@ _CHOICES = {
 
 # key: (lowest, highest); None for no bound.
 _RANGES = {
+    "SEED": (0, None),
     "PRINT_FREQ": (1, None),
     "MODEL.EMBED_DIM": (0, None),
     "MODEL.WINDOW_SIZE": (1, None),
@@ -243,6 +244,8 @@ def _typed(value: object, default: object, key: str, source: str) -> object:
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(default, bool):
+        # EsViT's users type 0 and 1.
+        value = bool(value) if value in (0, 1) else value
         fits = isinstance(value, bool)
     elif isinstance(default, float):
         fits = isinstance(value, int | float) and not isinstance(value, bool)
@@ -251,6 +254,7 @@ def _typed(value: object, default: object, key: str, source: str) -> object:
         fits = isinstance(value, int) and not isinstance(value, bool)
     elif isinstance(default, list):
         value = list(value) if isinstance(value, list | tuple) else [value]
+        value = [_scalar(v) if isinstance(v, str) else v for v in value]
         fits = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
     else:
         fits = isinstance(value, str)
@@ -358,12 +362,18 @@ def _check_crops(cfg: Node) -> None:
         low, high = aug[key]
         if not 0 < low <= high <= 1:
             raise InputError(f"AUG.{key} must rise between 0 and 1, not {aug[key]}.")
+    if min(aug.COLOR_JITTER) < 0 or aug.COLOR_JITTER[3] > 0.5:
+        raise InputError(
+            f"AUG.COLOR_JITTER must be at least 0 and its hue at most 0.5, not {aug.COLOR_JITTER}."
+        )
     if not all(0 <= p <= 1 for p in aug.BLUR_PROB):
         raise InputError(f"AUG.BLUR_PROB must lie between 0 and 1, not {aug.BLUR_PROB}.")
     for key in ("LOCAL_CROPS_NUMBER", "LOCAL_CROPS_SIZE"):
         if not all(isinstance(v, int) and v >= 0 for v in aug[key]):
             raise InputError(f"AUG.{key} must be whole numbers, not {aug[key]}.")
     counts, sizes = aug.LOCAL_CROPS_NUMBER, aug.LOCAL_CROPS_SIZE
+    if sum(counts) and min(sizes, default=0) < 1:
+        raise InputError(f"AUG.LOCAL_CROPS_SIZE must be positive, not {sizes}.")
     if sum(counts) and len(counts) != len(sizes):
         raise InputError(
             f"AUG.LOCAL_CROPS_NUMBER {counts} and AUG.LOCAL_CROPS_SIZE {sizes} must be equally "

@@ -56,11 +56,13 @@ class RunLog:
         path = folder / "log.txt"
         kept = []
         if path.exists() and first_step > 0:
-            kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
         path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step or None, flush_secs=30
+            str(folder / "tensorboard"),
+            purge_step=first_step + 1 if first_step else None,
+            flush_secs=30,
         )
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:

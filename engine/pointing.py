@@ -1,0 +1,49 @@
+"""Does the MIL attention point at the part that decides the class? A measure with its zeros.
+
+Pointing accuracy: the share of images whose most attended patch touches the part's box.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Box = Sequence[float]  # x0, y0, x1, y1 in pixels; x1, y1 exclusive
+
+
+def cells_touching(boxes: Sequence[Box], size: int, grid: tuple[int, int]) -> Tensor:
+    """Which cells of a `grid` (rows, columns) over size x size pixels touch each box.
+
+    Returns bool [n, rows * columns], row-major like patch features.
+    """
+    rows, columns = grid
+    x0, y0, x1, y1 = torch.tensor(boxes, dtype=torch.float64).T[:, :, None]
+    left = torch.arange(columns, dtype=torch.float64) * (size / columns)
+    top = torch.arange(rows, dtype=torch.float64) * (size / rows)
+    across = (left < x1) & (left + size / columns > x0)  # [n, columns]
+    down = (top < y1) & (top + size / rows > y0)  # [n, rows]
+    return (down[:, :, None] & across[:, None, :]).flatten(1)
+
+
+def pointing(attention: Tensor, touching: Tensor) -> float:
+    """Percent of images whose strongest patch touches the box; the first of equals.
+
+    attention [n, N] (any monotone form, such as its logarithm), touching bool [n, N].
+    """
+    strongest = attention.argmax(dim=1, keepdim=True)
+    return 100 * touching.gather(1, strongest).float().mean().item()
+
+
+def chance(touching: Tensor) -> float:
+    """Percent of cells that touch the box: what a random patch would score."""
+    return 100 * touching.float().mean().item()
+
+
+def best_fixed_cell(touching: Tensor) -> float:
+    """Percent scored by always naming the one cell that touches most often."""
+    return 100 * touching.float().mean(0).max().item()
+
+
+def mass_on_part(attention: Tensor, touching: Tensor) -> float:
+    """Percent of the attention (rows of [n, N] that sum to 1) on cells that touch the box."""
+    return 100 * (attention * touching).sum(1).mean().item()

@@ -1,0 +1,196 @@
+"""What a run came to: figures beside their zeros, and pictures that a person can look at."""
+
+import base64
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import center_crop
+
+from datasets.fine_grained import load_image
+from engine import pointing
+from engine.features import extract, labelled_folder
+from engine.knn import knn_accuracy
+from models.backbone import Backbone
+from models.mil import GatedAttentionPool
+from models.network import Network
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+
+IMAGES_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Where and how a report measures.
+
+    gallery, queries: folders with class subfolders. size: pixels at which whole images are
+    shown to the network, uncropped, so that parts' boxes hold. k: neighbours.
+    """
+
+    gallery: Path
+    queries: Path
+    size: int
+    k: int
+    device: torch.device
+    batch: int = 64
+    workers: int = 0
+
+
+def image_knn(backbone: Backbone, where: Evaluation) -> dict[str, float]:
+    """k-NN of the image features: percent top-1 and top-5."""
+    gallery, queries = (
+        extract(
+            lambda images: backbone(images)[0],
+            labelled_folder(folder, where.size, where.size),
+            where.device,
+            where.batch,
+            where.workers,
+        )
+        for folder in (where.gallery, where.queries)
+    )
+    top1, top5 = knn_accuracy(*gallery, *queries, [where.k])[where.k]
+    return {"top1": top1, "top5": top5}
+
+
+def attention_maps(
+    backbone: Backbone, region_head: torch.nn.Module, pool: GatedAttentionPool, where: Evaluation
+) -> Tensor:
+    """MIL attention [n, N] over the query images, in their order."""
+    maps, _ = extract(
+        lambda images: pool(region_head(backbone(images)[1])).exp(),
+        labelled_folder(where.queries, where.size, where.size),
+        where.device,
+        where.batch,
+        where.workers,
+    )
+    return maps
+
+
+def pointing_figures(
+    network: Network,
+    untrained_pool: GatedAttentionPool,
+    boxes: list[pointing.Box],
+    box_size: int,
+    where: Evaluation,
+) -> tuple[dict[str, float], Tensor]:
+    """Pointing accuracy beside its three zeros, percent; and the attention maps [n, N].
+
+    boxes: one a query image, in pixels of images of box_size x box_size.
+    """
+    grid = network.backbone.patch_grid(where.size, where.size)
+    touching = pointing.cells_touching(boxes, box_size, grid)
+    maps = attention_maps(network.backbone, network.head_dense, network.pool, where)
+    untrained = attention_maps(network.backbone, network.head_dense, untrained_pool, where)
+    return {
+        "accuracy": pointing.pointing(maps, touching),
+        "chance": pointing.chance(touching),
+        "best_fixed_cell": pointing.best_fixed_cell(touching),
+        "untrained_pooling": pointing.pointing(untrained, touching),
+        "attention_mass_on_part": pointing.mass_on_part(maps, touching),
+    }, maps
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a run's log.txt."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def plot_curves(lines: list[dict], path: Path) -> None:
+    """Loss terms, the teacher's health and the schedules over the epochs, as PNG."""
+    steps = [line for line in lines if "loss" in line]
+    panels = [
+        ("loss", [n for n in ("loss", "L_I", "L_R", "L_S", "L_T", "T", "S") if n in steps[0]]),
+        ("teacher, nats", ["teacher_entropy", "teacher_kl_uniform", "teacher_information"]),
+        ("effective rank of the features", ["feature_rank"]),
+        ("gradient norm", ["grad_norm"]),
+    ]
+    if "attention_entropy" in steps[0]:
+        panels.append(("attention entropy (1: uniform)", ["attention_entropy"]))
+    panels.append(("learning rate", ["lr"]))
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    epochs = [line["epoch"] for line in steps]
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, names) in zip(axes.flat, panels, strict=False):
+        for name in names:
+            axis.plot(epochs, [line[name] for line in steps], label=name)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def plot_attention(
+    maps: Tensor,
+    grid: tuple[int, int],
+    folder: Path,
+    paths: list[str],
+    boxes: list[pointing.Box] | None,
+    path: Path,
+) -> None:
+    """Query images, each beside its attention map, with the part's box where known, as PNG."""
+    shown = torch.linspace(0, len(paths) - 1, min(IMAGES_SHOWN, len(paths))).long().tolist()
+    columns = 6
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        rows, 2 * columns, figsize=(2 * columns, 1.15 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for place, index in enumerate(shown):
+        row, column = divmod(place, columns)
+        image = load_image(folder / paths[index])
+        image = center_crop(image, min(image.size))  # what the evaluation shows the network
+        picture, overlay = axes[row, 2 * column], axes[row, 2 * column + 1]
+        picture.imshow(image)
+        picture.set_title(Path(paths[index]).parent.name, fontsize=6)
+        overlay.imshow(image, alpha=0.45)
+        overlay.imshow(
+            maps[index].view(grid),
+            extent=(0, image.width, image.height, 0),
+            cmap="inferno",
+            alpha=0.6,
+            interpolation="nearest",
+            vmin=0,
+        )
+        if boxes:
+            x0, y0, x1, y1 = boxes[index]
+            overlay.add_patch(
+                Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1)
+            )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_html(results: dict, pictures: list[tuple[str, Path]], path: Path) -> None:
+    """One self-contained page: the figures as tables, the pictures inside."""
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>CMD run</title>",
+        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:1300px;margin:2em auto;"
+        "padding:0 1em}table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #bbb;"
+        "padding:.3em .8em;text-align:left}td.n{text-align:right}img{max-width:100%}</style>",
+        f"<h1>{html.escape(results['title'])}</h1>",
+        f"<p>Command: <code>{html.escape(results['command'])}</code></p>",
+    ]
+    for name, table in results["tables"].items():
+        rows = "".join(
+            f"<tr><td>{html.escape(label)}</td><td class='n'>{value:.2f}</td></tr>"
+            for label, value in table.items()
+        )
+        parts.append(f"<h2>{html.escape(name)}</h2><table>{rows}</table>")
+    for caption, picture in pictures:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(
+            f"<h2>{html.escape(caption)}</h2>"
+            f"<img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>"
+        )
+    path.write_text("\n".join(parts) + "\n</html>\n")

@@ -1,0 +1,151 @@
+"""A report of one run: k-NN beside a random network's, where the attention points, pictures.
+
+    python report.py --output_dir OUT --gallery DATA/train --queries DATA/val
+reads OUT/checkpoint.pth and OUT/log.txt and writes into OUT
+    results.json  report.html  loss_curves.png  attention.png
+A DATA folder made by `python -m datasets.synthetic` knows each part's box (DATA/parts.json).
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from datasets import synthetic
+from engine import build, report
+from engine.features import labelled_folder
+from models.mil import GatedAttentionPool
+from models.network import HeadSpec, Network
+from models.pretrained import load_strictly
+from models.registry import BackboneSpec, build_backbone
+from utils import checkpoint, config, distributed
+from utils.errors import InputError, run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--gallery", type=Path, required=True, help="folder with class subfolders")
+    parser.add_argument("--queries", type=Path, required=True, help="folder with class subfolders")
+    parser.add_argument("--size", type=int, help="pixels of the evaluated images [the run's]")
+    parser.add_argument("--k", type=int, default=20, help="neighbours of the k-NN [20]")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
+    parser.add_argument("--num_workers", type=int, default=0, help="loader processes [0]")
+    arguments = parser.parse_args()
+    device = distributed.start(arguments.device).device
+
+    # The run: its options, the teacher it made, and the network it began with.
+    path = arguments.output_dir / checkpoint.LAST
+    state = checkpoint.load_file(path)
+    if not checkpoint.is_own(state):
+        raise InputError(f"{path} is not a checkpoint of this project.")
+    checkpoint.check_format(state, path)
+    cfg = config.from_dict(state["config"], str(path))
+    teacher = rebuild(state, path).to(device).eval()
+    start = build.networks(cfg)[1].to(device).eval()
+    size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
+    where = report.Evaluation(
+        arguments.gallery, arguments.queries, size, arguments.k, device, 64, arguments.num_workers
+    )
+    if size % teacher.backbone.patch_size:
+        raise InputError(f"--size {size} must be a multiple of {teacher.backbone.patch_size}.")
+
+    # Figures, each beside its zero.
+    queries = labelled_folder(where.queries, size, size)
+    trained, untrained = (report.image_knn(net.backbone, where) for net in (teacher, start))
+    tables = {
+        f"k-NN of the image feature (k = {arguments.k}), percent": {
+            "trained teacher, top-1": trained["top1"],
+            "random initialisation, top-1": untrained["top1"],
+            "trained teacher, top-5": trained["top5"],
+            "random initialisation, top-5": untrained["top5"],
+            "chance, top-1": 100 / len(queries.classes),
+        }
+    }
+    results = {
+        "title": f"{cfg.LOSS.OBJECTIVE} on {cfg.DATA.PATH}: {state['epoch']} epochs",
+        "command": shlex.join(["python", *sys.argv]),
+        "knn": {"k": arguments.k, "trained": trained, "random_initialisation": untrained},
+        "step": state["step"],
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+        "config": config.to_dict(cfg),
+    }
+    pictures = [("Training curves", arguments.output_dir / "loss_curves.png")]
+    report.plot_curves(report.read_log(arguments.output_dir / "log.txt"), pictures[0][1])
+
+    # Where the attention points, if the run has attention.
+    if teacher.pool is not None:
+        boxes, box_size = part_boxes(where.queries, queries.paths)
+        pictures.append(("MIL attention of the teacher", arguments.output_dir / "attention.png"))
+        if boxes:
+            figures, maps = report.pointing_figures(
+                teacher, untrained_pooling(cfg, state).to(device), boxes, box_size, where
+            )
+            results["pointing"] = figures
+            tables["Pointing of the MIL attention at the part, percent of images"] = {
+                "accuracy: the strongest patch touches the part's box": figures["accuracy"],
+                "zero: a random patch": figures["chance"],
+                "zero: the best fixed patch": figures["best_fixed_cell"],
+                "zero: untrained pooling on the trained network": figures["untrained_pooling"],
+                "attention mass on patches that touch the box": figures["attention_mass_on_part"],
+            }
+        else:
+            maps = report.attention_maps(teacher.backbone, teacher.head_dense, teacher.pool, where)
+        grid = teacher.backbone.patch_grid(size, size)
+        report.plot_attention(maps, grid, where.queries, queries.paths, boxes, pictures[1][1])
+
+    # Printed and written.
+    for name, table in tables.items():
+        print(name)
+        for label, value in table.items():
+            print(f"  {value:7.2f}  {label}")
+    results["tables"] = tables
+    (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    report.write_html(results, pictures, arguments.output_dir / "report.html")
+    print(f"written: {arguments.output_dir / 'results.json'}, report.html and PNGs beside it")
+
+
+def rebuild(state: dict, path: Path) -> Network:
+    """The teacher of a checkpoint of ours, with the pooling where the run had one."""
+    described = state["model"]
+    network = Network(
+        build_backbone(BackboneSpec.from_dict(described["backbone"])),
+        HeadSpec(**described["heads"]),
+        described["region_head"],
+        described["pooling"],
+    )
+    load_strictly(network, state["teacher"], f"{path} (teacher)")
+    return network
+
+
+def untrained_pooling(cfg: config.Node, state: dict) -> GatedAttentionPool:
+    """A fresh pooling of the run's shape."""
+    heads = HeadSpec(**state["model"]["heads"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(build.untrained_pooling_seed(cfg))
+        return GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden)
+
+
+def part_boxes(queries: Path, paths: list[str]) -> tuple[list, int]:
+    """Boxes of the query images and the pixels they refer to; ([], 0) where none are known."""
+    folder = queries.parent
+    if not (folder / synthetic.PARTS_FILE).is_file():
+        return [], 0
+    known = synthetic.read_parts(folder)
+    names = [f"{queries.name}/{path}" for path in paths]
+    if not all(name in known for name in names):
+        raise InputError(
+            f"{folder / synthetic.PARTS_FILE} does not list every image of {queries}: "
+            f"write the set again."
+        )
+    return [known[name] for name in names], synthetic.read_size(folder)
+
+
+if __name__ == "__main__":
+    run_script(main)
