@@ -1,0 +1,65 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := outputs/demo
+# Processes that run tests side by side; each keeps to one core.
+JOBS ?= 2
+
+.PHONY: help env dev demo lint test test-all test-lowest format clean
+
+help:
+	@echo "make demo        render the synthetic set, pretrain CMD on the CPU, evaluate, report"
+	@echo "make test        lint and all tests but the slow ones"
+	@echo "make test-all    lint and all tests"
+	@echo "make test-lowest the tests at the lowest allowed versions, in an environment of its own"
+	@echo "make env         only build the environment in $(VENV)"
+	@echo "make format      apply the formatter"
+	@echo "make clean       remove the environments and the demo's output"
+
+env: $(VENV)/.env-done
+dev: $(VENV)/.dev-done
+
+$(VENV)/.env-done: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed; name one with make PYTHON=python3.x"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev-done: $(VENV)/.env-done requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: env
+	$(BIN)/python -m datasets.synthetic --output $(DEMO)/data --train 1500 --val 500 \
+		--size 64 --difficulty easy --class-cue 0.15 --seed 0
+	$(BIN)/python main_cmd.py --cfg experiments/demo.yaml \
+		--data_path $(DEMO)/data/train --output_dir $(DEMO)
+	$(BIN)/python report.py --output_dir $(DEMO) \
+		--gallery $(DEMO)/data/train --queries $(DEMO)/data/val
+	@echo "look at $(DEMO)/report.html"
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements-dev.txt -c requirements-lowest.txt
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) -m "not slow"
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-lowest $(DEMO)

@@ -1,0 +1,287 @@
+"""Parity with the reference implementations' golden figures: all that the folder holds.
+
+The folder is tests/goldens, or the one named by CMD_GOLDENS; its README.md says what each
+array is.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engine import build
+from engine.knn import knn_accuracy
+from engine.pretrain import Pretraining, Schedules
+from losses.objective import Objective
+from losses.targets import Centres
+from models.heads import DINOHead
+from models.mil import GatedAttentionPool
+from models.network import add_attention, make_teacher
+from models.pretrained import HEADS, infer_spec, load_strictly
+from models.registry import build_backbone
+from models.swin import Swin
+from models.vit import ViT
+from tests.goldens import (
+    array,
+    assert_parity,
+    labels,
+    read_arrays,
+    read_json,
+    recipe,
+    weights,
+)
+from utils import config
+from utils.distributed import World
+from utils.optim import build_optimizer
+from utils.schedules import cosine, teacher_temperature
+from utils.views import Views
+
+BACKBONES = read_json("backbone_keys.json")
+FEATURES = read_arrays("backbones.npz")
+
+
+def golden_backbone(name: str):
+    state = weights(BACKBONES[name])
+    backbone = build_backbone(infer_spec(state, name))
+    load_strictly(backbone, state, name)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_features(name):
+    backbone = golden_backbone(name)
+    sizes = sorted({int(key.split("/")[1]) for key in FEATURES if key.startswith(f"{name}/")})
+    assert sizes, f"{name} has no golden features"
+    seen = set()
+    for size in sizes:
+        images = array(size, 2, 3, size, size)
+        with torch.no_grad():
+            image, patches = backbone(images)
+            faint, _ = backbone(images * 0.01)
+            ours = {
+                "cls": image,
+                "region_every7": patches[:, ::7],
+                "cls_of_faint_input": faint,
+            }
+            if f"{name}/{size}/last4" in FEATURES:
+                ours["last4"] = torch.cat(backbone.last_blocks(images, 4), dim=-1)
+        for what, value in ours.items():
+            key = f"{name}/{size}/{what}"
+            assert_parity(value, FEATURES[key], key)
+            seen.add(key)
+    assert seen == {key for key in FEATURES if key.startswith(f"{name}/")}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbone_layer_norm_eps(name):
+    backbone = golden_backbone(name)
+    expected = {Swin: 1e-5, ViT: 1e-6}[type(backbone)]
+    norms = [module for module in backbone.modules() if isinstance(module, nn.LayerNorm)]
+    assert norms
+    assert {norm.eps for norm in norms} == {expected}
+
+
+def test_every_golden_backbone_is_covered():
+    assert {key.split("/")[0] for key in FEATURES} == set(BACKBONES)
+
+
+def test_head_logits():
+    head = DINOHead(48, 64, hidden_dim=96, bottleneck_dim=32, norm_last_layer=False)
+    head.load_state_dict(weights(read_json("head_keys.json")))
+    logits = head(array(5, 6, 48)) @ head.prototypes().T
+    assert_parity(logits, read_arrays("head.npz")["out"], "head")
+
+
+# The losses' inputs: B = 3, K = 40, crops 2 + 3, patches 9 and 4; logits stand in for
+# embeddings, with the identity for prototypes.
+B, K, D = 3, 40, 24
+TEMPERATURE = teacher_temperature(0.04, 0.07, 5, 10)[3]
+
+
+def golden_views(image_seed, layout, requires_grad=False):
+    rows = [views * B * patches for views, patches in layout]
+    image = array(image_seed, B * sum(views for views, _ in layout), K)
+    region = array(image_seed + 1, sum(rows), K)
+    features = array(image_seed + 2, sum(rows), D)
+    image.requires_grad_(requires_grad)
+    region.requires_grad_(requires_grad)
+
+    def split(tensor):
+        return [
+            part.view(views * B, patches, -1)
+            for part, (views, patches) in zip(tensor.split(rows), layout, strict=True)
+        ]
+
+    identity = torch.eye(K)
+    views = Views(B, image, identity, None, split(features), split(region), identity)
+    return views, image, region
+
+
+def golden_pair():
+    student, image, region = golden_views(11, [(2, 9), (3, 4)], requires_grad=True)
+    teacher, _, _ = golden_views(14, [(2, 9)])
+    return student, teacher, image, region
+
+
+@pytest.mark.parametrize(
+    ("golden", "name"), [("dino", "dino"), ("esvit", "esvit"), ("cmd_released", "released")]
+)
+def test_losses(golden, name):
+    figures = read_arrays("losses.npz")
+    objective = Objective(name, lambda1=1.0)
+    centres = objective.make_centres(K)
+    for call in (0, 1):
+        student, teacher, image, region = golden_pair()
+        total, _, _ = objective(student, teacher, centres, TEMPERATURE)
+        total.backward()
+        centres.collect(teacher)
+        centres.update()
+        ours = {"loss": total, "grad_view": image.grad, "center": centres.image[None]}
+        if name != "dino":
+            ours |= {"grad_region": region.grad, "center_grid": centres.region[None]}
+        expected = {key for key in figures if key.startswith(f"{golden}/{call}/")}
+        assert {f"{golden}/{call}/{what}" for what in ours} == expected
+        for what, value in ours.items():
+            assert_parity(value, figures[f"{golden}/{call}/{what}"], f"{golden}/{call}/{what}")
+
+
+def golden_pool():
+    pool = GatedAttentionPool(K, hidden=16)
+    pool.load_state_dict(
+        {
+            name: torch.from_numpy(recipe.weight(f"pool.{name}", tuple(value.shape)))
+            for name, value in pool.state_dict().items()
+        }
+    )
+    return pool
+
+
+@pytest.mark.parametrize("form", ["diverse", "contrast", "cross", "same"])
+def test_cmd(form):
+    figures = read_arrays("cmd.npz")
+    objective = Objective("cmd", lambda1=0.1, diverse_k=2, lt=form)
+    centres = Centres(K, region=True, bag=True)
+    pool = golden_pool()
+    for call in (0, 1):
+        pool.zero_grad()
+        student, teacher, image, region = golden_pair()
+        student, teacher = add_attention(pool, student), add_attention(pool, teacher)
+        total, terms, _ = objective(student, teacher, centres, TEMPERATURE)
+        total.backward()
+        centres.collect(teacher)
+        centres.update()
+        if form != "diverse":
+            assert_parity(terms["L_T"], figures[f"{call}/L_T_{form}"], f"{call}/L_T_{form}")
+            continue
+        ours = {
+            "total": total,
+            **terms,
+            "grad_view": image.grad,
+            "grad_region": region.grad,
+            "center_bag": centres.bag,
+            **{f"grad_pool/{name}": p.grad for name, p in pool.named_parameters()},
+        }
+        # A score's bias moves no softmax: its gradient is 0, and rounding in the golden.
+        assert abs(ours.pop("grad_pool/score.bias").item()) < 1e-7
+        for what, value in ours.items():
+            assert_parity(value, figures[f"{call}/{what}"], f"{call}/{what}")
+        other_forms = {f"L_T_{f}" for f in ("contrast", "cross", "same")}
+        assert {key for key in figures if key.startswith(f"{call}/")} == {
+            f"{call}/{what}" for what in {*ours, *other_forms, "grad_pool/score.bias"}
+        }
+
+
+def test_six_training_steps():
+    """Networks, loss, schedules, clipping, frozen last layer, AdamW, EMA and centres together."""
+    shapes, figures = read_json("steps_keys.json"), read_arrays("steps.npz")
+    cfg = config.defaults()
+    for key, value in {
+        "MODEL.ARCH": "vit_small",
+        "MODEL.EMBED_DIM": 48,
+        "MODEL.DEPTHS": [2],
+        "MODEL.NUM_HEADS": [3],
+        "MODEL.PATCH_SIZE": 8,
+        "MODEL.IMG_SIZE": 32,
+        "MODEL.DROP_PATH": 0.0,
+        "HEAD.OUT_DIM": 64,
+        "HEAD.HIDDEN_DIM": 96,
+        "HEAD.BOTTLENECK_DIM": 32,
+        "HEAD.NORM_LAST_LAYER": False,
+        "LOSS.OBJECTIVE": "esvit",
+        "LOSS.TEACHER_TEMP": 0.07,
+        "LOSS.WARMUP_TEACHER_TEMP_EPOCHS": 2,
+        "TRAIN.EPOCHS": 3,
+        "TRAIN.BATCH_SIZE_PER_GPU": 4,
+        "TRAIN.BASE_LR": 0.005 * 256 / 4,
+        "TRAIN.WARMUP_EPOCHS": 1,
+        "TRAIN.MOMENTUM_TEACHER": 0.9,
+        "TRAIN.CLIP_GRAD": 0.3,
+        "AUG.GLOBAL_CROPS_SIZE": 32,
+        "AUG.LOCAL_CROPS_NUMBER": [2],
+        "AUG.LOCAL_CROPS_SIZE": [16],
+    }.items():
+        config.put(cfg, key, value, "test")
+    config.check(cfg)
+    student, teacher = build.networks(cfg)
+    own_name = {name: name if re.match(HEADS, name) else f"backbone.{name}" for name in shapes}
+    state = {own_name[name]: value for name, value in weights(shapes).items()}
+    load_strictly(student, state, "golden")
+    make_teacher(student, teacher)
+    objective = build.objective(cfg)
+    run = Pretraining(
+        cfg=cfg,
+        world=World(0, 1, torch.device("cpu")),
+        student=student,
+        wrapped=student,
+        teacher=teacher,
+        objective=objective,
+        centres=objective.make_centres(64),
+        optimizer=build_optimizer("adamw", student),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        schedules=Schedules.build(cfg, steps_per_epoch=2, images_per_step=4),
+        steps_per_epoch=2,
+        images_per_step=4,
+        precision="fp32",
+    )
+    losses = []
+    for step in range(len(figures["losses"])):
+        crops = [
+            array(100 + 10 * step + crop, 4, 3, size, size)
+            for crop, size in enumerate((32, 32, 16, 16))
+        ]
+        step_figures, _ = run.train_step(iter([(crops, None)]))
+        losses.append(step_figures["loss"].item())
+    assert_parity(np.array(losses), figures["losses"], "losses")
+    parameters = teacher.state_dict()
+    for name in shapes:
+        value = parameters[own_name[name]]
+        assert_parity(value.double().norm(), figures[f"teacher_norm/{name}"], f"norm of {name}")
+        assert_parity(value.flatten()[:8], figures[f"teacher_first8/{name}"], f"start of {name}")
+
+
+def test_schedules():
+    figures = read_arrays("schedules.npz")
+    ours = {
+        "lr": cosine(0.0005 * 64 / 256, 1e-6, 10, 7, warmup_epochs=3),
+        "wd": cosine(0.04, 0.4, 10, 7),
+        "momentum": cosine(0.996, 1.0, 10, 7),
+    }
+    assert set(ours) == set(figures)
+    for name, value in ours.items():
+        assert_parity(value, figures[name], name)
+
+
+def test_knn():
+    figures = read_json("evaluation.json")
+    centres = array(23, 12, 16)
+    train, test = labels(21, 600, 12), labels(22, 200, 12)
+    gallery, queries = (
+        nn.functional.normalize(0.5 * centres[y] + array(seed, len(y), 16), dim=1)
+        for seed, y in ((24, train), (25, test))
+    )
+    ks = [int(name.removeprefix("knn")) for name in figures if name.startswith("knn")]
+    ours = knn_accuracy(gallery, train, queries, test, ks)
+    for k in ks:
+        assert ours[k] == pytest.approx(figures[f"knn{k}"], abs=1e-4)
