@@ -1,11 +1,12 @@
 """Options: where they come from, which wins, and what the user reads when one is wrong."""
 
 import math
+from pathlib import Path
 
 import pytest
 import yaml
 
-from utils import cli, config
+from utils import cli, config, config_docs
 from utils.errors import InputError
 
 
@@ -469,3 +470,11 @@ def test_help_names_each_flag_with_its_option(capsys):
     for flag, (option, _, _) in cli.PRETRAIN_FLAGS.items():
         assert flag in text
         assert f"[{option}]" in text
+
+
+def test_the_page_of_options_is_current_and_explains_each():
+    """Run `python -m utils.config_docs > docs/configuration.md` after a change of options."""
+    page = Path(__file__).parents[1] / "docs" / "configuration.md"
+    assert page.read_text() == config_docs.page()
+    remarks = config_docs.remarks()
+    assert [name for name in config.option_names() if not remarks.get(name)] == []

@@ -21,7 +21,7 @@ _.DEVICE = "auto"  # auto (a GPU where there is one) | cpu | cuda
 _.PRINT_FREQ = 10  # steps between two lines of the log; metrics are fetched only then
 _.RESUME = "auto"  # auto (from OUTPUT_DIR if it holds a checkpoint) | force (though options differ)
 
-_.MODEL = Node()
+_.MODEL = Node()  # the backbone
 _.MODEL.ARCH = "swin_tiny"  # a name in models/registry.py
 _.MODEL.EMBED_DIM = 0  # width of the first stage; 0: the architecture's own
 _.MODEL.DEPTHS = []  # blocks a stage; []: the architecture's own
@@ -34,19 +34,19 @@ _.MODEL.NUM_CLASSES = 0  # always 0: backbones have no classifier (EsViT's comma
 
 _.HEAD = Node()  # both DINO heads, and the pooling
 _.HEAD.OUT_DIM = 65536  # K, prototypes
-_.HEAD.HIDDEN_DIM = 2048
+_.HEAD.HIDDEN_DIM = 2048  # width of the MLP
 _.HEAD.BOTTLENECK_DIM = 256  # d, width of the embeddings
 _.HEAD.LAYERS = 3  # linears in the MLP
 _.HEAD.USE_BN = False  # BatchNorm in the MLP
 _.HEAD.NORM_LAST_LAYER = True  # freeze the prototypes' magnitude at 1
 _.HEAD.POOL_HIDDEN = 128  # hidden units of the MIL attention
 
-_.LOSS = Node()
+_.LOSS = Node()  # objective and temperatures
 _.LOSS.OBJECTIVE = "cmd"  # dino | esvit | cmd | released (losses/objective.py)
-_.LOSS.STUDENT_TEMP = 0.1
+_.LOSS.STUDENT_TEMP = 0.1  # temperature of all student distributions
 _.LOSS.WARMUP_TEACHER_TEMP = 0.04  # the teacher's temperature at the first epoch
 _.LOSS.TEACHER_TEMP = 0.04  # and after the warm-up
-_.LOSS.WARMUP_TEACHER_TEMP_EPOCHS = 0
+_.LOSS.WARMUP_TEACHER_TEMP_EPOCHS = 0  # linear from the one to the other
 _.LOSS.CENTER_MOMENTUM = 0.9  # of the EMA of the centres
 
 _.CMD = Node()  # the inter-level terms; read by the objectives cmd and released (LAMBDA1)
@@ -57,7 +57,7 @@ _.CMD.LT = "diverse"  # form of L_T: diverse | contrast | cross | same | none
 _.CMD.DIVERSE_K = 6  # bags in which a patch must recur, for LT diverse
 _.CMD.REGION_WEIGHT = "uniform"  # weights of patches in L_R: uniform | mix (half attention)
 
-_.DATA = Node()
+_.DATA = Node()  # the images
 _.DATA.DATASET = "folder"  # a name in datasets/fine_grained.py
 _.DATA.PATH = ""  # its folder; labels are not used
 _.DATA.WORKERS = 8  # loader processes for each training process; 0: in the training process
@@ -69,13 +69,13 @@ _.AUG.LOCAL_CROPS_NUMBER = [8]  # one entry for each local size; [] for none
 _.AUG.LOCAL_CROPS_SIZE = [96]  # pixels
 _.AUG.LOCAL_CROPS_SCALE = [0.05, 0.4]  # share of the image's area
 _.AUG.COLOR_JITTER = [0.4, 0.4, 0.2, 0.1]  # brightness, contrast, saturation, hue
-_.AUG.COLOR_JITTER_PROB = 0.8
-_.AUG.GRAY_PROB = 0.2
+_.AUG.COLOR_JITTER_PROB = 0.8  # how often a crop is jittered
+_.AUG.GRAY_PROB = 0.2  # how often a crop loses its colour
 _.AUG.BLUR_PROB = [1.0, 0.1, 0.5]  # first global crop, second, local crops
 _.AUG.SOLARIZE_PROB = 0.2  # second global crop
 
-_.TRAIN = Node()
-_.TRAIN.EPOCHS = 100
+_.TRAIN = Node()  # length, batch, optimizer
+_.TRAIN.EPOCHS = 100  # length of the run; the schedules stretch to it
 _.TRAIN.BATCH_SIZE_PER_GPU = 64  # images for each process and micro-batch
 _.TRAIN.ACCUM_STEPS = 1  # micro-batches to an optimizer step
 _.TRAIN.OPTIMIZER = "adamw"  # adamw | sgd (momentum 0.9)
@@ -91,19 +91,19 @@ _.TRAIN.PRECISION = "auto"  # auto (bf16 on a GPU that has it, fp16 on another, 
 # fp32 | bf16 | fp16
 _.TRAIN.TIMEOUT_MINUTES = 30.0  # after which a process that waits for another gives up
 
-_.INIT = Node()
+_.INIT = Node()  # starting weights
 _.INIT.WEIGHTS = ""  # someone's checkpoint to start student and teacher from, at epoch 0
 _.INIT.CHECKPOINT_KEY = "teacher"  # which of its networks: teacher | student
 
-_.CKPT = Node()
+_.CKPT = Node()  # checkpoints
 _.CKPT.EVERY_EPOCHS = 1  # how often the last checkpoint is written
 _.CKPT.KEEP_EVERY = 20  # epochs between checkpoints that are kept for good; 0: only the last
 
-_.EVAL = Node()
+_.EVAL = Node()  # tests during pretraining
 _.EVAL.KNN_EVERY = 0  # epochs between k-NN tests of the teacher; 0: none
 _.EVAL.KNN_TRAIN = ""  # folder with class subfolders: the gallery
 _.EVAL.KNN_VAL = ""  # folder with class subfolders: the queries
-_.EVAL.KNN_K = 20
+_.EVAL.KNN_K = 20  # neighbours
 _.EVAL.SIZE = 224  # pixels of the centre crop; the image is first resized to 256/224 of it
 
 DEFAULTS = _
