@@ -34,7 +34,9 @@ class PadThenShiftBlock(SwinTransformerBlock):
         """Mask [windows, M², M²] that keeps wrapped-around regions apart; None without shift."""
         key = (x.shape[1], x.shape[2], x.device, x.dtype)
         if key not in self._masks:
-            self._masks[key] = self.get_attn_mask(x)
+            # Kept beyond this call: a tensor of inference mode could not serve training later.
+            with torch.inference_mode(False):
+                self._masks[key] = self.get_attn_mask(x)
         return self._masks[key]
 
     def _attn(self, x: Tensor) -> Tensor:

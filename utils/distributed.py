@@ -4,6 +4,7 @@ In one process every collective is the identity, so nothing above needs to know.
 """
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -59,8 +60,13 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
 
 
 def stop() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined; all processes together."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        # gloo's thread frees the last collective's tensors under Python's lock. Were the group
+        # destroyed meanwhile, which joins that thread under the same lock, both would wait for
+        # ever (seen with torch 2.11, once in a few hundred runs). Asleep we do not hold it.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 

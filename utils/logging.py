@@ -5,6 +5,7 @@ log.txt holds one JSON object a line: step, epoch and every figure.
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -86,7 +87,10 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def _short(value: float) -> float:
+def _short(value: float) -> float | None:
+    """Seven digits; null for what JSON has no number for (fp16's first gradients overflow)."""
+    if not math.isfinite(value):
+        return None
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 

@@ -1,0 +1,74 @@
+"""What the README tells people to type works."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils import cli, config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_snippet_gives_image_and_patch_features(trained, tmp_path):
+    """The snippet as it stands, in a folder where OUT is a run's."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    (tmp_path / "OUT").symlink_to(trained)
+    run = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    # 224 pixels in patches of 8: 28 x 28.
+    assert run.stdout.split() == ["torch.Size([2,", "32])", "torch.Size([2,", "784,", "32])"]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Command lines for main_cmd.py in fenced blocks or comments, continuation lines joined."""
+    text = re.sub(r"\\\n[# ]*", " ", text)
+    lines = re.findall(r"^[# ]*((?:python|torchrun) .*?main_cmd\.py .*)$", text, flags=re.M)
+    return [line.split("main_cmd.py", 1)[1].split("  #")[0].split() for line in lines]
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "experiments").rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_written_command_parses(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = commands(path.read_text())
+    assert found, f"{path.name} shows no command"
+    for arguments in found:
+        cfg = cli.parse("", arguments).cfg
+        assert cfg.DATA.PATH or "--cfg" in arguments
+
+
+@pytest.mark.parametrize("path", DOCUMENTS[1:], ids=lambda path: path.name)
+def test_every_experiment_is_valid_and_names_itself(path):
+    cfg = config.defaults()
+    config.merge_file(cfg, path)
+    config.check(cfg)
+    assert path.relative_to(ROOT).as_posix() in path.read_text()
+
+
+def test_the_experiments_hold_esvits_names():
+    names = {path.name for path in (ROOT / "experiments/imagenet/swin").iterdir()}
+    assert names >= {
+        f"swin_{size}_patch4_window{window}_224.yaml"
+        for size, window in (
+            ("tiny", 7),
+            ("tiny", 14),
+            ("small", 7),
+            ("small", 14),
+            ("base", 7),
+            ("base", 14),
+            ("large", 7),
+        )
+    }

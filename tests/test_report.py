@@ -1,0 +1,128 @@
+"""Pointing and its zeros on known maps; report.py on real runs; the demo as a whole (slow)."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from datasets import synthetic
+from engine import pointing
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, environment, code: int = 0):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_cells_touch_a_box_where_they_overlap_it():
+    # A 2 x 4 grid over 64 pixels: cells are 32 high and 16 wide.
+    boxes = [(0, 0, 16, 32), (0, 0, 17, 33), (63, 63, 64, 64), (20, 10, 40, 20)]
+    touching = pointing.cells_touching(boxes, 64, (2, 4)).int().tolist()
+    assert touching == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],
+        [0, 1, 1, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_pointing_and_its_zeros_on_known_maps():
+    touching = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]).bool()
+    attention = torch.tensor(
+        [[0.1, 0.6, 0.2, 0.1], [0.2, 0.3, 0.3, 0.2], [0.0, 0.0, 0.0, 1.0], [0.7, 0.1, 0.1, 0.1]]
+    )
+    assert pointing.pointing(attention, touching) == 75  # misses the second
+    assert pointing.chance(touching) == pytest.approx(100 * 5 / 16)
+    assert pointing.best_fixed_cell(touching) == 75  # the first cell
+    assert pointing.mass_on_part(attention, touching) == pytest.approx(
+        100 * (0.7 + 0.2 + 1 + 0.7) / 4
+    )
+
+
+def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("checkpoint.pth", "log.txt"):
+        (folder / name).symlink_to(trained / name)
+    arguments = ("--output_dir", folder, "--gallery", images, "--queries", images, "--k", 3)
+    done = run("report.py", *arguments, environment=environment)
+    results = json.loads((folder / "results.json").read_text())
+    # Queries are the gallery: each image is its own nearest neighbour, and votes most.
+    assert results["knn"]["trained"]["top1"] > 50
+    assert "pointing" not in results  # nobody knows the parts
+    assert f"{results['knn']['random_initialisation']['top1']:.2f}" in done.stdout
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in re.sub(r"base64,[^']*", "", page)  # self-contained
+    for name in ("loss_curves.png", "attention.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_a_report_names_what_is_missing(images, environment, tmp_path):
+    arguments = ("--output_dir", tmp_path, "--gallery", images, "--queries", images)
+    done = run("report.py", *arguments, environment=environment, code=2)
+    assert done.stderr.startswith("error: there is no checkpoint at")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_random_network_of_a_report_is_the_one_the_run_began_with(
+    trained, images, environment, tmp_path, pretrain
+):
+    """A run whose learning rate is 0 ends where it began."""
+    pretrain(tmp_path / "still", "TRAIN.EPOCHS 1 TRAIN.BASE_LR 0 TRAIN.MIN_LR 0 SEED 3")
+    arguments = ("--output_dir", tmp_path / "still", "--gallery", images, "--queries", images)
+    run("report.py", *arguments, "--k", 3, environment=environment)
+    knn = json.loads((tmp_path / "still" / "results.json").read_text())["knn"]
+    assert knn["trained"] == knn["random_initialisation"]
+
+
+def test_boxes_reach_the_report(environment, tmp_path, pretrain):
+    config = synthetic.DIFFICULTIES["easy"]
+    synthetic.write_folder(config, 0, tmp_path / "data", train=20, val=10)
+    data, folder = tmp_path / "data", tmp_path / "run"
+    pretrain(folder, f"DATA.PATH {data}/train TRAIN.EPOCHS 1 SEED 3")
+    arguments = ("--gallery", data / "train", "--queries", data / "val", "--size", 64)
+    run("report.py", "--output_dir", folder, *arguments, environment=environment)
+    figures = json.loads((folder / "results.json").read_text())["pointing"]
+    boxes = synthetic.read_parts(data)
+    touching = pointing.cells_touching(
+        [box for path, box in boxes.items() if path.startswith("val/")], 64, (8, 8)
+    )
+    assert figures["chance"] == pytest.approx(pointing.chance(touching))
+    assert figures["best_fixed_cell"] == pytest.approx(pointing.best_fixed_cell(touching))
+
+
+@pytest.mark.slow
+def test_the_demo_learns(environment, tmp_path):
+    """The Makefile's three commands, elsewhere: +10 points of k-NN over random initialisation."""
+    recipe = re.search(r"^demo: env\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    recipe = recipe.replace("\\\n", " ").replace("$(DEMO)", str(tmp_path))
+    lines = [line.split("$(BIN)/python", 1)[1] for line in recipe.splitlines() if "$(BIN)" in line]
+    assert len(lines) == 3
+    for line in lines:
+        run(*shlex.split(line), environment=environment)
+    results = json.loads((tmp_path / "results.json").read_text())
+    gain = results["knn"]["trained"]["top1"] - results["knn"]["random_initialisation"]["top1"]
+    assert gain >= 10
+    assert results["pointing"]["accuracy"] > results["pointing"]["chance"]
+    assert results["pointing"]["accuracy"] > results["pointing"]["untrained_pooling"]
+    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["teacher_information"] > 0.5  # targets still tell images apart
