@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from datasets import synthetic
+from datasets.synthetic_images import DIFFICULTIES
 from engine import pointing
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def test_the_random_network_of_a_report_is_the_one_the_run_began_with(
 
 
 def test_boxes_reach_the_report(environment, tmp_path, pretrain):
-    config = synthetic.DIFFICULTIES["easy"]
+    config = DIFFICULTIES["easy"]
     synthetic.write_folder(config, 0, tmp_path / "data", train=20, val=10)
     data, folder = tmp_path / "data", tmp_path / "run"
     pretrain(folder, f"DATA.PATH {data}/train TRAIN.EPOCHS 1 SEED 3")

@@ -13,15 +13,13 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from datasets.synthetic import (
+from datasets.synthetic import VAL_START, read_parts, write_folder
+from datasets.synthetic_images import (
     COARSE_NAMES,
     DIFFICULTIES,
     PATTERNS,
-    VAL_START,
     SyntheticConfig,
-    read_parts,
     render,
-    write_folder,
 )
 from utils.errors import InputError
 
