@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.fine_grained import build_dataset
 from datasets.loader import MultiCropDataset, StepSampler, build_loader, steps_per_epoch
 from engine import build, resume
-from engine.features import labelled_folder
+from engine.features import gallery_and_queries
 from engine.pretrain import Pretraining, Schedules, scaled_lr, train
 from models.pretrained import count_parameters
 from models.registry import resolve
@@ -52,7 +52,7 @@ def main() -> None:
 
     # Networks, the same on every process.
     student, teacher = build.networks(cfg)
-    state = resume.find(cfg, images_per_step)
+    state = resume.find(cfg, images_per_step, epoch_steps)
     if state is None:
         resume.start_from(cfg, student, teacher)
     if world.size > 1 and world.device.type == "cuda":
@@ -83,14 +83,18 @@ def main() -> None:
         steps_per_epoch=epoch_steps,
         images_per_step=images_per_step,
         precision=precision,
-        held_out=tuple(labelled_folder(path, cfg.EVAL.SIZE) for path in knn_folders),
+        held_out=gallery_and_queries(*knn_folders, cfg.EVAL.SIZE) if knn_folders else (),
     )
 
-    # The run's folder; going on where a checkpoint stands in it.
-    folder = open_folder(cfg, world.is_main)
+    # Going on where a checkpoint stands in the run's folder.
     if state is not None:
         resume.resume(run, state)
         del state
+    distributed.agree(
+        {"images in DATA.PATH": len(dataset), "the step to start from": run.step},
+        "put DATA.PATH and OUTPUT_DIR where all of them see the same files",
+    )
+    folder = open_folder(cfg, world.is_main)
 
     logger.info(
         f"{len(dataset)} images in {cfg.DATA.PATH}; "

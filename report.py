@@ -35,9 +35,16 @@ def main() -> None:
     parser.add_argument("--queries", type=Path, required=True, help="folder with class subfolders")
     parser.add_argument("--size", type=int, help="pixels of the evaluated images [the run's]")
     parser.add_argument("--k", type=int, default=20, help="neighbours of the k-NN [20]")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes [0]")
     arguments = parser.parse_args()
+    for name, value, least in (
+        ("--size", arguments.size, 1),
+        ("--k", arguments.k, 1),
+        ("--num_workers", arguments.num_workers, 0),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, not {value}.")
     device = distributed.start(arguments.device).device
 
     # The run: its options, the teacher it made, and the network it began with.
@@ -51,7 +58,12 @@ def main() -> None:
     start = build.networks(cfg)[1].to(device).eval()
     size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
     where = report.Evaluation(
-        arguments.gallery, arguments.queries, size, arguments.k, device, 64, arguments.num_workers
+        arguments.gallery.resolve(),
+        arguments.queries.resolve(),
+        size,
+        arguments.k,
+        device,
+        workers=arguments.num_workers,
     )
     if size % teacher.backbone.patch_size:
         raise InputError(f"--size {size} must be a multiple of {teacher.backbone.patch_size}.")
@@ -97,8 +109,9 @@ def main() -> None:
             }
         else:
             maps = report.attention_maps(teacher.backbone, teacher.head_dense, teacher.pool, where)
-        grid = teacher.backbone.patch_grid(size, size)
-        report.plot_attention(maps, grid, where.queries, queries.paths, boxes, pictures[1][1])
+        report.plot_attention(
+            maps, teacher.backbone, size, where.queries, queries.paths, boxes, pictures[1][1]
+        )
 
     # Printed and written.
     for name, table in tables.items():

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from datasets.fine_grained import UnreadableImage, unreadable_sentence
 from datasets.multicrop import MultiCrop, sample_seed
 from utils.errors import InputError
-from utils.seeding import derive_seed
+from utils.seeding import ORDER, derive_seed
 
 Key = tuple[int, int]  # (epoch, index of the image)
 Sample = tuple[list[Tensor], int]
@@ -76,7 +76,7 @@ class StepSampler(Sampler[list[Key]]):
                 yield [(epoch, index) for index in order[first : first + self.batch]]
 
     def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
         return torch.randperm(self.length, generator=generator).tolist()
 
 
@@ -134,12 +134,16 @@ class GuardedDataset(Dataset):
 
 
 def collate(samples: list[Sample | BadImage]) -> Batch | BadImage:
-    """B samples -> (list of V float32 [B, 3, S, S], int64 [B]), or the first `BadImage`."""
+    """B samples (data, number) -> (data batched, int64 [B]), or the first `BadImage`.
+
+    In pretraining the data are a list of V float32 [B, 3, S, S] and the numbers are indices; in
+    an evaluation the data are images and the numbers are labels.
+    """
     for sample in samples:
         if isinstance(sample, BadImage):
             return sample
-    crops, indices = default_collate(samples)
-    return crops, indices
+    data, numbers = default_collate(samples)
+    return data, numbers
 
 
 def build_loader(

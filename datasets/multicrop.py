@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from utils.errors import InputError
-from utils.seeding import derive_seed
+from utils.seeding import AUGMENTATION, derive_seed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -17,7 +17,7 @@ GLOBAL_CROPS = 2
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """The seed of image `index` in epoch `epoch` of the run seeded with `seed`."""
-    return derive_seed(seed, epoch, index)
+    return derive_seed(seed, AUGMENTATION, epoch, index)
 
 
 class GaussianBlur(nn.Module):

@@ -8,12 +8,10 @@ from datasets.multicrop import MultiCrop
 from losses.objective import Objective
 from models.network import HeadSpec, Network, make_teacher
 from models.registry import BackboneSpec, build_backbone
+from utils import seeding
 from utils.config import Node, local_crops
 from utils.errors import InputError
 from utils.seeding import derive_seed
-
-# Branches of the seed; data order and augmentation use the seed itself.
-_INITIALISATION, _UNTRAINED_POOLING, _STEPS = 1, 2, 3
 
 
 def backbone_spec(cfg: Node) -> BackboneSpec:
@@ -82,7 +80,7 @@ def networks(cfg: Node) -> tuple[Network, Network]:
     """
     goal, heads, spec = objective(cfg), head_spec(cfg), backbone_spec(cfg)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(cfg.SEED, _INITIALISATION))
+        torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
         student = Network(
             build_backbone(spec, drop_path=cfg.MODEL.DROP_PATH),
             heads,
@@ -112,12 +110,12 @@ def check_crop_sizes(cfg: Node, multiple: int) -> None:
 
 def untrained_pooling_seed(cfg: Node) -> int:
     """Seed of the fresh pooling that the report measures attention against."""
-    return derive_seed(cfg.SEED, _UNTRAINED_POOLING)
+    return derive_seed(cfg.SEED, seeding.UNTRAINED_POOLING)
 
 
 def step_seed(cfg: Node, step: int, micro: int, rank: int) -> int:
     """Seed of the device-side randomness (drop path) of one micro-batch."""
-    return derive_seed(cfg.SEED, _STEPS, step, micro, rank)
+    return derive_seed(cfg.SEED, seeding.STEPS, step, micro, rank)
 
 
 def precision(cfg: Node, device: torch.device) -> str:
@@ -126,7 +124,7 @@ def precision(cfg: Node, device: torch.device) -> str:
     if wanted == "auto":
         if device.type != "cuda":
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if wanted == "fp16" and device.type != "cuda":
         raise InputError("TRAIN.PRECISION fp16 needs a GPU; on the CPU use fp32 or bf16.")
     return wanted

@@ -20,7 +20,7 @@ PATIENCE = 20
 
 @torch.no_grad()
 def measure(
-    student: Views, teacher: Views, centres: Centres, entropy: Tensor, teacher_temp: float
+    teacher: Views, centres: Centres, entropy: Tensor, teacher_temp: float
 ) -> dict[str, Tensor]:
     """Figures of one micro-batch of this process, scalars on the device.
 

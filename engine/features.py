@@ -29,6 +29,25 @@ def labelled_folder(root: str | Path, size: int, resize: int | None = None) -> I
     return dataset
 
 
+def gallery_and_queries(
+    gallery: str | Path, queries: str | Path, size: int, resize: int | None = None
+) -> tuple[ImageFolder, ImageFolder]:
+    """Two labelled folders whose labels mean the same: the gallery's numbering of classes.
+
+    Raises InputError where the queries have a class that the gallery lacks.
+    """
+    first, second = (labelled_folder(root, size, resize) for root in (gallery, queries))
+    number = {name: index for index, name in enumerate(first.classes)}
+    unknown = [name for name in second.classes if name not in number]
+    if unknown:
+        raise InputError(
+            f"{queries} has classes that {gallery} lacks: {', '.join(unknown[:5])}. Both folders "
+            f"must use the same names for their class subfolders."
+        )
+    second.labels = [number[second.classes[label]] for label in second.labels]
+    return first, second
+
+
 @torch.inference_mode()
 def extract(
     function: Callable[[Tensor], Tensor],

@@ -32,10 +32,9 @@ def knn_accuracy(
     for first in range(0, len(queries), block):
         similarity = queries[first : first + block] @ gallery.T
         targets = query_labels[first : first + block]
-        # A stable sort keeps equal neighbours in gallery order; topk does not promise it.
-        values, places = similarity.sort(dim=1, descending=True, stable=True)
-        votes = (values[:, :most] / temperature).exp()
-        labels = gallery_labels[places[:, :most]]
+        values, places = nearest(similarity, most)
+        votes = (values / temperature).exp()
+        labels = gallery_labels[places]
         for k in ks:
             scores = votes.new_zeros(len(targets), classes)
             scores.scatter_add_(1, labels[:, :k], votes[:, :k])
@@ -43,3 +42,21 @@ def knn_accuracy(
             correct = ranking == targets[:, None]
             hits[k] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()]).cpu()
     return {k: tuple((100 * hit / len(queries)).tolist()) for k, hit in hits.items()}
+
+
+def nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, [m, k] values and places; equals in the order of the columns.
+
+    torch.topk does not say which of equal values it takes, nor in what order. The few rows
+    where that matters are sorted in full.
+    """
+    places = similarity.topk(k, dim=1).indices.sort(dim=1).values
+    values = similarity.gather(1, places)
+    last = values.amin(dim=1, keepdim=True)
+    unclear = (similarity == last).sum(1) > (values == last).sum(1)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    places = places.gather(1, order)
+    if unclear.any():
+        whole = similarity[unclear].sort(dim=1, descending=True, stable=True)
+        values[unclear], places[unclear] = whole.values[:, :k], whole.indices[:, :k]
+    return values, places

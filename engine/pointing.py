@@ -11,17 +11,18 @@ from torch import Tensor
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels; x1, y1 exclusive
 
 
-def cells_touching(boxes: Sequence[Box], size: int, grid: tuple[int, int]) -> Tensor:
-    """Which cells of a `grid` (rows, columns) over size x size pixels touch each box.
+def cells_touching(boxes: Sequence[Box], grid: tuple[int, int], cell: float) -> Tensor:
+    """Which square cells of `cell` pixels, in a `grid` of (rows, columns), touch each box.
 
-    Returns bool [n, rows * columns], row-major like patch features.
+    The last cells may reach beyond the image. Returns bool [n, rows * columns], row-major
+    like patch features.
     """
     rows, columns = grid
     x0, y0, x1, y1 = torch.tensor(boxes, dtype=torch.float64).T[:, :, None]
-    left = torch.arange(columns, dtype=torch.float64) * (size / columns)
-    top = torch.arange(rows, dtype=torch.float64) * (size / rows)
-    across = (left < x1) & (left + size / columns > x0)  # [n, columns]
-    down = (top < y1) & (top + size / rows > y0)  # [n, rows]
+    left = torch.arange(columns, dtype=torch.float64) * cell
+    top = torch.arange(rows, dtype=torch.float64) * cell
+    across = (left < x1) & (left + cell > x0)  # [n, columns]
+    down = (top < y1) & (top + cell > y0)  # [n, rows]
     return (down[:, :, None] & across[:, None, :]).flatten(1)
 
 

@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.fine_grained import ImageFolder
 from datasets.loader import BadImage
+from datasets.multicrop import GLOBAL_CROPS
 from engine import diagnostics
 from engine.build import step_seed
 from engine.features import extract
 from engine.knn import knn_accuracy
 from losses.objective import Objective
 from losses.targets import Centres
-from models.network import Network, TeacherEMA, load_shared
+from models.network import Network, TeacherEMA
 from utils import checkpoint, config, distributed
 from utils.config import Node
 from utils.distributed import World
@@ -92,6 +94,7 @@ class Pretraining:
     precision: str
     held_out: tuple[ImageFolder, ...] = ()  # gallery and queries of the k-NN test
     step: int = 0  # optimizer steps done
+    logged_step: int = 0  # the step, as the log numbers it, at which a resume goes on
 
     def __post_init__(self) -> None:
         self.ema = TeacherEMA(self.student, self.teacher)
@@ -112,16 +115,18 @@ class Pretraining:
         """Views of the student (all crops) and of the teacher (the two image-level ones)."""
         with self.autocast():
             with torch.no_grad():
-                teacher = self.teacher(crops[:2])
+                teacher = self.teacher(crops[:GLOBAL_CROPS])
             if self.student.pool is None:
                 return self.wrapped(crops), teacher
             return self.wrapped(crops, teacher)
 
-    def train_step(self, batches: Iterator) -> tuple[dict[str, Tensor], tuple]:
+    def train_step(
+        self, batches: Iterator, measure: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One optimizer step over TRAIN.ACCUM_STEPS micro-batches from `batches`.
 
-        Returns the step's figures, scalars on the device, and (student views, teacher views,
-        teacher entropies) of the last micro-batch. The centres are held during the step.
+        Returns the step's figures and, if `measure`, the last micro-batch's health (see
+        engine/diagnostics.py): scalars on the device. The centres are held during the step.
         """
         cfg, step = self.cfg, self.step
         epoch = step // self.steps_per_epoch
@@ -130,6 +135,7 @@ class Pretraining:
             self.optimizer, float(self.schedules.lr[step]), float(self.schedules.weight_decay[step])
         )
         figures: dict[str, Tensor] = {}
+        health: dict[str, Tensor] = {}
         for micro in range(cfg.TRAIN.ACCUM_STEPS):
             crops = self._next_crops(batches)
             torch.manual_seed(step_seed(cfg, step, micro, self.world.rank))
@@ -143,6 +149,10 @@ class Pretraining:
             for name, value in {"loss": total.detach(), **terms}.items():
                 share = value / cfg.TRAIN.ACCUM_STEPS
                 figures[name] = figures[name] + share if name in figures else share
+            if measure and is_last:
+                health = diagnostics.measure(teacher, self.centres, entropy, temperature)
+            # Their memory is wanted for the next forward.
+            del crops, student, teacher, total, terms, entropy
 
         self.scaler.unscale_(self.optimizer)
         figures["grad_norm"] = clip_each(self.student.parameters(), cfg.TRAIN.CLIP_GRAD)
@@ -154,7 +164,7 @@ class Pretraining:
         self.ema.update(float(self.schedules.momentum[step]))
         self.centres.update()
         self.step += 1
-        return figures, (student, teacher, entropy)
+        return figures, health
 
     def _next_crops(self, batches: Iterator) -> list[Tensor]:
         batch = next(batches)
@@ -174,6 +184,7 @@ class Pretraining:
             "format": checkpoint.FORMAT,
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
             "images_per_step": self.images_per_step,
             "student": student,
             "teacher": {**self.teacher.state_dict(), **pooling},
@@ -184,23 +195,14 @@ class Pretraining:
             "versions": {"torch": str(torch.__version__)},
         }
 
-    def restore(self, state: dict) -> None:
-        """Take up a state of the same configuration; see `engine.resume` for the checks."""
-        self.student.load_state_dict(state["student"])
-        load_shared(self.teacher, state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.centres.load_state_dict(state["centres"])
-        self.step = state["step"]
 
-
-def train(run: Pretraining, loader, folder: Path, model: dict) -> None:
+def train(run: Pretraining, loader: DataLoader, folder: Path, model: dict) -> None:
     """Train from `run.step` to the end: steps, log lines, k-NN, checkpoints in `folder`.
 
     model: what rebuilds the networks, stored in every checkpoint.
     """
     cfg, is_main = run.cfg, run.world.is_main
-    log = RunLog(folder, run.step) if is_main else None
+    log = RunLog(folder, run.logged_step) if is_main else None
     watch, window = diagnostics.CollapseWatch(), Window()
     batches = iter(loader)
     started, started_at = time.perf_counter(), run.step
@@ -211,12 +213,13 @@ def train(run: Pretraining, loader, folder: Path, model: dict) -> None:
         disable=not (is_main and on_terminal()),
     )
     while run.step < run.total_steps:
-        figures, last = run.train_step(batches)
+        epoch_ends = (run.step + 1) % run.steps_per_epoch == 0
+        line_due = (run.step + 1) % cfg.PRINT_FREQ == 0 or epoch_ends
+        figures, health = run.train_step(batches, measure=line_due)
         window.add(figures)
         bar.update()
-        epoch_ends = run.step % run.steps_per_epoch == 0
-        if run.step % cfg.PRINT_FREQ == 0 or epoch_ends:
-            line = _fetch(run, window, last)
+        if line_due:
+            line = _fetch(run, window, health)
             seconds = time.perf_counter() - started
             line["images_per_second"] = (run.step - started_at) * run.images_per_step / seconds
             started, started_at = time.perf_counter(), run.step
@@ -230,12 +233,10 @@ def train(run: Pretraining, loader, folder: Path, model: dict) -> None:
         log.close()
 
 
-def _fetch(run: Pretraining, window: Window, last: tuple) -> dict[str, float]:
+def _fetch(run: Pretraining, window: Window, health: dict[str, Tensor]) -> dict[str, float]:
     """One line's figures: means over the steps since the last line, and this step's health."""
     done = run.step - 1
-    student, teacher, entropy = last
     temperature = float(run.schedules.teacher_temp[done // run.steps_per_epoch])
-    health = diagnostics.measure(student, teacher, run.centres, entropy, temperature)
     return {
         "epoch": done / run.steps_per_epoch,
         **window.fetch(health),
@@ -246,14 +247,26 @@ def _fetch(run: Pretraining, window: Window, last: tuple) -> dict[str, float]:
     }
 
 
-def _report(run: Pretraining, line: dict, log: RunLog | None, bar: tqdm, watch) -> None:
+def _report(
+    run: Pretraining,
+    line: dict[str, float],
+    log: RunLog | None,
+    bar: tqdm,
+    watch: diagnostics.CollapseWatch,
+) -> None:
     """Stop on all ranks (InputError) for a loss of NaN or inf; else warn of collapse, write."""
-    # The figures are means over processes: every rank sees the same and stops.
-    if not math.isfinite(line["loss"]):
-        raise InputError(
-            f"the loss is {line['loss']} at step {run.step}. The last checkpoint is from before. "
-            f"Lower the learning rate (--lr) or the precision's risk (--precision fp32 or bf16)."
-        )
+    # The figures are means over processes: every rank sees the same and stops. A line comes
+    # before each checkpoint, so none is written after a bad step. In fp16 the scaler skips a
+    # step whose gradient overflows.
+    names = ("loss",) if run.precision == "fp16" else ("loss", "grad_norm")
+    for name in names:
+        if not math.isfinite(line[name]):
+            raise InputError(
+                f"{name} is {line[name]} by step {run.step}, so the run stops; a checkpoint in "
+                f"{run.cfg.OUTPUT_DIR}, if there is one, is from before. To go on from it with a "
+                f"lower learning rate or another precision: --lr or --precision fp32, and "
+                f"--resume force."
+            )
     for warning in watch.update(line, run.cfg.TRAIN.BATCH_SIZE_PER_GPU):
         logger.warning(warning)
     if log:

@@ -13,11 +13,12 @@ from torchvision.transforms.functional import center_crop
 
 from datasets.fine_grained import load_image
 from engine import pointing
-from engine.features import extract, labelled_folder
+from engine.features import extract, gallery_and_queries, labelled_folder
 from engine.knn import knn_accuracy
 from models.backbone import Backbone
 from models.mil import GatedAttentionPool
 from models.network import Network
+from utils.errors import InputError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -45,15 +46,12 @@ class Evaluation:
 
 def image_knn(backbone: Backbone, where: Evaluation) -> dict[str, float]:
     """k-NN of the image features: percent top-1 and top-5."""
+    folders = gallery_and_queries(where.gallery, where.queries, where.size, where.size)
     gallery, queries = (
         extract(
-            lambda images: backbone(images)[0],
-            labelled_folder(folder, where.size, where.size),
-            where.device,
-            where.batch,
-            where.workers,
+            lambda images: backbone(images)[0], folder, where.device, where.batch, where.workers
         )
-        for folder in (where.gallery, where.queries)
+        for folder in folders
     )
     top1, top5 = knn_accuracy(*gallery, *queries, [where.k])[where.k]
     return {"top1": top1, "top5": top5}
@@ -85,7 +83,8 @@ def pointing_figures(
     boxes: one a query image, in pixels of images of box_size x box_size.
     """
     grid = network.backbone.patch_grid(where.size, where.size)
-    touching = pointing.cells_touching(boxes, box_size, grid)
+    cell = network.backbone.stride * box_size / where.size
+    touching = pointing.cells_touching(boxes, grid, cell)
     maps = attention_maps(network.backbone, network.head_dense, network.pool, where)
     untrained = attention_maps(network.backbone, network.head_dense, untrained_pool, where)
     return {
@@ -98,8 +97,14 @@ def pointing_figures(
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a run's log.txt."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The lines of a run's log.txt; InputError without any."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError):
+        lines = []
+    if not any("loss" in line for line in lines):
+        raise InputError(f"{path} is not the log of a run: give the folder that main_cmd.py wrote.")
+    return lines
 
 
 def plot_curves(lines: list[dict], path: Path) -> None:
@@ -131,13 +136,18 @@ def plot_curves(lines: list[dict], path: Path) -> None:
 
 def plot_attention(
     maps: Tensor,
-    grid: tuple[int, int],
+    backbone: Backbone,
+    size: int,
     folder: Path,
     paths: list[str],
     boxes: list[pointing.Box] | None,
     path: Path,
 ) -> None:
-    """Query images, each beside its attention map, with the part's box where known, as PNG."""
+    """Query images, each beside its attention map, with the part's box where known, as PNG.
+
+    maps [n, N]: of images shown to the backbone at size x size pixels.
+    """
+    grid = backbone.patch_grid(size, size)
     shown = torch.linspace(0, len(paths) - 1, min(IMAGES_SHOWN, len(paths))).long().tolist()
     columns = 6
     rows = -(-len(shown) // columns)
@@ -154,14 +164,16 @@ def plot_attention(
         picture.imshow(image)
         picture.set_title(Path(paths[index]).parent.name, fontsize=6)
         overlay.imshow(image, alpha=0.45)
+        cell = backbone.stride * image.width / size
         overlay.imshow(
             maps[index].view(grid),
-            extent=(0, image.width, image.height, 0),
+            extent=(0, grid[1] * cell, grid[0] * cell, 0),
             cmap="inferno",
             alpha=0.6,
             interpolation="nearest",
             vmin=0,
         )
+        overlay.set(xlim=(0, image.width), ylim=(image.height, 0))
         if boxes:
             x0, y0, x1, y1 = boxes[index]
             overlay.add_patch(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from engine.pretrain import Pretraining
-from models.network import Network, make_teacher
+from models.network import Network, load_shared, make_teacher
 from models.pretrained import load_pretrained
 from utils import checkpoint, config
 from utils.config import Node
@@ -11,15 +11,19 @@ from utils.errors import InputError
 from utils.logging import logger
 
 
-def find(cfg: Node, images_per_step: int) -> dict | None:
+def find(cfg: Node, images_per_step: int, steps_per_epoch: int) -> dict | None:
     """The state in OUTPUT_DIR, checked against `cfg`; None for a fresh start.
 
-    Raises InputError when the file is not ours, or when options differ in more than
-    epochs, paths, workers and logging, naming them; RESUME force overrides the latter.
+    Raises InputError when the file is not ours, or when options differ in more than epochs,
+    paths, workers and logging, or the data in number, naming them; RESUME force overrides
+    the latter two.
     """
     path = Path(cfg.OUTPUT_DIR) / checkpoint.LAST
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+    except OSError as error:
+        raise InputError(f"--output_dir: {path} cannot be read ({error.strerror}).") from None
     state = checkpoint.load_file(path)
     if not checkpoint.is_own(state):
         raise InputError(
@@ -27,41 +31,65 @@ def find(cfg: Node, images_per_step: int) -> dict | None:
         )
     checkpoint.check_format(state, path)
     stored = config.from_dict(state["config"], str(path))
-    names = config.differing(cfg, stored, config.RESUME_MAY_DIFFER)
-    texts = [
-        f"{name} (was {config.get(stored, name)}, now {config.get(cfg, name)})" for name in names
+    changes = [
+        (name, config.get(stored, name), config.get(cfg, name))
+        for name in config.differing(cfg, stored, config.RESUME_MAY_DIFFER)
     ]
-    if state["images_per_step"] != images_per_step:
-        texts.append(f"images per step (was {state['images_per_step']}, now {images_per_step})")
-    if texts and cfg.RESUME != "force":
+    changes += [
+        (name, was, now)
+        for name, was, now in (
+            ("images per step", state["images_per_step"], images_per_step),
+            ("steps per epoch", state["steps_per_epoch"], steps_per_epoch),
+        )
+        if was != now
+    ]
+    text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
+    if changes and cfg.RESUME != "force":
         raise InputError(
-            f"{path} is from a run with other options: {', '.join(texts)}. Use the old options, "
+            f"{path} is from a run with other options: {text}. Use the old options, "
             f"another --output_dir, or --resume force to go on with the new ones."
         )
-    if texts:
-        logger.warning(f"resuming with other options: {', '.join(texts)}")
+    if changes:
+        logger.warning(f"resuming with other options: {text}")
     return state
 
 
 def resume(run: Pretraining, state: dict) -> None:
     """Put the run where the state was written, and say so."""
-    if state["images_per_step"] != run.images_per_step:
-        # Steps of another size: go on at the same number of images seen.
-        seen = state["step"] * state["images_per_step"]
-        state = {**state, "step": seen // run.images_per_step}
+    epoch, within = divmod(state["step"], state["steps_per_epoch"])
+    # The same place in the epoch, where its steps are of another size or number.
+    step = epoch * run.steps_per_epoch + within * run.steps_per_epoch // state["steps_per_epoch"]
+    if step > run.total_steps:
+        raise InputError(
+            f"the checkpoint in {run.cfg.OUTPUT_DIR} is at step {step}, beyond the run of "
+            f"{run.total_steps} steps: raise --epochs."
+        )
     try:
-        run.restore(state)
+        _restore(run, state)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"the checkpoint in {run.cfg.OUTPUT_DIR} does not fit these options: {reason}."
         ) from None
-    if run.step > run.total_steps:
-        raise InputError(
-            f"the checkpoint in {run.cfg.OUTPUT_DIR} is at step {run.step}, beyond the run of "
-            f"{run.total_steps} steps: raise --epochs."
-        )
+    run.step, run.logged_step = step, state["step"]
     logger.info(f"resuming from {run.cfg.OUTPUT_DIR}/{checkpoint.LAST} at step {run.step}")
+
+
+def _restore(run: Pretraining, state: dict) -> None:
+    """Weights, centres, optimizer and scaler; the latter two start fresh where they differ."""
+    run.student.load_state_dict(state["student"])
+    load_shared(run.teacher, state["teacher"])
+    run.centres.load_state_dict(state["centres"])
+    if state["config"]["TRAIN"]["OPTIMIZER"] == run.cfg.TRAIN.OPTIMIZER:
+        saved = state["optimizer"]
+        # How a step is computed belongs to this machine, not to the one that saved.
+        for group, own in zip(saved["param_groups"], run.optimizer.param_groups, strict=True):
+            group |= {name: own[name] for name in ("fused", "foreach") if name in own}
+        run.optimizer.load_state_dict(saved)
+    else:
+        logger.warning("TRAIN.OPTIMIZER differs: the optimizer starts without its moments")
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
 
 
 def start_from(cfg: Node, student: Network, teacher: Network) -> None:

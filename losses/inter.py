@@ -77,30 +77,35 @@ def diverse_density(teacher: Views, k: int) -> Tensor:
 def diverse_targets(teacher: Views, k: int) -> Tensor | None:
     """log t [I * B, N], crop-major; None where no other image is at hand."""
     (patches,) = teacher.patch_embeddings
-    patches = F.normalize(_float(patches), dim=-1)
-    own = image_major(patches, teacher.batch)  # [B, I, N, d]
+    own = image_major(F.normalize(_float(patches), dim=-1), teacher.batch)  # [B, I, N, d]
     everyone = distributed.gather(own)  # [B', I, N, d]
     total, views, count, _ = everyone.shape
     if total < 2:
         return None
-    bags = everyone.flatten(0, 1)  # [B' * I, N, d]
-    others = (total - 1) * views
+    bags, others = everyone.flatten(0, 1), (total - 1) * views  # [B' * I, N, d]
     first_own = distributed.position() * teacher.batch
-    step = max(1, CHUNK_ELEMENTS // (views * count * len(bags) * count))
-    rarity = []
-    for first in range(0, teacher.batch, step):
-        queries = own[first : first + step].flatten(1, 2)  # [b, I * N, d]
-        similarity = torch.einsum("bqd,gnd->bqgn", queries, bags).amax(-1)
-        similarity = similarity.unflatten(-1, (total, views))
-        images = torch.arange(len(queries), device=patches.device)
-        kept = torch.ones(len(queries), total, dtype=torch.bool, device=patches.device)
-        kept[images, first_own + first + images] = False
-        similarity = similarity.permute(0, 2, 3, 1)[kept]  # [b * (B' - 1), I, I * N]
-        similarity = similarity.unflatten(0, (len(queries), total - 1)).flatten(1, 2)
-        top = similarity.topk(min(k, others), dim=1).values.mean(1)
-        rarity.append(top - similarity.mean(1))  # [b, I * N]
-    rarity = torch.cat(rarity).unflatten(1, (views, count)).transpose(0, 1).flatten(0, 1)
-    return F.log_softmax(rarity / DIVERSE_TEMPERATURE, dim=-1)
+    # In chunks of images, and where one image is too much, of bags.
+    per_bag = views * count * count
+    images_at_once = max(1, CHUNK_ELEMENTS // (per_bag * len(bags)))
+    bags_at_once = max(1, CHUNK_ELEMENTS // (per_bag * images_at_once))
+    recurrence = []
+    for first in range(0, teacher.batch, images_at_once):
+        queries = own[first : first + images_at_once].flatten(1, 2)  # [b, I * N, d]
+        similarity = torch.cat(
+            [
+                torch.einsum("bqd,gnd->bqgn", queries, chunk).amax(-1)
+                for chunk in bags.split(bags_at_once)
+            ],
+            dim=-1,
+        )  # [b, I * N, B' * I]
+        image = first_own + first + torch.arange(len(queries), device=bags.device)
+        itself = image[:, None] * views + torch.arange(views, device=bags.device)  # [b, I]
+        itself = itself[:, None].expand(-1, views * count, -1)
+        top = similarity.scatter(-1, itself, -torch.inf).topk(min(k, others)).values.mean(-1)
+        recurrence.append(top - similarity.scatter(-1, itself, 0).sum(-1) / others)
+    recurrence = torch.cat(recurrence).unflatten(1, (views, count))
+    recurrence = recurrence.transpose(0, 1).flatten(0, 1)
+    return F.log_softmax(recurrence / DIVERSE_TEMPERATURE, dim=-1)
 
 
 @in_full_precision

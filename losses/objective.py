@@ -8,13 +8,13 @@ lambda1 (T + S), the authors' code as released.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from losses import inter
 from losses.intra import image_loss, region_loss
 from losses.released import released_terms
 from losses.targets import Centres
+from utils.config import CHOICES
 from utils.views import Views
 
 
@@ -36,6 +36,17 @@ class Objective:
     diverse_k: int = 6
     region_weight: str = "uniform"
     student_temp: float = 0.1
+
+    def __post_init__(self) -> None:
+        named = {
+            "LOSS.OBJECTIVE": self.name,
+            "CMD.LS_GRAD": self.ls_grad,
+            "CMD.LT": self.lt,
+            "CMD.REGION_WEIGHT": self.region_weight,
+        }
+        for option, value in named.items():
+            if value not in CHOICES[option]:
+                raise ValueError(f"{option} must be one of {CHOICES[option]}, not {value!r}")
 
     @property
     def needs_region_head(self) -> bool:
@@ -103,4 +114,4 @@ class Objective:
 
 
 def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.as_tensor(value).detach() for name, value in terms.items()}
+    return {name: value.detach() for name, value in terms.items()}

@@ -85,7 +85,7 @@ class Network(nn.Module):
         if self.head_dense is not None:
             views = replace(
                 views,
-                patch_embeddings=[self.head_dense(patches) for patches in patch_features],
+                patch_embeddings=self._embed_patches(patch_features),
                 region_prototypes=self.head_dense.prototypes(),
             )
         if self.pool is not None:
@@ -94,6 +94,18 @@ class Network(nn.Module):
                 fixed = [patches.detach() for patches in teacher.patch_embeddings]
                 teacher = add_attention(self.pool, replace(teacher, patch_embeddings=fixed))
         return views if teacher is None else (views, teacher)
+
+    def _embed_patches(self, patch_features: list[Tensor]) -> list[Tensor]:
+        """The region head over all patches of all crops at once, as EsViT calls it.
+
+        One call is one larger product, and one set of statistics where the head has a BatchNorm.
+        """
+        rows = [patches.flatten(0, 1) for patches in patch_features]
+        embedded = self.head_dense(torch.cat(rows)).split([len(part) for part in rows])
+        return [
+            part.unflatten(0, patches.shape[:2])
+            for part, patches in zip(embedded, patch_features, strict=True)
+        ]
 
 
 def add_attention(pool: GatedAttentionPool, views: Views) -> Views:

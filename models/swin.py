@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from models.backbone import Backbone, check_depth, drop_path_rates, init_transformer
 
 LAYER_NORM_EPS = 1e-5
+# Map sizes whose shift mask a block keeps; images of every size would fill the memory.
+MOST_MASKS = 16
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
@@ -34,6 +36,8 @@ class PadThenShiftBlock(SwinTransformerBlock):
         """Mask [windows, M², M²] that keeps wrapped-around regions apart; None without shift."""
         key = (x.shape[1], x.shape[2], x.device, x.dtype)
         if key not in self._masks:
+            if len(self._masks) == MOST_MASKS:
+                self._masks.clear()
             # Kept beyond this call: a tensor of inference mode could not serve training later.
             with torch.inference_mode(False):
                 self._masks[key] = self.get_attn_mask(x)

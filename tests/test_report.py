@@ -32,9 +32,9 @@ def run(*arguments, environment, code: int = 0):
 
 
 def test_cells_touch_a_box_where_they_overlap_it():
-    # A 2 x 4 grid over 64 pixels: cells are 32 high and 16 wide.
-    boxes = [(0, 0, 16, 32), (0, 0, 17, 33), (63, 63, 64, 64), (20, 10, 40, 20)]
-    touching = pointing.cells_touching(boxes, 64, (2, 4)).int().tolist()
+    # A grid of 2 x 4 cells of 16 pixels.
+    boxes = [(0, 0, 16, 16), (0, 0, 17, 17), (63, 31, 64, 32), (20, 10, 40, 15)]
+    touching = pointing.cells_touching(boxes, (2, 4), 16).int().tolist()
     assert touching == [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 1, 1, 0, 0],
@@ -104,7 +104,7 @@ def test_boxes_reach_the_report(environment, tmp_path, pretrain):
     figures = json.loads((folder / "results.json").read_text())["pointing"]
     boxes = synthetic.read_parts(data)
     touching = pointing.cells_touching(
-        [box for path, box in boxes.items() if path.startswith("val/")], 64, (8, 8)
+        [box for path, box in boxes.items() if path.startswith("val/")], (8, 8), 8
     )
     assert figures["chance"] == pytest.approx(pointing.chance(touching))
     assert figures["best_fixed_cell"] == pytest.approx(pointing.best_fixed_cell(touching))

@@ -10,6 +10,7 @@ scaler, centres, config, model (what rebuilds the networks) and versions.
 import argparse
 import os
 import pickle
+import re
 import shutil
 import struct
 import warnings
@@ -127,6 +128,9 @@ def save(checkpoint: dict, path: str | Path) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
+        # A full disk reaches us as a RuntimeError of torch's zip writer; others are bugs.
+        if isinstance(error, RuntimeError) and not re.search("Writer|enforce fail", str(error)):
+            raise
         raise InputError(f"the checkpoint {path} could not be written: {error}.") from None
     finally:
         temporary.unlink(missing_ok=True)

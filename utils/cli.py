@@ -6,6 +6,7 @@ trailing KEY VALUE pairs override all.
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -144,8 +145,8 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> CommandLi
 
     cfg = config.defaults()
     told_objective = None
-    if "cfg" in typed:
-        config.merge_file(cfg, typed["cfg"])
+    if "cfg" in typed and "LOSS.OBJECTIVE" in config.merge_file(cfg, typed["cfg"]):
+        told_objective = f"LOSS.OBJECTIVE {cfg.LOSS.OBJECTIVE} in {typed['cfg']}"
     for flag, (option, _, _) in PRETRAIN_FLAGS.items():
         if flag in typed:
             config.put(cfg, option, typed[flag], flag)
@@ -163,6 +164,8 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> CommandLi
     if "use_dense_prediction" in typed:
         dense = _bool("--use_dense_prediction", typed["use_dense_prediction"])
         _apply_dense_prediction(cfg, dense, told_objective)
+    for key in config.PATHS:
+        config.put(cfg, key, os.path.expanduser(config.get(cfg, key)), key)
     config.check(cfg)
     notes = [
         f"{flag} has no meaning here and is ignored: {why}."

@@ -6,6 +6,7 @@ says in one sentence what cannot work, before anything runs.
 
 import contextlib
 import difflib
+import math
 from pathlib import Path
 
 import yaml
@@ -131,7 +132,8 @@ RESUME_MAY_DIFFER = (
     "EVAL.SIZE",
 )
 
-_CHOICES = {
+# The values of options that are names.
+CHOICES = {
     "DEVICE": ("auto", "cpu", "cuda"),
     "RESUME": ("auto", "force"),
     "LOSS.OBJECTIVE": ("dino", "esvit", "cmd", "released"),
@@ -273,9 +275,12 @@ def _scalar(text: str) -> object:
         return text
 
 
-def merge_file(cfg: Node, path: str | Path) -> None:
-    """Lay a YAML file's options over `cfg`; InputError for a bad file, key or value."""
-    path = Path(path)
+def merge_file(cfg: Node, path: str | Path) -> list[str]:
+    """Lay a YAML file's options over `cfg`; returns their names.
+
+    InputError for a bad file, key or value.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"--cfg: there is no file {path}.")
     try:
@@ -283,20 +288,27 @@ def merge_file(cfg: Node, path: str | Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a YAML file: {reason}.") from None
+    except OSError as error:
+        raise InputError(f"--cfg: {path} cannot be read ({error.strerror}).") from None
     if tree is None:
-        return
+        return []
     if not isinstance(tree, dict):
         raise InputError(f"{path} must hold options as SECTION: KEY: value.")
-    _merge_tree(cfg, tree, "", str(path))
+    return _merge_tree(cfg, tree, "", str(path))
 
 
-def _merge_tree(cfg: Node, tree: dict, prefix: str, source: str) -> None:
+def _merge_tree(cfg: Node, tree: dict, prefix: str, source: str) -> list[str]:
+    names: list[str] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            _merge_tree(cfg, value, f"{name}.", source)
+            names += _merge_tree(cfg, value, f"{name}.", source)
+        elif value is None and isinstance(DEFAULTS.get(name), Node):
+            continue  # a section with all its lines commented out
         else:
             put(cfg, name, value, source)
+            names.append(name)
+    return names
 
 
 def to_dict(cfg: Node) -> dict:
@@ -321,9 +333,12 @@ def differing(a: Node, b: Node, ignore: tuple[str, ...] = ()) -> list[str]:
     return [key for key in option_names() if key not in ignore and get(a, key) != get(b, key)]
 
 
+PATHS = ("OUTPUT_DIR", "DATA.PATH", "INIT.WEIGHTS", "EVAL.KNN_TRAIN", "EVAL.KNN_VAL")
+
+
 def check(cfg: Node) -> None:
     """Raise InputError for the first thing that cannot work, whatever the data and the model."""
-    for key, choices in _CHOICES.items():
+    for key, choices in CHOICES.items():
         if get(cfg, key) not in choices:
             near = difflib.get_close_matches(str(get(cfg, key)), choices, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -332,7 +347,9 @@ def check(cfg: Node) -> None:
             )
     for key, (low, high) in _RANGES.items():
         value = get(cfg, key)
-        if not value == value or (low is not None and value < low):
+        if not math.isfinite(value):
+            raise InputError(f"{key} must be a finite number, not {value}.")
+        if low is not None and value < low:
             raise InputError(f"{key} must be at least {low}, not {value}.")
         if high is not None and value > high:
             raise InputError(f"{key} must be at most {high}, not {value}.")

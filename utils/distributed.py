@@ -46,7 +46,8 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
                 f"DEVICE cuda: process {local_rank} of this machine has no GPU ({count} found). "
                 f"Start at most {count} processes here, or set DEVICE cpu."
                 if count
-                else "DEVICE cuda: no GPU was found on this machine. Set DEVICE cpu (or auto)."
+                else "DEVICE cuda: no GPU was found on this machine. Set DEVICE cpu (or auto).",
+                everywhere=count == 0,
             )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
@@ -54,7 +55,9 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         place = torch.device("cpu")
     if size > 1:
         dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
+            "nccl" if device == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=place if device == "cuda" else None,
         )
     return World(rank, size, place)
 
@@ -96,6 +99,16 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
+
+
+def agree(figures: dict[str, int], advice: str) -> None:
+    """Raise InputError on all processes unless all have the same figures."""
+    mine = torch.tensor([list(figures.values())])
+    if _size() > 1 and dist.get_backend() == "nccl":
+        mine = mine.cuda()
+    for name, values in zip(figures, gather(mine).T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise InputError(f"the processes differ in {name} ({values}): {advice}.")
 
 
 def position() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 class InputError(Exception):
     """The user's input cannot be worked with: what is wrong, where, and what to do.
 
-    everywhere: all processes raise it together, so that rank 0 speaks for them.
+    everywhere: all processes raise it together, so that one of each machine speaks for them.
     """
 
     def __init__(self, message: str, everywhere: bool = True) -> None:
@@ -25,7 +25,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.everywhere:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.everywhere:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from utils import distributed
+from utils.errors import InputError
 
 logger = logging.getLogger("cmd")
 
@@ -29,7 +30,7 @@ class _ThroughProgressBar(logging.Handler):
 
 
 def setup(is_main: bool) -> None:
-    """Plain lines on stdout from rank 0; warnings with their name from every rank."""
+    """Plain lines on stdout, from rank 0 alone; a warning says that it is one."""
     logger.handlers = [_ThroughProgressBar()]
     logger.handlers[0].setFormatter(_Formatter())
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
@@ -54,23 +55,33 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        path = folder / "log.txt"
+        path, temporary = folder / "log.txt", folder / ".log.txt.tmp"
         kept = []
-        if path.exists() and first_step > 0:
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a")
+        try:
+            if path.exists() and first_step > 0:
+                kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(temporary, path)
+            self._file = path.open("a")
+        except OSError as error:
+            raise InputError(
+                f"the log {path} cannot be written ({error.strerror}).", everywhere=False
+            ) from None
+        # Events of an earlier try, beyond the checkpoint or without one, are marked as void.
         self._board = SummaryWriter(
-            str(folder / "tensorboard"),
-            purge_step=first_step + 1 if first_step else None,
-            flush_secs=30,
+            str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=30
         )
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line: `figures` (with the epoch among them) after optimizer step `step`."""
         line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"the log {self._file.name} cannot be written ({error.strerror}).", everywhere=False
+            ) from None
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
 

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+# First step of every path: what the seed is for.
+ORDER, AUGMENTATION, INITIALISATION, UNTRAINED_POOLING, STEPS = range(5)
+
 
 def derive_seed(seed: int, *path: int) -> int:
     """A 64-bit seed for the branch `path` of the stream `seed`; all integers are >= 0."""
