@@ -125,7 +125,7 @@ def test_a_runs_checkpoint_loads_without_any_allowance_and_rebuilds_the_network(
     assert plain({k: v for k, v in state.items() if k not in ("student", "teacher")})
     assert set(state) == {
         *("format", "step", "epoch", "images_per_step", "student", "teacher", "optimizer"),
-        *("scaler", "centres", "config", "versions", "model"),
+        *("steps_per_epoch", "scaler", "centres", "config", "versions", "model"),
     }
     assert state["format"] == checkpoint.FORMAT == 1
     assert (state["step"], state["epoch"], state["images_per_step"]) == (8, 4, 8)

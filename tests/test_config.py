@@ -472,6 +472,30 @@ def test_help_names_each_flag_with_its_option(capsys):
         assert f"[{option}]" in text
 
 
+def test_an_empty_section_of_a_file_changes_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("TRAIN:\n  # EPOCHS: 3\nSEED: 4\n")
+    cfg = cli.parse("", ["--cfg", str(tmp_path / "a.yaml")]).cfg
+    assert config.differing(cfg, config.defaults()) == ["SEED"]
+
+
+def test_dense_prediction_may_not_contradict_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("LOSS:\n  OBJECTIVE: esvit\n")
+    words = ["--cfg", str(tmp_path / "a.yaml"), "--use_dense_prediction"]
+    assert cli.parse("", [*words, "true"]).cfg.LOSS.OBJECTIVE == "esvit"
+    with pytest.raises(InputError, match=r"contradicts LOSS\.OBJECTIVE esvit in"):
+        cli.parse("", [*words, "false"])
+
+
+def test_infinity_is_no_value():
+    with pytest.raises(InputError, match="BASE_LR must be a finite number"):
+        cli.parse("", ["TRAIN.BASE_LR", ".inf"])
+
+
+def test_a_home_folder_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cli.parse("", ["--output_dir", "~/run"]).cfg.OUTPUT_DIR == "/home/someone/run"
+
+
 def test_the_page_of_options_is_current_and_explains_each():
     """Run `python -m utils.config_docs > docs/configuration.md` after a change of options."""
     page = Path(__file__).parents[1] / "docs" / "configuration.md"

@@ -269,7 +269,7 @@ def test_accelerator_rng_is_untouched():
 
 
 def test_sample_seeds_differ_and_stay_the_same_for_ever():
-    assert sample_seed(0, 1, 2) == 9247832928889101276
+    assert sample_seed(0, 1, 2) == 15897544377361867571
     keys = [(s, e, i) for s in range(5) for e in range(10) for i in range(40)]
     assert len({sample_seed(*key) for key in keys}) == len(keys)
     assert len({derive_seed(1), derive_seed(1, 0), derive_seed(1, 0, 0)}) == 3

@@ -884,3 +884,9 @@ def test_a_fresh_teacher_has_the_student_s_weights_and_no_gradient(network_pair)
     teacher = make_teacher(student, Network(build_backbone(spec), HEADS, True, False))
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert differing(teacher.state_dict(), without_pooling(student.state_dict())) == []
+
+
+@pytest.mark.parametrize("wrong", [{"name": "CMD"}, {"lt": "divers"}, {"ls_grad": "bag"}])
+def test_an_objective_of_another_name_is_refused(wrong):
+    with pytest.raises(ValueError, match="must be one of"):
+        Objective(**wrong)

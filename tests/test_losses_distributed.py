@@ -29,6 +29,7 @@ from tests.loss_cases import (
     make,
 )
 from utils import distributed
+from utils.errors import InputError
 
 WORLD, BATCH = 2, 6
 TIMEOUT_SECONDS = 60
@@ -153,6 +154,10 @@ def worker(rank: int, folder: str) -> None:
     found["gather"] = distributed.gather(rows.T)
     found["mean"] = distributed.mean(rows.requires_grad_())
     found["position"] = distributed.position()
+    try:
+        distributed.agree({"images": 8, "step": rank}, "share them")
+    except InputError as error:
+        found["agree"] = str(error)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -257,3 +262,8 @@ def test_in_one_process_collectives_are_the_identity_without_gradient():
         assert torch.equal(out, rows)
         assert not out.requires_grad
     assert distributed.position() == 0
+
+
+def test_processes_that_see_different_files_are_told(ranks):
+    for found in ranks:
+        assert found["agree"] == "the processes differ in step ([0, 1]): share them."

@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import report
 from datasets import synthetic
 from datasets.synthetic_images import DIFFICULTIES
 from engine import pointing
+from utils.errors import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +76,23 @@ def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_pa
     for name in ("loss_curves.png", "attention.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--k 0", "--k must be at least 1, not 0"),
+        ("--size -8", "--size must be at least 1"),
+        ("--num_workers -1", "--num_workers must be at least 0"),
+    ],
+)
+def test_a_report_refuses_bad_figures(flags, words, trained, images, monkeypatch, capsys):
+    arguments = f"--output_dir {trained} --gallery {images} --queries {images} {flags}"
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
+        run_script(report.main)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_report_names_what_is_missing(images, environment, tmp_path):

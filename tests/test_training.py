@@ -20,10 +20,11 @@ from torch import nn
 
 import main_cmd
 from engine import build
+from engine import pretrain as pretraining
 from engine.diagnostics import PATIENCE, CollapseWatch, effective_rank
 from tests.conftest import ROOT, TRAINED
 from utils import config
-from utils.errors import run_script
+from utils.errors import InputError, run_script
 from utils.optim import build_optimizer, clip_each, parameter_groups, set_rates
 
 TERMS = {
@@ -299,7 +300,10 @@ def refuse(command, capfd, monkeypatch) -> Callable[..., str]:
         ("HEAD.OUT_DIM 32", "HEAD.OUT_DIM (was 64, now 32)"),
         ("LOSS.TEACHER_TEMP 0.07", "LOSS.TEACHER_TEMP (was 0.04, now 0.07)"),
         ("SEED 4 MODEL.DROP_PATH 0", "SEED (was 3, now 4), MODEL.DROP_PATH (was 0.1, now 0.0)"),
-        ("TRAIN.BATCH_SIZE_PER_GPU 4", "images per step (was 8, now 4)"),
+        (
+            "TRAIN.BATCH_SIZE_PER_GPU 4",
+            "images per step (was 8, now 4), steps per epoch (was 2, now 4)",
+        ),
     ],
 )
 def test_a_resume_with_other_options_is_refused_by_name(changed, named, trained, refuse):
@@ -333,6 +337,42 @@ def test_a_forced_resume_goes_on_with_the_new_options_and_says_so(trained, pretr
     assert "at step 6" in done.stdout
     assert log_of(tmp_path / "run")[-1]["teacher_temp"] == 0.07
     assert cfg_of(tmp_path / "run").LOSS.TEACHER_TEMP == 0.07
+
+
+def test_a_forced_resume_with_more_images_goes_on_at_the_same_epoch(
+    trained, pretrain, refuse, images, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(trained / "checkpoint0003.pth", tmp_path / "run" / "checkpoint.pth")
+    for copy in ("one", "two"):
+        shutil.copytree(images, tmp_path / "images" / copy)
+    options = f"{TRAINED} DATA.PATH {tmp_path / 'images'}"
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert "steps per epoch (was 2, now 4)" in refuse(tmp_path / "run", options)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written
+    done = pretrain(tmp_path / "run", options, flags=["--resume", "force"])
+    assert "at step 12" in done.stdout  # epoch 3 of 4 steps
+    # The log's old lines, up to the checkpoint at step 6 of old, then the new ones.
+    steps = [line["step"] for line in log_of(tmp_path / "run") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 13, 14, 15, 16]
+
+
+def test_a_forced_resume_with_another_optimizer_starts_its_moments_anew(
+    trained, pretrain, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(trained / "checkpoint0003.pth", tmp_path / "run" / "checkpoint.pth")
+    done = pretrain(tmp_path / "run", f"{TRAINED} TRAIN.OPTIMIZER sgd RESUME force")
+    assert "the optimizer starts without its moments" in done.stdout
+    groups = load(tmp_path / "run")["optimizer"]["param_groups"]
+    assert all(group["momentum"] == 0.9 for group in groups)
+
+
+def test_a_run_longer_than_asked_for_keeps_its_files_when_refused(trained, refuse, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert "raise --epochs" in refuse(tmp_path / "run", f"{TRAINED} TRAIN.EPOCHS 2")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written
 
 
 def test_a_forced_resume_that_cannot_fit_is_one_sentence(trained, refuse, tmp_path):
@@ -457,7 +497,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_a_line(pretrain, tmp_path):
         "TRAIN.BASE_LR 1e30 TRAIN.CLIP_GRAD 0 TRAIN.EPOCHS 3 PRINT_FREQ 1 TRAIN.OPTIMIZER sgd",
         fails=True,
     )
-    assert_refused(done, "the loss is nan at step")
+    assert_refused(done, "loss is nan by step")
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
+    trained, command, tmp_path, monkeypatch
+):
+    """The last step of an epoch goes bad while its loss, from before the step, is finite."""
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(trained / "checkpoint0003.pth", tmp_path / "run" / "checkpoint.pth")
+    clean = load(tmp_path / "run")
+    true_clip, calls = pretraining.clip_each, []
+
+    def poisoned(parameters, limit):
+        parameters = list(parameters)
+        calls.append(None)
+        if len(calls) == 2:
+            next(p.grad for p in parameters if p.grad is not None)[..., 0] = float("nan")
+        return true_clip(parameters, limit)
+
+    monkeypatch.setattr(pretraining, "clip_each", poisoned)
+    monkeypatch.setattr(sys, "argv", command(tmp_path / "run", TRAINED)[1:])
+    with pytest.raises(InputError, match="grad_norm is nan by step 8"):
+        main_cmd.main()
+    kept = load(tmp_path / "run")
+    assert kept["step"] == clean["step"] == 6
+    assert all(torch.isfinite(value).all() for value in kept["teacher"].values())
 
 
 # Several processes, and accumulation
