@@ -41,7 +41,9 @@ def knn_accuracy(
             ranking = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
             correct = ranking == targets[:, None]
             hits[k] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()]).cpu()
-    return {k: tuple((100 * hit / len(queries)).tolist()) for k, hit in hits.items()}
+    return {
+        k: tuple(100 * count / len(queries) for count in hit.tolist()) for k, hit in hits.items()
+    }
 
 
 def nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -32,19 +32,19 @@ def pointing(attention: Tensor, touching: Tensor) -> float:
     attention [n, N] (any monotone form, such as its logarithm), touching bool [n, N].
     """
     strongest = attention.argmax(dim=1, keepdim=True)
-    return 100 * touching.gather(1, strongest).float().mean().item()
+    return 100 * touching.gather(1, strongest).double().mean().item()
 
 
 def chance(touching: Tensor) -> float:
     """Percent of cells that touch the box: what a random patch would score."""
-    return 100 * touching.float().mean().item()
+    return 100 * touching.double().mean().item()
 
 
 def best_fixed_cell(touching: Tensor) -> float:
     """Percent scored by always naming the one cell that touches most often."""
-    return 100 * touching.float().mean(0).max().item()
+    return 100 * touching.double().mean(0).max().item()
 
 
 def mass_on_part(attention: Tensor, touching: Tensor) -> float:
     """Percent of the attention (rows of [n, N] that sum to 1) on cells that touch the box."""
-    return 100 * (attention * touching).sum(1).mean().item()
+    return 100 * (attention.double() * touching).sum(1).mean().item()
