@@ -7,11 +7,11 @@ Several GPUs of one machine:
 The same command with the same --output_dir goes on where it stopped.
 """
 
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from datasets.fine_grained import build_dataset
 from datasets.loader import MultiCropDataset, StepSampler, build_loader, steps_per_epoch
@@ -40,7 +40,7 @@ def main() -> None:
     world = distributed.start(cfg.DEVICE, cfg.TRAIN.TIMEOUT_MINUTES)
     logging.setup(world.is_main)
     for note in command.notes:
-        logger.info(note)
+        logger.warning(note)
     precision = build.precision(cfg, world.device)
 
     # Data: files -> crops, shuffled every epoch.
@@ -58,14 +58,6 @@ def main() -> None:
     if world.size > 1 and world.device.type == "cuda":
         student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
     student, teacher = student.to(world.device), teacher.to(world.device)
-    wrapped = student
-    if world.size > 1:
-        wrapped = DistributedDataParallel(
-            student,
-            device_ids=[world.device.index] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
 
     # Objective, optimizer, schedules.
     objective = build.objective(cfg)
@@ -73,7 +65,7 @@ def main() -> None:
         cfg=cfg,
         world=world,
         student=student,
-        wrapped=wrapped,
+        wrapped=distributed.wrap(student, world),
         teacher=teacher,
         objective=objective,
         centres=objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM).to(world.device),
@@ -94,6 +86,10 @@ def main() -> None:
         {"images in DATA.PATH": len(dataset), "the step to start from": run.step},
         "put DATA.PATH and OUTPUT_DIR where all of them see the same files",
     )
+    if run.step == run.total_steps:
+        logger.info(f"the run is complete ({cfg.TRAIN.EPOCHS} epochs); raise --epochs to go on")
+        distributed.stop()
+        return
     folder = open_folder(cfg, world.is_main)
 
     logger.info(
@@ -102,7 +98,8 @@ def main() -> None:
         f"{cfg.MODEL.ARCH}: backbone {count_parameters(student.backbone) / 1e6:.2f} M parameters, "
         f"student in all {count_parameters(student) / 1e6:.2f} M; objective {objective.name}\n"
         f"images per step {images_per_step} (batch {batch} x processes {world.size} x "
-        f"accumulation {accumulation}); steps per epoch {epoch_steps}, in all {run.total_steps}\n"
+        f"accumulation {accumulation}); steps per epoch {epoch_steps}, in all {run.total_steps}; "
+        f"images left over each epoch {len(dataset) - epoch_steps * images_per_step}\n"
         f"base lr {cfg.TRAIN.BASE_LR:.3g} at 256 images, "
         f"peak lr {scaled_lr(cfg, images_per_step):.3g}"
     )
@@ -118,10 +115,18 @@ def main() -> None:
         run.total_steps,
     )
     crops = MultiCropDataset(dataset, build.multicrop(cfg), cfg.SEED)
-    loader = build_loader(crops, sampler, cfg.DATA.WORKERS, world.device.type == "cuda")
+    workers = min(cfg.DATA.WORKERS, available_cores())
+    loader = build_loader(crops, sampler, workers, world.device.type == "cuda")
     train(run, loader, folder, build.model_description(cfg, student))
     logger.info(f"done: {folder}")
     distributed.stop()
+
+
+def available_cores() -> int:
+    """Cores that this process may use; more loader processes than that only cost memory."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def open_folder(cfg: config.Node, is_main: bool) -> Path:
@@ -141,4 +146,4 @@ def open_folder(cfg: config.Node, is_main: bool) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "the same command goes on from the last checkpoint, if there is one")

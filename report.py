@@ -1,12 +1,14 @@
 """A report of one run: k-NN beside a random network's, where the attention points, pictures.
 
     python report.py --output_dir OUT --gallery DATA/train --queries DATA/val
+    python report.py --output_dir OUT --queries DATA     # images without labels: no k-NN
 reads OUT/checkpoint.pth and OUT/log.txt and writes into OUT
     results.json  report.html  loss_curves.png  attention.png
 A DATA folder made by `python -m datasets.synthetic` knows each part's box (DATA/parts.json).
 """
 
 import argparse
+import datetime
 import json
 import platform
 import shlex
@@ -16,11 +18,12 @@ from pathlib import Path
 import torch
 
 from datasets import synthetic
+from datasets.fine_grained import ImageFolder
 from engine import build, report
 from engine.features import labelled_folder
 from models.mil import GatedAttentionPool
 from models.network import HeadSpec, Network
-from models.pretrained import load_strictly
+from models.pretrained import count_parameters, load_strictly
 from models.registry import BackboneSpec, build_backbone
 from utils import checkpoint, config, distributed
 from utils.errors import InputError, run_script
@@ -31,8 +34,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--gallery", type=Path, required=True, help="folder with class subfolders")
-    parser.add_argument("--queries", type=Path, required=True, help="folder with class subfolders")
+    parser.add_argument("--gallery", type=Path, help="for the k-NN: labelled images, not queries")
+    parser.add_argument("--queries", type=Path, help="images to classify and to show attention on")
     parser.add_argument("--size", type=int, help="pixels of the evaluated images [the run's]")
     parser.add_argument("--k", type=int, default=20, help="neighbours of the k-NN [20]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -58,8 +61,8 @@ def main() -> None:
     start = build.networks(cfg)[1].to(device).eval()
     size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
     where = report.Evaluation(
-        arguments.gallery.resolve(),
-        arguments.queries.resolve(),
+        arguments.gallery and arguments.gallery.resolve(),
+        arguments.queries and arguments.queries.resolve(),
         size,
         arguments.k,
         device,
@@ -68,32 +71,49 @@ def main() -> None:
     if size % teacher.backbone.patch_size:
         raise InputError(f"--size {size} must be a multiple of {teacher.backbone.patch_size}.")
 
-    # Figures, each beside its zero.
-    queries = labelled_folder(where.queries, size, size)
-    trained, untrained = (report.image_knn(net.backbone, where) for net in (teacher, start))
-    tables = {
-        f"k-NN of the image feature (k = {arguments.k}), percent": {
+    # The curves, and what the run was.
+    results = {
+        "title": f"{cfg.LOSS.OBJECTIVE} on {cfg.DATA.PATH}: {state['epoch']} epochs",
+        "command": shlex.join(["python", *sys.argv]),
+        "facts": {
+            "objective": cfg.LOSS.OBJECTIVE,
+            "architecture": cfg.MODEL.ARCH,
+            "parameters of the backbone": count_parameters(teacher.backbone),
+            "optimizer steps": state["step"],
+            "images per step": state["images_per_step"],
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "date": datetime.date.today().isoformat(),
+        },
+        "config": config.to_dict(cfg),
+        "tables": {},
+    }
+    tables = results["tables"]
+    pictures = [("Training curves", arguments.output_dir / "loss_curves.png")]
+    report.plot_curves(report.read_log(arguments.output_dir / "log.txt"), pictures[0][1])
+
+    # k-NN beside the network that the run began with.
+    if where.gallery and where.queries:
+        trained, untrained = (report.image_knn(net.backbone, where) for net in (teacher, start))
+        classes = len(labelled_folder(where.gallery, size, size).classes)
+        results["knn"] = {
+            "k": arguments.k,
+            "trained": trained,
+            "random_initialisation": untrained,
+            "chance_top1": 100 / classes,
+        }
+        tables[f"k-NN of the image feature (k = {arguments.k}), percent"] = {
             "trained teacher, top-1": trained["top1"],
             "random initialisation, top-1": untrained["top1"],
             "trained teacher, top-5": trained["top5"],
             "random initialisation, top-5": untrained["top5"],
-            "chance, top-1": 100 / len(queries.classes),
+            "chance, top-1": 100 / classes,
         }
-    }
-    results = {
-        "title": f"{cfg.LOSS.OBJECTIVE} on {cfg.DATA.PATH}: {state['epoch']} epochs",
-        "command": shlex.join(["python", *sys.argv]),
-        "knn": {"k": arguments.k, "trained": trained, "random_initialisation": untrained},
-        "step": state["step"],
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-        "config": config.to_dict(cfg),
-    }
-    pictures = [("Training curves", arguments.output_dir / "loss_curves.png")]
-    report.plot_curves(report.read_log(arguments.output_dir / "log.txt"), pictures[0][1])
 
     # Where the attention points, if the run has attention.
-    if teacher.pool is not None:
-        boxes, box_size = part_boxes(where.queries, queries.paths)
+    if teacher.pool is not None and where.queries:
+        paths = ImageFolder(where.queries).paths
+        boxes, box_size = part_boxes(where.queries, paths)
         pictures.append(("MIL attention of the teacher", arguments.output_dir / "attention.png"))
         if boxes:
             figures, maps = report.pointing_figures(
@@ -110,7 +130,7 @@ def main() -> None:
         else:
             maps = report.attention_maps(teacher.backbone, teacher.head_dense, teacher.pool, where)
         report.plot_attention(
-            maps, teacher.backbone, size, where.queries, queries.paths, boxes, pictures[1][1]
+            maps, teacher.backbone, size, where.queries, paths, boxes, pictures[1][1]
         )
 
     # Printed and written.
@@ -118,7 +138,6 @@ def main() -> None:
         print(name)
         for label, value in table.items():
             print(f"  {value:7.2f}  {label}")
-    results["tables"] = tables
     (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     report.write_html(results, pictures, arguments.output_dir / "report.html")
     print(f"written: {arguments.output_dir / 'results.json'}, report.html and PNGs beside it")

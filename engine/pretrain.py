@@ -214,7 +214,8 @@ def train(run: Pretraining, loader: DataLoader, folder: Path, model: dict) -> No
     )
     while run.step < run.total_steps:
         epoch_ends = (run.step + 1) % run.steps_per_epoch == 0
-        line_due = (run.step + 1) % cfg.PRINT_FREQ == 0 or epoch_ends
+        # The very first step too: people want to see that it runs.
+        line_due = (run.step + 1) % cfg.PRINT_FREQ == 0 or epoch_ends or run.step == 0
         figures, health = run.train_step(batches, measure=line_due)
         window.add(figures)
         bar.update()
@@ -238,7 +239,7 @@ def _fetch(run: Pretraining, window: Window, health: dict[str, Tensor]) -> dict[
     done = run.step - 1
     temperature = float(run.schedules.teacher_temp[done // run.steps_per_epoch])
     return {
-        "epoch": done / run.steps_per_epoch,
+        "epoch": run.step / run.steps_per_epoch,
         **window.fetch(health),
         "lr": float(run.schedules.lr[done]),
         "weight_decay": float(run.schedules.weight_decay[done]),
@@ -271,13 +272,12 @@ def _report(
         logger.warning(warning)
     if log:
         log.write(run.step, line)
+    done = f"epoch {line['epoch']:.2f}/{run.cfg.TRAIN.EPOCHS}"
     short = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_second']:.0f} img/s"
-    bar.set_postfix_str(short)
-    if bar.disable:
-        logger.info(
-            f"epoch {line['epoch']:7.2f}/{run.cfg.TRAIN.EPOCHS}  "
-            f"step {run.step}/{run.total_steps}  {short}"
-        )
+    bar.set_postfix_str(f"{done}  {short}")
+    # On a terminal the bar tells the rest; an epoch's end stays to be read.
+    if bar.disable or run.step % run.steps_per_epoch == 0:
+        logger.info(f"{done}  step {run.step}/{run.total_steps}  {short}")
 
 
 def _end_of_epoch(run: Pretraining, log: RunLog | None, folder: Path, model: dict) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
-from datasets.fine_grained import load_image
+from datasets.fine_grained import ImageFolder, load_image
+from datasets.multicrop import eval_transform
 from engine import pointing
-from engine.features import extract, gallery_and_queries, labelled_folder
+from engine.features import extract, gallery_and_queries
 from engine.knn import knn_accuracy
 from models.backbone import Backbone
 from models.mil import GatedAttentionPool
@@ -31,12 +32,12 @@ IMAGES_SHOWN = 24
 class Evaluation:
     """Where and how a report measures.
 
-    gallery, queries: folders with class subfolders. size: pixels at which whole images are
-    shown to the network, uncropped, so that parts' boxes hold. k: neighbours.
+    gallery, queries: folders, for the k-NN with class subfolders; None for none. size: pixels
+    at which whole images are shown to the network, so that parts' boxes hold. k: neighbours.
     """
 
-    gallery: Path
-    queries: Path
+    gallery: Path | None
+    queries: Path | None
     size: int
     k: int
     device: torch.device
@@ -63,7 +64,7 @@ def attention_maps(
     """MIL attention [n, N] over the query images, in their order."""
     maps, _ = extract(
         lambda images: pool(region_head(backbone(images)[1])).exp(),
-        labelled_folder(where.queries, where.size, where.size),
+        ImageFolder(where.queries, eval_transform(where.size, where.size)),
         where.device,
         where.batch,
         where.workers,
@@ -128,6 +129,8 @@ def plot_curves(lines: list[dict], path: Path) -> None:
             axis.plot(epochs, [line[name] for line in steps], label=name)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
+        if names == ["attention_entropy"]:
+            axis.set_ylim(0, 1.05)
         if len(names) > 1:
             axis.legend(fontsize="small")
     figure.savefig(path, dpi=100)
@@ -172,6 +175,7 @@ def plot_attention(
             alpha=0.6,
             interpolation="nearest",
             vmin=0,
+            vmax=maps[shown].max().item(),
         )
         overlay.set(xlim=(0, image.width), ylim=(image.height, 0))
         if boxes:
@@ -179,6 +183,12 @@ def plot_attention(
             overlay.add_patch(
                 Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1)
             )
+    uniform = 100 / maps.shape[1]
+    figure.suptitle(
+        f"MIL attention: dark 0 %, bright {100 * maps[shown].max().item():.1f} % on one patch, one "
+        f"scale for all (uniform: {uniform:.1f} %)" + ("; box: the part" if boxes else ""),
+        fontsize=9,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -186,13 +196,21 @@ def plot_attention(
 def write_html(results: dict, pictures: list[tuple[str, Path]], path: Path) -> None:
     """One self-contained page: the figures as tables, the pictures inside."""
     parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>CMD run</title>",
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Report of a run</title>",
         "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:1300px;margin:2em auto;"
         "padding:0 1em}table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #bbb;"
         "padding:.3em .8em;text-align:left}td.n{text-align:right}img{max-width:100%}</style>",
         f"<h1>{html.escape(results['title'])}</h1>",
+        "<table>"
+        + "".join(
+            f"<tr><td>{html.escape(label)}</td><td>{html.escape(str(value))}</td></tr>"
+            for label, value in results["facts"].items()
+        )
+        + "</table>",
         f"<p>Command: <code>{html.escape(results['command'])}</code></p>",
     ]
+    if results["tables"]:
+        parts.append("<p>Each figure stands beside its zero: what no learning would give.</p>")
     for name, table in results["tables"].items():
         rows = "".join(
             f"<tr><td>{html.escape(label)}</td><td class='n'>{value:.2f}</td></tr>"

@@ -35,19 +35,23 @@ def find(cfg: Node, images_per_step: int, steps_per_epoch: int) -> dict | None:
         (name, config.get(stored, name), config.get(cfg, name))
         for name in config.differing(cfg, stored, config.RESUME_MAY_DIFFER)
     ]
-    changes += [
-        (name, was, now)
-        for name, was, now in (
-            ("images per step", state["images_per_step"], images_per_step),
-            ("steps per epoch", state["steps_per_epoch"], steps_per_epoch),
-        )
-        if was != now
-    ]
+    if state["images_per_step"] != images_per_step:
+        changes.append(("images per step", state["images_per_step"], images_per_step))
+    elif state["steps_per_epoch"] != steps_per_epoch:
+        name = "the number of images in DATA.PATH, in steps per epoch"
+        changes.append((name, state["steps_per_epoch"], steps_per_epoch))
     text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
     if changes and cfg.RESUME != "force":
+        # Weights of another shape cannot go on, even by force.
+        reshaped = [
+            name
+            for name, _, _ in changes
+            if name.startswith(("MODEL.", "HEAD.")) and name != "MODEL.DROP_PATH"
+        ]
+        force = ", or --resume force to go on with the new ones"
         raise InputError(
-            f"{path} is from a run with other options: {text}. Use the old options, "
-            f"another --output_dir, or --resume force to go on with the new ones."
+            f"{path} is from a run with other options: {text}. Use the old options, or "
+            f"another --output_dir{'' if reshaped else force}."
         )
     if changes:
         logger.warning(f"resuming with other options: {text}")
@@ -67,9 +71,10 @@ def resume(run: Pretraining, state: dict) -> None:
     try:
         _restore(run, state)
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"the checkpoint in {run.cfg.OUTPUT_DIR} does not fit these options: {reason}."
+            f"the checkpoint in {run.cfg.OUTPUT_DIR} does not fit these options ({reason} ...): "
+            f"use the old ones, or another --output_dir."
         ) from None
     run.step, run.logged_step = step, state["step"]
     logger.info(f"resuming from {run.cfg.OUTPUT_DIR}/{checkpoint.LAST} at step {run.step}")

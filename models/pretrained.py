@@ -114,8 +114,7 @@ def load_strictly(
     if faults:
         raise InputError(
             f"{source}: the weights do not fit the network. {'; '.join(faults)}. "
-            f"Check MODEL.ARCH, MODEL.WINDOW_SIZE, MODEL.PATCH_SIZE and MODEL.IMG_SIZE "
-            f"(load_backbone takes them as spec)."
+            f"Check MODEL.ARCH, MODEL.WINDOW_SIZE, MODEL.PATCH_SIZE and MODEL.IMG_SIZE."
         )
     module.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
 

@@ -439,7 +439,7 @@ def test_a_run_starts_from_a_references_file_at_step_0(tmp_path, network_options
     )
     assert f"starting from {path}: backbone, head, head_dense" in done.stdout
     assert "resuming" not in done.stdout
-    assert "epoch    0.00/1  step 1/2" in done.stdout
+    assert "epoch 0.50/1  step 1/2" in done.stdout
     written = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert written["step"] == 2
     for name, value in source.state_dict().items():

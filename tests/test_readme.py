@@ -72,3 +72,10 @@ def test_the_experiments_hold_esvits_names():
             ("large", 7),
         )
     }
+
+
+def test_every_result_that_is_listed_is_there():
+    listed = set(
+        re.findall(r"`(\d{4}-\d\d-\d\d-\S+\.json)`", (ROOT / "benchmarks/README.md").read_text())
+    )
+    assert listed == {path.name for path in (ROOT / "benchmarks/results").glob("*.json")}

@@ -101,7 +101,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(description: str) -> argparse.ArgumentParser:
     parser = _Parser(
+        usage="%(prog)s --data_path FOLDER --output_dir FOLDER [flags] [KEY VALUE ...]",
         description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All options with their meaning: docs/configuration.md.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -122,8 +124,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     # torch.distributed.launch hands one of the two spellings to each process.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    for flag, why in NO_MEANING.items():
-        parser.add_argument(flag, dest=flag, nargs="*", help=f"no meaning here: {why}")
+    for flag in NO_MEANING:
+        parser.add_argument(flag, dest=flag, nargs="*", help=argparse.SUPPRESS)
     return parser
 
 

@@ -342,6 +342,11 @@ def check(cfg: Node) -> None:
         if get(cfg, key) not in choices:
             near = difflib.get_close_matches(str(get(cfg, key)), choices, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
+            if key == "RESUME":
+                hint = (
+                    " A run resumes from its own --output_dir; --pretrained_weights_ckpt starts "
+                    "from another's weights."
+                )
             raise InputError(
                 f"{key} must be one of {', '.join(choices)}, not '{get(cfg, key)}'.{hint}"
             )

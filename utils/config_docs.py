@@ -30,8 +30,8 @@ def page() -> str:
     flags: dict[str, list[str]] = {}
     for flag, (option, _, _) in cli.PRETRAIN_FLAGS.items():
         flags.setdefault(option, []).append(f"`{flag}`")
-    flags["LOSS.OBJECTIVE"].append("`--use_dense_prediction`")
-    flags["TRAIN.PRECISION"].append("`--use_fp16`")
+    flags["LOSS.OBJECTIVE"].append("`--use_dense_prediction` (true: cmd, false: dino)")
+    flags["TRAIN.PRECISION"].append("`--use_fp16` (true: fp16, false: fp32)")
     lines = [
         "# Options",
         "",
@@ -39,7 +39,7 @@ def page() -> str:
         "by flag, or as `KEY VALUE` pairs at the end of the line; a pair wins over a flag, a flag",
         "over the file, the file over the default. An unknown or ill-typed option stops the run",
         "before anything else. The options as resolved are written to the run's folder",
-        "(`config.yaml`).",
+        "(`config.yaml`). Lists are written `[1, 2]` in YAML and `'[1,2]'` on the command line.",
         "",
         "This page is made by `python -m utils.config_docs`; its source is `utils/config.py`.",
     ]

@@ -3,6 +3,7 @@
 In one process every collective is the identity, so nothing above needs to know.
 """
 
+import inspect
 import os
 import time
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import InputError
 
@@ -60,6 +62,25 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
             device_id=place if device == "cuda" else None,
         )
     return World(rank, size, place)
+
+
+def wrap(module: nn.Module, world: World) -> nn.Module:
+    """The module in DistributedDataParallel; itself in one process.
+
+    Its buffers are constants or BatchNorm's statistics, which GPUs share by SyncBatchNorm:
+    none is sent around at every forward.
+    """
+    if world.size == 1:
+        return module
+    # torch 2.15 renamed the argument.
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(
+        module,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{sync: False},
+    )
 
 
 def stop() -> None:

@@ -20,14 +20,16 @@ class InputError(Exception):
         self.everywhere = everywhere
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], if_interrupted: str = "nothing was changed") -> None:
     """Run an entry script: an `InputError` becomes one line and exit code 2, Ctrl-C 130."""
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main()
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.everywhere:
+        if speaks or not error.everywhere:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        if speaks:
+            print(f"interrupted: {if_interrupted}", file=sys.stderr, flush=True)
         sys.exit(130)
