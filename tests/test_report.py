@@ -78,6 +78,23 @@ def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_pa
             assert min(picture.size) > 100
 
 
+def test_a_report_of_images_without_labels_has_attention_and_no_knn(
+    trained, images, environment, tmp_path
+):
+    folder, flat = tmp_path / "run", tmp_path / "flat"
+    folder.mkdir()
+    flat.mkdir()
+    for name in ("checkpoint.pth", "log.txt"):
+        (folder / name).symlink_to(trained / name)
+    for path in images.rglob("*.png"):
+        (flat / f"{path.parent.name}{path.name}").symlink_to(path)
+    run("report.py", "--output_dir", folder, "--queries", flat, environment=environment)
+    results = json.loads((folder / "results.json").read_text())
+    assert "knn" not in results
+    assert results["facts"]["optimizer steps"] == 8
+    assert (folder / "attention.png").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
