@@ -117,7 +117,7 @@ def main() -> None:
     crops = MultiCropDataset(dataset, build.multicrop(cfg), cfg.SEED)
     workers = min(cfg.DATA.WORKERS, available_cores())
     loader = build_loader(crops, sampler, workers, world.device.type == "cuda")
-    train(run, loader, folder, build.model_description(cfg, student))
+    train(run, loader, folder)
     logger.info(f"done: {folder}")
     distributed.stop()
 

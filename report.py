@@ -52,10 +52,7 @@ def main() -> None:
 
     # The run: its options, the teacher it made, and the network it began with.
     path = arguments.output_dir / checkpoint.LAST
-    state = checkpoint.load_file(path)
-    if not checkpoint.is_own(state):
-        raise InputError(f"{path} is not a checkpoint of this project.")
-    checkpoint.check_format(state, path)
+    state = checkpoint.load_own(path)
     cfg = config.from_dict(state["config"], str(path))
     teacher = rebuild(state, path).to(device).eval()
     start = build.networks(cfg)[1].to(device).eval()
@@ -128,7 +125,7 @@ def main() -> None:
                 "attention mass on patches that touch the box": figures["attention_mass_on_part"],
             }
         else:
-            maps = report.attention_maps(teacher.backbone, teacher.head_dense, teacher.pool, where)
+            (maps,) = report.attention_maps(teacher, [teacher.pool], where)
         report.plot_attention(
             maps, teacher.backbone, size, where.queries, paths, boxes, pictures[1][1]
         )

@@ -24,6 +24,7 @@ def measure(
 ) -> dict[str, Tensor]:
     """Figures of one micro-batch of this process, scalars on the device.
 
+    entropy: of the teacher's image distributions under these centres, as the objective gives it.
     teacher_entropy: mean entropy of the teacher's image distributions, nats.
     teacher_kl_uniform: mean KL of them from the uniform distribution, nats: log K - entropy.
     teacher_information: entropy of their mean minus mean entropy, nats: how much a target
@@ -42,8 +43,8 @@ def measure(
         "feature_rank": effective_rank(teacher.image_features),
     }
     q = image_targets(teacher, centres.image, teacher_temp).log_probabilities().exp()
-    within = torch.special.entr(q).sum(-1).mean()
-    figures["teacher_information"] = torch.special.entr(q.mean((0, 1))).sum() - within
+    marginal = torch.special.entr(q.mean((0, 1))).sum()
+    figures["teacher_information"] = marginal - entropy.mean()
     if centres.region is not None:
         figures["region_centre_norm"] = centres.region.norm()
     if teacher.log_attention:

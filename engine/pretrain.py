@@ -18,7 +18,7 @@ from datasets.fine_grained import ImageFolder
 from datasets.loader import BadImage
 from datasets.multicrop import GLOBAL_CROPS
 from engine import diagnostics
-from engine.build import step_seed
+from engine.build import model_description, step_seed
 from engine.features import extract
 from engine.knn import knn_accuracy
 from losses.objective import Objective
@@ -192,15 +192,13 @@ class Pretraining:
             "scaler": self.scaler.state_dict(),
             "centres": self.centres.state_dict(),
             "config": config.to_dict(self.cfg),
+            "model": model_description(self.cfg, self.student),
             "versions": {"torch": str(torch.__version__)},
         }
 
 
-def train(run: Pretraining, loader: DataLoader, folder: Path, model: dict) -> None:
-    """Train from `run.step` to the end: steps, log lines, k-NN, checkpoints in `folder`.
-
-    model: what rebuilds the networks, stored in every checkpoint.
-    """
+def train(run: Pretraining, loader: DataLoader, folder: Path) -> None:
+    """Train from `run.step` to the end: steps, log lines, k-NN, checkpoints in `folder`."""
     cfg, is_main = run.cfg, run.world.is_main
     log = RunLog(folder, run.logged_step) if is_main else None
     watch, window = diagnostics.CollapseWatch(), Window()
@@ -227,7 +225,7 @@ def train(run: Pretraining, loader: DataLoader, folder: Path, model: dict) -> No
             _report(run, line, log, bar, watch)
         if epoch_ends:
             pause = time.perf_counter()
-            _end_of_epoch(run, log, folder, model)
+            _end_of_epoch(run, log, folder)
             started += time.perf_counter() - pause
     bar.close()
     if log:
@@ -280,7 +278,7 @@ def _report(
         logger.info(f"{done}  step {run.step}/{run.total_steps}  {short}")
 
 
-def _end_of_epoch(run: Pretraining, log: RunLog | None, folder: Path, model: dict) -> None:
+def _end_of_epoch(run: Pretraining, log: RunLog | None, folder: Path) -> None:
     """k-NN and checkpoints, where they are due; rank 0 works, the others wait."""
     cfg, epoch = run.cfg, run.step // run.steps_per_epoch
     is_last = run.step == run.total_steps
@@ -295,7 +293,7 @@ def _end_of_epoch(run: Pretraining, log: RunLog | None, folder: Path, model: dic
     is_kept = bool(cfg.CKPT.KEEP_EVERY) and epoch % cfg.CKPT.KEEP_EVERY == 0
     if epoch % cfg.CKPT.EVERY_EPOCHS == 0 or is_kept or is_last:
         if run.world.is_main:
-            checkpoint.save({**run.state(), "model": model}, folder / checkpoint.LAST)
+            checkpoint.save(run.state(), folder / checkpoint.LAST)
             if is_kept:
                 kept = folder / f"checkpoint{epoch:04d}.pth"
                 checkpoint.link_copy(folder / checkpoint.LAST, kept)

@@ -59,17 +59,22 @@ def image_knn(backbone: Backbone, where: Evaluation) -> dict[str, float]:
 
 
 def attention_maps(
-    backbone: Backbone, region_head: torch.nn.Module, pool: GatedAttentionPool, where: Evaluation
-) -> Tensor:
-    """MIL attention [n, N] over the query images, in their order."""
+    network: Network, pools: list[GatedAttentionPool], where: Evaluation
+) -> list[Tensor]:
+    """MIL attention [n, N] of each pooling over the query images, in their order, in one pass."""
+
+    def attention(images: Tensor) -> Tensor:
+        embeddings = network.head_dense(network.backbone(images)[1])
+        return torch.stack([pool(embeddings).exp() for pool in pools], dim=1)
+
     maps, _ = extract(
-        lambda images: pool(region_head(backbone(images)[1])).exp(),
+        attention,
         ImageFolder(where.queries, eval_transform(where.size, where.size)),
         where.device,
         where.batch,
         where.workers,
     )
-    return maps
+    return list(maps.unbind(1))
 
 
 def pointing_figures(
@@ -86,8 +91,7 @@ def pointing_figures(
     grid = network.backbone.patch_grid(where.size, where.size)
     cell = network.backbone.stride * box_size / where.size
     touching = pointing.cells_touching(boxes, grid, cell)
-    maps = attention_maps(network.backbone, network.head_dense, network.pool, where)
-    untrained = attention_maps(network.backbone, network.head_dense, untrained_pool, where)
+    maps, untrained = attention_maps(network, [network.pool, untrained_pool], where)
     return {
         "accuracy": pointing.pointing(maps, touching),
         "chance": pointing.chance(touching),

@@ -24,12 +24,7 @@ def find(cfg: Node, images_per_step: int, steps_per_epoch: int) -> dict | None:
             return None
     except OSError as error:
         raise InputError(f"--output_dir: {path} cannot be read ({error.strerror}).") from None
-    state = checkpoint.load_file(path)
-    if not checkpoint.is_own(state):
-        raise InputError(
-            f"{path} is not a checkpoint of this project: choose another --output_dir."
-        )
-    checkpoint.check_format(state, path)
+    state = checkpoint.load_own(path)
     stored = config.from_dict(state["config"], str(path))
     changes = [
         (name, config.get(stored, name), config.get(cfg, name))

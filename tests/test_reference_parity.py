@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import build
 from engine.knn import knn_accuracy
-from engine.pretrain import Pretraining, Schedules
 from losses.objective import Objective
 from losses.targets import Centres
 from models.heads import DINOHead
@@ -32,9 +30,7 @@ from tests.goldens import (
     recipe,
     weights,
 )
-from utils import config
-from utils.distributed import World
-from utils.optim import build_optimizer
+from tests.runs import pretraining, small_config
 from utils.schedules import cosine, teacher_temperature
 from utils.views import Views
 
@@ -196,55 +192,25 @@ def test_cmd(form):
 def test_six_training_steps():
     """Networks, loss, schedules, clipping, frozen last layer, AdamW, EMA and centres together."""
     shapes, figures = read_json("steps_keys.json"), read_arrays("steps.npz")
-    cfg = config.defaults()
-    for key, value in {
-        "MODEL.ARCH": "vit_small",
-        "MODEL.EMBED_DIM": 48,
-        "MODEL.DEPTHS": [2],
-        "MODEL.NUM_HEADS": [3],
-        "MODEL.PATCH_SIZE": 8,
-        "MODEL.IMG_SIZE": 32,
-        "MODEL.DROP_PATH": 0.0,
-        "HEAD.OUT_DIM": 64,
-        "HEAD.HIDDEN_DIM": 96,
-        "HEAD.BOTTLENECK_DIM": 32,
-        "HEAD.NORM_LAST_LAYER": False,
-        "LOSS.OBJECTIVE": "esvit",
-        "LOSS.TEACHER_TEMP": 0.07,
-        "LOSS.WARMUP_TEACHER_TEMP_EPOCHS": 2,
-        "TRAIN.EPOCHS": 3,
-        "TRAIN.BATCH_SIZE_PER_GPU": 4,
-        "TRAIN.BASE_LR": 0.005 * 256 / 4,
-        "TRAIN.WARMUP_EPOCHS": 1,
-        "TRAIN.MOMENTUM_TEACHER": 0.9,
-        "TRAIN.CLIP_GRAD": 0.3,
-        "AUG.GLOBAL_CROPS_SIZE": 32,
-        "AUG.LOCAL_CROPS_NUMBER": [2],
-        "AUG.LOCAL_CROPS_SIZE": [16],
-    }.items():
-        config.put(cfg, key, value, "test")
-    config.check(cfg)
-    student, teacher = build.networks(cfg)
+    cfg = small_config(
+        MODEL__DROP_PATH=0.0,
+        HEAD__NORM_LAST_LAYER=False,
+        LOSS__OBJECTIVE="esvit",
+        LOSS__TEACHER_TEMP=0.07,
+        LOSS__WARMUP_TEACHER_TEMP_EPOCHS=2,
+        TRAIN__EPOCHS=3,
+        TRAIN__BATCH_SIZE_PER_GPU=4,
+        TRAIN__BASE_LR=0.005 * 256 / 4,
+        TRAIN__WARMUP_EPOCHS=1,
+        TRAIN__FREEZE_LAST_LAYER=1,
+        TRAIN__MOMENTUM_TEACHER=0.9,
+        TRAIN__CLIP_GRAD=0.3,
+    )
+    run = pretraining(cfg, steps_per_epoch=2)
     own_name = {name: name if re.match(HEADS, name) else f"backbone.{name}" for name in shapes}
     state = {own_name[name]: value for name, value in weights(shapes).items()}
-    load_strictly(student, state, "golden")
-    make_teacher(student, teacher)
-    objective = build.objective(cfg)
-    run = Pretraining(
-        cfg=cfg,
-        world=World(0, 1, torch.device("cpu")),
-        student=student,
-        wrapped=student,
-        teacher=teacher,
-        objective=objective,
-        centres=objective.make_centres(64),
-        optimizer=build_optimizer("adamw", student),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        schedules=Schedules.build(cfg, steps_per_epoch=2, images_per_step=4),
-        steps_per_epoch=2,
-        images_per_step=4,
-        precision="fp32",
-    )
+    load_strictly(run.student, state, "golden")
+    make_teacher(run.student, run.teacher)
     losses = []
     for step in range(len(figures["losses"])):
         crops = [
@@ -254,7 +220,7 @@ def test_six_training_steps():
         step_figures, _ = run.train_step(iter([(crops, None)]))
         losses.append(step_figures["loss"].item())
     assert_parity(np.array(losses), figures["losses"], "losses")
-    parameters = teacher.state_dict()
+    parameters = run.teacher.state_dict()
     for name in shapes:
         value = parameters[own_name[name]]
         assert_parity(value.double().norm(), figures[f"teacher_norm/{name}"], f"norm of {name}")

@@ -99,6 +99,17 @@ def is_own(checkpoint: Any) -> bool:
     return isinstance(checkpoint, dict) and isinstance(checkpoint.get("format"), int)
 
 
+def load_own(path: str | Path) -> dict:
+    """A checkpoint that this project wrote, of a format that it reads; else InputError."""
+    contents = load_file(path)
+    if not is_own(contents):
+        raise InputError(
+            f"{path} is not a checkpoint of this project: choose another --output_dir."
+        )
+    check_format(contents, path)
+    return contents
+
+
 def check_format(checkpoint: dict, path: str | Path) -> None:
     """Raise InputError for a checkpoint of ours written by a newer version."""
     lost = [name for name in ("config", "model", "student", "teacher") if name not in checkpoint]

@@ -64,9 +64,7 @@ class RunLog:
             os.replace(temporary, path)
             self._file = path.open("a")
         except OSError as error:
-            raise InputError(
-                f"the log {path} cannot be written ({error.strerror}).", everywhere=False
-            ) from None
+            raise _not_written(path, error) from None
         # Events of an earlier try, beyond the checkpoint or without one, are marked as void.
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=30
@@ -79,15 +77,17 @@ class RunLog:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise InputError(
-                f"the log {self._file.name} cannot be written ({error.strerror}).", everywhere=False
-            ) from None
+            raise _not_written(self._file.name, error) from None
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _not_written(path: str | Path, error: OSError) -> InputError:
+    return InputError(f"the log {path} cannot be written ({error.strerror}).", everywhere=False)
 
 
 def _step(line: str) -> float:

@@ -1,0 +1,62 @@
+"""Small runs inside the test's process: what main_cmd.py puts together, without files."""
+
+import torch
+
+from engine import build
+from engine.pretrain import Pretraining, Schedules
+from utils import config
+from utils.distributed import World
+from utils.optim import build_optimizer
+
+
+def small_config(**options) -> config.Node:
+    """A ViT of two blocks; options as SECTION__KEY=value."""
+    cfg = config.defaults()
+    settings = {
+        "MODEL.ARCH": "vit_small",
+        "MODEL.EMBED_DIM": 48,
+        "MODEL.DEPTHS": [2],
+        "MODEL.NUM_HEADS": [3],
+        "MODEL.PATCH_SIZE": 8,
+        "MODEL.IMG_SIZE": 32,
+        "HEAD.OUT_DIM": 64,
+        "HEAD.HIDDEN_DIM": 96,
+        "HEAD.BOTTLENECK_DIM": 32,
+        "HEAD.POOL_HIDDEN": 16,
+        "AUG.GLOBAL_CROPS_SIZE": 32,
+        "AUG.LOCAL_CROPS_SIZE": 16,
+        "AUG.LOCAL_CROPS_NUMBER": 2,
+        "TRAIN.EPOCHS": 2,
+        "TRAIN.BATCH_SIZE_PER_GPU": 3,
+        "TRAIN.WARMUP_EPOCHS": 0,
+        "TRAIN.FREEZE_LAST_LAYER": 0,
+        "TRAIN.BASE_LR": 0.05,
+    }
+    settings |= {key.replace("__", "."): value for key, value in options.items()}
+    for key, value in settings.items():
+        config.put(cfg, key, value, "the test")
+    config.check(cfg)
+    return cfg
+
+
+def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
+    """What main_cmd.py puts together for one process on the CPU."""
+    student, teacher = build.networks(cfg)
+    objective = build.objective(cfg)
+    world = World(0, 1, torch.device("cpu"))
+    images = cfg.TRAIN.BATCH_SIZE_PER_GPU * cfg.TRAIN.ACCUM_STEPS
+    return Pretraining(
+        cfg=cfg,
+        world=world,
+        student=student,
+        wrapped=student,
+        teacher=teacher,
+        objective=objective,
+        centres=objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM),
+        optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        schedules=Schedules.build(cfg, steps_per_epoch, images),
+        steps_per_epoch=steps_per_epoch,
+        images_per_step=images,
+        precision=build.precision(cfg, world.device),
+    )
