@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from datasets import synthetic
-from datasets.fine_grained import ImageFolder
+from datasets.folder import ImageFolder
 from engine import build, report
 from engine.features import labelled_folder
 from models.mil import GatedAttentionPool

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from datasets.fine_grained import UnreadableImage, unreadable_sentence
+from datasets.folder import UnreadableImage, unreadable_sentence
 from datasets.multicrop import MultiCrop, sample_seed
 from utils.errors import InputError
 from utils.seeding import ORDER, derive_seed

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.fine_grained import ImageFolder
+from datasets.folder import ImageFolder
 from datasets.loader import BadImage, GuardedDataset, collate
 from datasets.multicrop import eval_transform
 from utils.errors import InputError

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.fine_grained import ImageFolder
+from datasets.folder import ImageFolder
 from datasets.loader import BadImage
 from datasets.multicrop import GLOBAL_CROPS
 from engine import diagnostics

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
-from datasets.fine_grained import ImageFolder, load_image
+from datasets.folder import ImageFolder, load_image
 from datasets.multicrop import eval_transform
 from engine import pointing
 from engine.features import extract, gallery_and_queries

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch.utils.data import Dataset
 
-from datasets.fine_grained import ImageFolder, UnreadableImage, build_dataset, load_image
+from datasets.fine_grained import build_dataset
+from datasets.folder import ImageFolder, UnreadableImage, load_image
 from datasets.loader import (
     BadImage,
     MultiCropDataset,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from utils.errors import InputError
+from utils.files import replacing
 
 FORMAT = 1
 LAST = "checkpoint.pth"
@@ -127,24 +128,15 @@ def save(checkpoint: dict, path: str | Path) -> None:
 
     Raises InputError when the disk refuses; whatever was at `path` is still there then.
     """
-    path = Path(path)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
-        stale.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # A full disk reaches us as a RuntimeError of torch's zip writer; others are bugs.
-        if isinstance(error, RuntimeError) and not re.search("Writer|enforce fail", str(error)):
-            raise
-        raise InputError(f"the checkpoint {path} could not be written: {error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, "checkpoint") as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # A full disk reaches us as a RuntimeError of torch's zip writer; others are bugs.
+            if not re.search("Writer|enforce fail", str(error)):
+                raise
+            raise OSError(str(error)) from None
 
 
 def link_copy(source: str | Path, target: str | Path) -> None:
@@ -152,31 +144,8 @@ def link_copy(source: str | Path, target: str | Path) -> None:
 
     Raises InputError when the disk refuses.
     """
-    source, target = Path(source), Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    with replacing(target, "checkpoint") as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise InputError(f"the checkpoint {target} could not be written: {error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; a file system that cannot is no reason to stop."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

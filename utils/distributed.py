@@ -106,11 +106,7 @@ def barrier() -> None:
 
 def mean(tensor: Tensor) -> Tensor:
     """The mean of a tensor over all processes; no gradient."""
-    if _size() == 1:
-        return tensor.detach()
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / _size()
+    return total(tensor) / _size()
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -120,6 +116,46 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Tensors [n_r, ...] of all processes, n_r differing, concatenated by rank.
+
+    On the CPU, on every process; no gradient.
+    """
+    mine = tensor.detach()
+    if _size() == 1:
+        return mine.cpu()
+    if dist.get_backend() == "nccl":
+        mine = mine.cuda()
+    counts = gather(torch.tensor([len(mine)], device=mine.device)).tolist()
+    # Collectives want equal shapes: padded to the longest, cut again.
+    padded = mine.new_zeros(max(counts), *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = gather(padded[None]).cpu()
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: object) -> list:
+    """Each process's value (plain data, small), by rank, on every process."""
+    if _size() == 1:
+        return [value]
+    values: list = [None] * _size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes; no gradient."""
+    result = tensor.detach().clone()
+    if _size() > 1:
+        dist.all_reduce(result)
+    return result
+
+
+def share(items: int, world: World) -> range:
+    """This process's contiguous share of 0 .. items - 1; shares differ by at most one."""
+    return range(items * world.rank // world.size, items * (world.rank + 1) // world.size)
 
 
 def agree(figures: dict[str, int], advice: str) -> None:

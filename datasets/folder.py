@@ -1,0 +1,195 @@
+"""Images on the disk: decoding one file, lists of labelled files, folders of images."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from utils.errors import InputError
+
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".gif",
+)
+NO_LABEL = -1
+_HEADERS_CHECKED = 8
+
+
+class UnreadableImage(InputError):
+    """A file that cannot be decoded as an image; `path` and `reason` are one line each."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(unreadable_sentence(path, reason))
+
+
+def unreadable_sentence(path: str, reason: str) -> str:
+    """What the user reads about an image that cannot be decoded."""
+    return f"the image {path} cannot be read ({reason}): repair it or remove it"
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Decode one image file as upright RGB, 8 bits a channel.
+
+    The EXIF orientation is applied; palette, grey, CMYK and RGBA images are converted
+    (transparency is dropped, as is usual in the field); of an animation the first frame
+    is taken. Raises `UnreadableImage`.
+    """
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    # PIL's decoders meet broken files with exceptions of every kind.
+    except Exception as error:
+        raise UnreadableImage(str(path), _reason(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit grey (mode I in older PIL): PIL's own conversion clips at 255, not 65535.
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image in a known format"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]
+
+
+class LabelledImages(Dataset):
+    """Image files with labels; what every data set of this project is.
+
+    root: the folder that `paths` (relative posix strings) are relative to. labels: one int for
+    each path, an index into `classes` (names in the order of their numbers), or -1 where
+    nothing is known. Item i is `(image, label)`: a PIL RGB image, through `transform` if one is
+    given. An item that cannot be decoded raises `UnreadableImage`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        paths: list[str],
+        labels: list[int],
+        classes: list[str],
+        transform: Callable[[Image.Image], Any] | None = None,
+    ) -> None:
+        self.root, self.paths, self.labels, self.classes = Path(root), paths, labels, classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = load_image(self.root / self.paths[index])
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+    def through(self, transform: Callable[[Image.Image], Any]) -> "LabelledImages":
+        """The same images through another transform."""
+        return LabelledImages(self.root, self.paths, self.labels, self.classes, transform)
+
+
+class ImageFolder(LabelledImages):
+    """The images under `root`, at any depth, sorted by relative path.
+
+    Where every image lies in a first-level subfolder, `classes` are the sorted names of those
+    subfolders and `labels` index them; elsewhere `classes` is empty and every label is -1.
+    Hidden files and folders are skipped, links are followed.
+
+    Raises `InputError` if there is no such folder, no image in it, or none of a few of
+    the images can be opened.
+    """
+
+    def __init__(
+        self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None
+    ) -> None:
+        folder = _existing_folder(root)
+        paths = _list_images(folder)
+        classes, labels = _classes_and_labels(paths)
+        super().__init__(folder, paths, labels, classes, transform)
+        self._check_headers()
+
+    def _check_headers(self) -> None:
+        step = -(-len(self.paths) // _HEADERS_CHECKED)
+        sample = self.paths[::step]
+        for path in sample:
+            try:
+                with Image.open(self.root / path):
+                    return
+            except Exception:
+                continue
+        raise InputError(
+            f"the data folder {self.root} has no readable images (tried {len(sample)} of "
+            f"{len(self.paths)} files, the first is {sample[0]}): check that they are images"
+        )
+
+
+def _existing_folder(root: str | Path) -> Path:
+    if not str(root):
+        raise InputError("no data folder is named: give the path of a folder of images")
+    folder = Path(root).expanduser()
+    if not folder.exists():
+        raise InputError(
+            f"the data folder {folder} does not exist: give the path of a folder of images"
+        )
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file: give the path of the folder that holds the images")
+    return folder
+
+
+def _list_images(root: Path) -> list[str]:
+    try:
+        if not any(root.iterdir()):
+            raise InputError(
+                f"the data folder {root} is empty: put images in it or give another folder"
+            )
+        paths = sorted(_find_images(str(root), "", frozenset()))
+    except OSError as error:
+        raise InputError(
+            f"the data folder {error.filename or root} cannot be listed ({_reason(error)}): "
+            "make it readable or give another folder"
+        ) from error
+    if not paths:
+        raise InputError(
+            f"the data folder {root} holds no images (files ending in "
+            f"{', '.join(IMAGE_SUFFIXES)}): put images in it or give another folder"
+        )
+    return paths
+
+
+def _find_images(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
+    """Relative paths of the images below `folder`; `above` breaks loops of links."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _find_images(entry.path, f"{prefix}{entry.name}/", above | {real})
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                yield prefix + entry.name
+
+
+def _classes_and_labels(paths: list[str]) -> tuple[list[str], list[int]]:
+    parts = [PurePosixPath(path).parts for path in paths]
+    if any(len(part) == 1 for part in parts):
+        return [], [NO_LABEL] * len(paths)
+    classes = sorted({part[0] for part in parts})
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, [number[part[0]] for part in parts]

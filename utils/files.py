@@ -1,0 +1,63 @@
+"""Writing files so that no half file ever stands under its name, and earlier ones survive."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
+    """A temporary name to write to; at the end of the block it is renamed to `path`.
+
+    The file must be closed by then; it is flushed to the disk first. Where the block fails,
+    whatever was at `path` is still there and nothing is left over; an OSError becomes an
+    InputError that calls the file `what`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
+            stale.unlink(missing_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(
+            f"the {what} {path} could not be written: {error.strerror or error}.",
+            everywhere=False,
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str, what: str = "file") -> None:
+    """Write a text file whole; see `replacing`."""
+    with replacing(path, what) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: str | Path, contents: Any, what: str = "file") -> None:
+    """Write indented JSON whole; see `replacing`."""
+    write_text(path, json.dumps(contents, indent=2) + "\n", what)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; a file system that cannot is no reason to stop."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
