@@ -9,6 +9,7 @@ from utils import checkpoint, config
 from utils.config import Node
 from utils.errors import InputError
 from utils.logging import logger
+from utils.options import RESUME_MAY_DIFFER
 
 
 def find(cfg: Node, images_per_step: int, steps_per_epoch: int) -> dict | None:
@@ -28,7 +29,7 @@ def find(cfg: Node, images_per_step: int, steps_per_epoch: int) -> dict | None:
     stored = config.from_dict(state["config"], str(path))
     changes = [
         (name, config.get(stored, name), config.get(cfg, name))
-        for name in config.differing(cfg, stored, config.RESUME_MAY_DIFFER)
+        for name in config.differing(cfg, stored, RESUME_MAY_DIFFER)
     ]
     if state["images_per_step"] != images_per_step:
         changes.append(("images per step", state["images_per_step"], images_per_step))

@@ -14,7 +14,7 @@ from losses import inter
 from losses.intra import image_loss, region_loss
 from losses.released import released_terms
 from losses.targets import Centres
-from utils.config import CHOICES
+from utils.options import CHOICES
 from utils.views import Views
 
 

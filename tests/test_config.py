@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils import cli, config, config_docs
+from utils import cli, config, config_docs, flags, options
 from utils.errors import InputError
 
 
@@ -257,7 +257,7 @@ def test_each_flag_of_esvit_sets_its_option_and_no_other(flag):
     command = parse(*flag.split(), "MODEL.NUM_CLASSES", "0")
     changed = config.differing(command.cfg, config.defaults())
     assert {key: config.get(command.cfg, key) for key in changed} == {
-        key: new for key, new in ESVIT[flag].items() if new != config.get(config.DEFAULTS, key)
+        key: new for key, new in ESVIT[flag].items() if new != config.get(options.DEFAULTS, key)
     }
     assert command.notes == []
     for key, new in ESVIT[flag].items():
@@ -371,13 +371,35 @@ BAD = {
     "CKPT.KEEP_EVERY": -1,
     "EVAL.KNN_EVERY": 1,
     "EVAL.KNN_K": 0,
-    "EVAL.SIZE": 0,
+    "EVAL.SIZE": -1,
+    "EVAL.RESIZE": -1,
+    "EVAL.POOLING": "max",
+    "EVAL.BATCH_SIZE_PER_GPU": 0,
+    "EVAL.PRECISION": "fp8",
+    "EVAL.MAX_BAD": 1.5,
+    "EVAL.SEEDS": 0,
+    "KNN.KS": [10, 0],
+    "KNN.TEMPERATURE": 0,
+    "RETRIEVAL.SPLIT": "random",
+    "LINEAR.CLASSIFIER": "svm",
+    "LINEAR.FEATURES": "stored",
+    "LINEAR.N_LAST_BLOCKS": 0,
+    "LINEAR.EPOCHS": 0,
+    "LINEAR.BASE_LR": -1,
+    "LINEAR.SWEEP": [0.1, -1],
+    "LINEAR.C": [],
+    "LINEAR.HOLD_OUT": 1,
+    "LINEAR.VAL_FREQ": 0,
+    "LINEAR.LABEL_SHARES": [0.1, 1.1],
+    "LINEAR.NUM_LABELS": -1,
 }
 # Truth values; paths and names, checked where they are opened; the architecture's figures.
 UNBOUNDED = {
     *("CMD.LS", "HEAD.USE_BN", "HEAD.NORM_LAST_LAYER"),
     *("OUTPUT_DIR", "DATA.PATH", "DATA.DATASET", "INIT.WEIGHTS", "EVAL.KNN_TRAIN"),
     *("EVAL.KNN_VAL", "MODEL.ARCH", "MODEL.DEPTHS", "MODEL.NUM_HEADS"),
+    *("EVAL.DUMP_FEATURES", "EVAL.LOAD_FEATURES", "EVAL.PICTURES"),
+    *("DATA.PARTIAL", "DATA.DOWNLOAD", "LINEAR.AVGPOOL_PATCHTOKENS"),
 }
 
 
@@ -392,10 +414,10 @@ def test_a_value_out_of_range_is_one_sentence_that_names_the_option(key):
     assert message.endswith((".", "?"))
 
 
-@pytest.mark.parametrize("key", [k for k, v in config._RANGES.items() if v != (0, 0)])
+@pytest.mark.parametrize("key", [k for k, v in options.RANGES.items() if v != (0, 0)])
 def test_the_ends_of_a_range_are_allowed_and_nan_is_not(key):
-    low, high = config._RANGES[key]
-    default = config.get(config.DEFAULTS, key)
+    low, high = options.RANGES[key]
+    default = config.get(options.DEFAULTS, key)
     for end in (low, high):
         cfg = config.defaults()
         cfg.CMD.LT, cfg.TRAIN.WARMUP_EPOCHS = "none", 0
@@ -467,7 +489,7 @@ def test_help_names_each_flag_with_its_option(capsys):
         parse("--help")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag, (option, _, _) in cli.PRETRAIN_FLAGS.items():
+    for flag, (option, _, _) in flags.PRETRAIN.flags.items():
         assert flag in text
         assert f"[{option}]" in text
 

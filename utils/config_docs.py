@@ -6,14 +6,14 @@ python -m utils.config_docs > docs/configuration.md
 import re
 from pathlib import Path
 
-from utils import cli, config
+from utils import config, flags, options
 
 
 def remarks() -> dict[str, str]:
-    """Each option's remark in utils/config.py; a remark may go on in a line of its own."""
+    """Each option's remark in utils/options.py; a remark may go on in a line of its own."""
     found: dict[str, str] = {}
     last = ""
-    for line in Path(config.__file__).read_text().splitlines():
+    for line in Path(options.__file__).read_text().splitlines():
         if match := re.match(r"_\.([A-Z0-9_.]+) = .*?(?:  # (.*))?$", line):
             last = match[1]
             found[last] = match[2] or ""
@@ -27,11 +27,13 @@ def remarks() -> dict[str, str]:
 def page() -> str:
     """The whole page, Markdown."""
     known, cfg = remarks(), config.defaults()
-    flags: dict[str, list[str]] = {}
-    for flag, (option, _, _) in cli.PRETRAIN_FLAGS.items():
-        flags.setdefault(option, []).append(f"`{flag}`")
-    flags["LOSS.OBJECTIVE"].append("`--use_dense_prediction` (true: cmd, false: dino)")
-    flags["TRAIN.PRECISION"].append("`--use_fp16` (true: fp16, false: fp32)")
+    names: dict[str, list[str]] = {}
+    for face in (flags.PRETRAIN, flags.KNN, flags.RETRIEVAL, flags.LINEAR, flags.TABLE):
+        for flag, (option, _, _) in face.flags.items():
+            if f"`{flag}`" not in names.setdefault(option, []):
+                names[option].append(f"`{flag}`")
+    names["LOSS.OBJECTIVE"].append("`--use_dense_prediction` (true: cmd, false: dino)")
+    names["TRAIN.PRECISION"].append("`--use_fp16` (true: fp16, false: fp32)")
     lines = [
         "# Options",
         "",
@@ -41,7 +43,7 @@ def page() -> str:
         "before anything else. The options as resolved are written to the run's folder",
         "(`config.yaml`). Lists are written `[1, 2]` in YAML and `'[1,2]'` on the command line.",
         "",
-        "This page is made by `python -m utils.config_docs`; its source is `utils/config.py`.",
+        "This page is made by `python -m utils.config_docs`; its source is `utils/options.py`.",
     ]
     section = None
     for name in config.option_names():
@@ -61,10 +63,13 @@ def page() -> str:
         if default == "":
             shown = "(empty)"
         meaning = known.get(name, "").replace(" | ", ", ")
-        lines.append(f"| `{name}` | {shown} | {meaning} | {', '.join(flags.get(name, []))} |")
+        lines.append(f"| `{name}` | {shown} | {meaning} | {', '.join(names.get(name, []))} |")
     lines += ["", "## Flags of EsViT without a meaning here", ""]
     lines += ["They are accepted, and a line says that they are ignored.", ""]
-    lines += [f"- `{flag}`: {why}" for flag, why in cli.NO_MEANING.items()]
+    lines += [
+        f"- `{flag}`: {why}"
+        for flag, why in (flags.PRETRAIN.no_meaning | flags.KNN.no_meaning).items()
+    ]
     return "\n".join(lines) + "\n"
 
 
