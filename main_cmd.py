@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from datasets.fine_grained import build_dataset
-from datasets.loader import MultiCropDataset, StepSampler, build_loader, steps_per_epoch
+from datasets.loader import AugmentedDataset, StepSampler, build_loader, steps_per_epoch
 from engine import build, resume
 from engine.features import gallery_and_queries
 from engine.pretrain import Pretraining, Schedules, scaled_lr, train
@@ -44,7 +44,9 @@ def main() -> None:
     precision = build.precision(cfg, world.device)
 
     # Data: files -> crops, shuffled every epoch.
-    dataset = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH)
+    dataset = build_dataset(
+        cfg.DATA.DATASET, cfg.DATA.PATH, partial=cfg.DATA.PARTIAL, download=cfg.DATA.DOWNLOAD
+    )
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     images_per_step = batch * world.size * accumulation
     epoch_steps = steps_per_epoch(len(dataset), batch, world.size, accumulation)
@@ -75,7 +77,7 @@ def main() -> None:
         steps_per_epoch=epoch_steps,
         images_per_step=images_per_step,
         precision=precision,
-        held_out=gallery_and_queries(*knn_folders, cfg.EVAL.SIZE) if knn_folders else (),
+        held_out=gallery_and_queries(*knn_folders, build.eval_size(cfg)) if knn_folders else (),
     )
 
     # Going on where a checkpoint stands in the run's folder.
@@ -114,7 +116,7 @@ def main() -> None:
         run.step,
         run.total_steps,
     )
-    crops = MultiCropDataset(dataset, build.multicrop(cfg), cfg.SEED)
+    crops = AugmentedDataset(dataset, build.multicrop(cfg), cfg.SEED)
     workers = min(cfg.DATA.WORKERS, available_cores())
     loader = build_loader(crops, sampler, workers, world.device.type == "cuda")
     train(run, loader, folder)

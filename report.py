@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 
 from datasets import synthetic
+from datasets.benchmarks import labelled_folder
 from datasets.folder import ImageFolder
 from engine import build, report
-from engine.features import labelled_folder
 from models.mil import GatedAttentionPool
-from models.network import HeadSpec, Network
-from models.pretrained import count_parameters, load_strictly
-from models.registry import BackboneSpec, build_backbone
+from models.network import HeadSpec
+from models.pretrained import count_parameters
 from utils import checkpoint, config, distributed
 from utils.errors import InputError, run_script
 
@@ -48,13 +47,14 @@ def main() -> None:
     ):
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, not {value}.")
-    device = distributed.start(arguments.device).device
+    world = distributed.start(arguments.device)
+    device = world.device
 
     # The run: its options, the teacher it made, and the network it began with.
     path = arguments.output_dir / checkpoint.LAST
     state = checkpoint.load_own(path)
     cfg = config.from_dict(state["config"], str(path))
-    teacher = rebuild(state, path).to(device).eval()
+    teacher = build.stored_network(state, "teacher", path).to(device).eval()
     start = build.networks(cfg)[1].to(device).eval()
     size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
     where = report.Evaluation(
@@ -62,7 +62,7 @@ def main() -> None:
         arguments.queries and arguments.queries.resolve(),
         size,
         arguments.k,
-        device,
+        world,
         workers=arguments.num_workers,
     )
     if size % teacher.backbone.patch_size:
@@ -92,7 +92,7 @@ def main() -> None:
     # k-NN beside the network that the run began with.
     if where.gallery and where.queries:
         trained, untrained = (report.image_knn(net.backbone, where) for net in (teacher, start))
-        classes = len(labelled_folder(where.gallery, size, size).classes)
+        classes = len(labelled_folder(where.gallery).classes)
         results["knn"] = {
             "k": arguments.k,
             "trained": trained,
@@ -138,19 +138,6 @@ def main() -> None:
     (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     report.write_html(results, pictures, arguments.output_dir / "report.html")
     print(f"written: {arguments.output_dir / 'results.json'}, report.html and PNGs beside it")
-
-
-def rebuild(state: dict, path: Path) -> Network:
-    """The teacher of a checkpoint of ours, with the pooling where the run had one."""
-    described = state["model"]
-    network = Network(
-        build_backbone(BackboneSpec.from_dict(described["backbone"])),
-        HeadSpec(**described["heads"]),
-        described["region_head"],
-        described["pooling"],
-    )
-    load_strictly(network, state["teacher"], f"{path} (teacher)")
-    return network
 
 
 def untrained_pooling(cfg: config.Node, state: dict) -> GatedAttentionPool:

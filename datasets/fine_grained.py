@@ -6,26 +6,127 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset
+from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 
-from datasets.folder import ImageFolder
+from datasets import parsers
+from datasets.benchmarks import Benchmark, Counts, Splits, folder_splits
+from datasets.folder import ImageFolder, LabelledImages
 from utils.errors import InputError
 
-# A new data set is one function (root, transform) -> Dataset of (image, label), and one line.
-DATASETS: dict[str, Callable[..., Dataset]] = {
-    "folder": ImageFolder,
-    "imagenet1k": ImageFolder,  # EsViT's name for a folder with class subfolders
+_DOWNLOAD = "DATA.DOWNLOAD true downloads it"
+_ONE_FILE_EACH = (
+    "images.txt",
+    "image_class_labels.txt",
+    "train_test_split.txt",
+    "classes.txt",
+    "images",
+)
+
+# A new data set is one function (official folder) -> Listing, and one entry.
+# None: a folder of images, which has no official splits.
+DATASETS: dict[str, Benchmark | None] = {
+    "folder": None,
+    "imagenet1k": None,  # EsViT's name for a folder with class subfolders
+    "cub": Benchmark(
+        "CUB_200_2011",
+        _ONE_FILE_EACH,
+        parsers.read_listed_images,
+        Counts(200, 5994, 5794),
+        "Download it from https://www.vision.caltech.edu/datasets/cub_200_2011",
+    ),
+    "cars": Benchmark(
+        "stanford_cars",
+        (
+            "devkit/cars_meta.mat",
+            "devkit/cars_train_annos.mat",
+            "cars_test_annos_withlabels.mat",
+            "cars_train",
+            "cars_test",
+        ),
+        parsers.read_cars,
+        Counts(196, 8144, 8041),
+        "Its official address is gone: use a copy",
+    ),
+    "aircraft": Benchmark(
+        "fgvc-aircraft-2013b",
+        (
+            "data/variants.txt",
+            "data/images_variant_trainval.txt",
+            "data/images_variant_test.txt",
+            "data/images",
+        ),
+        parsers.read_aircraft,
+        Counts(100, 6667, 3333),
+        _DOWNLOAD,
+        FGVCAircraft,
+    ),
+    "nabirds": Benchmark(
+        "nabirds",
+        _ONE_FILE_EACH,
+        parsers.read_listed_images,
+        Counts(555, 23929, 24633),
+        "Download it from https://dl.allaboutbirds.org/nabirds",
+    ),
+    "flowers": Benchmark(
+        "flowers-102",
+        ("jpg", "imagelabels.mat", "setid.mat"),
+        parsers.read_flowers,
+        Counts(102, 2040, 6149),
+        _DOWNLOAD,
+        Flowers102,
+    ),
+    "pets": Benchmark(
+        "oxford-iiit-pet",
+        ("images", "annotations/trainval.txt", "annotations/test.txt"),
+        parsers.read_pets,
+        Counts(37, 3680, 3669),
+        _DOWNLOAD,
+        OxfordIIITPet,
+    ),
 }
 
 
 def build_dataset(
-    name: str, root: str | Path, transform: Callable[[Image.Image], Any] | None = None
-) -> Dataset:
-    """The data set registered as `name`, read from `root`; raises `InputError`."""
+    name: str,
+    root: str | Path,
+    transform: Callable[[Image.Image], Any] | None = None,
+    partial: bool = False,
+    download: bool = False,
+) -> LabelledImages:
+    """The images to pretrain on: a benchmark's training split, or all images below a folder.
+
+    For the arguments and errors see `load_splits`.
+    """
+    benchmark = _registered(name)
+    if benchmark is None:
+        return ImageFolder(root, transform)
+    return benchmark.splits(name, root, partial, download).train.through(transform)
+
+
+def load_splits(
+    name: str, root: str | Path, partial: bool = False, download: bool = False
+) -> Splits:
+    """The training and test split of the data set registered as `name`, without a transform.
+
+    root: for a benchmark, its official folder or the folder that holds that; for a folder of
+    images, the folder that holds train and val (or test). partial: a note, not an error, where
+    listed images are missing (they are left out) or the numbers of images or classes are not
+    the official ones. download: fetch the data set into `root` first unless it is there;
+    without effect where nothing can fetch it. Several processes must not do that at once.
+
+    Raises `InputError`.
+    """
+    benchmark = _registered(name)
+    if benchmark is None:
+        return folder_splits(name, root)
+    return benchmark.splits(name, root, partial, download)
+
+
+def _registered(name: str) -> Benchmark | None:
     if name not in DATASETS:
         known = ", ".join(sorted(DATASETS))
         nearest = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
         raise InputError(
             f"there is no data set '{name}': use one of {known} (the nearest is '{nearest}')"
         )
-    return DATASETS[name](root, transform)
+    return DATASETS[name]

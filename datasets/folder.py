@@ -117,7 +117,7 @@ class ImageFolder(LabelledImages):
     def __init__(
         self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None
     ) -> None:
-        folder = _existing_folder(root)
+        folder = existing_folder(root)
         paths = _list_images(folder)
         classes, labels = _classes_and_labels(paths)
         super().__init__(folder, paths, labels, classes, transform)
@@ -138,7 +138,8 @@ class ImageFolder(LabelledImages):
         )
 
 
-def _existing_folder(root: str | Path) -> Path:
+def existing_folder(root: str | Path) -> Path:
+    """The folder named `root`; raises `InputError` where there is none."""
     if not str(root):
         raise InputError("no data folder is named: give the path of a folder of images")
     folder = Path(root).expanduser()

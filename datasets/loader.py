@@ -1,21 +1,21 @@
 """Which images each process sees at each step, and the loader that brings their crops."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from datasets.folder import UnreadableImage, unreadable_sentence
-from datasets.multicrop import MultiCrop, sample_seed
+from datasets.multicrop import sample_seed
+from utils.distributed import World, share
 from utils.errors import InputError
 from utils.seeding import ORDER, derive_seed
 
 Key = tuple[int, int]  # (epoch, index of the image)
-Sample = tuple[list[Tensor], int]
-Batch = tuple[list[Tensor], Tensor]
 
 
 def steps_per_epoch(length: int, batch: int, world: int, accumulation: int) -> int:
@@ -70,19 +70,57 @@ class StepSampler(Sampler[list[Key]]):
         for step in self.steps:
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != current:
-                current, order = epoch, self._order(epoch)
+                current, order = epoch, epoch_order(self.length, self.seed, epoch)
             start = (place * self.world + self.rank) * share
             for first in range(start, start + share, self.batch):
                 yield [(epoch, index) for index in order[first : first + self.batch]]
 
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
-        return torch.randperm(self.length, generator=generator).tolist()
+
+class EpochSampler(Sampler[list[Key]]):
+    """Batches of one process for epochs first_epoch to last_epoch - 1 of a linear probe.
+
+    Every epoch is a permutation of `indices` drawn from (seed, epoch), cut into batches of
+    `batch` images over all processes, of which each process has a contiguous share. The last
+    batch of an epoch is what is left, so every image comes once an epoch whatever the number
+    of processes; a process's share of it may be an empty list. (Ours.)
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch: int,
+        world: World,
+        seed: int,
+        first_epoch: int,
+        last_epoch: int,
+    ) -> None:
+        self.indices, self.batch, self.world, self.seed = indices, batch, world, seed
+        self.epochs = range(first_epoch, last_epoch)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-len(self.indices) // self.batch)
+
+    def __len__(self) -> int:
+        return len(self.epochs) * self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for epoch in self.epochs:
+            order = epoch_order(len(self.indices), self.seed, epoch)
+            for first in range(0, len(order), self.batch):
+                batch = order[first : first + self.batch]
+                yield [(epoch, self.indices[batch[i]]) for i in share(len(batch), self.world)]
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of 0 .. length - 1 in which an epoch visits the images."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, ORDER, epoch))
+    return torch.randperm(length, generator=generator).tolist()
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """Stands in for a sample or a batch whose image could not be decoded.
+    """Stands in for a sample whose image could not be decoded.
 
     A marker, because an exception that leaves a worker process carries its traceback in
     its message. `str()` of it is the sentence for the user.
@@ -95,30 +133,20 @@ class BadImage:
         return unreadable_sentence(self.path, self.reason)
 
 
-class MultiCropDataset(Dataset):
-    """The crops of image `index` in epoch `epoch`, for the key (epoch, index).
+class Batch(NamedTuple):
+    """What a loader brings: `data` batched (None where no image was read), their `indices`.
 
-    `dataset[index]` is (PIL image, label). An item is (list of V float32 [3, S, S], index),
-    the same for the same (seed, epoch, index) in any process, or a `BadImage`.
+    In pretraining `data` is a list of V float32 [B, 3, S, S], elsewhere float32 [B, 3, S, S];
+    indices int64 [B]; `bad` the images that could not be read and are left out.
     """
 
-    def __init__(self, dataset: Dataset, multicrop: MultiCrop, seed: int) -> None:
-        self.dataset, self.multicrop, self.seed = dataset, multicrop, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: Key) -> Sample | BadImage:
-        epoch, index = key
-        try:
-            image, _ = self.dataset[index]
-        except UnreadableImage as error:
-            return BadImage(error.path, error.reason)
-        return self.multicrop(image, sample_seed(self.seed, epoch, index)), index
+    data: Any
+    indices: Tensor
+    bad: list[BadImage]
 
 
-class GuardedDataset(Dataset):
-    """`dataset` with a `BadImage` in place of an item that cannot be decoded."""
+class IndexedDataset(Dataset):
+    """(data, index) of the image `index`, or a `BadImage`; `dataset[index]` is (data, label)."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -128,30 +156,48 @@ class GuardedDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int] | BadImage:
         try:
-            return self.dataset[index]
+            return self.dataset[index][0], index
         except UnreadableImage as error:
             return BadImage(error.path, error.reason)
 
 
-def collate(samples: list[Sample | BadImage]) -> Batch | BadImage:
-    """B samples (data, number) -> (data batched, int64 [B]), or the first `BadImage`.
+class AugmentedDataset(IndexedDataset):
+    """The augmented image `index` in epoch `epoch`, for the key (epoch, index).
 
-    In pretraining the data are a list of V float32 [B, 3, S, S] and the numbers are indices; in
-    an evaluation the data are images and the numbers are labels.
+    `dataset[index]` is (PIL image, label); `augment(image, seed)` makes the data, such as
+    MultiCrop's list of crops. An item is (data, index), the same for the same (seed, epoch,
+    index) in any process, or a `BadImage`.
     """
-    for sample in samples:
+
+    def __init__(
+        self, dataset: Dataset, augment: Callable[[Image.Image, int], Any], seed: int
+    ) -> None:
+        super().__init__(dataset)
+        self.augment, self.seed = augment, seed
+
+    def __getitem__(self, key: Key) -> tuple[Any, int] | BadImage:
+        epoch, index = key
+        sample = super().__getitem__(index)
         if isinstance(sample, BadImage):
             return sample
-    data, numbers = default_collate(samples)
-    return data, numbers
+        return self.augment(sample[0], sample_seed(self.seed, epoch, index)), index
+
+
+def collate(samples: list[tuple[Any, int] | BadImage]) -> Batch:
+    """The samples that were read as one batch, and the others beside it."""
+    bad = [sample for sample in samples if isinstance(sample, BadImage)]
+    if len(bad) == len(samples):
+        return Batch(None, torch.empty(0, dtype=torch.int64), bad)
+    data, indices = default_collate([s for s in samples if not isinstance(s, BadImage)])
+    return Batch(data, indices, bad)
 
 
 def build_loader(
-    dataset: Dataset, sampler: StepSampler, workers: int, pin_memory: bool
-) -> DataLoader[Any]:
-    """A loader of `collate`'s batches for the whole run of `sampler`.
+    dataset: Dataset, sampler: Iterable[list], workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """A loader of a `Batch` for each list of keys that `sampler` yields.
 
-    One pass over it is the run, so worker processes start once. `workers` 0 loads in the
+    One pass over it is the whole run, so worker processes start once. `workers` 0 loads in the
     calling process. Each worker uses one torch thread.
     """
     return DataLoader(

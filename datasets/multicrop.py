@@ -1,6 +1,6 @@
 """Multi-crop augmentation (SwAV; DINO, arXiv:2104.14294; EsViT, arXiv:2106.09785)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image, ImageFilter
@@ -54,6 +54,30 @@ def eval_transform(size: int = 224, resize: int | None = None) -> v2.Compose:
             *_to_normalised_tensor(),
         ]
     )
+
+
+def _seeded(augment: Callable, image: Image.Image, seed: int) -> Tensor:
+    """Augment after seeding the global generator, which the caller has forked."""
+    # torch.manual_seed would also reseed the accelerators, which are not forked.
+    torch.default_generator.manual_seed(seed)
+    return augment(image)
+
+
+class RandomCrop:
+    """The linear probe's training view [esvit]: a random resized crop and a flip.
+
+    Scale (0.08, 1) of the area, bilinear; flip 0.5; `size` pixels a side.
+    """
+
+    def __init__(self, size: int = 224) -> None:
+        self._augment = v2.Compose(
+            [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_to_normalised_tensor()]
+        )
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """PIL RGB image -> float32 [3, size, size]; `seed` alone decides every draw."""
+        with torch.random.fork_rng(devices=[]):
+            return _seeded(self._augment, image, seed)
 
 
 class MultiCrop:
@@ -123,13 +147,8 @@ class MultiCrop:
         own, so another number of crops leaves the others as they are. No global random
         state changes.
         """
-        crops = []
         with torch.random.fork_rng(devices=[]):
-            for place, crop in self._crops:
-                # torch.manual_seed would also reseed the accelerators, which are not forked.
-                torch.default_generator.manual_seed(derive_seed(seed, *place))
-                crops.append(crop(image))
-        return crops
+            return [_seeded(crop, image, derive_seed(seed, *place)) for place, crop in self._crops]
 
 
 def _check_local_crops(numbers: Sequence[int], sizes: Sequence[int]) -> None:

@@ -1,14 +1,16 @@
 """From options to objects: the one place where configuration meets constructors."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from datasets.multicrop import MultiCrop
 from losses.objective import Objective
 from models.network import HeadSpec, Network, make_teacher
+from models.pretrained import load_strictly
 from models.registry import BackboneSpec, build_backbone
-from utils import seeding
+from utils import config, seeding
 from utils.config import Node, local_crops
 from utils.errors import InputError
 from utils.seeding import derive_seed
@@ -99,13 +101,34 @@ def check_crop_sizes(cfg: Node, multiple: int) -> None:
     sizes = [("AUG.GLOBAL_CROPS_SIZE", cfg.AUG.GLOBAL_CROPS_SIZE)]
     sizes += [("AUG.LOCAL_CROPS_SIZE", size) for _, size in local_crops(cfg)]
     if cfg.EVAL.KNN_EVERY:
-        sizes.append(("EVAL.SIZE", cfg.EVAL.SIZE))
+        sizes.append(("EVAL.SIZE", eval_size(cfg)))
     for key, size in sizes:
         if size % multiple:
             raise InputError(
                 f"{key} {size} is not a multiple of {multiple} pixels, the patch size of "
                 f"{cfg.MODEL.ARCH}."
             )
+
+
+def eval_size(cfg: Node) -> int:
+    """Pixels of an evaluation's centre crop: EVAL.SIZE, else the run's global crops'."""
+    return cfg.EVAL.SIZE or cfg.AUG.GLOBAL_CROPS_SIZE
+
+
+def stored_network(state: dict, key: str, path: str | Path) -> Network:
+    """A network of a checkpoint of ours, with the pooling where the run had one.
+
+    key: "teacher" or "student". Raises InputError where the weights do not fit.
+    """
+    described = state["model"]
+    network = Network(
+        build_backbone(BackboneSpec.from_dict(described["backbone"])),
+        HeadSpec(**described["heads"]),
+        described["region_head"],
+        described["pooling"],
+    )
+    load_strictly(network, state[key], f"{path} ({key})")
+    return network
 
 
 def untrained_pooling_seed(cfg: Node) -> int:
@@ -118,16 +141,22 @@ def step_seed(cfg: Node, step: int, micro: int, rank: int) -> int:
     return derive_seed(cfg.SEED, seeding.STEPS, step, micro, rank)
 
 
-def precision(cfg: Node, device: torch.device) -> str:
-    """fp32, bf16 or fp16: what TRAIN.PRECISION means on this device."""
-    wanted = cfg.TRAIN.PRECISION
+def precision(cfg: Node, device: torch.device, option: str = "TRAIN.PRECISION") -> str:
+    """fp32, bf16 or fp16: what TRAIN.PRECISION or EVAL.PRECISION means on this device."""
+    wanted = config.get(cfg, option)
     if wanted == "auto":
         if device.type != "cuda":
             return "fp32"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if wanted == "fp16" and device.type != "cuda":
-        raise InputError("TRAIN.PRECISION fp16 needs a GPU; on the CPU use fp32 or bf16.")
+        raise InputError(f"{option} fp16 needs a GPU; on the CPU use fp32 or bf16.")
     return wanted
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision of that name for networks; the losses keep float32 by themselves."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtype=dtypes[precision], enabled=precision != "fp32")
 
 
 def model_description(cfg: Node, student: Network) -> dict:

@@ -1,78 +1,103 @@
-"""Features of a folder of labelled images, in order, by a backbone in eval mode."""
+"""Features of labelled images, in order, each image once, by all processes together."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.folder import ImageFolder
-from datasets.loader import BadImage, GuardedDataset, collate
+from datasets.benchmarks import labelled_folder, same_classes
+from datasets.folder import LabelledImages
+from datasets.loader import BadImage, IndexedDataset, build_loader
 from datasets.multicrop import eval_transform
+from utils import distributed
+from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import on_terminal
 
 
-def labelled_folder(root: str | Path, size: int, resize: int | None = None) -> ImageFolder:
-    """Images with class subfolders, centre-cropped to `size` pixels after a resize.
+@dataclass(frozen=True)
+class Extracted:
+    """What `extract` gives, the same on every process, on the CPU.
 
-    Raises InputError where the folder has no classes.
+    values [n, ...] float32; labels [n] int64; places: the images' indices in the data set,
+    rising; bad: the images that could not be read and are in none of the others.
     """
-    dataset = ImageFolder(root, eval_transform(size, resize))
-    if not dataset.classes:
-        raise InputError(
-            f"{root} has images outside class subfolders: an evaluation needs one subfolder "
-            f"for each class."
-        )
-    return dataset
 
-
-def gallery_and_queries(
-    gallery: str | Path, queries: str | Path, size: int, resize: int | None = None
-) -> tuple[ImageFolder, ImageFolder]:
-    """Two labelled folders whose labels mean the same: the gallery's numbering of classes.
-
-    Raises InputError where the queries have a class that the gallery lacks.
-    """
-    first, second = (labelled_folder(root, size, resize) for root in (gallery, queries))
-    number = {name: index for index, name in enumerate(first.classes)}
-    unknown = [name for name in second.classes if name not in number]
-    if unknown:
-        raise InputError(
-            f"{queries} has classes that {gallery} lacks: {', '.join(unknown[:5])}. Both folders "
-            f"must use the same names for their class subfolders."
-        )
-    second.labels = [number[second.classes[label]] for label in second.labels]
-    return first, second
+    values: Tensor
+    labels: Tensor
+    places: list[int]
+    bad: list[BadImage]
 
 
 @torch.inference_mode()
 def extract(
     function: Callable[[Tensor], Tensor],
-    dataset: ImageFolder,
-    device: torch.device,
+    dataset: LabelledImages,
+    world: World,
     batch: int = 64,
     workers: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """`function` over all images, in order -> outputs [n, ...] float32 and labels [n], on the CPU.
+    max_bad: float = 0.0,
+) -> Extracted:
+    """`function` over all images, in order.
 
-    function: images [b, 3, S, S] on the device -> a tensor [b, ...].
-    Raises InputError for an image that cannot be read.
+    function: images [b, 3, S, S] on the device -> a tensor [b, ...]. Batches are dealt to the
+    processes whole, so what comes out does not depend on their number. Images that cannot be
+    read are left out; more than the share `max_bad` of all is an InputError that names the
+    first.
     """
-    loader = DataLoader(
-        GuardedDataset(dataset),
-        batch_size=batch,
-        num_workers=workers,
-        collate_fn=collate,
-        generator=torch.Generator(),
+    batches = [range(i, min(i + batch, len(dataset))) for i in range(0, len(dataset), batch)]
+    mine = [batches[i] for i in distributed.share(len(batches), world)]
+    loader = build_loader(
+        IndexedDataset(dataset), mine, workers, pin_memory=world.device.type == "cuda"
     )
-    outputs, labels = [], []
+    outputs, places = [], []
+    bad: list[BadImage] = []
     for loaded in tqdm(loader, desc="features", leave=False, disable=not on_terminal()):
-        if isinstance(loaded, BadImage):
-            raise InputError(str(loaded))
-        images, targets = loaded
-        outputs.append(function(images.to(device)).float().cpu())
-        labels.append(targets)
-    return torch.cat(outputs), torch.cat(labels)
+        bad += loaded.bad
+        _check_bad(bad, len(dataset), max_bad, everywhere=world.size == 1)
+        if loaded.data is not None:
+            images = loaded.data.to(world.device, non_blocking=True)
+            outputs.append(function(images).float().cpu())
+            places.append(loaded.indices)
+    bad = [image for images in distributed.gather_objects(bad) for image in images]
+    _check_bad(bad, len(dataset), max_bad, everywhere=True)
+    values, indices = _gather(outputs, places, world)
+    return Extracted(values, torch.tensor(dataset.labels)[indices], indices.tolist(), bad)
+
+
+def _gather(outputs: list[Tensor], places: list[Tensor], world: World) -> tuple[Tensor, Tensor]:
+    """The rows of all processes; one without any learns the rows' shape from the others."""
+    shapes = distributed.gather_objects(outputs[0].shape[1:] if outputs else None)
+    shape = next(shape for shape in shapes if shape is not None)
+    none = torch.empty(0, dtype=torch.int64)
+    values = distributed.gather_rows(torch.cat(outputs) if outputs else torch.empty(0, *shape))
+    return values, distributed.gather_rows(torch.cat(places) if places else none)
+
+
+def _check_bad(bad: list[BadImage], images: int, share: float, everywhere: bool) -> None:
+    if len(bad) <= share * images and len(bad) < images:
+        return
+    if share == 0:
+        raise InputError(str(bad[0]), everywhere=everywhere)
+    raise InputError(
+        f"{len(bad)} of {images} images cannot be read, more than EVAL.MAX_BAD {share:g} allows; "
+        f"{bad[0]}.",
+        everywhere=everywhere,
+    )
+
+
+def gallery_and_queries(
+    gallery: str | Path, queries: str | Path, size: int, resize: int | None = None
+) -> tuple[LabelledImages, LabelledImages]:
+    """Two labelled folders, centre-cropped, whose labels are the gallery's numbers of classes.
+
+    Raises InputError where a folder has no classes, or the queries have one that the gallery
+    lacks.
+    """
+    transform = eval_transform(size, resize)
+    first = labelled_folder(gallery)
+    second = same_classes(first, labelled_folder(queries))
+    return first.through(transform), second.through(transform)

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets.folder import ImageFolder
-from datasets.loader import BadImage
+from datasets.loader import Batch
 from datasets.multicrop import GLOBAL_CROPS
 from engine import diagnostics
-from engine.build import model_description, step_seed
+from engine.build import autocast, model_description, step_seed
 from engine.features import extract
 from engine.knn import knn_accuracy
 from losses.objective import Objective
@@ -32,8 +32,6 @@ from utils.logging import RunLog, Window, logger, on_terminal
 from utils.optim import cancel_last_layer, clip_each, set_rates
 from utils.schedules import cosine, teacher_temperature
 from utils.views import Views
-
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -103,13 +101,9 @@ class Pretraining:
     def total_steps(self) -> int:
         return len(self.schedules.lr)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision for the networks; the losses keep float32 by themselves."""
-        return torch.autocast(
-            self.world.device.type,
-            dtype=_AUTOCAST[self.precision],
-            enabled=self.precision != "fp32",
-        )
+    def autocast(self) -> torch.autocast:
+        """Mixed precision for the networks."""
+        return autocast(self.precision, self.world.device)
 
     def forward(self, crops: list[Tensor]) -> tuple[Views, Views]:
         """Views of the student (all crops) and of the teacher (the two image-level ones)."""
@@ -166,12 +160,11 @@ class Pretraining:
         self.step += 1
         return figures, health
 
-    def _next_crops(self, batches: Iterator) -> list[Tensor]:
+    def _next_crops(self, batches: Iterator[Batch]) -> list[Tensor]:
         batch = next(batches)
-        if isinstance(batch, BadImage):
-            raise InputError(str(batch), everywhere=False)
-        crops, _ = batch
-        return [crop.to(self.world.device, non_blocking=True) for crop in crops]
+        if batch.bad:
+            raise InputError(str(batch.bad[0]), everywhere=False)
+        return [crop.to(self.world.device, non_blocking=True) for crop in batch.data]
 
     def state(self) -> dict:
         """What a checkpoint holds: tensors and plain data only.
@@ -279,17 +272,14 @@ def _report(
 
 
 def _end_of_epoch(run: Pretraining, log: RunLog | None, folder: Path) -> None:
-    """k-NN and checkpoints, where they are due; rank 0 works, the others wait."""
+    """k-NN by all processes and checkpoints by rank 0, where they are due."""
     cfg, epoch = run.cfg, run.step // run.steps_per_epoch
     is_last = run.step == run.total_steps
     if cfg.EVAL.KNN_EVERY and (epoch % cfg.EVAL.KNN_EVERY == 0 or is_last):
-        if run.world.is_main:
-            top1, top5 = held_out_knn(run)
-            logger.info(
-                f"epoch {epoch}: k-NN of the teacher: top-1 {top1:.2f} %, top-5 {top5:.2f} %"
-            )
+        top1, top5 = held_out_knn(run)
+        logger.info(f"epoch {epoch}: k-NN of the teacher: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+        if log:
             log.write(run.step, {"epoch": epoch, "knn_top1": top1, "knn_top5": top5})
-        distributed.barrier()
     is_kept = bool(cfg.CKPT.KEEP_EVERY) and epoch % cfg.CKPT.KEEP_EVERY == 0
     if epoch % cfg.CKPT.EVERY_EPOCHS == 0 or is_kept or is_last:
         if run.world.is_main:
@@ -310,9 +300,19 @@ def held_out_knn(run: Pretraining) -> tuple[float, float]:
             return backbone(images)[0]
 
     gallery, queries = (
-        extract(features, folder, run.world.device, cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.DATA.WORKERS)
+        extract(
+            features,
+            folder,
+            run.world,
+            cfg.EVAL.BATCH_SIZE_PER_GPU,
+            cfg.DATA.WORKERS,
+            cfg.EVAL.MAX_BAD,
+        )
         for folder in run.held_out
     )
     backbone.train()
-    k = cfg.EVAL.KNN_K
-    return knn_accuracy(*gallery, *queries, [k])[k]
+    for bad in (*gallery.bad, *queries.bad):
+        logger.warning(str(bad))
+    return knn_accuracy(
+        gallery.values, gallery.labels, queries.values, queries.labels, [cfg.EVAL.KNN_K]
+    )[cfg.EVAL.KNN_K]

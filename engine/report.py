@@ -19,6 +19,7 @@ from engine.knn import knn_accuracy
 from models.backbone import Backbone
 from models.mil import GatedAttentionPool
 from models.network import Network
+from utils.distributed import World
 from utils.errors import InputError
 
 matplotlib.use("Agg")
@@ -40,7 +41,7 @@ class Evaluation:
     queries: Path | None
     size: int
     k: int
-    device: torch.device
+    world: World
     batch: int = 64
     workers: int = 0
 
@@ -49,12 +50,12 @@ def image_knn(backbone: Backbone, where: Evaluation) -> dict[str, float]:
     """k-NN of the image features: percent top-1 and top-5."""
     folders = gallery_and_queries(where.gallery, where.queries, where.size, where.size)
     gallery, queries = (
-        extract(
-            lambda images: backbone(images)[0], folder, where.device, where.batch, where.workers
-        )
+        extract(lambda images: backbone(images)[0], folder, where.world, where.batch, where.workers)
         for folder in folders
     )
-    top1, top5 = knn_accuracy(*gallery, *queries, [where.k])[where.k]
+    top1, top5 = knn_accuracy(
+        gallery.values, gallery.labels, queries.values, queries.labels, [where.k]
+    )[where.k]
     return {"top1": top1, "top5": top5}
 
 
@@ -67,13 +68,13 @@ def attention_maps(
         embeddings = network.head_dense(network.backbone(images)[1])
         return torch.stack([pool(embeddings).exp() for pool in pools], dim=1)
 
-    maps, _ = extract(
+    maps = extract(
         attention,
         ImageFolder(where.queries, eval_transform(where.size, where.size)),
-        where.device,
+        where.world,
         where.batch,
         where.workers,
-    )
+    ).values
     return list(maps.unbind(1))
 
 

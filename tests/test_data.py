@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from datasets.fine_grained import build_dataset
 from datasets.folder import ImageFolder, UnreadableImage, load_image
 from datasets.loader import (
+    AugmentedDataset,
     BadImage,
-    MultiCropDataset,
     StepSampler,
     build_loader,
     collate,
@@ -469,9 +469,9 @@ def photos(tmp_path) -> Path:
     return save(tmp_path, *[f"{i:02}.png" for i in range(10)])
 
 
-def run_data(photos: Path, seed: int = 3) -> MultiCropDataset:
+def run_data(photos: Path, seed: int = 3) -> AugmentedDataset:
     crops = MultiCrop(16, local_crops_number=(1, 1), local_crops_size=(8, 6))
-    return MultiCropDataset(ImageFolder(photos), crops, seed)
+    return AugmentedDataset(ImageFolder(photos), crops, seed)
 
 
 def run_batches(photos: Path, workers: int, first: int = 0) -> list:
@@ -480,7 +480,7 @@ def run_batches(photos: Path, workers: int, first: int = 0) -> list:
 
 
 def assert_equal_batches(left: list, right: list) -> None:
-    for (crops, indices), (other_crops, other_indices) in zip(left, right, strict=True):
+    for (crops, indices, _), (other_crops, other_indices, _) in zip(left, right, strict=True):
         assert torch.equal(indices, other_indices)
         assert all(equal_crops(crops, other_crops))
 
@@ -488,7 +488,7 @@ def assert_equal_batches(left: list, right: list) -> None:
 def test_batches_do_not_depend_on_workers_nor_on_the_first_step(photos):
     before = rng_states()
     whole = run_batches(photos, 0)
-    crops, indices = whole[0]
+    crops, indices, _ = whole[0]
     assert [tuple(c.shape) for c in crops] == [(2, 3, s, s) for s in (16, 16, 8, 6)]
     assert indices.dtype == torch.int64
     assert_equal_batches(run_batches(photos, 1), whole)
@@ -514,17 +514,22 @@ def test_a_broken_image_arrives_as_a_marker(photos, workers, capfd):
     assert str(sample).startswith(f"the image {photos / '04.png'} cannot be read (it is not")
     assert "\n" not in str(sample)
     batches = run_batches(photos, workers)
-    assert sample in batches
-    assert sum(isinstance(batch, BadImage) for batch in batches) < len(batches)
+    assert {bad for batch in batches for bad in batch.bad} == {sample}
+    assert 4 not in torch.cat([batch.indices for batch in batches])
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_collate_gives_the_marker_before_any_tensor():
-    crops, indices = collate([([torch.zeros(3, 4, 4)], 7), ([torch.ones(3, 4, 4)], 2)])
-    assert crops[0][:, 0, 0, 0].tolist() == [0, 1]
-    assert indices.tolist() == [7, 2]
+def test_collate_keeps_what_was_read_and_names_the_rest():
     bad = BadImage("x.jpg", "cut")
-    assert collate([([torch.zeros(3, 4, 4)], 7), bad]) is bad
+    batch = collate([([torch.zeros(3, 4, 4)], 7), bad, ([torch.ones(3, 4, 4)], 2)])
+    assert batch.data[0][:, 0, 0, 0].tolist() == [0, 1]
+    assert batch.indices.tolist() == [7, 2]
+    assert batch.bad == [bad]
+    for samples in ([bad], []):
+        batch = collate(samples)
+        assert batch.data is None
+        assert batch.indices.tolist() == []
+        assert batch.bad == samples
 
 
 class Workplace(Dataset):
@@ -536,7 +541,7 @@ class Workplace(Dataset):
 
 def test_workers_start_once_a_run_and_have_one_thread():
     batches = list(build_loader(Workplace(), sampler(0, 24), workers=2, pin_memory=False))
-    places = torch.cat([crops[0] for crops, _ in batches])
+    places = torch.cat([batch.data[0] for batch in batches])
     assert len(batches) == 48
     assert len(set(places[:, 0].tolist())) == 2
     assert os.getpid() not in places[:, 0]

@@ -1,0 +1,217 @@
+"""Train and test splits: of the fine-grained benchmarks, checked, and of a folder of folders."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets.folder import ImageFolder, LabelledImages, existing_folder
+from datasets.parsers import Listing
+from utils.errors import InputError
+
+_NAMED = 5  # names of classes or entries in one message
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two splits of a data set, without a transform, and lines that the user should read.
+
+    `train.classes` and `test.classes` are the same. Where there is an official validation
+    split, `train` is train + val, as in Kornblith et al. 2019 ("Do Better ImageNet Models
+    Transfer Better?").
+    """
+
+    name: str
+    train: LabelledImages
+    test: LabelledImages
+    notes: list[str]
+
+
+class Counts(NamedTuple):
+    """Numbers of classes and of images of each split."""
+
+    classes: int
+    training: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set with official splits.
+
+    folder: its name once unpacked. files: what must be in it, files and folders. read: the
+    reader of its metadata. counts: what the official splits hold. source: for the user, how it
+    can be had. fetch: called with (root, download=True), puts the folder into `root` unless
+    it is there; None where nothing can.
+    """
+
+    folder: str
+    files: tuple[str, ...]
+    read: Callable[[Path], Listing]
+    counts: Counts
+    source: str
+    fetch: Callable[..., Any] | None = None
+
+    def splits(self, name: str, root: str | Path, partial: bool, download: bool) -> Splits:
+        """The splits in `root`, which holds the official folder or is it.
+
+        Raises InputError where the metadata are missing or broken and, unless `partial`, where
+        listed images are missing or the numbers are not the official ones.
+        """
+        # Absolute, as the name of the folder that "." stands for can matter.
+        path = Path(os.path.abspath(Path(root).expanduser()))
+        if download and self.fetch and self._missing(self._folder(path)):
+            self._download(name, path)
+        folder = self._find(name, path)
+        listing, notes = _present_images(name, folder, self.read(folder), partial)
+        difference = self._difference(listing)
+        if difference:
+            notes.append(f"{name} in {path} has {difference}")
+            if not partial:
+                raise InputError(
+                    f"{notes[0]}: complete it, or set DATA.PARTIAL true to use it as it is"
+                )
+        train, test = (
+            LabelledImages(folder, [p for p, _ in rows], [n for _, n in rows], listing.classes)
+            for rows in (listing.train, listing.test)
+        )
+        return Splits(name, train, test, notes)
+
+    def _folder(self, root: Path) -> Path:
+        inner = root / self.folder
+        return inner if inner.is_dir() else root
+
+    def _missing(self, folder: Path) -> list[str]:
+        return [file for file in self.files if not (folder / file).exists()]
+
+    def _find(self, name: str, root: Path) -> Path:
+        folder = self._folder(root)
+        missing = self._missing(folder)
+        if not missing:
+            return folder
+        lacks = f"; {folder} lacks {', '.join(missing)}" if len(missing) < len(self.files) else ""
+        raise InputError(
+            f"{name} was not found in {root}: expected {self.folder} in it, or this folder itself, "
+            f"with {', '.join(self.files)}{lacks}. {self.source}"
+        )
+
+    def _download(self, name: str, root: Path) -> None:
+        parent = root.parent if root.name == self.folder else root
+        try:
+            self.fetch(parent, download=True)
+        # Network, disk and archive each fail in their own ways.
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"{name} could not be downloaded to {parent} ({reason}): remove what it left there "
+                f"and try again, or put the official folder {self.folder} there yourself"
+            ) from error
+
+    def _difference(self, listing: Listing) -> str:
+        """How the numbers differ from the official ones; empty where they do not."""
+        found = Counts(len(listing.classes), len(listing.train), len(listing.test))
+        units = ("classes", "training images", "test images")
+        texts = []
+        for unit, here, official in zip(units, found, self.counts, strict=True):
+            if here != official:
+                whose = "data set" if unit == "classes" else "split"
+                texts.append(
+                    f"{here:,} {unit}, the official {whose} has {official:,} "
+                    f"({abs(here - official):,} {'fewer' if here < official else 'more'})"
+                )
+        return "; ".join(texts)
+
+
+def _present_images(
+    name: str, folder: Path, listing: Listing, partial: bool
+) -> tuple[Listing, list[str]]:
+    """The listing without the images that are not on the disk, and a note about these.
+
+    Raises InputError where there are any and not `partial`, where they are a whole split, and
+    where an image is in both splits.
+    """
+    both = listing.train + listing.test
+    repeated = sorted({path for path, _ in listing.train} & {path for path, _ in listing.test})
+    if repeated:
+        raise InputError(
+            f"{name} in {folder} lists {len(repeated):,} images for training and for test (the "
+            f"first is {repeated[0]}): restore its official metadata"
+        )
+    missing = [path for path, _ in both if not (folder / path).is_file()]
+    lacks = missing and (
+        f"{name} in {folder} lacks {len(missing):,} of the {len(both):,} images that it lists "
+        f"(the first is {missing[0]})"
+    )
+    if missing and not partial:
+        raise InputError(
+            f"{lacks}: unpack its images again, or set DATA.PARTIAL true to leave these out"
+        )
+    absent = set(missing)
+    train, test = (
+        [row for row in rows if row[0] not in absent] for rows in (listing.train, listing.test)
+    )
+    for split, rows in (("training", train), ("test", test)):
+        if not rows:
+            raise InputError(f"{name} in {folder} has no {split} images: unpack its images again")
+    return Listing(listing.classes, train, test), [f"{lacks}: they are left out"] if lacks else []
+
+
+def folder_splits(name: str, root: str | Path) -> Splits:
+    """ROOT/train and ROOT/val, or else ROOT/test, one subfolder a class; numbered by train's.
+
+    Raises InputError where a split is missing, has images outside class subfolders, or the
+    second has a class that the first lacks.
+    """
+    folder = existing_folder(root)
+    present = [split for split in ("val", "test") if (folder / split).is_dir()]
+    if not (folder / "train").is_dir() or not present:
+        raise InputError(
+            f"{folder} has no {'val or test' if (folder / 'train').is_dir() else 'train'} folder: "
+            f"expected train and val (or test) in it, each with one subfolder for each class; it "
+            f"holds {_few(sorted(entry.name for entry in folder.iterdir())) or 'nothing'}"
+        )
+    train, other = (labelled_folder(folder / split) for split in ("train", present[0]))
+    test = same_classes(train, other)
+    notes = []
+    if len(present) > 1:
+        notes.append(f"{folder} has both val and test: val is used")
+    unseen = [label for label in train.classes if label not in other.classes]
+    if unseen:
+        notes.append(
+            f"{other.root} has no images of {len(unseen):,} of the {len(train.classes):,} classes: "
+            f"{_few(unseen)}"
+        )
+    return Splits(name, train, test, notes)
+
+
+def labelled_folder(root: str | Path) -> ImageFolder:
+    """The images of a folder with class subfolders; InputError where some lie outside of them."""
+    images = ImageFolder(root)
+    if not images.classes:
+        raise InputError(
+            f"{images.root} has images outside class subfolders: an evaluation needs one "
+            "subfolder for each class"
+        )
+    return images
+
+
+def same_classes(first: LabelledImages, second: LabelledImages) -> LabelledImages:
+    """`second` with labels that are `first`'s numbers of the classes.
+
+    Raises InputError where it has a class that `first` lacks.
+    """
+    number = {label: index for index, label in enumerate(first.classes)}
+    unknown = [label for label in second.classes if label not in number]
+    if unknown:
+        raise InputError(
+            f"{second.root} has classes that {first.root} lacks: {_few(unknown)}. Both must use "
+            "the same names for their class subfolders"
+        )
+    labels = [number[second.classes[label]] for label in second.labels]
+    return LabelledImages(second.root, second.paths, labels, first.classes)
+
+
+def _few(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")

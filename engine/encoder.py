@@ -1,0 +1,241 @@
+"""The frozen network under evaluation: someone's weights -> one feature an image."""
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine import build
+from models.backbone import Backbone
+from models.heads import DINOHead
+from models.mil import GatedAttentionPool
+from models.network import HeadSpec, Network
+from models.pretrained import (
+    backbone_state,
+    infer_spec,
+    load_backbone,
+    select_state,
+    stored_spec,
+)
+from models.registry import ARCHITECTURES, BackboneSpec, resolve
+from utils import checkpoint, config, seeding
+from utils.config import Node
+from utils.errors import InputError
+from utils.seeding import derive_seed
+
+RANDOM = "random initialisation"
+# MODEL.* options that a user may type over what a checkpoint says, and the spec's names.
+_SPEC_OPTIONS = {
+    "MODEL.EMBED_DIM": "embed_dim",
+    "MODEL.DEPTHS": "depths",
+    "MODEL.NUM_HEADS": "num_heads",
+    "MODEL.WINDOW_SIZE": "window_size",
+    "MODEL.PATCH_SIZE": "patch_size",
+    "MODEL.IMG_SIZE": "img_size",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a network's weights come from; written beside every figure.
+
+    sha256: of the file, or the seed of a random initialisation. epoch: epochs it was trained
+    for, where known. run_config: the options of the run that made it, if it is ours.
+    """
+
+    path: str
+    sha256: str
+    key: str
+    arch: str
+    backbone: dict
+    epoch: int | None = None
+    run_config: dict | None = None
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, S, S] -> features [B, D], float32, by a frozen network in eval mode.
+
+    pooling: `default`, the features of the last `blocks` blocks concatenated (EsViT's linear
+    probe; with one block, the image feature); `mean`, the average of the last stage's normed
+    patch features; `mil`, the same weighted by the MIL attention, so that the two differ in
+    the weights alone (method.md). Those two always take one block.
+    avgpool_patchtokens: see Backbone.last_blocks.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        backbone: Backbone,
+        region_head: DINOHead | None,
+        pool: GatedAttentionPool | None,
+        pooling: str = "default",
+        blocks: int = 1,
+        avgpool_patchtokens: bool = False,
+    ) -> None:
+        super().__init__()
+        if pooling == "mil" and pool is None:
+            raise InputError(
+                f"EVAL.POOLING mil needs the region head and the MIL pooling, which only runs of "
+                f"the objective cmd of this project have; {weights.path} has none. Use default or "
+                f"mean."
+            )
+        self.weights, self.pooling = weights, pooling
+        self.blocks = blocks if pooling == "default" else 1
+        # The other families' features are such averages already.
+        is_vit = ARCHITECTURES[weights.arch]["family"] == "vit"
+        self.avgpool_patchtokens = avgpool_patchtokens and pooling == "default" and is_vit
+        self.backbone = backbone
+        is_mil = pooling == "mil"
+        self.region_head, self.pool = (region_head, pool) if is_mil else (None, None)
+        self.eval().requires_grad_(False)
+
+    def parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The features before they are concatenated, one [B, D_i] for each block."""
+        if self.pooling == "default":
+            try:
+                return self.backbone.last_blocks(images, self.blocks, self.avgpool_patchtokens)
+            except ValueError as error:
+                raise InputError(f"LINEAR.N_LAST_BLOCKS or EVAL.SIZE: {error}.") from None
+        patches = self.backbone(images)[1]
+        if self.pooling == "mean":
+            return (patches.mean(dim=1),)
+        attention = self.pool(self.region_head(patches)).exp()
+        return (torch.einsum("bn,bnd->bd", attention, patches.float()),)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([part.float() for part in self.parts(images)], dim=1)
+
+    @torch.no_grad()
+    def widths(self, size: int) -> list[int]:
+        """D_i of each part, for images of `size` pixels; raises InputError if they cannot be."""
+        device = next(self.backbone.parameters()).device
+        return [part.shape[1] for part in self.parts(torch.zeros(1, 3, size, size, device=device))]
+
+    def identity(self) -> dict[str, str]:
+        """All of the network that decides its features, to compare kept features by."""
+        return {
+            "weights": self.weights.sha256,
+            "checkpoint_key": self.weights.key,
+            "backbone": repr(sorted(self.weights.backbone.items())),
+            "pooling": self.pooling,
+        }
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network's parts and where they come from, before a pooling is chosen."""
+
+    weights: Weights
+    backbone: Backbone
+    region_head: DINOHead | None = None
+    pool: GatedAttentionPool | None = None
+
+    def encoder(self, cfg: Node, blocks: int = 1, avgpool_patchtokens: bool = False) -> Encoder:
+        """The encoder that EVAL.POOLING asks for; the rest as in Encoder."""
+        return Encoder(
+            self.weights,
+            self.backbone,
+            self.region_head,
+            self.pool,
+            cfg.EVAL.POOLING,
+            blocks,
+            avgpool_patchtokens,
+        )
+
+
+def load(path: str, cfg: Node, typed: set[str]) -> Source:
+    """The network at `path`, by INIT.CHECKPOINT_KEY.
+
+    Its architecture is what the checkpoint records or its shapes show, but for the MODEL.*
+    options in `typed`. Raises InputError for what cannot be read or does not fit.
+    """
+    key = cfg.INIT.CHECKPOINT_KEY
+    contents = checkpoint.load_file(path)
+    state = backbone_state(select_state(contents, key, path))
+    known = stored_spec(contents) or infer_spec(state, path)
+    spec = _chosen_spec(known, cfg, typed)
+    resolve(spec)
+    own = contents if checkpoint.is_own(contents) else {}
+    weights = Weights(
+        path=str(path),
+        sha256=_sha256(path),
+        key=key,
+        arch=spec.arch,
+        backbone=spec.to_dict(),
+        epoch=own.get("epoch"),
+        run_config=own.get("config"),
+    )
+    if own and spec == known:
+        network = build.stored_network(own, key, path)
+        return Source(weights, network.backbone, network.head_dense, network.pool)
+    return Source(weights, load_backbone(path, key, spec))
+
+
+def random_like(source: Source, cfg: Node) -> Source:
+    """A freshly initialised network of the same shape, from SEED: the zero of every figure."""
+    spec = BackboneSpec.from_dict(source.weights.backbone)
+    described = source.region_head is not None and source.pool is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
+        network = Network(
+            build.build_backbone(spec),
+            _head_spec(source) if described else HeadSpec(out_dim=2, hidden_dim=2),
+            region_head=described,
+            pooling=described,
+        )
+    weights = Weights(RANDOM, f"seed {cfg.SEED}", "none", spec.arch, spec.to_dict(), epoch=0)
+    return Source(weights, network.backbone, network.head_dense, network.pool)
+
+
+def _head_spec(source: Source) -> HeadSpec:
+    """The shape of a source's region head and pooling."""
+    linears = [module for module in source.region_head.mlp if isinstance(module, nn.Linear)]
+    return HeadSpec(
+        out_dim=2,
+        hidden_dim=linears[0].out_features,
+        bottleneck_dim=linears[-1].out_features,
+        layers=len(linears),
+        use_bn=any(isinstance(module, nn.BatchNorm1d) for module in source.region_head.mlp),
+        pool_hidden=source.pool.tanh.out_features,
+    )
+
+
+def _chosen_spec(known: BackboneSpec, cfg: Node, typed: set[str]) -> BackboneSpec:
+    """What the checkpoint says, with the user's MODEL.* options laid over it."""
+    wanted = build.backbone_spec(cfg)
+    spec = known
+    if "MODEL.ARCH" in typed and wanted.arch != known.arch:
+        # Another architecture: its own figures, not the checkpoint's.
+        resolve(wanted)
+        same_family = ARCHITECTURES[wanted.arch]["family"] == ARCHITECTURES[known.arch]["family"]
+        spec = replace(known, embed_dim=0, depths=(), num_heads=()) if same_family else wanted
+        spec = replace(spec, arch=wanted.arch)
+    overrides = {name: asdict(wanted)[name] for key, name in _SPEC_OPTIONS.items() if key in typed}
+    return replace(spec, **overrides)
+
+
+def _sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def image_size(source: Source, cfg: Node) -> int:
+    """Pixels of the centre crop: EVAL.SIZE, else the global crops' of the source's run, else 224.
+
+    Raises InputError where the backbone cannot take it.
+    """
+    size = cfg.EVAL.SIZE
+    if not size and source.weights.run_config is not None:
+        size = build.eval_size(config.from_dict(source.weights.run_config, source.weights.path))
+    size = size or 224
+    if size % source.backbone.patch_size:
+        raise InputError(
+            f"EVAL.SIZE {size} is not a multiple of {source.backbone.patch_size} pixels, the patch "
+            f"size of {source.weights.arch}."
+        )
+    return size

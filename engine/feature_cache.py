@@ -1,0 +1,144 @@
+"""Features on the disk: written once, used by every protocol, refused where they do not fit.
+
+A file is safetensors: the features, their labels, the images' paths, and in its metadata what
+made them (the checkpoint's sha256 among it), so that no figure comes from stale features.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from datasets.folder import LabelledImages
+from utils.errors import InputError
+from utils.files import replacing
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one split.
+
+    values: float32 [n, D], the parts of an Encoder side by side, of `widths` columns each; the
+    last part is the patches' mean where `avgpool_patchtokens`. labels int64 [n] index
+    `classes`. paths: relative to `root`. bad: images that were left out, one line each.
+    made_by: what decides the values, by name.
+    """
+
+    values: Tensor
+    labels: Tensor
+    paths: list[str]
+    classes: list[str]
+    root: str
+    widths: list[int]
+    avgpool_patchtokens: bool
+    bad: list[str]
+    made_by: dict[str, str]
+
+    def select(self, blocks: int, avgpool_patchtokens: bool = False) -> Tensor:
+        """The columns of the last `blocks` blocks, and of the patches' mean: [n, D']."""
+        end = len(self.widths) - (self.avgpool_patchtokens and not avgpool_patchtokens)
+        start = end - blocks - avgpool_patchtokens
+        return self.values[:, sum(self.widths[:start]) : sum(self.widths[:end])]
+
+    def misfit(self, made_by: dict[str, str], blocks: int, avgpool_patchtokens: bool) -> str:
+        """Why these features cannot stand for those wanted; empty where they can."""
+        for name, wanted in made_by.items():
+            held = self.made_by.get(name, "unknown")
+            if held == wanted:
+                continue
+            if name == "weights":
+                return f"they come from another checkpoint (sha256 {held[:12]}, not {wanted[:12]})"
+            if name == "images":
+                return "the images have changed since: their names, sizes, number or labels"
+            return f"their {name} is {held}, not {wanted}"
+        if avgpool_patchtokens and not self.avgpool_patchtokens:
+            return "they lack the mean of the patches"
+        held_blocks = len(self.widths) - self.avgpool_patchtokens
+        if blocks > held_blocks:
+            return f"they hold the last {held_blocks} blocks, not {blocks}"
+        return ""
+
+
+def fingerprint(dataset: LabelledImages) -> str:
+    """A hash of the images' paths, file sizes and labels, and of the classes."""
+    digest = hashlib.sha256()
+    for path, label in zip(dataset.paths, dataset.labels, strict=True):
+        try:
+            size = (dataset.root / path).stat().st_size
+        except OSError:
+            size = -1
+        digest.update(f"{path}\0{size}\0{label}\n".encode(errors="surrogateescape"))
+    digest.update("\0".join(dataset.classes).encode())
+    return digest.hexdigest()
+
+
+def save(features: Features, path: Path) -> None:
+    """Write the file whole; raises InputError where the disk refuses."""
+    tensors = {
+        "values": features.values.contiguous(),
+        "labels": features.labels,
+        "paths": _pack(features.paths),
+        "classes": _pack(features.classes),
+        "bad": _pack(features.bad),
+    }
+    metadata = {
+        "format": FORMAT,
+        "root": features.root,
+        "widths": json.dumps(features.widths),
+        "avgpool_patchtokens": json.dumps(features.avgpool_patchtokens),
+        "made_by": json.dumps(features.made_by),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the folder {path.parent} cannot be made ({error.strerror}).", everywhere=False
+        ) from None
+    with replacing(path, "feature file") as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+
+def load(path: Path) -> Features:
+    """Read a file; raises InputError where there is none, or it is not a whole one of ours."""
+    if not path.is_file():
+        raise InputError(f"there are no features at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or "made_by" not in metadata:
+                raise InputError(f"{path} holds no features that this version wrote.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Features(
+            tensors["values"],
+            tensors["labels"],
+            *(_unpack(tensors[name]) for name in ("paths", "classes")),
+            root=metadata["root"],
+            widths=json.loads(metadata["widths"]),
+            avgpool_patchtokens=json.loads(metadata["avgpool_patchtokens"]),
+            bad=_unpack(tensors["bad"]),
+            made_by=json.loads(metadata["made_by"]),
+        )
+    except (SafetensorError, OSError, KeyError, ValueError):
+        raise InputError(f"{path} is not a feature file, or is damaged.") from None
+
+
+def _pack(lines: list[str]) -> Tensor:
+    """Text as bytes: the header of a safetensors file is too small for a million paths."""
+    data = "\0".join(lines).encode(errors="surrogateescape")
+    return torch.from_numpy(np.array(bytearray(data), dtype=np.uint8))
+
+
+def _unpack(packed: Tensor) -> list[str]:
+    text = packed.numpy().tobytes().decode(errors="surrogateescape")
+    return text.split("\0") if text else []
