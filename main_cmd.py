@@ -7,7 +7,6 @@ Several GPUs of one machine:
 The same command with the same --output_dir goes on where it stopped.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -16,12 +15,14 @@ from torch import nn
 from datasets.fine_grained import build_dataset
 from datasets.loader import AugmentedDataset, StepSampler, build_loader, steps_per_epoch
 from engine import build, resume
+from engine.evaluation import join
 from engine.features import gallery_and_queries
 from engine.pretrain import Pretraining, Schedules, scaled_lr, train
 from models.pretrained import count_parameters
 from models.registry import resolve
-from utils import cli, config, distributed, logging
+from utils import cli, config, distributed
 from utils.errors import InputError, run_script
+from utils.files import make_folder
 from utils.logging import logger
 from utils.optim import build_optimizer
 
@@ -37,10 +38,7 @@ def main() -> None:
     resolve(build.backbone_spec(cfg))
 
     # Processes and device.
-    world = distributed.start(cfg.DEVICE, cfg.TRAIN.TIMEOUT_MINUTES)
-    logging.setup(world.is_main)
-    for note in command.notes:
-        logger.warning(note)
+    world = join(command)
     precision = build.precision(cfg, world.device)
 
     # Data: files -> crops, shuffled every epoch.
@@ -117,32 +115,18 @@ def main() -> None:
         run.total_steps,
     )
     crops = AugmentedDataset(dataset, build.multicrop(cfg), cfg.SEED)
-    workers = min(cfg.DATA.WORKERS, available_cores())
-    loader = build_loader(crops, sampler, workers, world.device.type == "cuda")
+    loader = build_loader(crops, sampler, build.loader_workers(cfg), world.device.type == "cuda")
     train(run, loader, folder)
     logger.info(f"done: {folder}")
     distributed.stop()
-
-
-def available_cores() -> int:
-    """Cores that this process may use; more loader processes than that only cost memory."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def open_folder(cfg: config.Node, is_main: bool) -> Path:
     """Make the run's folder and write the resolved options into it (rank 0)."""
     folder = Path(cfg.OUTPUT_DIR)
     if is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            config.write(cfg, folder / "config.yaml")
-        except OSError as error:
-            raise InputError(
-                f"--output_dir {folder} cannot be written ({error.strerror}): choose another.",
-                everywhere=False,
-            ) from None
+        make_folder(folder)
+        config.write(cfg, folder / "config.yaml")
     distributed.barrier()
     return folder
 

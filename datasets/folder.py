@@ -1,7 +1,7 @@
 """Images on the disk: decoding one file, lists of labelled files, folders of images."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -101,6 +101,12 @@ class LabelledImages(Dataset):
     def through(self, transform: Callable[[Image.Image], Any]) -> "LabelledImages":
         """The same images through another transform."""
         return LabelledImages(self.root, self.paths, self.labels, self.classes, transform)
+
+    def subset(self, indices: Iterable[int]) -> "LabelledImages":
+        """The images at `indices`, in that order."""
+        indices = list(indices)
+        paths, labels = ([values[i] for i in indices] for values in (self.paths, self.labels))
+        return LabelledImages(self.root, paths, labels, self.classes, self.transform)
 
 
 class ImageFolder(LabelledImages):

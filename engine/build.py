@@ -1,5 +1,6 @@
 """From options to objects: the one place where configuration meets constructors."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -113,6 +114,13 @@ def check_crop_sizes(cfg: Node, multiple: int) -> None:
 def eval_size(cfg: Node) -> int:
     """Pixels of an evaluation's centre crop: EVAL.SIZE, else the run's global crops'."""
     return cfg.EVAL.SIZE or cfg.AUG.GLOBAL_CROPS_SIZE
+
+
+def loader_workers(cfg: Node) -> int:
+    """DATA.WORKERS, at most the cores at hand: more loader processes only cost memory."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(cfg.DATA.WORKERS, len(os.sched_getaffinity(0)))
+    return min(cfg.DATA.WORKERS, os.cpu_count() or 1)
 
 
 def stored_network(state: dict, key: str, path: str | Path) -> Network:

@@ -19,7 +19,7 @@ from models.pretrained import (
     select_state,
     stored_spec,
 )
-from models.registry import ARCHITECTURES, BackboneSpec, resolve
+from models.registry import ARCHITECTURES, BackboneSpec, build_backbone, resolve
 from utils import checkpoint, config, seeding
 from utils.config import Node
 from utils.errors import InputError
@@ -42,7 +42,8 @@ class Weights:
     """Where a network's weights come from; written beside every figure.
 
     sha256: of the file, or the seed of a random initialisation. epoch: epochs it was trained
-    for, where known. run_config: the options of the run that made it, if it is ours.
+    for, where known. run_config: the options of the run that made it, if it is ours; of a random
+    initialisation, those of the network that it is the zero of.
     """
 
     path: str
@@ -180,12 +181,12 @@ def random_like(source: Source, cfg: Node) -> Source:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
         network = Network(
-            build.build_backbone(spec),
+            build_backbone(spec),
             _head_spec(source) if described else HeadSpec(out_dim=2, hidden_dim=2),
             region_head=described,
             pooling=described,
         )
-    weights = Weights(RANDOM, f"seed {cfg.SEED}", "none", spec.arch, spec.to_dict(), epoch=0)
+    weights = replace(source.weights, path=RANDOM, sha256=f"seed {cfg.SEED}", key="none", epoch=0)
     return Source(weights, network.backbone, network.head_dense, network.pool)
 
 

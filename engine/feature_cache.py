@@ -6,7 +6,7 @@ made them (the checkpoint's sha256 among it), so that no figure comes from stale
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datasets.folder import LabelledImages
 from utils.errors import InputError
-from utils.files import replacing
+from utils.files import make_folder, replacing
 
 FORMAT = "1"
 
@@ -42,11 +42,21 @@ class Features:
     bad: list[str]
     made_by: dict[str, str]
 
-    def select(self, blocks: int, avgpool_patchtokens: bool = False) -> Tensor:
-        """The columns of the last `blocks` blocks, and of the patches' mean: [n, D']."""
+    def narrowed(self, blocks: int, avgpool_patchtokens: bool = False) -> "Features":
+        """These features with the columns of the last `blocks` blocks alone (a view).
+
+        And of the patches' mean, if asked for. With one block and without it, they are the
+        image feature.
+        """
         end = len(self.widths) - (self.avgpool_patchtokens and not avgpool_patchtokens)
         start = end - blocks - avgpool_patchtokens
-        return self.values[:, sum(self.widths[:start]) : sum(self.widths[:end])]
+        columns = slice(sum(self.widths[:start]), sum(self.widths[:end]))
+        return replace(
+            self,
+            values=self.values[:, columns],
+            widths=self.widths[start:end],
+            avgpool_patchtokens=avgpool_patchtokens,
+        )
 
     def misfit(self, made_by: dict[str, str], blocks: int, avgpool_patchtokens: bool) -> str:
         """Why these features cannot stand for those wanted; empty where they can."""
@@ -96,12 +106,7 @@ def save(features: Features, path: Path) -> None:
         "avgpool_patchtokens": json.dumps(features.avgpool_patchtokens),
         "made_by": json.dumps(features.made_by),
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the folder {path.parent} cannot be made ({error.strerror}).", everywhere=False
-        ) from None
+    make_folder(path.parent, "--dump_features")
     with replacing(path, "feature file") as temporary:
         try:
             save_file(tensors, temporary, metadata)

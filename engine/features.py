@@ -1,6 +1,6 @@
 """Features of labelled images, in order, each image once, by all processes together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,13 +57,13 @@ def extract(
     bad: list[BadImage] = []
     for loaded in tqdm(loader, desc="features", leave=False, disable=not on_terminal()):
         bad += loaded.bad
-        _check_bad(bad, len(dataset), max_bad, everywhere=world.size == 1)
+        check_bad(bad, len(dataset), max_bad, everywhere=world.size == 1)
         if loaded.data is not None:
             images = loaded.data.to(world.device, non_blocking=True)
             outputs.append(function(images).float().cpu())
             places.append(loaded.indices)
     bad = [image for images in distributed.gather_objects(bad) for image in images]
-    _check_bad(bad, len(dataset), max_bad, everywhere=True)
+    check_bad(bad, len(dataset), max_bad, everywhere=True)
     values, indices = _gather(outputs, places, world)
     return Extracted(values, torch.tensor(dataset.labels)[indices], indices.tolist(), bad)
 
@@ -77,14 +77,15 @@ def _gather(outputs: list[Tensor], places: list[Tensor], world: World) -> tuple[
     return values, distributed.gather_rows(torch.cat(places) if places else none)
 
 
-def _check_bad(bad: list[BadImage], images: int, share: float, everywhere: bool) -> None:
+def check_bad(bad: Collection[BadImage], images: int, share: float, everywhere: bool) -> None:
+    """Raise InputError where more than `share` of `images` (or all of them) are bad."""
     if len(bad) <= share * images and len(bad) < images:
         return
     if share == 0:
-        raise InputError(str(bad[0]), everywhere=everywhere)
+        raise InputError(str(next(iter(bad))), everywhere=everywhere)
     raise InputError(
         f"{len(bad)} of {images} images cannot be read, more than EVAL.MAX_BAD {share:g} allows; "
-        f"{bad[0]}.",
+        f"for instance: {next(iter(bad))}.",
         everywhere=everywhere,
     )
 

@@ -97,7 +97,8 @@ class Probe:
         for _ in range(steps):
             total += self._step(*next(batches))
         self.epoch += 1
-        return total / steps
+        # Each process has its images' part of every mean.
+        return distributed.total(total) / steps
 
     def _step(self, features: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         heads = self.recipe.heads
@@ -119,7 +120,7 @@ class Probe:
                 parameter.grad = part.view_as(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return distributed.total(means.detach())[0]
+        return means.detach()[0]
 
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:

@@ -25,13 +25,14 @@ from utils.errors import InputError
 from utils.files import replacing
 
 RIGHT, WRONG, UNKNOWN = "#1a9641", "#d7191c", "#888888"
+_BAND = "#e6e9ef"
 NAMED_CLASSES = 40
 EXTREME_CLASSES = 15
 LEGEND_CLASSES = 20
 
 _DPI = 100
-# Photographs in PNG take some 2 bytes a pixel: thumbnails of all cells together stay near 1.7 MB.
-_PIXELS_OF_THUMBNAILS = 800_000
+# Photographs in PNG take some 2.5 bytes a pixel: thumbnails of all cells together stay near 1.6 MB.
+_PIXELS_OF_THUMBNAILS = 650_000
 _SMALLEST_SIDE, _LARGEST_SIDE = 64, 160
 _MARGIN, _GAP, _FRAME = 20, 14, 3
 _CAPTION, _LINE = 30, 18
@@ -57,9 +58,8 @@ def _drawing(path: str | Path, width: float, height: float, layout: str | None) 
 
 
 def _readable(name: str) -> str:
-    """A class name as shown: CUB's numbers off, underscores as spaces, always printable."""
-    name = name.encode("utf-8", "replace").decode()
-    return " ".join(re.sub(r"^\d+\.(?=\D)", "", name).replace("_", " ").split()) or name
+    """A class name as shown: CUB's numbers off, underscores as spaces."""
+    return re.sub(r"^\d+\.(?=\D)", "", name).replace("_", " ").strip() or name
 
 
 def _columns(name: str, columns: int) -> int:
@@ -70,16 +70,21 @@ def _columns(name: str, columns: int) -> int:
 
 def _short(name: str, columns: int) -> str:
     """On one line: the middle is cut out, since fine-grained names differ at either end."""
-    name = _readable(name)
+    name = _printable(" ".join(_readable(name).split()))
     most = _columns(name, columns)
     if len(name) <= most:
         return name
     return name[: most // 2].rstrip() + "…" + name[len(name) - (most - most // 2 - 1) :].lstrip()
 
 
-def _wrapped(name: str, columns: int, lines: int) -> str:
-    name = _readable(name)
-    return "\n".join(textwrap.wrap(name, _columns(name, columns), max_lines=lines, placeholder="…"))
+def _wrapped(text: str, columns: int, lines: int) -> str:
+    pieces = textwrap.wrap(text, _columns(text, columns), max_lines=lines, placeholder="…")
+    return _printable("\n".join(pieces))
+
+
+def _printable(text: str) -> str:
+    """Names of files that are not UTF-8 hold letters that no font takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _class_name(classes: list[str], label: int) -> str:
@@ -134,34 +139,24 @@ def retrieval_gallery(
     with _drawing(path, width, height, None) as figure:
         axis = figure.add_axes((0, 0, 1, 1))
         axis.text(_MARGIN, _MARGIN, heading, fontsize=10, weight="bold", va="top")
-        band = (_MARGIN - 10, top - 1.5 * _LINE), side + 20, bottom - top + 1.5 * _LINE - 4
-        axis.add_patch(Rectangle(*band, facecolor="#e6e9ef", edgecolor="none"))
         _centred(axis, _MARGIN + side / 2, top - _LINE, "query", weight="bold")
         for hit in range(hits):
-            _centred(axis, first_hit + hit * pitch + side / 2, top - _LINE, f"{hit + 1}")
-        canvas = Image.new("RGBA", (width, height))
+            _centred(axis, first_hit + hit * pitch + side / 2, top - _LINE, f"hit {hit + 1}")
+        canvas = Image.new("RGB", (width, height), "white")
+        canvas.paste(_BAND, (_MARGIN - 10, top - 3 * _LINE // 2, _MARGIN + side + 10, bottom - 4))
         for row, (query, found) in enumerate(zip(chosen, places.tolist(), strict=True)):
-            y, label = top + row * row_height, queries.labels[query]
-            cells = [(_MARGIN, queries, query)]
-            cells += [(first_hit + i * pitch, gallery, place) for i, place in enumerate(found)]
-            for x, images, index in cells:
-                thumbnail = _thumbnail(images.root / images.paths[index], side)
-                if thumbnail:
-                    canvas.paste(thumbnail, (x, y))
-                else:
-                    _centred(axis, x + side / 2, y + side / 2, "unreadable", color="#555555")
-                name = _wrapped(
-                    _class_name(gallery.classes, images.labels[index]), (side + 6) // 6, 2
-                )
-                axis.text(x + side / 2, y + side + 6, name, fontsize=7, ha="center", va="top")
-                frame = _frame(label, images.labels[index]) if x > _MARGIN else (1, "black", "solid")
-                _add_frame(axis, x, y, side, side, *frame)
-        axis.imshow(canvas, extent=(0, width, height, 0), interpolation="nearest", zorder=0.5)
-        for x, text, labels in (
-            (_MARGIN, "same class as the query", (0, 0)),
-            (_MARGIN + 220, "another class", (0, 1)),
-        ):
-            _add_frame(axis, x, bottom + 2, 26, 18, *_frame(*labels))
+            cells = [(_MARGIN, queries, query, (1, "black", "solid"))]
+            for hit, place in enumerate(found):
+                frame = _frame(queries.labels[query], gallery.labels[place])
+                cells.append((first_hit + hit * pitch, gallery, place, frame))
+            for x, images, index, frame in cells:
+                name = _class_name(gallery.classes, images.labels[index])
+                corner = x, top + row * row_height
+                _add_image(axis, canvas, corner, side, images.root / images.paths[index], name)
+                _add_frame(axis, corner, (side, side), *frame)
+        axis.imshow(canvas, extent=(0, width, height, 0), interpolation="nearest")
+        for x, text, label in ((_MARGIN, "same class as the query", 0), (240, "another class", 1)):
+            _add_frame(axis, (x, bottom + 2), (26, 18), *_frame(0, label))
             axis.text(x + 36, bottom + 11, text, fontsize=8, va="center")
         axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
         axis.axis("off")
@@ -177,30 +172,27 @@ def _frame(query_label: int, label: int) -> tuple[float, str, str]:
     return (_FRAME, RIGHT, "solid") if query_label == label else (_FRAME, WRONG, "dashed")
 
 
-def _add_frame(
-    axis: Axes, x: float, y: float, width: float, height: float, line: float, color: str, style: str
+def _add_frame(axis: Axes, corner: tuple, size: tuple, line: float, color: str, style: str) -> None:
+    """A line of `line` pixels around, not over, a rectangle."""
+    look = {"edgecolor": color, "linestyle": style, "linewidth": line * 72 / _DPI, "snap": False}
+    (x, y), (width, height) = corner, size
+    outer = (x - line / 2, y - line / 2), width + line, height + line
+    axis.add_patch(Rectangle(*outer, fill=False, **look))
+
+
+def _add_image(
+    axis: Axes, canvas: Image.Image, corner: tuple, side: int, path: Path, name: str
 ) -> None:
-    """A line of `line` pixels around, not over, the rectangle at (x, y)."""
-    corner = x - line / 2, y - line / 2
-    axis.add_patch(
-        Rectangle(
-            corner,
-            width + line,
-            height + line,
-            fill=False,
-            edgecolor=color,
-            linestyle=style,
-            linewidth=line * 72 / _DPI,
-        )
-    )
-
-
-def _thumbnail(path: Path, side: int) -> Image.Image | None:
-    """The centre square at side x side pixels; None where the file cannot be read."""
+    """The centre square of a file at side x side pixels, and its class's name below."""
+    x, y = corner
     try:
-        return ImageOps.fit(load_image(path), (side, side), Image.Resampling.LANCZOS)
+        square = ImageOps.fit(load_image(path), (side, side), Image.Resampling.LANCZOS)
     except UnreadableImage:
-        return None
+        square = Image.new("RGB", (side, side), "white")
+        _centred(axis, x + side / 2, y + side / 2, "unreadable", color="#555555")
+    canvas.paste(square, corner)
+    name = _wrapped(_readable(name), side // 6 + 1, 2)
+    axis.text(x + side / 2, y + side + 6, name, fontsize=7, ha="center", va="top")
 
 
 def per_class_accuracy(
@@ -231,9 +223,8 @@ def most_confused(
     their share of the true class's images}, by images descending, then by names.
     """
     wrong = (labels >= 0) & (predicted != labels)
-    pairs, images = torch.stack([labels[wrong], predicted[wrong]], 1).unique(
-        dim=0, return_counts=True
-    )
+    pairs = torch.stack([labels[wrong], predicted[wrong]], dim=1)
+    pairs, images = pairs.unique(dim=0, return_counts=True)
     totals = torch.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
     confused = [
         {
@@ -270,7 +261,7 @@ def plot_classes(
     curve_height = 260 if many else 0
     heading = _wrapped(title, 150, 3)
     height = bars_height + curve_height + 40 + _LINE * heading.count("\n")
-    with _drawing(path, 1300, height, "constrained") as figure:
+    with _drawing(path, 1400, height, "constrained") as figure:
         figure.suptitle(heading, fontsize=11, weight="bold")
         grid = figure.add_gridspec(
             1 + many, 2, height_ratios=[curve_height, bars_height][1 - many :]
@@ -306,7 +297,7 @@ def _plot_named(axis: Axes, named: list[tuple[str, dict]], skipped: int) -> None
     rows = [row + 2 * (bool(skipped) and row >= half) for row in range(len(named))]
     values = [entry["accuracy"] for _, entry in named]
     texts = [f"{entry['accuracy']:.1f} % of {entry['images']}" for _, entry in named]
-    _bars(axis, rows, values, [_short(name, 34) for name, _ in named], texts, RIGHT)
+    _bars(axis, rows, values, [_short(name, 30) for name, _ in named], texts, RIGHT)
     title = f"accuracy by class: the {half} best and worst" if skipped else "accuracy by class"
     if skipped:
         axis.text(
@@ -316,7 +307,7 @@ def _plot_named(axis: Axes, named: list[tuple[str, dict]], skipped: int) -> None
         mean = sum(values) / len(values)
         axis.axvline(mean, color="black", linestyle="--", linewidth=1)
         title += f" (dashed: mean {mean:.1f} %)"
-    axis.set(xlim=(0, 122), xticks=range(0, 101, 20), xlabel="percent of the images", title=title)
+    axis.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel="percent of the images", title=title)
 
 
 def _plot_confused(axis: Axes, confused: list[dict]) -> None:
@@ -325,7 +316,7 @@ def _plot_confused(axis: Axes, confused: list[dict]) -> None:
         _say(axis, title, "no image was taken for another class")
         return
     values = [pair["images"] for pair in confused]
-    names = [f"{_short(pair['true'], 26)} → {_short(pair['predicted'], 26)}" for pair in confused]
+    names = [f"{_short(pair['true'], 25)} → {_short(pair['predicted'], 25)}" for pair in confused]
     texts = [f"{pair['images']} ({pair['percent']:.0f} %)" for pair in confused]
     _bars(axis, list(range(len(confused))), values, names, texts, WRONG)
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -344,13 +335,13 @@ def _bars(
     texts: list[str],
     color: str,
 ) -> None:
+    background = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    look = {"fontsize": 7, "va": "center", "bbox": background}
     axis.barh(rows, values, height=0.7, color=color, alpha=0.75)
     axis.set_yticks(rows, names, fontsize=8)
     axis.set_ylim(max(rows) + 0.7, -0.7)
     for row, value, text in zip(rows, values, texts, strict=True):
-        axis.annotate(
-            text, (value, row), (4, 0), textcoords="offset points", fontsize=7, va="center"
-        )
+        axis.annotate(text, (value, row), (4, 0), textcoords="offset points", **look)
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
 
@@ -361,17 +352,21 @@ def _say(axis: Axes, title: str, text: str) -> None:
 
 
 def stratified_subset(labels: Tensor, most: int, seed: int) -> Tensor:
-    """At most `most` images, of each class its share: int64 indices, ascending.
+    """At most `most` images, of each class about its share: int64 indices, ascending.
 
-    labels: int64 [n]. A class of c images gets most * c / n of them, rounded up or down; which
-    ones `seed` decides. All are taken where n <= most.
+    labels: int64 [n]. `seed` decides which images of a class, and which classes give one more
+    where shares are not whole. All are taken where n <= most.
     """
     labels = labels.cpu()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].sort(stable=True).indices]  # by class, random within
-    _, counts = labels.unique(return_counts=True)
-    within = torch.cat([(torch.arange(count) + 0.5) / count for count in counts.tolist() or [0]])
-    return order[within.sort(stable=True).indices[:most]].sort().values
+    _, numbers, counts = labels[order].unique_consecutive(return_inverse=True, return_counts=True)
+    within = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[numbers]
+    # Evenly spread over (0, 1) in each class, from a random offset: the lowest are its share.
+    offsets = torch.rand(len(counts), generator=generator, dtype=torch.float64)
+    spread = (within + offsets[numbers]) / counts[numbers]
+    return order[spread.sort(stable=True).indices[:most]].sort().values
 
 
 def plot_tsne(
@@ -406,12 +401,10 @@ def plot_tsne(
     with _drawing(path, 1000, 800, "constrained") as figure:
         axis = figure.add_subplot()
         _scatter(axis, points, labels.cpu()[subset], classes)
-        count = (
-            f"{len(subset)} images"
-            if len(subset) == len(labels)
-            else (f"{len(subset)} of {len(labels)} images")
+        count = f"{len(subset)} of {len(labels)}" if len(subset) < len(labels) else len(subset)
+        axis.set(
+            xticks=[], yticks=[], aspect="equal", title=f"t-SNE of the features of {count} images"
         )
-        axis.set(xticks=[], yticks=[], aspect="equal", title=f"t-SNE of the features of {count}")
         axis.set_adjustable("datalim")
     return len(subset)
 
@@ -451,4 +444,4 @@ def _scatter(axis: Axes, points: np.ndarray, labels: Tensor, classes: list[str])
             linewidths=0,
             label=_short(_class_name(classes, label), 30),
         )
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, markerscale=1.5)

@@ -18,7 +18,7 @@ from datasets.folder import ImageFolder
 from datasets.loader import Batch
 from datasets.multicrop import GLOBAL_CROPS
 from engine import diagnostics
-from engine.build import autocast, model_description, step_seed
+from engine.build import autocast, loader_workers, model_description, step_seed
 from engine.features import extract
 from engine.knn import knn_accuracy
 from losses.objective import Objective
@@ -305,7 +305,7 @@ def held_out_knn(run: Pretraining) -> tuple[float, float]:
             folder,
             run.world,
             cfg.EVAL.BATCH_SIZE_PER_GPU,
-            cfg.DATA.WORKERS,
+            loader_workers(cfg),
             cfg.EVAL.MAX_BAD,
         )
         for folder in run.held_out

@@ -13,6 +13,7 @@ import yaml
 from yacs.config import CfgNode as Node
 
 from utils.errors import InputError
+from utils.files import write_text
 from utils.options import CHOICES, DEFAULTS, RANGES
 
 
@@ -148,8 +149,8 @@ def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
 
 
 def write(cfg: Node, path: str | Path) -> None:
-    """The resolved options as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
+    """The resolved options as YAML; raises InputError where they cannot be written."""
+    write_text(path, yaml.safe_dump(to_dict(cfg), sort_keys=False))
 
 
 def differing(a: Node, b: Node, ignore: tuple[str, ...] = ()) -> list[str]:

@@ -37,6 +37,17 @@ def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: Path, option: str = "--output_dir") -> None:
+    """Make a folder, and those above it; raises InputError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{option} {path} cannot be written ({error.strerror}): choose another.",
+            everywhere=False,
+        ) from None
+
+
 def write_text(path: str | Path, text: str, what: str = "file") -> None:
     """Write a text file whole; see `replacing`."""
     with replacing(path, what) as temporary:

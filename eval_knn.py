@@ -1,0 +1,49 @@
+"""k-NN classification of a benchmark's test images by its training images, on frozen features.
+
+One process, on a GPU or the CPU:
+    python eval_knn.py --pretrained_weights CKPT --data_path DATA --output_dir OUT
+Several GPUs of one machine:
+    torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights CKPT --data_path DATA
+DATA holds train and val (or test) with class subfolders; --dataset cub, cars, aircraft, nabirds,
+flowers or pets reads that benchmark's own format. Written into OUT: knn.json, classes.png (the
+accuracy of every class, the pairs most confused) and tsne.png.
+"""
+
+from engine import pictures
+from engine.evaluation import join, open_evaluation, results_folder
+from engine.protocols import run_knn
+from utils import cli, distributed, flags
+from utils.errors import run_script
+from utils.files import write_json
+from utils.logging import logger
+
+
+def main() -> None:
+    command = cli.parse(__doc__, face=flags.KNN)
+    world = join(command)
+    cfg = command.cfg
+    evaluation = open_evaluation(command, world)
+    folder = results_folder(cfg, world, "eval_knn")
+
+    result = run_knn(evaluation)
+    for k, figures in result.figures["k"].items():
+        logger.info(f"{k}-NN: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
+
+    if world.is_main:
+        # Class by class, for the first number of neighbours.
+        test, k = evaluation.features("test"), cfg.KNN.KS[0]
+        by_class = pictures.per_class_accuracy(result.predicted[k], test.labels, test.classes)
+        confused = pictures.most_confused(result.predicted[k], test.labels, test.classes)
+        result.figures["classes"] = {"k": k, "accuracy": by_class, "most_confused": confused}
+        write_json(folder / "knn.json", result.figures | evaluation.provenance())
+        if cfg.EVAL.PICTURES:
+            pictures.plot_classes(folder / "classes.png", by_class, confused, f"{k}-NN")
+            pictures.plot_tsne(
+                folder / "tsne.png", test.values, test.labels, test.classes, cfg.SEED
+            )
+    logger.info(f"written: {folder / 'knn.json'}")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,68 @@
+"""Linear probe on frozen features: EsViT's recipe, a sweep of it, or logistic regression.
+
+One process, on a GPU or the CPU:
+    python eval_linear.py --pretrained_weights CKPT --data_path DATA --output_dir OUT
+Several GPUs of one machine:
+    torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights CKPT --data_path DATA \\
+        --output_dir OUT
+DATA as for eval_knn.py. --features cached extracts the training features once, without
+augmentation (minutes instead of hours); --sweep 0.0001 0.001 0.01 trains a head for each rate on
+one pass; --classifier logistic takes scikit-learn's regression; --label_shares 0.1 0.2 0.5 1 probes
+with that part of every class's labels. The same command goes on where it stopped. Written into
+OUT: linear.json, and the heads, linear.pth.
+"""
+
+from engine.evaluation import join, open_evaluation, results_folder
+from engine.probing import run_linear
+from utils import cli, distributed, flags
+from utils.errors import InputError, run_script
+from utils.files import make_folder, write_json
+from utils.logging import logger
+
+
+def main() -> None:
+    command = cli.parse(__doc__, face=flags.LINEAR)
+    cfg = command.cfg
+    asks_for_augmented = "LINEAR.FEATURES" in command.typed and cfg.LINEAR.FEATURES == "augmented"
+    if cfg.LINEAR.CLASSIFIER == "logistic" and asks_for_augmented:
+        raise InputError(
+            "--classifier logistic works on features extracted once: drop --features augmented."
+        )
+    world = join(command)
+    evaluation = open_evaluation(command, world)
+    folder = results_folder(cfg, world, "eval_linear")
+
+    results = []
+    for share in cfg.LINEAR.LABEL_SHARES:
+        own = folder if share == 1 else folder / f"labels_{100 * share:g}_percent"
+        if world.is_main:
+            make_folder(own)
+        distributed.barrier()
+        figures = run_linear(evaluation, share, cfg.SEED, own)
+        results.append(figures)
+        logger.info(describe(figures))
+
+    if world.is_main:
+        contents = {"protocol": "linear probe", "results": results} | evaluation.provenance()
+        write_json(folder / "linear.json", contents)
+    logger.info(f"written: {folder / 'linear.json'}")
+    distributed.stop()
+
+
+def describe(figures: dict) -> str:
+    """One line for the user."""
+    labels = f"{100 * figures['label_share']:g} % of the labels ({figures['train_images']} images)"
+    line = f"{labels}: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %"
+    if "best_top1" in figures:
+        line += (
+            f" after the last epoch; best on the test images, which flatters: "
+            f"{figures['best_top1']:.2f} % at epoch {figures['best_epoch']}"
+        )
+    if figures["sweep"]:
+        name = "C" if "C" in figures else "base_lr"
+        line += f"; {name} {figures[name]:g}, chosen on held-out training images"
+    return line
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,62 @@
+"""Retrieval: a benchmark's test images look for their class among its training images.
+
+One process, on a GPU or the CPU:
+    python eval_retrieval.py --pretrained_weights CKPT --data_path DATA --output_dir OUT
+Several GPUs of one machine:
+    torchrun --nproc_per_node=8 eval_retrieval.py --pretrained_weights CKPT --data_path DATA
+DATA as for eval_knn.py. --split ratio takes every ninth test image as a query and all the rest as
+the gallery, as the authors' released code does. Written into OUT: retrieval.json and retrieval.png
+(queries with their first hits).
+"""
+
+from engine import pictures
+from engine.evaluation import join, open_evaluation, results_folder
+from engine.protocols import run_retrieval
+from utils import cli, distributed, flags
+from utils.errors import run_script
+from utils.files import write_json
+from utils.logging import logger
+
+
+def main() -> None:
+    command = cli.parse(__doc__, face=flags.RETRIEVAL)
+    world = join(command)
+    cfg = command.cfg
+    evaluation = open_evaluation(command, world)
+    folder = results_folder(cfg, world, "eval_retrieval")
+
+    result = run_retrieval(evaluation)
+    figures = result.figures
+    logger.info(
+        f"retrieval, split {figures['split']}: {figures['queries']} queries, "
+        f"{figures['gallery_images']} images in the gallery\n"
+        f"Rank-1 {figures['rank1']:.2f} %, Rank-5 {figures['rank5']:.2f} %, "
+        f"mAP {figures['map']:.2f} %\n"
+        f"mAP@100 as in the authors' released code, which flatters: "
+        f"{figures['map_at_100_released']:.2f} %"
+    )
+    if figures["queries_without_positives"]:
+        logger.warning(
+            f"{figures['queries_without_positives']} queries have no image of their class in the "
+            f"gallery: they count as not found"
+        )
+
+    if world.is_main:
+        write_json(folder / "retrieval.json", figures | evaluation.provenance())
+        if cfg.EVAL.PICTURES and evaluation.splits is not None:
+            images = evaluation.images_with_features()
+            chosen = pictures.choose_queries(result.measured.average_precision)
+            pictures.retrieval_gallery(
+                folder / "retrieval.png",
+                images.subset(result.queries.tolist()),
+                images.subset(result.gallery.tolist()),
+                result.measured.first[chosen],
+                chosen,
+                "Queries, from the best average precision to the worst, and their first hits",
+            )
+    logger.info(f"written: {folder / 'retrieval.json'}")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    run_script(main)
