@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import cli, config
+from utils import cli, config, flags
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,11 +30,11 @@ def test_the_python_snippet_gives_image_and_patch_features(trained, tmp_path):
     assert run.stdout.split() == ["torch.Size([2,", "32])", "torch.Size([2,", "784,", "32])"]
 
 
-def commands(text: str) -> list[list[str]]:
-    """Command lines for main_cmd.py in fenced blocks or comments, continuation lines joined."""
+def commands(text: str, script: str = "main_cmd.py") -> list[list[str]]:
+    """Command lines for a script in fenced blocks or comments, continuation lines joined."""
     text = re.sub(r"\\\n[# ]*", " ", text)
-    lines = re.findall(r"^[# ]*((?:python|torchrun) .*?main_cmd\.py .*)$", text, flags=re.M)
-    return [line.split("main_cmd.py", 1)[1].split("  #")[0].split() for line in lines]
+    lines = re.findall(rf"^[# ]*((?:python|torchrun) .*?{script} .*)$", text, flags=re.M)
+    return [line.split(script, 1)[1].split("  #")[0].split() for line in lines]
 
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "experiments").rglob("*.yaml"))]
@@ -48,6 +48,28 @@ def test_every_written_command_parses(path, monkeypatch):
     for arguments in found:
         cfg = cli.parse("", arguments).cfg
         assert cfg.DATA.PATH or "--cfg" in arguments
+
+
+@pytest.mark.parametrize(
+    ("script", "face", "source"),
+    [
+        ("eval_knn.py", flags.KNN, "INIT.WEIGHTS"),
+        ("eval_retrieval.py", flags.RETRIEVAL, "INIT.WEIGHTS"),
+        ("eval_linear.py", flags.LINEAR, "INIT.WEIGHTS"),
+        ("evaluate.py", flags.TABLE, "--checkpoint"),
+    ],
+)
+def test_every_written_evaluation_parses(script, face, source, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    texts = [README, (ROOT / "docs/evaluation.md").read_text(), (ROOT / script).read_text()]
+    # Docstrings write a continuation's backslash twice.
+    found = [words for text in texts for words in commands(text.replace("\\\\", "\\"), script)]
+    assert found, f"no document shows a command of {script}"
+    for arguments in found:
+        command = cli.parse("", arguments, face)
+        assert command.cfg.DATA.PATH, arguments
+        given = command.extra.get(source) or config.get(command.cfg, "INIT.WEIGHTS")
+        assert given, arguments
 
 
 @pytest.mark.parametrize("path", DOCUMENTS[1:], ids=lambda path: path.name)
