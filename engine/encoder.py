@@ -1,8 +1,6 @@
 """The frozen network under evaluation: someone's weights -> one feature an image."""
 
-import hashlib
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +10,7 @@ from models.backbone import Backbone
 from models.heads import DINOHead
 from models.mil import GatedAttentionPool
 from models.network import HeadSpec, Network
-from models.pretrained import (
-    backbone_state,
-    infer_spec,
-    load_backbone,
-    select_state,
-    stored_spec,
-)
+from models.pretrained import WeightsFile
 from models.registry import ARCHITECTURES, BackboneSpec, build_backbone, resolve
 from utils import checkpoint, config, seeding
 from utils.config import Node
@@ -132,6 +124,7 @@ class Source:
     backbone: Backbone
     region_head: DINOHead | None = None
     pool: GatedAttentionPool | None = None
+    heads: HeadSpec | None = None
 
     def encoder(self, cfg: Node, blocks: int = 1, avgpool_patchtokens: bool = False) -> Encoder:
         """The encoder that EVAL.POOLING asks for; the rest as in Encoder."""
@@ -152,55 +145,38 @@ def load(path: str, cfg: Node, typed: set[str]) -> Source:
     Its architecture is what the checkpoint records or its shapes show, but for the MODEL.*
     options in `typed`. Raises InputError for what cannot be read or does not fit.
     """
-    key = cfg.INIT.CHECKPOINT_KEY
-    contents = checkpoint.load_file(path)
-    state = backbone_state(select_state(contents, key, path))
-    known = stored_spec(contents) or infer_spec(state, path)
-    spec = _chosen_spec(known, cfg, typed)
-    resolve(spec)
-    own = contents if checkpoint.is_own(contents) else {}
+    file = WeightsFile.read(path, cfg.INIT.CHECKPOINT_KEY)
+    spec = _chosen_spec(file.spec, cfg, typed)
+    own = file.contents if checkpoint.is_own(file.contents) else {}
     weights = Weights(
         path=str(path),
-        sha256=_sha256(path),
-        key=key,
+        sha256=checkpoint.sha256(path),
+        key=file.key,
         arch=spec.arch,
         backbone=spec.to_dict(),
         epoch=own.get("epoch"),
         run_config=own.get("config"),
     )
-    if own and spec == known:
-        network = build.stored_network(own, key, path)
-        return Source(weights, network.backbone, network.head_dense, network.pool)
-    return Source(weights, load_backbone(path, key, spec))
+    if own and _same_network(spec, file.spec):
+        network = build.stored_network(own, file.key, path)
+        heads = HeadSpec(**own["model"]["heads"])
+        return Source(weights, network.backbone, network.head_dense, network.pool, heads)
+    return Source(weights, replace(file, spec=spec).backbone())
 
 
 def random_like(source: Source, cfg: Node) -> Source:
     """A freshly initialised network of the same shape, from SEED: the zero of every figure."""
     spec = BackboneSpec.from_dict(source.weights.backbone)
-    described = source.region_head is not None and source.pool is not None
+    weights = replace(source.weights, path=RANDOM, sha256=f"seed {cfg.SEED}", key="none", epoch=0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
-        network = Network(
-            build_backbone(spec),
-            _head_spec(source) if described else HeadSpec(out_dim=2, hidden_dim=2),
-            region_head=described,
-            pooling=described,
-        )
-    weights = replace(source.weights, path=RANDOM, sha256=f"seed {cfg.SEED}", key="none", epoch=0)
-    return Source(weights, network.backbone, network.head_dense, network.pool)
-
-
-def _head_spec(source: Source) -> HeadSpec:
-    """The shape of a source's region head and pooling."""
-    linears = [module for module in source.region_head.mlp if isinstance(module, nn.Linear)]
-    return HeadSpec(
-        out_dim=2,
-        hidden_dim=linears[0].out_features,
-        bottleneck_dim=linears[-1].out_features,
-        layers=len(linears),
-        use_bn=any(isinstance(module, nn.BatchNorm1d) for module in source.region_head.mlp),
-        pool_hidden=source.pool.tanh.out_features,
-    )
+        backbone = build_backbone(spec)
+        if source.pool is None:
+            return Source(weights, backbone)
+        # Prototypes have no part in a feature.
+        heads = replace(source.heads, out_dim=2)
+        network = Network(backbone, heads, region_head=True, pooling=True)
+    return Source(weights, backbone, network.head_dense, network.pool, source.heads)
 
 
 def _chosen_spec(known: BackboneSpec, cfg: Node, typed: set[str]) -> BackboneSpec:
@@ -217,12 +193,11 @@ def _chosen_spec(known: BackboneSpec, cfg: Node, typed: set[str]) -> BackboneSpe
     return replace(spec, **overrides)
 
 
-def _sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _same_network(first: BackboneSpec, second: BackboneSpec) -> bool:
+    """Whether two descriptions, each with its defaults, come to the same."""
+    return all(
+        getattr(first, name) == getattr(second, name) for name in ("window_size", "img_size")
+    ) and resolve(first) == resolve(second)
 
 
 def image_size(source: Source, cfg: Node) -> int:

@@ -7,6 +7,7 @@ backbone is wanted).
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,13 +34,42 @@ def load_backbone(
     Calling the result on images [B, 3, H, W] gives (image feature [B, D], patch features
     [B, N, D]). Raises InputError naming what does not fit.
     """
-    checkpoint = load_file(path)
-    state = select_state(checkpoint, checkpoint_key, path)
-    if spec is None:
-        spec = stored_spec(checkpoint) or infer_spec(backbone_state(state), path)
-    backbone = build_backbone(spec)
-    load_strictly(backbone, backbone_state(state), f"{path} ({spec.arch})", HEADS)
-    return backbone.eval().requires_grad_(False)
+    return WeightsFile.read(path, checkpoint_key, spec).backbone()
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """One network's weights in a file.
+
+    contents: all that the file holds. state: the network's weights in EsViT's names. spec: the
+    architecture.
+    """
+
+    path: Path
+    key: str
+    contents: dict
+    state: dict[str, Tensor]
+    spec: BackboneSpec
+
+    @classmethod
+    def read(
+        cls, path: str | Path, key: str = "teacher", spec: BackboneSpec | None = None
+    ) -> "WeightsFile":
+        """Read a file; spec: by default the one stored in it or read off its shapes.
+
+        Raises InputError where it is missing, damaged, or holds no known network.
+        """
+        contents = load_file(path)
+        state = backbone_state(select_state(contents, key, path))
+        if spec is None:
+            spec = stored_spec(contents) or infer_spec(state, path)
+        return cls(Path(path), key, contents, state, spec)
+
+    def backbone(self) -> Backbone:
+        """The backbone, in eval mode, on the CPU, without gradients; InputError if misfit."""
+        backbone = build_backbone(self.spec)
+        load_strictly(backbone, self.state, f"{self.path} ({self.spec.arch})", HEADS)
+        return backbone.eval().requires_grad_(False)
 
 
 def select_state(checkpoint: object, key: str, path: str | Path) -> dict[str, Tensor]:
@@ -71,10 +101,19 @@ def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     downsamples = [name for name in state if re.match(r"layers\.\d+\.downsample\.", name)]
     if not downsamples or any(name.startswith("layers.0.") for name in downsamples):
         return state
+    return _with_downsamples_moved(state, -1)
+
+
+def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `backbone_state`: EsViT's names brought to those of timm >= 0.9."""
+    return _with_downsamples_moved(state, 1)
+
+
+def _with_downsamples_moved(state: dict[str, Tensor], stages: int) -> dict[str, Tensor]:
     return {
         re.sub(
             r"^layers\.(\d+)\.downsample\.",
-            lambda match: f"layers.{int(match[1]) - 1}.downsample.",
+            lambda match: f"layers.{int(match[1]) + stages}.downsample.",
             name,
         ): value
         for name, value in state.items()

@@ -8,6 +8,7 @@ scaler, centres, config, model (what rebuilds the networks) and versions.
 """
 
 import argparse
+import hashlib
 import os
 import pickle
 import re
@@ -93,6 +94,15 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_safetensors(path)
     except (SafetensorError, OSError):
         raise InputError(f"{path} is not a safetensors file, or is damaged.") from None
+
+
+def sha256(path: str | Path) -> str:
+    """The hash of a file's bytes, by which figures name the weights behind them."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_own(checkpoint: Any) -> bool:

@@ -1,0 +1,123 @@
+"""The backbone of a checkpoint, written for other programs to read.
+
+    python export.py CKPT OUT.safetensors --format timm
+        loads strictly into timm.create_model(architecture, num_classes=0, **kwargs), both
+        named in the file's metadata (create_model_kwargs is JSON)
+    python export.py CKPT OUT.pth --format esvit             # or .pt, .safetensors
+        EsViT's names; .pth and .pt hold {checkpoint key: weights}, as its scripts expect
+    python export.py CKPT OUT.onnx --format onnx
+        both features at the size the network is laid out for, any batch; needs the packages
+        onnx and onnxscript
+CKPT: a file of this project, EsViT, CMD's release, DINO, torchvision or timm. The metadata
+of .safetensors and .onnx also names the source and how images are to be normalised.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD
+from models import export
+from models.pretrained import WeightsFile
+from utils import checkpoint
+from utils.errors import InputError, run_script
+from utils.files import replacing
+
+SUFFIXES = {
+    "timm": (".safetensors",),
+    "esvit": (".safetensors", ".pth", ".pt"),
+    "onnx": (".onnx",),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="trained weights")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write; replaced if there")
+    parser.add_argument("--format", choices=SUFFIXES, required=True, help="who is to read OUT")
+    parser.add_argument("--checkpoint_key", default="teacher", help="teacher or student [teacher]")
+    arguments = parser.parse_args()
+    facts = export_backbone(
+        arguments.checkpoint, arguments.out, arguments.format, arguments.checkpoint_key
+    )
+    print(f"written: {arguments.out} ({facts['architecture']})")
+    if "caveat" in facts:
+        print(f"note: {facts['caveat']}")
+
+
+def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") -> dict[str, str]:
+    """Write the backbone of `source` to `out`; returns the file's metadata.
+
+    form: a key of SUFFIXES. key: "teacher" or "student". Raises InputError where either file
+    will not do; whatever was at `out` is still there then.
+    """
+    check_target(source, out, form)
+    file = WeightsFile.read(source, key)
+    backbone, spec = file.backbone(), file.spec
+    facts = {"architecture": spec.arch, **describe_source(file)}
+
+    if form == "timm":
+        model = export.to_timm(backbone, spec)
+        facts["architecture"] = model.name
+        facts["create_model_kwargs"] = json.dumps(model.kwargs)
+        facts["caveat"] = model.caveat
+        write_safetensors(model.state, facts, out)
+    elif form == "esvit":
+        if caveat := export.esvit_caveat(backbone, spec):
+            facts["caveat"] = caveat
+        if out.suffix == ".safetensors":
+            write_safetensors(backbone.state_dict(), facts, out)
+        else:
+            checkpoint.save({key: backbone.state_dict()}, out)
+    else:
+        program = export.to_onnx(backbone, spec.img_size)
+        program.model.metadata_props.update(facts)
+        with replacing(out) as temporary:
+            program.save(temporary)
+    return facts
+
+
+def check_target(source: Path, out: Path, form: str) -> None:
+    """Say before anything is read what could not be written."""
+    if out.suffix not in SUFFIXES[form]:
+        raise InputError(f"--format {form} writes {' or '.join(SUFFIXES[form])}, not {out}.")
+    if not out.parent.is_dir():
+        raise InputError(f"there is no folder {out.parent} to write {out.name} into.")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"{out} is the checkpoint itself: choose another name.")
+    if form == "onnx":
+        export.require_onnx()
+
+
+def describe_source(file: WeightsFile) -> dict[str, str]:
+    """Where the weights come from and what images they want, as a file's metadata."""
+    facts = {
+        "source_sha256": checkpoint.sha256(file.path),
+        "input_mean": json.dumps(IMAGENET_MEAN),
+        "input_std": json.dumps(IMAGENET_STD),
+        "input_normalisation": "as in training"
+        if checkpoint.is_own(file.contents)
+        else "ImageNet's, assumed: the source does not say",
+    }
+    if file.key in file.contents:
+        facts["source_key"] = file.key
+    for name in ("epoch", "step"):
+        if isinstance(file.contents.get(name), int):
+            facts[f"source_{name}"] = str(file.contents[name])
+    return facts
+
+
+def write_safetensors(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Replace `path`; the bytes are made first, so that a full disk is an OSError."""
+    contents = to_safetensors(state, {"format": "pt", **metadata})
+    with replacing(path) as temporary:
+        temporary.write_bytes(contents)
+
+
+if __name__ == "__main__":
+    run_script(main)

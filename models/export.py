@@ -1,0 +1,167 @@
+"""A backbone as others take it: stock timm's names and arguments, EsViT's names, ONNX.
+
+Stock timm is a little less than equal to Swin and ViT here (models/swin.py, models/vit.py);
+`timm_caveat` says at which image sizes.
+"""
+
+import importlib
+import math
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor
+
+from models.backbone import Backbone
+from models.pretrained import infer_spec, load_strictly, timm_state
+from models.registry import BackboneSpec, resolve
+from utils.errors import InputError
+
+# The ViTs go by DeiT's names: the same network, and timm's configuration of these names has
+# ImageNet's mean and standard deviation, where that of its ViTs has 0.5.
+TIMM_NAMES = {
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
+    "swin_large": "swin_large_patch4_window7_224",
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "vit_small": "deit_small_patch16_224",
+    "vit_base": "deit_base_patch16_224",
+    "resnet50": "resnet50",
+}
+# torch.onnx.export works through both.
+ONNX_PACKAGES = ("onnx", "onnxscript")
+
+
+@dataclass(frozen=True)
+class TimmModel:
+    """What makes stock timm's model: `timm.create_model(name, num_classes=0, **kwargs)`.
+
+    kwargs: plain data. state: loads strictly. Called on images [B, 3, H, W] the model gives
+    the image feature [B, D]; caveat: at which sizes.
+    """
+
+    name: str
+    kwargs: dict
+    state: dict[str, Tensor]
+    caveat: str
+
+
+def to_timm(backbone: Backbone, spec: BackboneSpec) -> TimmModel:
+    """The weights of `backbone`, built from `spec`, for stock timm.
+
+    Raises InputError where the installed timm builds a network that they do not fit.
+    """
+    name, kwargs = TIMM_NAMES[spec.arch], timm_arguments(spec)
+    state = timm_state(backbone.state_dict())
+    model = timm.create_model(name, num_classes=0, **kwargs)
+    load_strictly(model, state, f"timm {timm.__version__} ({name})")
+    return TimmModel(name, kwargs, state, timm_caveat(backbone, spec))
+
+
+def timm_arguments(spec: BackboneSpec) -> dict:
+    """The keyword arguments of `timm.create_model` besides num_classes, as plain data."""
+    figures = resolve(spec)
+    if figures["family"] == "resnet":
+        return {}
+    shared = {
+        "img_size": spec.img_size,
+        "patch_size": figures["patch_size"],
+        "embed_dim": figures["embed_dim"],
+    }
+    if figures["family"] == "vit":
+        return {
+            **shared,
+            "depth": figures["depths"][0],
+            "num_heads": figures["num_heads"][0],
+            "global_pool": "token",
+        }
+    return {
+        **shared,
+        "depths": list(figures["depths"]),
+        "num_heads": list(figures["num_heads"]),
+        "window_size": spec.window_size,
+    }
+
+
+def timm_caveat(backbone: Backbone, spec: BackboneSpec) -> str:
+    """At which image sizes stock timm gives the features of `backbone`, in plain words."""
+    family = resolve(spec)["family"]
+    if family == "resnet":
+        return "Stock timm gives the source's features at every size."
+    if family == "vit":
+        return (
+            f"Stock timm gives the source's features at {spec.img_size} pixels. At other sizes "
+            f"(dynamic_img_size=True) it resizes the position embeddings with antialiasing, the "
+            f"source without, and the features differ."
+        )
+    multiple = unpadded_multiple(backbone)
+    own_size = (
+        ""
+        if spec.img_size % multiple == 0
+        else f"This leaves out its own img_size, {spec.img_size}. "
+    )
+    return (
+        f"Stock timm gives the source's features where no shifted window is padded: at sizes "
+        f"that are multiples of {multiple} pixels. {own_size}At others it shifts the map before "
+        f"it pads it, the source after, and the features differ. For sizes besides img_size "
+        f"add strict_img_size=False and leave img_size as it is: windows are laid out for it."
+    )
+
+
+def unpadded_multiple(backbone: Backbone) -> int:
+    """Multiples of this many pixels make a Swin's maps fill all windows that are shifted."""
+    multiple = backbone.patch_size
+    for index, stage in enumerate(backbone.layers):
+        for block in stage.blocks:
+            if any(block.shift_size):
+                cell = backbone.patch_size * 2**index
+                multiple = math.lcm(multiple, cell * block.window_size[0])
+    return multiple
+
+
+def esvit_caveat(backbone: Backbone, spec: BackboneSpec) -> str:
+    """What the names and shapes alone do not tell of `backbone`; "" where they tell all."""
+    wanted = timm_arguments(spec)
+    found = timm_arguments(infer_spec(backbone.state_dict(), "the export"))
+    lost = {name: value for name, value in wanted.items() if found.get(name) != value}
+    if not lost:
+        return ""
+    figures = ", ".join(f"{name} {value}" for name, value in lost.items())
+    return f"The shapes do not tell {figures}: give them to whatever reads the file."
+
+
+def require_onnx() -> None:
+    """Raise InputError unless the packages that ONNX needs can be imported."""
+    for package in ONNX_PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise InputError(
+                f"--format onnx needs the package {package}, which cannot be imported: "
+                f"pip install {' '.join(ONNX_PACKAGES)}."
+            ) from None
+
+
+def to_onnx(backbone: Backbone, size: int) -> "torch.onnx.ONNXProgram":
+    """The whole forward as ONNX: images [B, 3, size, size] -> both features, any B.
+
+    The input is called images; the outputs image_feature [B, D] and patch_features [B, N, D].
+    Needs what `require_onnx` asks for.
+    """
+    images = torch.zeros(2, 3, size, size)
+    # Shift masks are kept from the first images on; the traced forward then finds them.
+    with torch.no_grad():
+        backbone(images)
+    # strict: only this way does len(images) stay a free number.
+    exported = torch.export.export(
+        backbone, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True
+    )
+    return torch.onnx.export(
+        exported,
+        input_names=["images"],
+        output_names=["image_feature", "patch_features"],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+    )
