@@ -1,14 +1,14 @@
 """Weighted k-nearest-neighbour classification (Wu et al. 2018), the field's quick probe."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of one block of similarities: 2^24 float32 are 64 MiB.
-BLOCK_ELEMENTS = 2**24
+from engine.similarity import check, nearest, over_blocks, searchable
+from utils.distributed import World
+
+TOP = 5
 
 
-@torch.no_grad()
 def knn_accuracy(
     gallery: Tensor,
     gallery_labels: Tensor,
@@ -16,49 +16,79 @@ def knn_accuracy(
     query_labels: Tensor,
     ks: list[int],
     temperature: float = 0.07,
+    world: World | None = None,
 ) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 accuracy in percent, for each k.
+    """Top-1 and top-5 accuracy in percent, for each k; see `rankings`. query_labels [m] int64."""
+    classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
+    ranked = rankings(gallery, gallery_labels, queries, ks, temperature, classes, world)
+    return {k: accuracy(ranking, query_labels) for k, ranking in ranked.items()}
 
-    gallery [n, D], queries [m, D]: features of any scale, L2-normalised here; labels int64.
-    A neighbour votes for its class with exp(cosine / temperature). Ties: neighbours by
-    gallery order, classes by index; classes without a vote follow in index order and can be
-    top-5 hits, as in the reference. A k above n counts the whole gallery.
+
+def accuracy(ranking: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy, percent, of ranked classes [m, <= 5] against labels [m]."""
+    correct = ranking == labels[:, None]
+    hits = correct[:, 0].sum().item(), correct.any(1).sum().item()
+    return tuple(100 * count / len(labels) for count in hits)
+
+
+@torch.no_grad()
+def rankings(
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    queries: Tensor,
+    ks: list[int],
+    temperature: float = 0.07,
+    classes: int | None = None,
+    world: World | None = None,
+) -> dict[int, Tensor]:
+    """The best classes of each query, best first: [m, min(5, classes)] int64 for each k.
+
+    gallery [n, D], queries [m, D]: features on the CPU of any scale and float type,
+    L2-normalised here; gallery_labels [n] int64, below `classes` (by default their largest
+    plus 1). world: the processes that share the work, and the device; None for this process
+    alone, on the CPU. The result is on the CPU, on every process, with the same bits for any
+    number of processes.
+    A neighbour votes for its class with exp(cosine / temperature) in float32. Ties: neighbours
+    by gallery order, classes by index; classes without a vote follow in index order, as in the
+    reference. A k above n counts the whole gallery. Raises InputError for features that cannot
+    be compared.
     """
-    gallery, queries = F.normalize(gallery.float(), dim=1), F.normalize(queries.float(), dim=1)
-    classes = int(max(gallery_labels.max(), query_labels.max())) + 1
+    check(gallery, queries, gallery_labels)
+    if classes is None:
+        classes = int(gallery_labels.max()) + 1
+    device = world.device if world else torch.device("cpu")
     most = min(max(ks), len(gallery))
-    hits = {k: torch.zeros(2, dtype=torch.long) for k in ks}
-    block = max(1, BLOCK_ELEMENTS // max(1, len(gallery)))
-    for first in range(0, len(queries), block):
-        similarity = queries[first : first + block] @ gallery.T
-        targets = query_labels[first : first + block]
-        values, places = nearest(similarity, most)
-        votes = (values / temperature).exp()
-        labels = gallery_labels[places]
-        for k in ks:
-            scores = votes.new_zeros(len(targets), classes)
-            scores.scatter_add_(1, labels[:, :k], votes[:, :k])
-            ranking = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
-            correct = ranking == targets[:, None]
-            hits[k] += torch.stack([correct[:, 0].sum(), correct.any(1).sum()]).cpu()
-    return {
-        k: tuple(100 * count / len(queries) for count in hit.tolist()) for k, hit in hits.items()
-    }
+    search = searchable(gallery, queries, most, device)
+
+    def ranked(block: Tensor, _: slice) -> list[Tensor]:
+        # Votes are summed on the CPU, in the neighbours' order: a GPU sums in any.
+        values, places = (part.cpu() for part in search.nearest(block, most))
+        votes, labels = (values / temperature).exp(), gallery_labels[places]
+        return [best_classes(votes[:, :k], labels[:, :k], classes) for k in ks]
+
+    found = over_blocks(ranked, queries, max(len(gallery), classes), world)
+    return dict(zip(ks, found, strict=True))
 
 
-def nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, [m, k] values and places; equals in the order of the columns.
+def best_classes(votes: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Classes [m, min(5, classes)] by the sum of their votes [m, k], equals by index."""
+    scores = votes.new_zeros(len(votes), classes).scatter_add_(1, labels, votes)
+    return nearest(scores, min(TOP, classes))[1]
 
-    torch.topk does not say which of equal values it takes, nor in what order. The few rows
-    where that matters are sorted in full.
+
+@torch.no_grad()
+def neighbours(
+    gallery: Tensor, queries: Tensor, k: int, world: World | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines float32 and gallery places int64, [m, min(k, n)], of each query's neighbours.
+
+    Inputs, processes and ties as in `rankings`.
     """
-    places = similarity.topk(k, dim=1).indices.sort(dim=1).values
-    values = similarity.gather(1, places)
-    last = values.amin(dim=1, keepdim=True)
-    unclear = (similarity == last).sum(1) > (values == last).sum(1)
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    places = places.gather(1, order)
-    if unclear.any():
-        whole = similarity[unclear].sort(dim=1, descending=True, stable=True)
-        values[unclear], places[unclear] = whole.values[:, :k], whole.indices[:, :k]
+    check(gallery, queries)
+    k = min(k, len(gallery))
+    device = world.device if world else torch.device("cpu")
+    search = searchable(gallery, queries, k, device)
+    values, places = over_blocks(
+        lambda block, _: search.nearest(block, k), queries, len(gallery), world
+    )
     return values, places

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import retrieval
 from engine.knn import knn_accuracy
 from losses.objective import Objective
 from losses.targets import Centres
@@ -239,15 +240,29 @@ def test_schedules():
         assert_parity(value, figures[name], name)
 
 
+def evaluation_features():
+    """Training and test features with their labels, as evaluation.json's figures had them."""
+    centres = array(23, 12, 16)
+    found = []
+    for seed, y in ((24, labels(21, 600, 12)), (25, labels(22, 200, 12))):
+        found += [nn.functional.normalize(0.5 * centres[y] + array(seed, len(y), 16), dim=1), y]
+    return found
+
+
 def test_knn():
     figures = read_json("evaluation.json")
-    centres = array(23, 12, 16)
-    train, test = labels(21, 600, 12), labels(22, 200, 12)
-    gallery, queries = (
-        nn.functional.normalize(0.5 * centres[y] + array(seed, len(y), 16), dim=1)
-        for seed, y in ((24, train), (25, test))
-    )
     ks = [int(name.removeprefix("knn")) for name in figures if name.startswith("knn")]
-    ours = knn_accuracy(gallery, train, queries, test, ks)
+    assert ks
+    ours = knn_accuracy(*evaluation_features(), ks)
     for k in ks:
-        assert ours[k] == pytest.approx(figures[f"knn{k}"], abs=1e-4)
+        assert ours[k] == pytest.approx(figures[f"knn{k}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("split", ["retrieval", "retrieval_ratio"])
+def test_retrieval(split):
+    features = evaluation_features()
+    if split == "retrieval_ratio":
+        features = retrieval.ratio_split(*features)
+    ours = retrieval.measure(*features)
+    for name, figure in read_json("evaluation.json")[split].items():
+        assert getattr(ours, name) == pytest.approx(figure, rel=1e-5), name
