@@ -44,6 +44,10 @@ def main() -> None:
     sources = [encoder.load(path, cfg, command.typed) for path in paths]
     splits = open_splits(cfg, world)
     evaluations = [build_evaluation(cfg, world, source, splits, None) for source in sources]
+    for evaluation in evaluations:
+        linear = cfg.LINEAR
+        encoder_of_probe = evaluation.encoder(linear.N_LAST_BLOCKS, linear.AVGPOOL_PATCHTOKENS)
+        encoder_of_probe.widths(evaluation.size)
     names = [row_name(source) for source in sources]
     for evaluation in zeros(evaluations):
         names.append(f"{encoder.RANDOM} ({evaluation.source.weights.arch})")

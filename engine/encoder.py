@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import build
+from models import registry
 from models.backbone import Backbone
 from models.heads import DINOHead
 from models.mil import GatedAttentionPool
@@ -93,9 +94,9 @@ class Encoder(nn.Module):
                 raise InputError(f"LINEAR.N_LAST_BLOCKS or EVAL.SIZE: {error}.") from None
         patches = self.backbone(images)[1]
         if self.pooling == "mean":
-            return (patches.mean(dim=1),)
+            return (patches.float().mean(dim=1),)
         attention = self.pool(self.region_head(patches)).exp()
-        return (torch.einsum("bn,bnd->bd", attention, patches.float()),)
+        return ((attention[..., None] * patches.float()).sum(dim=1),)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.cat([part.float() for part in self.parts(images)], dim=1)
@@ -111,7 +112,7 @@ class Encoder(nn.Module):
         return {
             "weights": self.weights.sha256,
             "checkpoint_key": self.weights.key,
-            "backbone": repr(sorted(self.weights.backbone.items())),
+            "backbone": repr(registry.identity(BackboneSpec.from_dict(self.weights.backbone))),
             "pooling": self.pooling,
         }
 
@@ -157,7 +158,7 @@ def load(path: str, cfg: Node, typed: set[str]) -> Source:
         epoch=own.get("epoch"),
         run_config=own.get("config"),
     )
-    if own and _same_network(spec, file.spec):
+    if own and registry.identity(spec) == registry.identity(file.spec):
         network = build.stored_network(own, file.key, path)
         heads = HeadSpec(**own["model"]["heads"])
         return Source(weights, network.backbone, network.head_dense, network.pool, heads)
@@ -191,13 +192,6 @@ def _chosen_spec(known: BackboneSpec, cfg: Node, typed: set[str]) -> BackboneSpe
         spec = replace(spec, arch=wanted.arch)
     overrides = {name: asdict(wanted)[name] for key, name in _SPEC_OPTIONS.items() if key in typed}
     return replace(spec, **overrides)
-
-
-def _same_network(first: BackboneSpec, second: BackboneSpec) -> bool:
-    """Whether two descriptions, each with its defaults, come to the same."""
-    return all(
-        getattr(first, name) == getattr(second, name) for name in ("window_size", "img_size")
-    ) and resolve(first) == resolve(second)
 
 
 def image_size(source: Source, cfg: Node) -> int:

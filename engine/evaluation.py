@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -70,15 +70,20 @@ class Evaluation:
 
         return features
 
-    def extract(self, network: Encoder, dataset: LabelledImages) -> Extracted:
-        """Features of centre crops; unreadable images are left out within EVAL.MAX_BAD."""
+    def extract(
+        self, network: Encoder, dataset: LabelledImages, max_bad: float | None = None
+    ) -> Extracted:
+        """Features of centre crops; unreadable images are left out within `max_bad`, a share.
+
+        max_bad: None for EVAL.MAX_BAD.
+        """
         return extract(
             self.function(network),
             dataset.through(eval_transform(self.size, self.resize)),
             self.world,
             self.cfg.EVAL.BATCH_SIZE_PER_GPU,
             build.loader_workers(self.cfg),
-            self.cfg.EVAL.MAX_BAD,
+            self.cfg.EVAL.MAX_BAD if max_bad is None else max_bad,
         )
 
     def features(self, split: str, blocks: int = 1, avgpool_patchtokens: bool = False) -> Features:
@@ -99,6 +104,7 @@ class Evaluation:
             held = self._read(split, made_by, blocks, avgpool_patchtokens)
             if held is None:
                 held = self._make(split, made_by, blocks, avgpool_patchtokens)
+            self._check_alike(held)
             self._held[split] = held
             if held.bad:
                 self.bad[split] = held.bad
@@ -108,6 +114,17 @@ class Evaluation:
                     + ("; ..." if len(held.bad) > BAD_SHOWN else "")
                 )
         return held.narrowed(blocks, avgpool_patchtokens)
+
+    def _check_alike(self, features: Features) -> None:
+        """Raise InputError where kept features of the two splits come from unlike networks."""
+        for split, held in self._held.items():
+            names = held.made_by.keys() | features.made_by.keys()
+            for name in sorted(names - {"images"}):
+                if held.made_by.get(name) != features.made_by.get(name):
+                    raise InputError(
+                        f"the features in {self.folder} do not belong together: those of the "
+                        f"{split} split have other {name}. Extract both splits again."
+                    )
 
     def path(self, split: str) -> Path | None:
         """Where the features of a split are kept."""
@@ -134,7 +151,9 @@ class Evaluation:
         return known
 
     def dataset(self, split: str) -> LabelledImages:
-        """The images of `train` or `test`."""
+        """The images of `train` or `test`; InputError where no data was given."""
+        if self.splits is None:
+            raise InputError("no images: give --data_path (and --dataset).")
         return self.splits.train if split == "train" else self.splits.test
 
     def images_with_features(self) -> LabelledImages:
@@ -164,15 +183,16 @@ class Evaluation:
         if reason:
             logger.info(f"the features in {path} are made again: {reason}")
             found = None
-        fits = all(distributed.gather_objects(found is not None))
-        if fits:
-            logger.info(f"features of the {split} split: from {path}")
-        return found if fits else None
+        if not all(distributed.gather_objects(found is not None)):
+            return None
+        logger.info(f"features of the {split} split: from {path}")
+        if self.splits is not None:
+            # The same files, but perhaps under another root than when they were read.
+            found = replace(found, root=str(self.dataset(split).root))
+        return found
 
     def _make(self, split: str, made_by: dict[str, str], blocks: int, avgpool: bool) -> Features:
         network = self.encoder(blocks, avgpool)
-        if self.splits is None:
-            raise InputError("no images: give --data_path (and --dataset).")
         dataset = self.dataset(split)
         widths = network.widths(self.size)
         extracted = self.extract(network, dataset)
@@ -273,11 +293,15 @@ def open_evaluation(command: CommandLine, world: World) -> Evaluation:
     cfg = command.cfg
     if cfg.EVAL.LOAD_FEATURES and cfg.EVAL.DUMP_FEATURES:
         raise InputError("--load_features and --dump_features exclude each other: drop one.")
+    if cfg.EVAL.LOAD_FEATURES and not Path(cfg.EVAL.LOAD_FEATURES).is_dir():
+        raise InputError(f"there are no features at {cfg.EVAL.LOAD_FEATURES}: it is no folder.")
     if not cfg.EVAL.LOAD_FEATURES:
         if not cfg.INIT.WEIGHTS:
             raise InputError("no network: give --pretrained_weights.")
         if not cfg.DATA.PATH:
             raise InputError("no images: give --data_path.")
+    if cfg.EVAL.DUMP_FEATURES and world.is_main:
+        make_folder(Path(cfg.EVAL.DUMP_FEATURES), "--dump_features")
     source = encoder.load(cfg.INIT.WEIGHTS, cfg, command.typed) if cfg.INIT.WEIGHTS else None
     folder = cfg.EVAL.LOAD_FEATURES or cfg.EVAL.DUMP_FEATURES
     return build_evaluation(

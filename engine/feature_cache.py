@@ -86,7 +86,7 @@ def fingerprint(dataset: LabelledImages) -> str:
         except OSError:
             size = -1
         digest.update(f"{path}\0{size}\0{label}\n".encode(errors="surrogateescape"))
-    digest.update("\0".join(dataset.classes).encode())
+    digest.update("\0".join(dataset.classes).encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -101,7 +101,7 @@ def save(features: Features, path: Path) -> None:
     }
     metadata = {
         "format": FORMAT,
-        "root": features.root,
+        "root": json.dumps(features.root),
         "widths": json.dumps(features.widths),
         "avgpool_patchtokens": json.dumps(features.avgpool_patchtokens),
         "made_by": json.dumps(features.made_by),
@@ -128,7 +128,7 @@ def load(path: Path) -> Features:
             tensors["values"],
             tensors["labels"],
             *(_unpack(tensors[name]) for name in ("paths", "classes")),
-            root=metadata["root"],
+            root=json.loads(metadata["root"]),
             widths=json.loads(metadata["widths"]),
             avgpool_patchtokens=json.loads(metadata["avgpool_patchtokens"]),
             bad=_unpack(tensors["bad"]),

@@ -141,6 +141,13 @@ class Probe:
         top1, top5 = (100 * distributed.total(hits).double() / len(features)).tolist()
         return top1, top5
 
+    def finite(self) -> list[bool]:
+        """Whether every value of each head is finite."""
+        return [
+            bool(weight.isfinite().all() & bias.isfinite().all())
+            for weight, bias in zip(self.weights, self.biases, strict=True)
+        ]
+
     def state(self) -> dict:
         """What a later process needs to go on: tensors and plain data."""
         return {
@@ -167,21 +174,27 @@ def stratified(labels: Tensor, share: float, seed: int) -> Tensor:
 
     The draw depends on (seed, class) alone, so a smaller share is part of a larger one.
     """
-    chosen = []
-    for label in labels.unique().tolist():
-        places = (labels == label).nonzero().flatten()
-        generator = torch.Generator().manual_seed(derive_seed(seed, seeding.LABELS, label))
-        order = torch.randperm(len(places), generator=generator)
-        chosen.append(places[order[: max(1, round(share * len(places)))]])
-    return torch.cat(chosen).sort().values
+    places = [
+        places[: max(1, round(share * len(places)))] for places in _drawn_by_class(labels, seed)
+    ]
+    return torch.cat(places).sort().values
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Bool [n]: about `share` of every class set aside, and never a class's only image."""
+    """Bool [n]: about `share` of every class set aside, at least one, but never a whole class."""
     mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[stratified(labels, share, derive_seed(seed, seeding.HELD_OUT))] = True
-    alone = labels.bincount()[labels] == 1
-    return mask & ~alone
+    for places in _drawn_by_class(labels, derive_seed(seed, seeding.HELD_OUT)):
+        wanted = max(1, round(share * len(places)))
+        mask[places[: min(wanted, len(places) - 1)]] = True
+    return mask
+
+
+def _drawn_by_class(labels: Tensor, seed: int) -> Iterator[Tensor]:
+    """The indices of each class in an order drawn by (seed, class)."""
+    for label in labels.unique().tolist():
+        places = (labels == label).nonzero().flatten()
+        generator = torch.Generator().manual_seed(derive_seed(seed, seeding.LABELS, label))
+        yield places[torch.randperm(len(places), generator=generator)]
 
 
 def logistic_scores(train: Tensor, labels: Tensor, test: Tensor, outputs: int, c: float) -> Tensor:

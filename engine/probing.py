@@ -22,7 +22,8 @@ from utils.errors import InputError
 from utils.logging import RunLog, logger
 
 STATE = "linear.pth"
-LINES = 20  # on the screen for each probe; log.txt has every test
+LOG_PREFIX = "linear_"
+LINES = 20  # on the screen for each probe; its log has every test
 
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # features [b, D], labels [b], indices [b]
 
@@ -65,8 +66,12 @@ class AugmentedImages:
             yield values, labels[indices], indices
 
     def plain(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [n, D] and labels [n] of these images' centre crops."""
-        extracted = self.evaluation.extract(self.network, self.images.subset(indices.tolist()))
+        """Features [n, D] and labels [n] of these images' centre crops.
+
+        Those that cannot be read are left out: as part of all, training has judged them.
+        """
+        subset = self.images.subset(indices.tolist())
+        extracted = self.evaluation.extract(self.network, subset, max_bad=1)
         return extracted.values, extracted.labels
 
 
@@ -130,13 +135,19 @@ def run_linear(evaluation: Evaluation, share: float, seed: int, folder: Path | N
         figures |= _logistic(evaluation, source, used, test, outputs, seed)
     else:
         figures |= _sgd(evaluation, source, used, test, outputs, seed, folder)
-    bad = {image for images in distributed.gather_objects(set(source.bad)) for image in images}
+    bad = _all_bad(source)
     if bad:
-        evaluation.bad["train"] = sorted(str(image) for image in bad)
+        listed = {*evaluation.bad.get("train", []), *(str(image) for image in bad)}
+        evaluation.bad["train"] = sorted(listed)
         logger.warning(f"{len(bad)} unreadable training images were left out; results list them")
     figures["train_images"] = len(used) - len(bad)
     figures["seconds"] = round(time.perf_counter() - started, 1)
     return figures
+
+
+def _all_bad(source: AugmentedImages | CachedFeatures) -> set[BadImage]:
+    """The unreadable images that any process has met so far."""
+    return set().union(*distributed.gather_objects(set(source.bad)))
 
 
 def _features(evaluation: Evaluation, split: str) -> Features:
@@ -191,6 +202,8 @@ def _sgd(
         **{name: str(value) for name, value in asdict(recipe).items()},
         **{f"test {name}": value for name, value in test.made_by.items()},
         "blocks": str(len(test.widths)),
+        "mean of patches": str(test.avgpool_patchtokens),
+        "held out": str(cfg.LINEAR.HOLD_OUT if recipe.has_twins else 0),
         "training features": type(source).__name__,
         "training images": str(len(used)),
         "training data": (
@@ -200,20 +213,25 @@ def _sgd(
         ),
     }
     if folder is not None:
-        _resume(probe, settings, folder)
+        _resume(probe, source, settings, folder)
         distributed.agree(
             {"the epoch to go on from": probe.epoch}, "put --output_dir where all of them see it"
         )
     sampler = EpochSampler(used.tolist(), recipe.batch, world, seed, probe.epoch, recipe.epochs)
-    batches = source.batches(sampler, test.values.shape[1])
-    _train(probe, batches, sampler.batches_per_epoch, test, settings, folder)
+    _train(probe, source, sampler, test, settings, folder)
 
     chosen, heads = 0, [{"base_lr": lr} for lr in recipe.lrs]
     figures = {"epochs": recipe.epochs, "batch": recipe.batch}
     if recipe.has_twins:
         values, labels = source.plain(held_out.nonzero().flatten())
         scores = probe.accuracy(values, labels)[0][len(heads) :]
-        chosen = max(range(len(heads)), key=lambda head: scores[head])
+        sound = probe.finite()
+        usable = [i for i in range(len(heads)) if sound[i] and sound[len(heads) + i]]
+        if not usable:
+            raise InputError(
+                "every learning rate of --sweep made the probe diverge: give lower ones."
+            )
+        chosen = max(usable, key=lambda head: scores[head])
         figures["held_out_images"] = len(labels)
         for head, score in zip(heads, scores, strict=True):
             head["held_out_top1"] = score
@@ -235,8 +253,8 @@ def _over_epochs(history: list[dict], head: int) -> dict:
 
 def _train(
     probe: linear.Probe,
-    batches: Batches,
-    steps: int,
+    source: AugmentedImages | CachedFeatures,
+    sampler: EpochSampler,
     test: Features,
     settings: dict[str, str],
     folder: Path | None,
@@ -244,9 +262,10 @@ def _train(
     """All epochs that are left: train, test, log, keep the state."""
     recipe, is_main = probe.recipe, probe.world.is_main
     every = max(recipe.val_freq, recipe.epochs // LINES)
-    log = RunLog(folder, probe.epoch) if folder is not None and is_main else None
+    batches = source.batches(sampler, probe.width)
+    log = RunLog(folder, probe.epoch, LOG_PREFIX) if folder is not None and is_main else None
     while probe.epoch < recipe.epochs:
-        loss = probe.train_epoch(batches, steps).item()
+        loss = probe.train_epoch(batches, sampler.batches_per_epoch).item()
         if not math.isfinite(loss) and not recipe.has_twins:
             raise InputError(
                 f"the probe's loss is {loss} at epoch {probe.epoch}: lower its learning rate, --lr."
@@ -263,8 +282,10 @@ def _train(
                 figures |= {f"top1{suffix}": one, f"top5{suffix}": five}
             log.write(probe.epoch, figures)
         if folder is not None:
+            bad = [asdict(image) for image in _all_bad(source)]
             if is_main:
-                checkpoint.save({"probe": settings, **probe.state()}, folder / STATE)
+                state = {"probe": settings, "bad": bad, **probe.state()}
+                checkpoint.save(state, folder / STATE)
             distributed.barrier()
         if probe.epoch % every and probe.epoch < recipe.epochs:
             continue
@@ -277,8 +298,13 @@ def _train(
         log.close()
 
 
-def _resume(probe: linear.Probe, settings: dict[str, str], folder: Path) -> None:
-    """Load the state in `folder` into the probe, if there is one and it is of this probe."""
+def _resume(
+    probe: linear.Probe,
+    source: AugmentedImages | CachedFeatures,
+    settings: dict[str, str],
+    folder: Path,
+) -> None:
+    """Go on from the state in `folder`, if there is one and it is of this probe."""
     path = folder / STATE
     if not path.exists():
         return
@@ -293,6 +319,8 @@ def _resume(probe: linear.Probe, settings: dict[str, str], folder: Path) -> None
             f"another --output_dir, or remove {path} to start anew there."
         )
     probe.load_state(state)
+    if isinstance(source, AugmentedImages):
+        source.bad.update(BadImage(**image) for image in state["bad"])
     logger.info(f"going on with the probe in {path} at epoch {probe.epoch}")
 
 

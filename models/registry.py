@@ -117,6 +117,16 @@ def resolve(spec: BackboneSpec) -> dict:
     return figures
 
 
+def identity(spec: BackboneSpec) -> dict:
+    """All that tells two backbones apart, defaults filled in: equal where the networks are."""
+    figures = resolve(spec)
+    if figures["family"] != "resnet":
+        figures["img_size"] = spec.img_size
+    if figures["family"] == "swin":
+        figures["window_size"] = spec.window_size
+    return figures
+
+
 def build_backbone(spec: BackboneSpec, drop_path: float = 0.0) -> Backbone:
     """A freshly initialised backbone. drop_path: stochastic depth of the last block.
 

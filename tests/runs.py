@@ -1,7 +1,9 @@
 """Small runs inside the test's process: what main_cmd.py puts together, without files."""
 
 import torch
+from torch import Tensor
 
+from datasets.loader import Batch
 from engine import build
 from engine.pretrain import Pretraining, Schedules
 from utils import config
@@ -60,3 +62,8 @@ def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
         images_per_step=images,
         precision=build.precision(cfg, world.device),
     )
+
+
+def batch_of(crops: list[Tensor]) -> Batch:
+    """What the loader would bring with these crops [B, 3, S, S]."""
+    return Batch(crops, torch.arange(len(crops[0])), [])

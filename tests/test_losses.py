@@ -36,7 +36,7 @@ from tests.loss_cases import (
     make,
     plain_objective,
 )
-from tests.runs import pretraining, small_config
+from tests.runs import batch_of, pretraining, small_config
 from utils.views import Views
 
 TEMPS = (STUDENT_TEMP, TEACHER_TEMP)
@@ -452,7 +452,7 @@ def test_the_network_detaches_the_teacher_that_it_pools(network_pair):
 def trained(steps: int = 4, **options) -> tuple[Pretraining, list[dict[str, Tensor]]]:
     """A run after some steps, and each step's figures."""
     run = pretraining(small_config(**options))
-    batches = iter([(random_crops(3, seed), None) for seed in range(steps)])
+    batches = iter([batch_of(random_crops(3, seed)) for seed in range(steps)])
     return run, [run.train_step(batches)[0] for _ in range(steps)]
 
 
@@ -662,7 +662,7 @@ def test_a_training_step_updates_the_centres_once_and_after_the_loss():
             "bag": (teacher.bag_embeddings, teacher.region_prototypes),
         }
         means.append({kind: (rows @ w.T).mean(0).detach() for kind, (rows, w) in kinds.items()})
-    figures, _ = run.train_step(iter([(crops, None) for crops in micro]))
+    figures, _ = run.train_step(iter([batch_of(crops) for crops in micro]))
     assert_near(figures["loss"], torch.stack(losses).mean(), 1e-6, "loss")
     for kind in ("image", "region", "bag"):
         wanted = 0.1 * (means[0][kind] + means[1][kind]) / 2
@@ -748,7 +748,7 @@ def test_a_training_step_in_bfloat16_is_near_the_one_in_float32(name):
     for precision in ("fp32", "bf16"):
         cfg = small_config(**SETTINGS[name], TRAIN__PRECISION=precision)
         run = pretraining(cfg)
-        batches = iter([(random_crops(cfg.TRAIN.BATCH_SIZE_PER_GPU, seed=3), None)])
+        batches = iter([batch_of(random_crops(cfg.TRAIN.BATCH_SIZE_PER_GPU, seed=3))])
         figures[precision], _ = run.train_step(batches)
     assert figures["bf16"].keys() == figures["fp32"].keys()
     for term, value in figures["fp32"].items():

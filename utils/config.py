@@ -66,10 +66,6 @@ def put(cfg: Node, key: str, value: object, source: str) -> None:
 def _typed(value: object, default: object, key: str, source: str) -> object:
     if isinstance(value, str) and not isinstance(default, str):
         value = _scalar(value)
-    if isinstance(value, str) and isinstance(default, float):
-        # YAML 1.1 reads 1e-4 as a string: it wants 1.0e-4.
-        with contextlib.suppress(ValueError):
-            value = float(value)
     if isinstance(default, bool):
         # EsViT's users type 0 and 1.
         value = bool(value) if value in (0, 1) else value
@@ -95,9 +91,14 @@ def _typed(value: object, default: object, key: str, source: str) -> object:
 
 def _scalar(text: str) -> object:
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as a string: it wants 1.0e-4.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def merge_file(cfg: Node, path: str | Path) -> list[str]:

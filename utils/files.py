@@ -1,13 +1,23 @@
 """Writing files so that no half file ever stands under its name, and earlier ones survive."""
 
 import contextlib
+import glob
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
+
+# What the user's files are made with; it can only be read by setting it.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+_HOST = socket.gethostname().replace(".", "-")
+# After this long an unfinished file of another machine counts as left by a killed writer.
+ABANDONED_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
@@ -19,11 +29,13 @@ def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
     InputError that calls the file `what`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     try:
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed
-            stale.unlink(missing_ok=True)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if _is_abandoned(other):
+                other.unlink(missing_ok=True)
         yield temporary
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors writes for the owner alone
         _sync(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -57,6 +69,20 @@ def write_text(path: str | Path, text: str, what: str = "file") -> None:
 def write_json(path: str | Path, contents: Any, what: str = "file") -> None:
     """Write indented JSON whole; see `replacing`."""
     write_text(path, json.dumps(contents, indent=2) + "\n", what)
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    """Whether the writer of a temporary file is no more."""
+    *_, host, process, _ = temporary.name.rsplit(".", 3)
+    try:
+        if host == _HOST:
+            os.kill(int(process), 0)
+            return int(process) == os.getpid()
+        return time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS
+    except (ProcessLookupError, ValueError, FileNotFoundError):
+        return True
+    except PermissionError:  # another user's process
+        return False
 
 
 def _sync(path: Path) -> None:

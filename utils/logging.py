@@ -49,13 +49,13 @@ def on_terminal() -> bool:
 
 
 class RunLog:
-    """log.txt and TensorBoard of one run's folder.
+    """log.txt and TensorBoard of one run's folder; `prefix` sets both names apart.
 
     A resumed run goes on where its checkpoint was written: what was logged after it is cut.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        path, temporary = folder / "log.txt", folder / ".log.txt.tmp"
+    def __init__(self, folder: Path, first_step: int, prefix: str = "") -> None:
+        path, temporary = folder / f"{prefix}log.txt", folder / f".{prefix}log.txt.tmp"
         kept = []
         try:
             if path.exists() and first_step > 0:
@@ -67,7 +67,7 @@ class RunLog:
             raise _not_written(path, error) from None
         # Events of an earlier try, beyond the checkpoint or without one, are marked as void.
         self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=30
+            str(folder / f"{prefix}tensorboard"), purge_step=first_step + 1, flush_secs=30
         )
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
