@@ -5,12 +5,14 @@
 Features are drawn: classes about a common direction, with variance that falls along the
 dimensions, as networks give them; --features gaussian has neither. scikit-learn's
 NearestNeighbors is tried with both metrics that rank unit vectors by cosine, and the faster is
-the rival. Both get unit float32 vectors and give places and distances of the k nearest.
+the rival. Both get unit float32 vectors and give places and distances of the k nearest. With
+--alone there is no rival, and the process's peak memory is ours.
 """
 
 import argparse
 import datetime
 import platform
+import resource
 import shlex
 import sys
 import time
@@ -24,7 +26,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from engine import knn, retrieval
+from engine import knn, retrieval, similarity
 from engine.similarity import Gallery, searchable, unit
 from utils.errors import run_script
 from utils.files import write_json
@@ -87,11 +89,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="for both sides")
     parser.add_argument("--repeats", type=int, default=5, help="turns; the best counts")
     parser.add_argument("--features", choices=["classes", "gaussian"], default="classes")
+    parser.add_argument("--alone", action="store_true", help="measure time and memory of ours")
+    parser.add_argument(
+        "--float32", action="store_true", help="as on a processor without bfloat16 instructions"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
     began = time.perf_counter()
     torch.set_num_threads(args.threads)
+    if args.float32:
+        similarity.has_bfloat16 = lambda: False
     gallery, labels = draw_features(args.features, args.gallery, args.width, 1)
     queries, query_labels = draw_features(args.features, args.queries, args.width, 2)
 
@@ -107,6 +115,8 @@ def main() -> None:
             gallery, labels, queries, query_labels
         ),
     }
+    if args.alone:
+        contestants = {name: run for name, run in contestants.items() if name.startswith("our")}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     results = {}
     with threadpool_limits(args.threads):
@@ -114,20 +124,32 @@ def main() -> None:
             for name, run in contestants.items():
                 taken, results[name] = timed(run)
                 seconds[name].append(taken)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     best = {name: min(times) for name, times in seconds.items()}
-    name = min((name for name in best if name.startswith("scikit")), key=best.__getitem__)
-    ratio = best[name] / best["ours"]
-    places = results["ours"], torch.from_numpy(results[name]).long()
-    same = compare(gallery, queries, *places)
     way = "float32" if type(searchable(gallery, queries, args.k, CPU)) is Gallery else "bfloat16"
-    print(
+    figures = {"first_pass": way, "best_seconds": best, "all_seconds": seconds}
+    line = (
         f"{args.queries} x {args.gallery} x {args.width}, k = {args.k}, {args.threads} threads: "
-        f"ours {best['ours']:.2f} s ({way} first pass), {name} {best[name]:.2f} s: {ratio:.2f} "
-        f"times faster; {same['places_that_differ']} of {same['places']} places differ, by at "
-        f"most {same['largest_cosine_gap_where_they_differ']:.1e} in cosine"
+        f"ours {best['ours']:.2f} s ({way} first pass)"
     )
-    if not same["same_but_for_rounding"]:
-        sys.exit("error: the neighbours are not the same.")
+    if args.alone:
+        figures["peak_resident_gib"] = round(peak, 2)
+        line += (
+            f", retrieval {best['our retrieval, whole gallery']:.2f} s; peak memory {peak:.2f} GiB"
+        )
+    else:
+        name = min((name for name in best if name.startswith("scikit")), key=best.__getitem__)
+        ratio = best[name] / best["ours"]
+        same = compare(gallery, queries, results["ours"], torch.from_numpy(results[name]).long())
+        figures |= {"rival": name, "times_faster": ratio, "neighbours": same}
+        line += (
+            f", {name} {best[name]:.2f} s: {ratio:.2f} times faster; {same['places_that_differ']} "
+            f"of {same['places']} places differ, by at most "
+            f"{same['largest_cosine_gap_where_they_differ']:.1e} in cosine"
+        )
+        if not same["same_but_for_rounding"]:
+            sys.exit("error: the neighbours are not the same.")
+    print(line)
     if args.output:
         report = {
             "what": f"exact k-NN, {args.queries} queries in a gallery of {args.gallery} images, "
@@ -145,14 +167,7 @@ def main() -> None:
                 + shlex.join(sys.argv[1:])
             ],
             "seconds": round(time.perf_counter() - began, 1),
-            "figures": {
-                "best_seconds": best,
-                "all_seconds": seconds,
-                "rival": name,
-                "times_faster": ratio,
-                "first_pass": way,
-                "neighbours": same,
-            },
+            "figures": figures,
             "remarks": [
                 "The best of several turns of each; a turn runs all contestants one after the "
                 "other.",

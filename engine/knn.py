@@ -63,7 +63,9 @@ def rankings(
     def ranked(block: Tensor, _: slice) -> list[Tensor]:
         # Votes are summed on the CPU, in the neighbours' order: a GPU sums in any.
         values, places = (part.cpu() for part in search.nearest(block, most))
-        votes, labels = (values / temperature).exp(), gallery_labels[places]
+        # Relative to the nearest one's vote, which changes no order and cannot overflow.
+        votes = ((values - values[:, :1]) / temperature).exp()
+        labels = gallery_labels[places]
         return [best_classes(votes[:, :k], labels[:, :k], classes) for k in ks]
 
     found = over_blocks(ranked, queries, max(len(gallery), classes), world)

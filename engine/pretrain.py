@@ -314,5 +314,10 @@ def held_out_knn(run: Pretraining) -> tuple[float, float]:
     for bad in (*gallery.bad, *queries.bad):
         logger.warning(str(bad))
     return knn_accuracy(
-        gallery.values, gallery.labels, queries.values, queries.labels, [cfg.EVAL.KNN_K]
+        gallery.values,
+        gallery.labels,
+        queries.values,
+        queries.labels,
+        [cfg.EVAL.KNN_K],
+        world=run.world,
     )[cfg.EVAL.KNN_K]

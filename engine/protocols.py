@@ -61,11 +61,8 @@ def run_retrieval(evaluation: Evaluation) -> RetrievalResult:
     train, test = evaluation.features("train"), evaluation.features("test")
     values = torch.cat([train.values, test.values])
     labels = torch.cat([train.labels, test.labels])
-    count = len(train.labels)
-    queries, rest = torch.arange(len(test.labels)), torch.empty(0, dtype=torch.int64)
-    if evaluation.cfg.RETRIEVAL.SPLIT == "ratio":
-        queries, rest = retrieval.ratio_places(len(test.labels))
-    queries, gallery = queries + count, torch.cat([torch.arange(count), rest + count])
+    split = retrieval.SPLITS[evaluation.cfg.RETRIEVAL.SPLIT]
+    gallery, queries = split(len(train.labels), len(test.labels))
     measured = retrieval.measure(
         values[gallery],
         labels[gallery],

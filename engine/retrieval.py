@@ -132,20 +132,20 @@ def sort_rows(keys: Tensor) -> Tensor:
     return keys
 
 
-def ratio_places(images: int, every: int = 9) -> tuple[Tensor, Tensor]:
-    """Places of the test images that are queries (0, 9, 18, ...), and of all others; int64."""
-    places = torch.arange(images)
-    is_query = places % every == 0
-    return places[is_query], places[~is_query]
+def standard_split(train: int, test: int) -> tuple[Tensor, Tensor]:
+    """Gallery and queries, int64 places in train then test: all of train, all of test."""
+    return torch.arange(train), torch.arange(train, train + test)
 
 
-def ratio_split(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, every: int = 9
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features and labels of the split `ratio`: gallery, its labels, queries, their labels.
+def ratio_split(train: int, test: int, every: int = 9) -> tuple[Tensor, Tensor]:
+    """Gallery and queries, int64 places in train then test, of the released CMD code.
 
-    Every ninth test image is a query; the gallery is train, then the other test images.
+    Every ninth test image (the first, the tenth, ...) is a query; the gallery is train, then
+    the other test images.
     """
-    is_query, others = ratio_places(len(test), every)
-    gallery = torch.cat([train, test[others]]), torch.cat([train_labels, test_labels[others]])
-    return *gallery, test[is_query], test_labels[is_query]
+    places = torch.arange(train + test)
+    is_query = (places >= train) & ((places - train) % every == 0)
+    return places[~is_query], places[is_query]
+
+
+SPLITS = {"standard": standard_split, "ratio": ratio_split}

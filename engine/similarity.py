@@ -150,10 +150,14 @@ class RoundedGallery(Gallery):
         return values, places[starts[:-1, None] + columns]
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 faster than float32."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def searchable(gallery: Tensor, queries: Tensor, k: int, device: torch.device) -> Gallery:
     """The gallery [n, D] on the device, in the form that finds k neighbours faster."""
     plain = Gallery(unit(gallery, device))
-    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     if device.type != "cpu" or not has_bfloat16():
         return plain
     rounded = RoundedGallery(plain.features)

@@ -80,7 +80,7 @@ def slow_ranking(gallery, labels, queries, k: int, classes: int, temperature: fl
         order = sorted(range(len(gallery)), key=lambda place: (-cosines[place], place))
         votes = [torch.tensor(0.0) for _ in range(classes)]
         for place in order[:k]:
-            vote = torch.exp(torch.tensor(cosines[place]) / temperature)
+            vote = torch.exp(torch.tensor(cosines[place] - cosines[order[0]]) / temperature)
             votes[labels[place]] = votes[labels[place]] + vote
         ranking = sorted(range(classes), key=lambda index: (-float(votes[index]), index))
         found.append(ranking[:5])
@@ -100,6 +100,14 @@ def test_rankings_of_tied_features_are_those_of_plain_loops(block, classes, monk
         assert ranked[k].tolist() == slow_ranking(gallery, labels, queries, k, classes, 0.5)
         one = knn.rankings(gallery, labels, queries[:1], [k], temperature=0.5, classes=classes)
         assert torch.equal(one[k], ranked[k][:1])
+
+
+def test_a_small_temperature_is_the_nearest_neighbour():
+    gallery, labels = features(1, 300)
+    queries, _ = features(2, 40)
+    gallery, queries = torch.from_numpy(gallery), torch.from_numpy(queries)
+    ranked = knn.rankings(gallery, torch.from_numpy(labels), queries, [1, 200], temperature=1e-3)
+    assert torch.equal(ranked[200][:, 0], ranked[1][:, 0])
 
 
 def test_classes_without_a_vote_follow_by_index():

@@ -260,9 +260,10 @@ def test_knn():
 
 @pytest.mark.parametrize("split", ["retrieval", "retrieval_ratio"])
 def test_retrieval(split):
-    features = evaluation_features()
-    if split == "retrieval_ratio":
-        features = retrieval.ratio_split(*features)
-    ours = retrieval.measure(*features)
+    train, train_labels, test, test_labels = evaluation_features()
+    values, labels = torch.cat([train, test]), torch.cat([train_labels, test_labels])
+    places = {"retrieval": retrieval.standard_split, "retrieval_ratio": retrieval.ratio_split}
+    gallery, queries = places[split](len(train), len(test))
+    ours = retrieval.measure(values[gallery], labels[gallery], values[queries], labels[queries])
     for name, figure in read_json("evaluation.json")[split].items():
         assert getattr(ours, name) == pytest.approx(figure, rel=1e-5), name
