@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from engine import encoder
 from utils import config
@@ -54,8 +55,10 @@ def markdown(rows: list[dict], provenance: dict, cfg: Node) -> str:
     heads = columns(cfg)
     data = provenance["data"]
     train, test = data["train"]["images"], data["test"]["images"]
+    folder = Path(cfg.DATA.PATH).absolute().name
     lines = [
-        f"# {data['name']}: {data['classes']} classes, {train} training and {test} test images",
+        f"# {data['name']} ({_escape(folder)}): {data['classes']} classes, {train} training and "
+        f"{test} test images",
         "",
         "| network | " + " | ".join(heading for _, heading in heads) + " |",
         "|---|" + "---:|" * len(heads),
