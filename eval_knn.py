@@ -9,9 +9,11 @@ flowers or pets reads that benchmark's own format. Written into OUT: knn.json, c
 accuracy of every class, the pairs most confused) and tsne.png.
 """
 
+from pathlib import Path
+
 from engine import pictures
-from engine.evaluation import join, open_evaluation, results_folder
-from engine.protocols import run_knn
+from engine.evaluation import Evaluation, join, open_evaluation, results_folder
+from engine.protocols import KnnResult, run_knn
 from utils import cli, distributed, flags
 from utils.errors import run_script
 from utils.files import write_json
@@ -23,26 +25,29 @@ def main() -> None:
     world = join(command)
     cfg = command.cfg
     evaluation = open_evaluation(command, world)
-    folder = results_folder(cfg, world, "eval_knn")
+    folder = results_folder(cfg, "eval_knn")
 
     result = run_knn(evaluation)
     for k, figures in result.figures["k"].items():
         logger.info(f"{k}-NN: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
 
-    if world.is_main:
-        # Class by class, for the first number of neighbours.
-        test, k = evaluation.features("test"), cfg.KNN.KS[0]
-        by_class = pictures.per_class_accuracy(result.predicted[k], test.labels, test.classes)
-        confused = pictures.most_confused(result.predicted[k], test.labels, test.classes)
-        result.figures["classes"] = {"k": k, "accuracy": by_class, "most_confused": confused}
-        write_json(folder / "knn.json", result.figures | evaluation.provenance())
-        if cfg.EVAL.PICTURES:
-            pictures.plot_classes(folder / "classes.png", by_class, confused, f"{k}-NN")
-            pictures.plot_tsne(
-                folder / "tsne.png", test.values, test.labels, test.classes, cfg.SEED
-            )
-    logger.info(f"written: {folder / 'knn.json'}")
+    distributed.on_main(lambda: write(evaluation, result, folder))
+    logger.info(f"written: {folder}/knn.json" + ", classes.png, tsne.png" * cfg.EVAL.PICTURES)
     distributed.stop()
+
+
+def write(evaluation: Evaluation, result: KnnResult, folder: Path) -> None:
+    """The figures, also class by class, and their pictures: for the first number of neighbours."""
+    cfg, test = evaluation.cfg, evaluation.features("test")
+    k = cfg.KNN.KS[0]
+    by_class = pictures.per_class_accuracy(result.predicted[k], test.labels, test.classes)
+    confused = pictures.most_confused(result.predicted[k], test.labels, test.classes)
+    classes = {"k": k, "accuracy": by_class, "most_confused": confused}
+    figures = result.figures | {"classes": classes}
+    write_json(folder / "knn.json", figures | evaluation.provenance())
+    if cfg.EVAL.PICTURES:
+        pictures.plot_classes(folder / "classes.png", by_class, confused, f"{k}-NN")
+        pictures.plot_tsne(folder / "tsne.png", test.values, test.labels, test.classes, cfg.SEED)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ OUT: linear.json, and the heads, linear.pth.
 """
 
 from engine.evaluation import join, open_evaluation, results_folder
-from engine.probing import run_linear
+from engine.probing import run_linear, share_folder
 from utils import cli, distributed, flags
 from utils.errors import InputError, run_script
-from utils.files import make_folder, write_json
+from utils.files import write_json
 from utils.logging import logger
 
 
@@ -30,21 +30,16 @@ def main() -> None:
         )
     world = join(command)
     evaluation = open_evaluation(command, world)
-    folder = results_folder(cfg, world, "eval_linear")
+    folder = results_folder(cfg, "eval_linear")
 
     results = []
     for share in cfg.LINEAR.LABEL_SHARES:
-        own = folder if share == 1 else folder / f"labels_{100 * share:g}_percent"
-        if world.is_main:
-            make_folder(own)
-        distributed.barrier()
-        figures = run_linear(evaluation, share, cfg.SEED, own)
+        figures = run_linear(evaluation, share, cfg.SEED, share_folder(folder, share))
         results.append(figures)
         logger.info(describe(figures))
 
-    if world.is_main:
-        contents = {"protocol": "linear probe", "results": results} | evaluation.provenance()
-        write_json(folder / "linear.json", contents)
+    contents = {"protocol": "linear probe", "results": results} | evaluation.provenance()
+    distributed.on_main(lambda: write_json(folder / "linear.json", contents))
     logger.info(f"written: {folder / 'linear.json'}")
     distributed.stop()
 
@@ -65,4 +60,4 @@ def describe(figures: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, if_interrupted="the same command goes on where it stopped")

@@ -9,9 +9,11 @@ the gallery, as the authors' released code does. Written into OUT: retrieval.jso
 (queries with their first hits).
 """
 
+from pathlib import Path
+
 from engine import pictures
-from engine.evaluation import join, open_evaluation, results_folder
-from engine.protocols import run_retrieval
+from engine.evaluation import Evaluation, join, open_evaluation, results_folder
+from engine.protocols import RetrievalResult, run_retrieval
 from utils import cli, distributed, flags
 from utils.errors import run_script
 from utils.files import write_json
@@ -23,7 +25,7 @@ def main() -> None:
     world = join(command)
     cfg = command.cfg
     evaluation = open_evaluation(command, world)
-    folder = results_folder(cfg, world, "eval_retrieval")
+    folder = results_folder(cfg, "eval_retrieval")
 
     result = run_retrieval(evaluation)
     figures = result.figures
@@ -41,21 +43,28 @@ def main() -> None:
             f"gallery: they count as not found"
         )
 
-    if world.is_main:
-        write_json(folder / "retrieval.json", figures | evaluation.provenance())
-        if cfg.EVAL.PICTURES and evaluation.splits is not None:
-            images = evaluation.images_with_features()
-            chosen = pictures.choose_queries(result.measured.average_precision)
-            pictures.retrieval_gallery(
-                folder / "retrieval.png",
-                images.subset(result.queries.tolist()),
-                images.subset(result.gallery.tolist()),
-                result.measured.first[chosen],
-                chosen,
-                "Queries, from the best average precision to the worst, and their first hits",
-            )
-    logger.info(f"written: {folder / 'retrieval.json'}")
+    distributed.on_main(lambda: write(evaluation, result, folder))
+    shown = cfg.EVAL.PICTURES and evaluation.splits is not None
+    logger.info(f"written: {folder}/retrieval.json" + ", retrieval.png" * shown)
+    if cfg.EVAL.PICTURES and not shown:
+        logger.info("no picture: --data_path would give the images to show")
     distributed.stop()
+
+
+def write(evaluation: Evaluation, result: RetrievalResult, folder: Path) -> None:
+    """The figures, and where the images are at hand, some queries with their first hits."""
+    write_json(folder / "retrieval.json", result.figures | evaluation.provenance())
+    if evaluation.cfg.EVAL.PICTURES and evaluation.splits is not None:
+        images = evaluation.images_with_features()
+        chosen = pictures.choose_queries(result.measured.average_precision)
+        pictures.retrieval_gallery(
+            folder / "retrieval.png",
+            images.subset(result.queries.tolist()),
+            images.subset(result.gallery.tolist()),
+            result.measured.first[chosen],
+            chosen,
+            "Queries, from the best average precision to the worst, and their first hits",
+        )
 
 
 if __name__ == "__main__":

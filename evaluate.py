@@ -10,17 +10,24 @@ try takes up again: features/ and probes/.
 """
 
 import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine import encoder, table
-from engine.encoder import Source
-from engine.evaluation import Evaluation, build_evaluation, join, open_splits
-from engine.probing import run_linear
+from engine.evaluation import (
+    SPLITS,
+    Evaluation,
+    build_evaluation,
+    join,
+    open_source,
+    open_splits,
+)
+from engine.probing import run_linear, share_folder
 from engine.protocols import run_knn, run_retrieval
-from utils import cli, distributed, flags
+from utils import cli, config, distributed, flags
 from utils.config import Node
-from utils.distributed import World
 from utils.errors import InputError, run_script
 from utils.files import make_folder, write_json, write_text
 from utils.logging import logger
@@ -37,75 +44,82 @@ def main() -> None:
         raise InputError("no folder for the table: give --output_dir.")
     world = join(command)
     folder = Path(cfg.OUTPUT_DIR)
-    if world.is_main:
-        make_folder(folder)
+    distributed.on_main(lambda: make_folder(folder))
 
-    # The rows: all networks are opened before any work.
-    sources = [encoder.load(path, cfg, command.typed) for path in paths]
-    splits = open_splits(cfg, world)
+    # The rows: all networks are opened, and shown an image, before any work.
+    sources = [open_source(path, command) for path in paths]
+    splits = open_splits(cfg)
     evaluations = [build_evaluation(cfg, world, source, splits, None) for source in sources]
+    probe = cfg.LINEAR
     for evaluation in evaluations:
-        linear = cfg.LINEAR
-        encoder_of_probe = evaluation.encoder(linear.N_LAST_BLOCKS, linear.AVGPOOL_PATCHTOKENS)
-        encoder_of_probe.widths(evaluation.size)
-    names = [row_name(source) for source in sources]
-    for evaluation in zeros(evaluations):
-        names.append(f"{encoder.RANDOM} ({evaluation.source.weights.arch})")
-        evaluations.append(evaluation)
+        network = evaluation.encoder(probe.N_LAST_BLOCKS, probe.AVGPOOL_PATCHTOKENS)
+        network.widths(evaluation.size)
+    evaluations += zeros(evaluations)
 
     # The three protocols for each; what is done is written row by row.
     rows = []
-    for name, evaluation in zip(names, evaluations, strict=True):
-        logger.info(f"{name}:")
-        rows.append(row(name, evaluation, folder, world))
+    for evaluation in evaluations:
+        logger.info(f"{row_name(evaluation)}: {evaluation.network_line()}")
+        rows.append(row(evaluation, folder))
         for key, heading in table.columns(cfg):
             logger.info(f"  {heading}: {table.cell(rows[-1]['figures'][key])} %")
-        if world.is_main:
-            provenance = evaluations[0].provenance()
-            write_json(folder / "results.json", {"rows": rows} | provenance)
-            write_text(folder / "table.md", table.markdown(rows, provenance, cfg))
-    logger.info(f"written: {folder / 'table.md'} and results.json beside it")
+        provenance = evaluations[0].provenance()
+        results = {"rows": rows} | provenance
+        text = table.markdown(rows, provenance, cfg)
+        distributed.on_main(lambda results=results: write_json(folder / "results.json", results))
+        distributed.on_main(lambda text=text: write_text(folder / "table.md", text))
+    logger.info(f"written: {folder}/table.md, results.json")
     distributed.stop()
 
 
-def row(name: str, evaluation: Evaluation, folder: Path, world: World) -> dict:
+def row(evaluation: Evaluation, folder: Path) -> dict:
     """Figures of one network over the seeds, each a mean, a deviation and its values."""
-    cfg = evaluation.cfg
-    is_random = evaluation.source.weights.path == encoder.RANDOM
     figures: dict[str, list[float]] = {}
-    details = []
-    current = None
-    for seed in range(cfg.SEED, cfg.SEED + cfg.EVAL.SEEDS):
-        if current is None or is_random:
-            current = seeded(evaluation, seed, folder) if is_random else kept(evaluation, folder)
-            found = protocols(current)
+    details, unreadable = [], {}
+    for network, seed, is_new in networks(evaluation, folder):
+        if is_new:
+            found = protocols(network)
             details.append(found)
             for key, value in flat(found).items():
                 figures.setdefault(key, []).append(value)
-        for share in table.shares_of(cfg):
-            label = f"labels_{100 * share:g}_percent"
-            own = folder / "probes" / identity(current) / label / f"seed_{seed}"
-            if world.is_main:
-                make_folder(own)
-            distributed.barrier()
-            probed = run_linear(current, share, seed, own)
+        for share in table.shares_of(network.cfg):
+            own = folder / "probes" / probe_identity(network) / f"seed_{seed}"
+            probed = run_linear(network, share, seed, share_folder(own, share))
             details.append(probed)
             figures.setdefault(f"linear_{share:g}", []).append(probed["top1"])
+        unreadable |= network.bad
     return {
-        "name": name,
+        "name": row_name(evaluation),
+        "network": evaluation.network_line(),
         "weights": asdict(evaluation.source.weights),
         "image_size": {"crop": evaluation.size, "resize": evaluation.resize},
         "figures": {key: table.spread(values) for key, values in figures.items()},
         "details": details,
-        "unreadable_images": current.bad,
+        "unreadable_images": unreadable,
     }
+
+
+def networks(evaluation: Evaluation, folder: Path) -> Iterator[tuple[Evaluation, int, bool]]:
+    """The network to probe with each seed, and whether it is another than with the seed before.
+
+    A random initialisation is drawn anew for every seed. Features are kept in the table's folder.
+    """
+    cfg = evaluation.cfg
+    network = kept(evaluation, folder)
+    for index, seed in enumerate(range(cfg.SEED, cfg.SEED + cfg.EVAL.SEEDS)):
+        if is_random(evaluation):
+            own: Node = cfg.clone()
+            own.SEED = seed
+            drawn = encoder.random_like(evaluation.source, own)
+            network = kept(replace(evaluation, source=drawn), folder)
+        yield network, seed, index == 0 or is_random(evaluation)
 
 
 def protocols(evaluation: Evaluation) -> dict[str, dict]:
     """k-NN and retrieval."""
     # The probe's features hold the image feature too: they are extracted first, and once.
-    for split in ("test", "train")[: 2 if evaluation.cfg.LINEAR.FEATURES == "cached" else 1]:
-        linear = evaluation.cfg.LINEAR
+    linear = evaluation.cfg.LINEAR
+    for split in SPLITS if linear.FEATURES == "cached" else ("test",):
         evaluation.features(split, linear.N_LAST_BLOCKS, linear.AVGPOOL_PATCHTOKENS)
     return {
         "knn": run_knn(evaluation).figures,
@@ -124,22 +138,14 @@ def flat(found: dict[str, dict]) -> dict[str, float]:
 
 
 def zeros(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """One evaluation to be seeded for each shape of network and image size among these."""
+    """A random initialisation for each shape of network and image size among these."""
     found: dict[tuple, Evaluation] = {}
     for evaluation in evaluations:
-        shape = (repr(evaluation.source.weights.backbone), evaluation.size)
+        shape = (repr(evaluation.source.shape(evaluation.cfg.EVAL.POOLING)), evaluation.size)
         if shape not in found:
             source = encoder.random_like(evaluation.source, evaluation.cfg)
             found[shape] = replace(evaluation, source=source)
     return list(found.values())
-
-
-def seeded(evaluation: Evaluation, seed: int, folder: Path) -> Evaluation:
-    """The same with the random initialisation of `seed`."""
-    own: Node = evaluation.cfg.clone()
-    own.SEED = seed
-    source = encoder.random_like(evaluation.source, own)
-    return kept(replace(evaluation, source=source), folder)
 
 
 def kept(evaluation: Evaluation, folder: Path) -> Evaluation:
@@ -152,16 +158,36 @@ def kept(evaluation: Evaluation, folder: Path) -> Evaluation:
 
 def identity(evaluation: Evaluation) -> str:
     """A folder's name for a network at a size."""
+    return digest([evaluation.source.identity(evaluation.cfg.EVAL.POOLING), evaluation.size])
+
+
+def probe_identity(evaluation: Evaluation) -> str:
+    """A folder's name for a network's probes with these options."""
+    cfg = evaluation.cfg
+    settings = config.to_dict(cfg)["LINEAR"]
+    del settings["LABEL_SHARES"]
+    batch = cfg.EVAL.BATCH_SIZE_PER_GPU * evaluation.world.size
+    more = [evaluation.resize, cfg.EVAL.PRECISION, batch]
+    return digest([identity(evaluation), settings, more])
+
+
+def digest(contents: list) -> str:
+    """A short name for plain data."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_random(evaluation: Evaluation) -> bool:
+    return evaluation.source.weights.path == encoder.RANDOM
+
+
+def row_name(evaluation: Evaluation) -> str:
+    """The checkpoint's path, with the key where it is not the teacher; or what is random."""
     weights = evaluation.source.weights
-    text = f"{weights.sha256} {weights.key} {weights.backbone} {evaluation.size}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def row_name(source: Source) -> str:
-    """The checkpoint's path, with the key where it is not the teacher."""
-    weights = source.weights
-    return weights.path if weights.key == "teacher" else f"{weights.path} ({weights.key})"
+    if is_random(evaluation):
+        return f"{encoder.RANDOM} ({weights.arch}, {evaluation.size} px)"
+    is_usual = weights.key in ("teacher", encoder.NO_KEY)
+    return weights.path if is_usual else f"{weights.path} ({weights.key})"
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, if_interrupted="the same command goes on where it stopped")

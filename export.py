@@ -20,9 +20,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD
+from engine import build
 from models import export
-from models.pretrained import WeightsFile
-from utils import checkpoint
+from models.pretrained import SPEC_IN_METADATA, WeightsFile
+from utils import checkpoint, config
+from utils.cli import Parser
 from utils.errors import InputError, run_script
 from utils.files import replacing
 
@@ -34,9 +36,7 @@ SUFFIXES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="trained weights")
     parser.add_argument("out", metavar="OUT", type=Path, help="file to write; replaced if there")
     parser.add_argument("--format", choices=SUFFIXES, required=True, help="who is to read OUT")
@@ -59,7 +59,11 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
     check_target(source, out, form)
     file = WeightsFile.read(source, key)
     backbone, spec = file.backbone(), file.spec
-    facts = {"architecture": spec.arch, **describe_source(file)}
+    facts = {
+        "architecture": spec.arch,
+        SPEC_IN_METADATA: json.dumps(spec.to_dict()),
+        **describe_source(file),
+    }
 
     if form == "timm":
         model = export.to_timm(backbone, spec)
@@ -106,6 +110,9 @@ def describe_source(file: WeightsFile) -> dict[str, str]:
     }
     if file.key in file.contents:
         facts["source_key"] = file.key
+    if checkpoint.is_own(file.contents):
+        size = build.eval_size(config.from_dict(file.contents["config"], str(file.path)))
+        facts["image_size"] = str(size)
     for name in ("epoch", "step"):
         if isinstance(file.contents.get(name), int):
             facts[f"source_{name}"] = str(file.contents[name])

@@ -25,13 +25,12 @@ from models.mil import GatedAttentionPool
 from models.network import HeadSpec
 from models.pretrained import count_parameters
 from utils import checkpoint, config, distributed
+from utils.cli import Parser
 from utils.errors import InputError, run_script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
     parser.add_argument("--gallery", type=Path, help="for the k-NN: labelled images, not queries")
     parser.add_argument("--queries", type=Path, help="images to classify and to show attention on")

@@ -61,6 +61,8 @@ class Benchmark:
         """
         # Absolute, as the name of the folder that "." stands for can matter.
         path = Path(os.path.abspath(Path(root).expanduser()))
+        if not download:
+            existing_folder(path)
         if download and self.fetch and self._missing(self._folder(path)):
             self._download(name, path)
         folder = self._find(name, path)

@@ -1,7 +1,9 @@
 """Images on the disk: decoding one file, lists of labelled files, folders of images."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -98,6 +100,19 @@ class LabelledImages(Dataset):
         image = load_image(self.root / self.paths[index])
         return (self.transform(image) if self.transform else image), self.labels[index]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the images' paths, file sizes and labels, and of the classes."""
+        digest = hashlib.sha256()
+        for path, label in zip(self.paths, self.labels, strict=True):
+            try:
+                size = (self.root / path).stat().st_size
+            except OSError:
+                size = -1
+            digest.update(f"{path}\0{size}\0{label}\n".encode(errors="surrogateescape"))
+        digest.update("\0".join(self.classes).encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
     def through(self, transform: Callable[[Image.Image], Any]) -> "LabelledImages":
         """The same images through another transform."""
         return LabelledImages(self.root, self.paths, self.labels, self.classes, transform)
@@ -149,12 +164,21 @@ def existing_folder(root: str | Path) -> Path:
     if not str(root):
         raise InputError("no data folder is named: give the path of a folder of images")
     folder = Path(root).expanduser()
-    if not folder.exists():
+    try:
+        if not folder.exists():
+            raise InputError(
+                f"the data folder {folder} does not exist: give the path of one that does"
+            )
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder} is a file: give the path of the folder that holds the images"
+            )
+        next(os.scandir(folder), None)
+    except OSError as error:
         raise InputError(
-            f"the data folder {folder} does not exist: give the path of a folder of images"
-        )
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file: give the path of the folder that holds the images")
+            f"the data folder {folder} cannot be read ({error.strerror}): make it readable or give "
+            f"another folder"
+        ) from None
     return folder
 
 

@@ -1,5 +1,6 @@
 """The frozen network under evaluation: someone's weights -> one feature an image."""
 
+import os
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from utils.errors import InputError
 from utils.seeding import derive_seed
 
 RANDOM = "random initialisation"
+NO_KEY = "none"  # of a file that holds one network alone
 # MODEL.* options that a user may type over what a checkpoint says, and the spec's names.
 _SPEC_OPTIONS = {
     "MODEL.EMBED_DIM": "embed_dim",
@@ -36,7 +38,8 @@ class Weights:
 
     sha256: of the file, or the seed of a random initialisation. epoch: epochs it was trained
     for, where known. run_config: the options of the run that made it, if it is ours; of a random
-    initialisation, those of the network that it is the zero of.
+    initialisation, those of the network that it is the zero of. image_size: pixels, where the
+    file says them beside its weights (see export.py); else 0.
     """
 
     path: str
@@ -46,6 +49,7 @@ class Weights:
     backbone: dict
     epoch: int | None = None
     run_config: dict | None = None
+    image_size: int = 0
 
 
 class Encoder(nn.Module):
@@ -107,15 +111,6 @@ class Encoder(nn.Module):
         device = next(self.backbone.parameters()).device
         return [part.shape[1] for part in self.parts(torch.zeros(1, 3, size, size, device=device))]
 
-    def identity(self) -> dict[str, str]:
-        """All of the network that decides its features, to compare kept features by."""
-        return {
-            "weights": self.weights.sha256,
-            "checkpoint_key": self.weights.key,
-            "backbone": repr(registry.identity(BackboneSpec.from_dict(self.weights.backbone))),
-            "pooling": self.pooling,
-        }
-
 
 @dataclass(frozen=True)
 class Source:
@@ -126,6 +121,25 @@ class Source:
     region_head: DINOHead | None = None
     pool: GatedAttentionPool | None = None
     heads: HeadSpec | None = None
+
+    def shape(self, pooling: str) -> dict[str, str]:
+        """All but the weights that decides the features of this pooling."""
+        shape = {
+            "backbone": repr(registry.identity(BackboneSpec.from_dict(self.weights.backbone))),
+            "pooling": pooling,
+        }
+        if pooling == "mil" and self.heads is not None:
+            # Prototypes have no part in a feature.
+            shape["heads"] = repr(replace(self.heads, out_dim=0))
+        return shape
+
+    def identity(self, pooling: str) -> dict[str, str]:
+        """All of the network that decides its features, to compare kept features by."""
+        return {
+            "weights": self.weights.sha256,
+            "checkpoint_key": self.weights.key,
+            **self.shape(pooling),
+        }
 
     def encoder(self, cfg: Node, blocks: int = 1, avgpool_patchtokens: bool = False) -> Encoder:
         """The encoder that EVAL.POOLING asks for; the rest as in Encoder."""
@@ -146,18 +160,22 @@ def load(path: str, cfg: Node, typed: set[str]) -> Source:
     Its architecture is what the checkpoint records or its shapes show, but for the MODEL.*
     options in `typed`. Raises InputError for what cannot be read or does not fit.
     """
+    stamp = _stamp(path)
     file = WeightsFile.read(path, cfg.INIT.CHECKPOINT_KEY)
     spec = _chosen_spec(file.spec, cfg, typed)
     own = file.contents if checkpoint.is_own(file.contents) else {}
     weights = Weights(
         path=str(path),
         sha256=checkpoint.sha256(path),
-        key=file.key,
+        key=file.key if file.key in file.contents else NO_KEY,
         arch=spec.arch,
         backbone=spec.to_dict(),
         epoch=own.get("epoch"),
         run_config=own.get("config"),
+        image_size=int(file.metadata.get("image_size", 0)),
     )
+    if _stamp(path) != stamp:
+        raise InputError(f"{path} has changed while it was read: is a run writing it? Try again.")
     if own and registry.identity(spec) == registry.identity(file.spec):
         network = build.stored_network(own, file.key, path)
         heads = HeadSpec(**own["model"]["heads"])
@@ -165,10 +183,19 @@ def load(path: str, cfg: Node, typed: set[str]) -> Source:
     return Source(weights, replace(file, spec=spec).backbone())
 
 
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def random_like(source: Source, cfg: Node) -> Source:
     """A freshly initialised network of the same shape, from SEED: the zero of every figure."""
     spec = BackboneSpec.from_dict(source.weights.backbone)
-    weights = replace(source.weights, path=RANDOM, sha256=f"seed {cfg.SEED}", key="none", epoch=0)
+    weights = replace(source.weights, path=RANDOM, sha256=f"seed {cfg.SEED}", key=NO_KEY, epoch=0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
         backbone = build_backbone(spec)
@@ -195,11 +222,12 @@ def _chosen_spec(known: BackboneSpec, cfg: Node, typed: set[str]) -> BackboneSpe
 
 
 def image_size(source: Source, cfg: Node) -> int:
-    """Pixels of the centre crop: EVAL.SIZE, else the global crops' of the source's run, else 224.
+    """Pixels of the centre crop: EVAL.SIZE, else as in the source's own run, else 224.
 
-    Raises InputError where the backbone cannot take it.
+    A run of ours has its own EVAL.SIZE or, by default, its global crops; an export of ours says
+    that too. Raises InputError where the backbone cannot take it.
     """
-    size = cfg.EVAL.SIZE
+    size = cfg.EVAL.SIZE or source.weights.image_size
     if not size and source.weights.run_config is not None:
         size = build.eval_size(config.from_dict(source.weights.run_config, source.weights.path))
     size = size or 224

@@ -20,7 +20,7 @@ from datasets.multicrop import eval_transform
 from engine import build, encoder, feature_cache
 from engine.encoder import Encoder, Source
 from engine.feature_cache import Features
-from engine.features import Extracted, extract
+from engine.features import Extracted, check_bad, extract
 from utils import config, distributed, logging
 from utils.cli import CommandLine
 from utils.config import Node
@@ -104,27 +104,36 @@ class Evaluation:
             held = self._read(split, made_by, blocks, avgpool_patchtokens)
             if held is None:
                 held = self._make(split, made_by, blocks, avgpool_patchtokens)
-            self._check_alike(held)
+            self._check(split, held)
             self._held[split] = held
             if held.bad:
                 self.bad[split] = held.bad
                 logger.warning(
-                    f"{len(held.bad)} unreadable images of the {split} split are left out: "
+                    f"left out of the {split} split, unreadable: {len(held.bad)} of "
+                    f"{len(held.bad) + len(held.labels)} images: "
                     + "; ".join(held.bad[:BAD_SHOWN])
                     + ("; ..." if len(held.bad) > BAD_SHOWN else "")
                 )
         return held.narrowed(blocks, avgpool_patchtokens)
 
-    def _check_alike(self, features: Features) -> None:
-        """Raise InputError where kept features of the two splits come from unlike networks."""
-        for split, held in self._held.items():
-            names = held.made_by.keys() | features.made_by.keys()
-            for name in sorted(names - {"images"}):
-                if held.made_by.get(name) != features.made_by.get(name):
-                    raise InputError(
-                        f"the features in {self.folder} do not belong together: those of the "
-                        f"{split} split have other {name}. Extract both splits again."
-                    )
+    def _check(self, split: str, features: Features) -> None:
+        """Raise InputError for features that no figure should come from."""
+        check_bad(features.bad, len(features.bad) + len(features.labels), self.cfg.EVAL.MAX_BAD)
+        if not features.values.isfinite().all():
+            raise InputError(
+                f"the features of the {split} split hold infinite or undefined values: the network "
+                f"has diverged, or EVAL.PRECISION is too coarse for it."
+            )
+        for other, held in self._held.items():
+            names = (held.made_by.keys() | features.made_by.keys()) - {"images"}
+            different = [n for n in sorted(names) if held.made_by.get(n) != features.made_by.get(n)]
+            if held.classes != features.classes:
+                different.append("classes")
+            if different:
+                raise InputError(
+                    f"the features in {self.folder} do not belong together: {other} and {split} "
+                    f"differ in {', '.join(different)}. Extract both splits again."
+                )
 
     def path(self, split: str) -> Path | None:
         """Where the features of a split are kept."""
@@ -140,14 +149,14 @@ class Evaluation:
             return self._known[split]
         known = self._known[split] = {}
         if self.source is not None:
-            known |= self.encoder().identity()
+            known |= self.source.identity(self.cfg.EVAL.POOLING)
             known |= {
                 "size": str(self.size),
                 "resize": str(self.resize),
                 "precision": build.precision(self.cfg, self.world.device, "EVAL.PRECISION"),
             }
         if self.splits is not None:
-            known["images"] = feature_cache.fingerprint(self.dataset(split))
+            known["images"] = self.dataset(split).fingerprint
         return known
 
     def dataset(self, split: str) -> LabelledImages:
@@ -172,6 +181,11 @@ class Evaluation:
         path = self.path(split)
         if path is None or (not self.must_fit and not path.exists()):
             found, reason = None, ""
+        elif not path.exists():
+            kept = sorted(file.name for file in path.parent.glob("*.safetensors"))
+            raise InputError(
+                f"there are no features at {path}: {path.parent} holds {', '.join(kept) or 'none'}."
+            )
         else:
             try:
                 found = feature_cache.load(path)
@@ -195,6 +209,7 @@ class Evaluation:
         network = self.encoder(blocks, avgpool)
         dataset = self.dataset(split)
         widths = network.widths(self.size)
+        logger.info(f"extracting features of {len(dataset)} images, the {split} split")
         extracted = self.extract(network, dataset)
         features = Features(
             values=extracted.values,
@@ -208,10 +223,31 @@ class Evaluation:
             made_by=made_by,
         )
         if self.folder is not None:
-            if self.world.is_main:
-                feature_cache.save(features, self.path(split))
-            distributed.barrier()
+            distributed.on_main(lambda: feature_cache.save(features, self.path(split)))
         return features
+
+    def describe(self) -> list[str]:
+        """What is evaluated on what, for the user."""
+        lines = []
+        if self.source is not None:
+            lines.append(f"network: {self.network_line()}; pooling {self.cfg.EVAL.POOLING}")
+        if self.splits is not None:
+            train, test = self.splits.train, self.splits.test
+            lines.append(
+                f"data: {self.splits.name} in {self.cfg.DATA.PATH}, {len(train.classes)} classes, "
+                f"{len(train)} training and {len(test)} test images"
+            )
+        return lines
+
+    def network_line(self) -> str:
+        """Architecture, image size, key and age of the network."""
+        weights = self.source.weights
+        parts = [weights.arch, f"{self.size} px of {self.resize}"]
+        if weights.key != encoder.NO_KEY:
+            parts.append(weights.key)
+        if weights.epoch is not None and weights.path != encoder.RANDOM:
+            parts.append(f"epoch {weights.epoch}")
+        return ", ".join(parts)
 
     def provenance(self) -> dict:
         """What stands behind a figure: command, code, versions, device, weights, data, options."""
@@ -244,6 +280,11 @@ class Evaluation:
                 },
                 "notes": self.splits.notes,
             }
+        if self._held:
+            known["features"] = {
+                split: {"images": len(held.labels), "made_by": held.made_by}
+                for split, held in self._held.items()
+            }
         if self.bad:
             known["unreadable_images"] = self.bad
         return known
@@ -258,20 +299,20 @@ def join(command: CommandLine) -> World:
     return world
 
 
-def results_folder(cfg: Node, world: World, name: str) -> Path:
+def results_folder(cfg: Node, name: str) -> Path:
     """Where a script writes: OUTPUT_DIR, else beside the kept features, else the checkpoint.
 
-    name: of the folder beside a checkpoint. It is made; raises InputError where it cannot be.
+    name: of the folder beside a checkpoint, before the checkpoint's own. It is made; raises
+    InputError where it cannot be.
     """
     chosen = cfg.OUTPUT_DIR or cfg.EVAL.DUMP_FEATURES or cfg.EVAL.LOAD_FEATURES
-    folder = Path(chosen) if chosen else Path(cfg.INIT.WEIGHTS).absolute().parent / name
-    if world.is_main:
-        make_folder(folder)
-    distributed.barrier()
+    weights = Path(cfg.INIT.WEIGHTS).absolute()
+    folder = Path(chosen) if chosen else weights.parent / f"{name}_{weights.stem}"
+    distributed.on_main(lambda: make_folder(folder))
     return folder
 
 
-def open_splits(cfg: Node, world: World) -> Splits | None:
+def open_splits(cfg: Node) -> Splits | None:
     """DATA.*'s two splits; None without DATA.PATH. A download is the first process's matter."""
     if not cfg.DATA.PATH:
         return None
@@ -279,10 +320,16 @@ def open_splits(cfg: Node, world: World) -> Splits | None:
     def load(download: bool) -> Splits:
         return load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL, download)
 
-    if cfg.DATA.DOWNLOAD and world.is_main:
-        load(download=True)
-    distributed.barrier()
+    if cfg.DATA.DOWNLOAD:
+        distributed.on_main(lambda: load(download=True))
     splits = load(download=False)
+    distributed.agree(
+        {
+            f"the images of the {split} split": getattr(splits, split).fingerprint
+            for split in SPLITS
+        },
+        "give all of them the same --data_path",
+    )
     for note in splits.notes:
         logger.warning(note)
     return splits
@@ -300,18 +347,32 @@ def open_evaluation(command: CommandLine, world: World) -> Evaluation:
             raise InputError("no network: give --pretrained_weights.")
         if not cfg.DATA.PATH:
             raise InputError("no images: give --data_path.")
-    if cfg.EVAL.DUMP_FEATURES and world.is_main:
-        make_folder(Path(cfg.EVAL.DUMP_FEATURES), "--dump_features")
-    source = encoder.load(cfg.INIT.WEIGHTS, cfg, command.typed) if cfg.INIT.WEIGHTS else None
+    if cfg.EVAL.DUMP_FEATURES:
+        dump = Path(cfg.EVAL.DUMP_FEATURES)
+        distributed.on_main(lambda: make_folder(dump, "--dump_features"))
+    source = open_source(cfg.INIT.WEIGHTS, command) if cfg.INIT.WEIGHTS else None
     folder = cfg.EVAL.LOAD_FEATURES or cfg.EVAL.DUMP_FEATURES
-    return build_evaluation(
+    opened = build_evaluation(
         cfg,
         world,
         source,
-        open_splits(cfg, world),
+        open_splits(cfg),
         Path(folder) if folder else None,
         must_fit=bool(cfg.EVAL.LOAD_FEATURES),
     )
+    for line in opened.describe():
+        logger.info(line)
+    return opened
+
+
+def open_source(path: str, command: CommandLine) -> Source:
+    """The network at `path`, the same for all processes."""
+    source = encoder.load(path, command.cfg, command.typed)
+    distributed.agree(
+        {f"the contents of {path}": source.weights.sha256},
+        "wait until nothing writes it, and give all of them the same file",
+    )
+    return source
 
 
 def build_evaluation(

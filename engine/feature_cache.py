@@ -4,7 +4,6 @@ A file is safetensors: the features, their labels, the images' paths, and in its
 made them (the checkpoint's sha256 among it), so that no figure comes from stale features.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from datasets.folder import LabelledImages
 from utils.errors import InputError
 from utils.files import make_folder, replacing
 
@@ -73,21 +71,11 @@ class Features:
             return "they lack the mean of the patches"
         held_blocks = len(self.widths) - self.avgpool_patchtokens
         if blocks > held_blocks:
-            return f"they hold the last {held_blocks} blocks, not {blocks}"
+            return (
+                f"they hold the last {held_blocks} blocks, not {blocks} (--n_last_blocks "
+                f"{held_blocks} takes these)"
+            )
         return ""
-
-
-def fingerprint(dataset: LabelledImages) -> str:
-    """A hash of the images' paths, file sizes and labels, and of the classes."""
-    digest = hashlib.sha256()
-    for path, label in zip(dataset.paths, dataset.labels, strict=True):
-        try:
-            size = (dataset.root / path).stat().st_size
-        except OSError:
-            size = -1
-        digest.update(f"{path}\0{size}\0{label}\n".encode(errors="surrogateescape"))
-    digest.update("\0".join(dataset.classes).encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def save(features: Features, path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets.benchmarks import labelled_folder, same_classes
 from datasets.folder import LabelledImages
@@ -15,7 +14,7 @@ from datasets.multicrop import eval_transform
 from utils import distributed
 from utils.distributed import World
 from utils.errors import InputError
-from utils.logging import on_terminal
+from utils.logging import progress
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,16 @@ def extract(
     )
     outputs, places = [], []
     bad: list[BadImage] = []
-    for loaded in tqdm(loader, desc="features", leave=False, disable=not on_terminal()):
+    for loaded in progress(loader, "batches of features", len(mine)):
         bad += loaded.bad
-        check_bad(bad, len(dataset), max_bad, everywhere=world.size == 1)
+        if len(bad) > max_bad * len(dataset):
+            break
         if loaded.data is not None:
             images = loaded.data.to(world.device, non_blocking=True)
             outputs.append(function(images).float().cpu())
             places.append(loaded.indices)
     bad = [image for images in distributed.gather_objects(bad) for image in images]
-    check_bad(bad, len(dataset), max_bad, everywhere=True)
+    check_bad(bad, len(dataset), max_bad)
     values, indices = _gather(outputs, places, world)
     return Extracted(values, torch.tensor(dataset.labels)[indices], indices.tolist(), bad)
 
@@ -77,16 +77,18 @@ def _gather(outputs: list[Tensor], places: list[Tensor], world: World) -> tuple[
     return values, distributed.gather_rows(torch.cat(places) if places else none)
 
 
-def check_bad(bad: Collection[BadImage], images: int, share: float, everywhere: bool) -> None:
-    """Raise InputError where more than `share` of `images` (or all of them) are bad."""
+def check_bad(bad: Collection[BadImage | str], images: int, share: float) -> None:
+    """Raise InputError where more than `share` of `images` (or all of them) are bad.
+
+    bad: those of all processes, for all of them must raise it together.
+    """
     if len(bad) <= share * images and len(bad) < images:
         return
     if share == 0:
-        raise InputError(str(next(iter(bad))), everywhere=everywhere)
+        raise InputError(str(next(iter(bad))))
     raise InputError(
         f"{len(bad)} of {images} images cannot be read, more than EVAL.MAX_BAD {share:g} allows; "
-        f"for instance: {next(iter(bad))}.",
-        everywhere=everywhere,
+        f"for instance: {next(iter(bad))}."
     )
 
 

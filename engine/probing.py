@@ -15,10 +15,11 @@ from datasets.multicrop import RandomCrop
 from engine import build, linear
 from engine.encoder import Encoder
 from engine.evaluation import Evaluation
-from engine.feature_cache import Features, fingerprint
+from engine.feature_cache import Features
 from engine.features import check_bad
 from utils import checkpoint, distributed
 from utils.errors import InputError
+from utils.files import make_folder
 from utils.logging import RunLog, logger
 
 STATE = "linear.pth"
@@ -39,6 +40,11 @@ class AugmentedImages:
     bad: set[BadImage] = field(default_factory=set)
 
     @property
+    def fingerprint(self) -> str:
+        """What the probe is trained on, to compare by."""
+        return self.images.fingerprint
+
+    @property
     def labels(self) -> Tensor:
         return torch.tensor(self.images.labels)
 
@@ -50,20 +56,17 @@ class AugmentedImages:
         function, labels = evaluation.function(self.network), self.labels.to(device)
         loader = build_loader(crops, sampler, workers, pin_memory=device.type == "cuda")
         for batch in loader:
-            if batch.bad:
-                self.bad.update(batch.bad)
-                check_bad(
-                    self.bad,
-                    len(sampler.indices),
-                    evaluation.cfg.EVAL.MAX_BAD,
-                    everywhere=evaluation.world.size == 1,
-                )
+            self.bad.update(batch.bad)
             indices = batch.indices.to(device, non_blocking=True)
             values = torch.empty(0, width, device=device)
             if batch.data is not None:
                 with torch.no_grad():
                     values = function(batch.data.to(device, non_blocking=True)).float()
             yield values, labels[indices], indices
+
+    def check(self) -> None:
+        """Raise InputError where the processes have met more unreadable images than allowed."""
+        check_bad(_all_bad(self), len(self.images), self.evaluation.cfg.EVAL.MAX_BAD)
 
     def plain(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, D] and labels [n] of these images' centre crops.
@@ -84,6 +87,11 @@ class CachedFeatures:
     bad: frozenset[BadImage] = frozenset()
 
     @property
+    def fingerprint(self) -> str:
+        """What the probe is trained on, to compare by."""
+        return str(self.features.made_by)
+
+    @property
     def labels(self) -> Tensor:
         return self.features.labels
 
@@ -98,6 +106,13 @@ class CachedFeatures:
     def plain(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, D] and labels [n] of these images."""
         return self.features.values[indices], self.labels[indices]
+
+
+def share_folder(folder: Path, share: float) -> Path:
+    """Where the probe with a share of the labels keeps its files in a results folder; made."""
+    own = folder if share == 1 else folder / f"labels_{100 * share:g}_percent"
+    distributed.on_main(lambda: make_folder(own))
+    return own
 
 
 def run_linear(evaluation: Evaluation, share: float, seed: int, folder: Path | None = None) -> dict:
@@ -121,6 +136,8 @@ def run_linear(evaluation: Evaluation, share: float, seed: int, folder: Path | N
         source = CachedFeatures(_features(evaluation, "train"), evaluation.world.device)
     labels = source.labels
     logger.info(f"linear probe, {100 * share:g} % of the labels, seed {seed}")
+    if cfg.CLASSIFIER == "sgd" and len(cfg.SWEEP) > 1:
+        logger.info(f"top-1 below is for the base rates {'  '.join(f'{lr:g}' for lr in cfg.SWEEP)}")
     used = torch.arange(len(labels)) if share == 1 else linear.stratified(labels, share, seed)
     figures = {
         "protocol": "linear probe",
@@ -206,11 +223,7 @@ def _sgd(
         "held out": str(cfg.LINEAR.HOLD_OUT if recipe.has_twins else 0),
         "training features": type(source).__name__,
         "training images": str(len(used)),
-        "training data": (
-            fingerprint(source.images)
-            if isinstance(source, AugmentedImages)
-            else str(source.features.made_by)
-        ),
+        "training data": source.fingerprint,
     }
     if folder is not None:
         _resume(probe, source, settings, folder)
@@ -266,6 +279,8 @@ def _train(
     log = RunLog(folder, probe.epoch, LOG_PREFIX) if folder is not None and is_main else None
     while probe.epoch < recipe.epochs:
         loss = probe.train_epoch(batches, sampler.batches_per_epoch).item()
+        if isinstance(source, AugmentedImages):
+            source.check()
         if not math.isfinite(loss) and not recipe.has_twins:
             raise InputError(
                 f"the probe's loss is {loss} at epoch {probe.epoch}: lower its learning rate, --lr."
@@ -283,10 +298,8 @@ def _train(
             log.write(probe.epoch, figures)
         if folder is not None:
             bad = [asdict(image) for image in _all_bad(source)]
-            if is_main:
-                state = {"probe": settings, "bad": bad, **probe.state()}
-                checkpoint.save(state, folder / STATE)
-            distributed.barrier()
+            state = {"probe": settings, "bad": bad, **probe.state()}
+            distributed.on_main(lambda state=state: checkpoint.save(state, folder / STATE))
         if probe.epoch % every and probe.epoch < recipe.epochs:
             continue
         logger.info(
@@ -334,24 +347,17 @@ def _logistic(
 ) -> dict:
     """Logistic regression; of several C the best on held-out training images, refitted on all.
 
-    The first process works, the others get its figures.
+    Every process does all of it: one alone could take longer than the others may wait.
     """
-    cs, figures = evaluation.cfg.LINEAR.C, {}
-    if evaluation.world.is_main:
-        comparison = []
-        if len(cs) > 1:
-            held = _held_out(evaluation, source.labels, used, seed)
-            kept = used[~torch.isin(used, held)]
-            for c in cs:
-                scores = linear.logistic_scores(
-                    *source.plain(kept), source.plain(held)[0], outputs, c
-                )
-                top1 = linear.top_accuracy(scores, source.labels[held])[0]
-                comparison.append({"C": c, "held_out_top1": top1})
-        chosen = (
-            max(comparison, key=lambda line: line["held_out_top1"])["C"] if comparison else cs[0]
-        )
-        scores = linear.logistic_scores(*source.plain(used), test.values, outputs, chosen)
-        top1, top5 = linear.top_accuracy(scores, test.labels)
-        figures = {"C": chosen, "top1": top1, "top5": top5, "sweep": comparison}
-    return distributed.gather_objects(figures)[0]
+    cs, comparison = evaluation.cfg.LINEAR.C, []
+    if len(cs) > 1:
+        held = _held_out(evaluation, source.labels, used, seed)
+        kept = used[~torch.isin(used, held)]
+        for c in cs:
+            scores = linear.logistic_scores(*source.plain(kept), source.plain(held)[0], outputs, c)
+            top1 = linear.top_accuracy(scores, source.labels[held])[0]
+            comparison.append({"C": c, "held_out_top1": top1})
+    chosen = max(comparison, key=lambda line: line["held_out_top1"])["C"] if comparison else cs[0]
+    scores = linear.logistic_scores(*source.plain(used), test.values, outputs, chosen)
+    top1, top5 = linear.top_accuracy(scores, test.labels)
+    return {"C": chosen, "top1": top1, "top5": top5, "sweep": comparison}

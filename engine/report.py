@@ -33,8 +33,9 @@ IMAGES_SHOWN = 24
 class Evaluation:
     """Where and how a report measures.
 
-    gallery, queries: folders, for the k-NN with class subfolders; None for none. size: pixels
-    at which whole images are shown to the network, so that parts' boxes hold. k: neighbours.
+    gallery, queries: folders, for the k-NN with class subfolders; None for none. size: pixels of
+    the k-NN's centre crops, and at which the attention is shown whole images, so that parts'
+    boxes hold. k: neighbours.
     """
 
     gallery: Path | None
@@ -47,8 +48,8 @@ class Evaluation:
 
 
 def image_knn(backbone: Backbone, where: Evaluation) -> dict[str, float]:
-    """k-NN of the image features: percent top-1 and top-5."""
-    folders = gallery_and_queries(where.gallery, where.queries, where.size, where.size)
+    """k-NN of the image features, of resized centre crops as in eval_knn.py: percent."""
+    folders = gallery_and_queries(where.gallery, where.queries, where.size)
     gallery, queries = (
         extract(lambda images: backbone(images)[0], folder, where.world, where.batch, where.workers)
         for folder in folders

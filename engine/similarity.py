@@ -26,7 +26,10 @@ def check(
     gallery_labels: Tensor | None = None,
     query_labels: Tensor | None = None,
 ) -> None:
-    """Raise InputError unless these fit: [n, D], [m, D], and labels, where given, [n], [m]."""
+    """Raise InputError unless these fit: [n, D], [m, D], and labels, where given, [n], [m].
+
+    And unless all features are finite.
+    """
     if gallery.ndim != 2 or queries.ndim != 2 or gallery.shape[1] != queries.shape[1]:
         raise InputError(
             f"the gallery's features {list(gallery.shape)} and the queries' "
@@ -37,18 +40,15 @@ def check(
     for features, labels in ((gallery, gallery_labels), (queries, query_labels)):
         if labels is not None and labels.shape != features.shape[:1]:
             raise InputError(f"{len(features)} features have labels {list(labels.shape)}.")
+    # Here and not in `unit`, so that of several processes all raise it and not one alone.
+    if not all(features.float().norm(dim=1).isfinite().all() for features in (gallery, queries)):
+        raise InputError("the features hold infinite or undefined values: nothing can be searched.")
 
 
 def unit(features: Tensor, device: torch.device) -> Tensor:
-    """A float32 copy [n, D] on the device, L2-normalised; zeros stay zeros.
-
-    Raises InputError for values that are not finite.
-    """
+    """A float32 copy [n, D] on the device, L2-normalised; zeros stay zeros."""
     features = features.to(device, torch.float32, copy=True)
-    norm = features.norm(dim=1, keepdim=True)
-    if not norm.isfinite().all():
-        raise InputError("the features hold infinite or undefined values: nothing can be searched.")
-    return features.div_(norm.clamp_min(1e-12))
+    return features.div_(features.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def nearest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ from engine import encoder
 from utils import config
 from utils.config import Node
 
+# Options that the table's head or rows say, or that change no figure.
+NOT_SHOWN = ("OUTPUT_DIR", "INIT", "DEVICE", "DATA.PATH", "DATA.DATASET", "DATA.WORKERS")
+
 
 def spread(values: Sequence[float]) -> dict:
     """Mean, standard deviation (n - 1; None for one value) and the values themselves."""
@@ -56,6 +59,7 @@ def markdown(rows: list[dict], provenance: dict, cfg: Node) -> str:
     data = provenance["data"]
     train, test = data["train"]["images"], data["test"]["images"]
     folder = Path(cfg.DATA.PATH).absolute().name
+    pooling = f"pooling {cfg.EVAL.POOLING}"
     lines = [
         f"# {data['name']} ({_escape(folder)}): {data['classes']} classes, {train} training and "
         f"{test} test images",
@@ -66,13 +70,18 @@ def markdown(rows: list[dict], provenance: dict, cfg: Node) -> str:
     for row in rows:
         cells = " | ".join(cell(row["figures"][key]) for key, _ in heads)
         lines.append(f"| {_escape(row['name'])} | {cells} |")
-    seeds = f"{cfg.EVAL.SEEDS} seeds" if cfg.EVAL.SEEDS > 1 else "one seed"
+    spread_text = (
+        f"± is the standard deviation over {cfg.EVAL.SEEDS} seeds: of the probe and of the choice "
+        f"of labels, and for a random initialisation of the network too; k-NN and retrieval of a "
+        f"checkpoint have none."
+        if cfg.EVAL.SEEDS > 1
+        else "One seed."
+    )
     lines += [
         "",
-        f"Percent. ± is the standard deviation over {seeds}: of the probe and of the choice of "
-        f"labels, and for a random initialisation of the network too; k-NN and retrieval of a "
-        f"checkpoint have none. The linear probe counts after its last epoch.",
+        f"Percent. {spread_text} The linear probe counts after its last epoch.",
         "",
+        *(f"- data: {_escape(note)}" for note in data["notes"]),
         f"- command: `{provenance['command']}`",
         f"- commit: {provenance['commit'] or 'unknown'}; date: {provenance['date']}",
         f"- device: {provenance['device']}, processes: {provenance['processes']}",
@@ -80,24 +89,19 @@ def markdown(rows: list[dict], provenance: dict, cfg: Node) -> str:
         f"- options that are not the defaults: {_changed(cfg)}",
     ]
     for row in rows:
-        weights = row["weights"]
-        size = row["image_size"]
-        where = f"{weights['arch']}, {size['crop']} px of {size['resize']}"
-        if weights["path"] == encoder.RANDOM:
-            lines.append(f"- {_escape(row['name'])}: {where}")
-        else:
-            epoch = "" if weights["epoch"] is None else f", epoch {weights['epoch']}"
-            lines.append(
-                f"- {_escape(row['name'])}: {where}, {weights['key']}{epoch}, "
-                f"sha256 {weights['sha256']}"
-            )
+        line = f"- {_escape(row['name'])}: {row['network']}, {pooling}"
+        if row["weights"]["path"] != encoder.RANDOM:
+            line += f", sha256 {row['weights']['sha256']}"
+        for split, images in sorted(row["unreadable_images"].items()):
+            line += f"; {len(images)} unreadable images of the {split} split are left out"
+        lines.append(line)
     lines.append("")
     lines.append("results.json holds every value, the options and those of each checkpoint's run.")
     return "\n".join(lines) + "\n"
 
 
 def _changed(cfg: Node) -> str:
-    names = config.differing(cfg, config.defaults(), ("OUTPUT_DIR", "DATA", "INIT", "DEVICE"))
+    names = config.differing(cfg, config.defaults(), NOT_SHOWN)
     return ", ".join(f"{name} {config.get(cfg, name)}" for name in names) or "none"
 
 

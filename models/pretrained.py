@@ -5,6 +5,7 @@ names it, but for the left-overs that are expected (buffers, and heads where onl
 backbone is wanted).
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.registry import ARCHITECTURES, BackboneSpec, build_backbone
 from utils.checkpoint import check_format, is_own, load_file
+from utils.checkpoint import metadata as checkpoint_metadata
 from utils.errors import InputError
 
 BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
+SPEC_IN_METADATA = "cmd_backbone"
 HEADS = r"^(head|head_dense|fc|pool)\."
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
 
@@ -41,13 +44,14 @@ def load_backbone(
 class WeightsFile:
     """One network's weights in a file.
 
-    contents: all that the file holds. state: the network's weights in EsViT's names. spec: the
-    architecture.
+    contents: all that the file holds. metadata: what a safetensors file says beside it. state:
+    the network's weights in EsViT's names. spec: the architecture.
     """
 
     path: Path
     key: str
     contents: dict
+    metadata: dict[str, str]
     state: dict[str, Tensor]
     spec: BackboneSpec
 
@@ -61,9 +65,10 @@ class WeightsFile:
         """
         contents = load_file(path)
         state = backbone_state(select_state(contents, key, path))
+        metadata = checkpoint_metadata(path)
         if spec is None:
-            spec = stored_spec(contents) or infer_spec(state, path)
-        return cls(Path(path), key, contents, state, spec)
+            spec = stored_spec(contents, metadata) or infer_spec(state, path)
+        return cls(Path(path), key, contents, metadata, state, spec)
 
     def backbone(self) -> Backbone:
         """The backbone, in eval mode, on the CPU, without gradients; InputError if misfit."""
@@ -83,13 +88,20 @@ def select_state(checkpoint: object, key: str, path: str | Path) -> dict[str, Te
         elif "student" in checkpoint or "teacher" in checkpoint:
             held = [name for name in ("student", "teacher") if name in checkpoint]
             raise InputError(f"{path} has no '{key}' weights; it has: {', '.join(held)}.")
+        elif key not in ("student", "teacher"):
+            held = ", ".join(map(str, checkpoint))[:200]
+            raise InputError(f"{path} has nothing under '{key}'; it has: {held}.")
         else:
             state = next((checkpoint[k] for k in ("model", "state_dict") if k in checkpoint), state)
     tensors = (
         {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     )
     if not tensors:
-        raise InputError(f"{path} holds no network weights.")
+        held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else "no names"
+        raise InputError(
+            f"{path} holds no network weights under a name that is known (teacher, student, model, "
+            f"state_dict, or the weights themselves); it has: {held[:200]}."
+        )
     return {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
 
 
@@ -164,11 +176,14 @@ def _few(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def stored_spec(checkpoint: object) -> BackboneSpec | None:
-    """The architecture that a checkpoint of ours records; None for anyone else's."""
-    if not is_own(checkpoint):
+def stored_spec(checkpoint: object, metadata: dict[str, str]) -> BackboneSpec | None:
+    """The architecture that a checkpoint or an export of ours records; None for anyone else's."""
+    if is_own(checkpoint):
+        return BackboneSpec.from_dict(checkpoint["model"]["backbone"])
+    try:
+        return BackboneSpec.from_dict(json.loads(metadata[SPEC_IN_METADATA]))
+    except (KeyError, ValueError, TypeError, AttributeError):
         return None
-    return BackboneSpec.from_dict(checkpoint["model"]["backbone"])
 
 
 def infer_spec(state: dict[str, Tensor], path: str | Path) -> BackboneSpec:

@@ -344,7 +344,7 @@ def test_an_option_that_says_the_architectures_own_figure_keeps_the_pooling(tmp_
     found = features(tmp_path / "run.pth", "--patch_size 16 --pooling mil")
     assert torch.equal(found, features(tmp_path / "run.pth", "--pooling mil"))
     identities = [
-        source.encoder(command.cfg).identity()
+        source.identity(command.cfg.EVAL.POOLING)
         for source, command in (
             load(tmp_path / "run.pth", words) for words in ("", "--patch_size 16")
         )
@@ -449,7 +449,7 @@ def test_identity_differs_for_all_that_decides_the_features(cmd_run, tmp_path):
 
     def identity(path, words: str = "") -> dict[str, str]:
         source, command = load(path, words)
-        return source.encoder(command.cfg).identity()
+        return source.identity(command.cfg.EVAL.POOLING)
 
     path = cmd_run[0]
     own = identity(path)
@@ -461,3 +461,34 @@ def test_identity_differs_for_all_that_decides_the_features(cmd_run, tmp_path):
         ("backbone", identity(path, "MODEL.NUM_HEADS [4]")),
     ):
         assert {key for key in own if own[key] != other[key]} == {name}
+
+
+def test_a_random_networks_mil_features_depend_on_its_heads_too(cmd_run, tmp_path):
+    """Its weights go by the seed alone, so that its shape must say the rest."""
+    save_run(tmp_path / "wide.pth", HEAD__HIDDEN_DIM=64)
+    for pooling, same in (("mil", False), ("mean", True)):
+        found = [
+            encoder.random_like(source, command.cfg).identity(pooling)
+            for source, command in map(load, (cmd_run[0], tmp_path / "wide.pth"))
+        ]
+        assert (found[0] == found[1]) is same
+
+
+def test_a_file_of_one_network_has_no_key_but_may_be_asked_for_one(cmd_run, tmp_path):
+    one = tmp_path / "one.pth"
+    torch.save({"ema": backbone(VIT).state_dict(), "notes": "text"}, one)
+    assert load(one, "--checkpoint_key ema --arch deit_tiny")[0].weights.key == "ema"
+    assert "has nothing under 'average'; it has: ema, notes" in refusal(
+        one, "--checkpoint_key average"
+    )
+    assert "it has: ema, notes" in refusal(one, "")
+    plain = tmp_path / "plain.pth"
+    torch.save(backbone(VIT).state_dict(), plain)
+    assert load(plain, "--checkpoint_key student")[0].weights.key == encoder.NO_KEY
+
+
+def test_a_folder_is_no_checkpoint_but_may_hold_one(cmd_run):
+    folder = cmd_run[0].parent
+    assert refusal(folder, "") == (
+        f"{folder} is a folder, not a checkpoint: name a file in it (checkpoint.pth)."
+    )

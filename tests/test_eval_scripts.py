@@ -24,15 +24,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 import eval_knn
+import eval_linear
 import eval_retrieval
 from engine import evaluation, feature_cache
+from export import export_backbone
 from tests import benchmark_trees as trees
 from tests.runs import pretraining, small_config
 from utils import checkpoint, cli, distributed, flags
 from utils.errors import run_script
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"knn": eval_knn, "retrieval": eval_retrieval}
+SCRIPTS = {"knn": eval_knn, "retrieval": eval_retrieval, "linear": eval_linear}
 CLASSES, TRAIN, TEST = 7, 5, 4
 KNN_FIGURES = ("gallery_images", "test_images", "k", "classes", "temperature", "data")
 RETRIEVAL_FIGURES = (
@@ -185,7 +187,7 @@ def plain(environment, data, weights, tmp_path_factory) -> tuple[Path, Done]:
     place = tmp_path_factory.mktemp("plain")
     copy = shutil.copy(weights, place / "checkpoint.pth")
     line = f"eval_knn.py --pretrained_weights {copy} --data_path {data} --nb_knn 3 --device cpu"
-    return place / "eval_knn", process(environment, *line.split())
+    return place / "eval_knn_checkpoint", process(environment, *line.split())
 
 
 def test_a_plain_process_writes_beside_its_checkpoint(plain, weights):
@@ -194,7 +196,7 @@ def test_a_plain_process_writes_beside_its_checkpoint(plain, weights):
     assert done.err == ""
     top1, top5 = (results(folder, "knn")["k"]["3"][name] for name in ("top1", "top5"))
     assert f"3-NN: top-1 {top1:.2f} %, top-5 {top5:.2f} %" in done.out.splitlines()
-    assert done.out.splitlines()[-1] == f"written: {folder}/knn.json"
+    assert done.out.splitlines()[-1] == f"written: {folder}/knn.json, classes.png, tsne.png"
 
 
 @pytest.mark.parametrize("name", ["classes.png", "tsne.png"])
@@ -396,7 +398,7 @@ def test_votes_follow_the_temperature(knn_dump, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("", "near/eval_NAME"),
+        ("", "near/eval_NAME_checkpoint"),
         ("--output_dir OUT/deep/a", "deep/a"),
         ("--dump_features OUT/kept", "kept"),
         ("--dump_features OUT/kept --output_dir OUT/a", "a"),
@@ -592,6 +594,36 @@ def test_features_of_two_networks_are_not_compared(basic, knn_dump, tmp_path):
     assert contents(folder) == before
 
 
+def test_features_of_two_data_sets_are_not_compared(weights, knn_dump, tmp_path):
+    """As a dump leaves them that failed between the splits."""
+    words = f"--pretrained_weights {weights} --data_path {tmp_path}/data EVAL.PICTURES false"
+    write_data(tmp_path / "data", classes=5)
+    works("knn", words, f"--dump_features {tmp_path}/five")
+    folder = copy_of(knn_dump, tmp_path / "mixed")
+    shutil.copy(tmp_path / "five" / "train.safetensors", folder)
+    line = refusal("knn", f"--load_features {folder} --nb_knn 3 EVAL.PICTURES false")
+    assert "do not belong together" in line
+    assert "classes" in line
+
+
+def test_kept_features_are_held_to_the_share_of_unreadable_images(weights, spoilt, tmp_path):
+    words = f"--pretrained_weights {weights} --data_path {spoilt}/bad EVAL.PICTURES false"
+    words += f" --dump_features {tmp_path}/kept"
+    works("knn", words, "EVAL.MAX_BAD 0.5")
+    assert "4 of 35 images cannot be read, more than EVAL.MAX_BAD 0.1" in refusal(
+        "knn", words, "EVAL.MAX_BAD 0.1"
+    )
+
+
+def test_figures_of_kept_features_say_what_made_them(knn_dump, weights, tmp_path):
+    words = f"--load_features {knn_dump} --output_dir {tmp_path} EVAL.PICTURES false"
+    works("knn", words)
+    known = results(tmp_path, "knn")["features"]
+    sha256 = checkpoint.sha256(weights)
+    assert [known[split]["made_by"]["weights"] for split in ("train", "test")] == [sha256] * 2
+    assert known["test"]["images"] == CLASSES * TEST
+
+
 # Edge cases
 
 
@@ -642,7 +674,7 @@ def test_one_test_image_of_several_classes(name, weights, data, tmp_path):
 def test_train_and_test_folders(weights, tmp_path):
     trees.folders(tmp_path, second="test")
     works("knn", f"--pretrained_weights {weights} --data_path {tmp_path} EVAL.PICTURES false")
-    folder = weights.parent / "eval_knn"
+    folder = weights.parent / f"eval_knn_{weights.stem}"
     assert results(folder, "knn")["data"]["test"] == {"root": f"{tmp_path}/test", "images": 6}
 
 
@@ -670,7 +702,7 @@ def test_unreadable_images_within_the_share_are_told_listed_and_kept_so(weights,
     line += f" --dump_features {tmp_path}/kept EVAL.MAX_BAD 0.1"
     for name in ("knn", "retrieval"):  # the second takes the features that the first kept
         out = works(name, line)
-        assert "warning: 2 unreadable images of the train split are left out: " in out
+        assert "warning: left out of the train split, unreadable: 2 of " in out
         known = results(tmp_path / "kept", name)
         assert known["gallery_images"] == CLASSES * TRAIN - 2
         bad = known["unreadable_images"]
@@ -757,7 +789,7 @@ BAD = {
     ),
     "a key of no network": (
         "--checkpoint_key tutor",
-        "INIT.CHECKPOINT_KEY must be one of teacher, student, not 'tutor'.",
+        "has no 'tutor' weights; it has: student, teacher.",
     ),
     "another arch": ("--arch swin_tiny", "the weights do not fit the network. missing: "),
     "another width": (
@@ -774,7 +806,6 @@ BAD = {
     ),
     "unreadable images": (
         "--data_path IN/bad",
-        # The second is where the share is passed: later ones are not tried.
         "images cannot be read, more than EVAL.MAX_BAD 0.01 allows; for instance: the image "
         "IN/bad/train/class4/0.jpg cannot be read",
     ),
@@ -785,7 +816,7 @@ BAD = {
     "features below a file": ("--dump_features IN/file/below", "--dump_features IN/file/below"),
     "no features": (
         "--load_features IN/stray",
-        "the features in IN/stray/train.safetensors are refused: there are no features at",
+        "there are no features at IN/stray/train.safetensors: IN/stray holds none.",
     ),
     "both features": (
         "--load_features IN/stray --dump_features IN/stray",
@@ -860,14 +891,46 @@ def test_a_full_disk_is_one_sentence_and_leaves_earlier_files(
     assert after == before
 
 
-@pytest.mark.parametrize("name", ["knn", "retrieval"])
+@pytest.mark.parametrize("name", ["knn", "retrieval", "linear"])
 def test_a_network_that_has_diverged_is_one_sentence(name, weights, data, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["teacher"]["backbone.norm.weight"][3] = torch.nan
     checkpoint.save(state, tmp_path / "nan.pth")
     line = f"--pretrained_weights {tmp_path}/nan.pth --data_path {data} --output_dir {tmp_path}/out"
+    line += " --n_last_blocks 1" * (name == "linear")
     assert "infinite or undefined values" in refusal(name, line)
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_reader_that_has_seen_enough_stops_no_evaluation(basic, environment, tmp_path):
+    command = [sys.executable, "eval_knn.py", *basic.split(), "--output_dir", str(tmp_path)]
+    command += ["--device", "cpu", "--num_workers", "0", "EVAL.PICTURES", "false"]
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    started.stdout.close()
+    errors = started.stderr.read()
+    assert (started.wait(timeout=120), errors) == (0, b"")
+    assert results(tmp_path, "knn")["k"]
+
+
+def test_an_option_out_of_range_is_named_as_it_was_typed(basic):
+    assert refusal("knn", basic, "--nb_knn 0").startswith("--nb_knn: KNN.KS must be at least 1")
+    assert refusal("knn", basic, "KNN.KS 0").startswith("KNN.KS must be at least 1")
+
+
+def test_an_export_is_evaluated_as_its_source(weights, data, tmp_path):
+    """An export of ours says its image size and layout, which its shapes do not."""
+    facts = export_backbone(weights, tmp_path / "out.safetensors", "timm")
+    assert facts["image_size"] == "32"
+    found = []
+    for name, file in (("source", weights), ("export", tmp_path / "out.safetensors")):
+        words = f"--pretrained_weights {file} --data_path {data} --output_dir {tmp_path}/{name}"
+        works("knn", words, "EVAL.PICTURES false")
+        found.append((figures(tmp_path / name, "knn"), results(tmp_path / name, "knn")))
+    assert found[0][0] == found[1][0]
+    sizes = [known["image_size"] for _, known in found]
+    assert sizes[0] == sizes[1] == {"crop": 32, "resize": 37}
 
 
 def test_a_folder_for_features_that_cannot_be_is_told_before_the_work(basic, spoilt, tmp_path):

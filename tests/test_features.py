@@ -378,16 +378,22 @@ def test_features_made_by_something_else_do_not_fit(name, words):
 
 def test_features_of_too_few_blocks_do_not_fit():
     assert kept().misfit(MADE_BY, 3, False) == ""
-    assert kept().misfit(MADE_BY, 4, False) == "they hold the last 3 blocks, not 4"
+    assert (
+        kept().misfit(MADE_BY, 4, False)
+        == "they hold the last 3 blocks, not 4 (--n_last_blocks 3 takes these)"
+    )
     assert kept(True).misfit(MADE_BY, 3, True) == ""
-    assert kept(True).misfit(MADE_BY, 4, True) == "they hold the last 3 blocks, not 4"
+    assert (
+        kept(True).misfit(MADE_BY, 4, True)
+        == "they hold the last 3 blocks, not 4 (--n_last_blocks 3 takes these)"
+    )
     assert kept().misfit(MADE_BY, 1, True) == "they lack the mean of the patches"
 
 
 def test_the_fingerprint_changes_with_names_sizes_number_labels_and_classes(tmp_path):
     dataset = write_images(tmp_path)
-    first = feature_cache.fingerprint(dataset)
-    assert feature_cache.fingerprint(write_images(tmp_path / "copy")) == first
+    first = dataset.subset(range(len(dataset))).fingerprint
+    assert write_images(tmp_path / "copy").fingerprint == first
 
     def other(**changes) -> LabelledImages:
         parts = {"paths": dataset.paths, "labels": dataset.labels, "classes": dataset.classes}
@@ -397,17 +403,17 @@ def test_the_fingerprint_changes_with_names_sizes_number_labels_and_classes(tmp_
     os.link(tmp_path / "10.jpg", tmp_path / "other.jpg")
     prints = {
         "same": first,
-        "fewer": feature_cache.fingerprint(dataset.subset(range(10))),
-        "order": feature_cache.fingerprint(dataset.subset(reversed(range(11)))),
-        "name": feature_cache.fingerprint(other(paths=renamed)),
-        "label": feature_cache.fingerprint(other(labels=[0, *dataset.labels[1:]])),
-        "classes": feature_cache.fingerprint(other(classes=["a", "b", "d"])),
+        "fewer": dataset.subset(range(10)).fingerprint,
+        "order": dataset.subset(reversed(range(11))).fingerprint,
+        "name": other(paths=renamed).fingerprint,
+        "label": other(labels=[0, *dataset.labels[1:]]).fingerprint,
+        "classes": other(classes=["a", "b", "d"]).fingerprint,
     }
     with open(tmp_path / "05.jpg", "ab") as file:
         file.write(b"x")
-    prints["size"] = feature_cache.fingerprint(dataset)
+    prints["size"] = dataset.subset(range(len(dataset))).fingerprint
     (tmp_path / "05.jpg").unlink()
-    prints["gone"] = feature_cache.fingerprint(dataset)
+    prints["gone"] = dataset.subset(range(len(dataset))).fingerprint
     assert len(set(prints.values())) == len(prints), prints
 
 
@@ -415,7 +421,7 @@ def test_the_fingerprint_takes_names_of_any_bytes(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     save_image(tmp_path / name / f"{name}.jpg", 0, 0)
     dataset = LabelledImages(tmp_path, [f"{name}/{name}.jpg"], [0], [name])
-    assert len(feature_cache.fingerprint(dataset)) == 64
+    assert len(dataset.subset(range(len(dataset))).fingerprint) == 64
 
 
 def refusal(path: Path) -> str:

@@ -88,7 +88,7 @@ def made(tmp_path_factory, checkpoints, data) -> Table:
 
 def test_every_checkpoint_and_a_random_network_have_a_row(made, checkpoints):
     assert made.headings == HEADINGS
-    names = [*map(str, checkpoints), "random initialisation (vit_small)"]
+    names = [*map(str, checkpoints), "random initialisation (vit_small, 32 px)"]
     assert [line[0] for line in made.cells] == names
     assert [row["name"] for row in made.rows] == names
     assert "first\\|epoch.pth" in made.text
@@ -290,4 +290,4 @@ def test_two_processes_make_the_same_table(made, checkpoints, data, tmp_path, en
     both = Table(Done(0, done.stdout, done.stderr, tmp_path))
     assert both.results["processes"] == 2
     assert both.cells == made.cells
-    assert done.stdout.count(f"{checkpoints[0]}:\n") == 1
+    assert done.stdout.count(f"{checkpoints[0]}: vit_small, 32 px of 37, teacher, epoch") == 1

@@ -62,6 +62,10 @@ def load_file(path: str | Path) -> Any:
     anything beyond tensors, plain data and what the reference's files are known to hold.
     """
     path = Path(path)
+    if path.is_dir():
+        held = sorted(file.name for file in path.glob("*.pth"))[:4]
+        hint = f"name a file in it ({', '.join(held)})" if held else "name the file"
+        raise InputError(f"{path} is a folder, not a checkpoint: {hint}.")
     if not path.is_file():
         raise InputError(f"there is no checkpoint at {path}.")
     if path.suffix == ".safetensors":
@@ -94,6 +98,19 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_safetensors(path)
     except (SafetensorError, OSError):
         raise InputError(f"{path} is not a safetensors file, or is damaged.") from None
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing for others."""
+    from safetensors import SafetensorError, safe_open
+
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def sha256(path: str | Path) -> str:

@@ -31,13 +31,15 @@ class CommandLine:
     extra: dict[str, list[str]] = field(default_factory=dict)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A wrong command line is an InputError: one line, not a page of usage."""
+
     def error(self, message: str) -> None:
         raise InputError(f"{message}. See --help.")
 
 
 def _parser(description: str, face: Face) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         usage=f"%(prog)s {face.usage} [flags] [KEY VALUE ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,7 +111,14 @@ def parse(
         _apply_dense_prediction(cfg, dense, typed.get("LOSS.OBJECTIVE"))
     for key in PATHS:
         config.put(cfg, key, os.path.expanduser(config.get(cfg, key)), key)
-    config.check(cfg)
+    try:
+        config.check(cfg)
+    except InputError as error:
+        # People look for what they typed.
+        option = str(error).split(" ", 1)[0]
+        said = [flag for flag, (name, _, _) in face.flags.items() if name == option]
+        typed_flag = next((flag for flag in said if flag in words), None)
+        raise InputError(f"{typed_flag}: {error}" if typed_flag else str(error)) from None
     notes = [
         f"{flag} has no meaning here and is ignored: {why}."
         for flag, why in face.no_meaning.items()

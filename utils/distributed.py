@@ -6,6 +6,7 @@ In one process every collective is the identity, so nothing above needs to know.
 import inspect
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -158,14 +159,26 @@ def share(items: int, world: World) -> range:
     return range(items * world.rank // world.size, items * (world.rank + 1) // world.size)
 
 
-def agree(figures: dict[str, int], advice: str) -> None:
-    """Raise InputError on all processes unless all have the same figures."""
-    mine = torch.tensor([list(figures.values())])
-    if _size() > 1 and dist.get_backend() == "nccl":
-        mine = mine.cuda()
-    for name, values in zip(figures, gather(mine).T.tolist(), strict=True):
-        if len(set(values)) > 1:
+def agree(facts: dict[str, object], advice: str) -> None:
+    """Raise InputError on all processes unless all have the same facts (plain data)."""
+    everyone = gather_objects(facts)
+    for name in facts:
+        values = [theirs[name] for theirs in everyone]
+        if any(value != values[0] for value in values):
             raise InputError(f"the processes differ in {name} ({values}): {advice}.")
+
+
+def on_main(function: Callable[[], object]) -> None:
+    """Call `function` on rank 0 alone while the others wait; its InputError is raised on all."""
+    error = None
+    if position() == 0:
+        try:
+            function()
+        except InputError as caught:
+            error = str(caught)
+    error = gather_objects(error)[0]
+    if error is not None:
+        raise InputError(error)
 
 
 def position() -> int:

@@ -63,7 +63,8 @@ def make_folder(path: Path, option: str = "--output_dir") -> None:
 def write_text(path: str | Path, text: str, what: str = "file") -> None:
     """Write a text file whole; see `replacing`."""
     with replacing(path, what) as temporary:
-        temporary.write_text(text)
+        # File names in it may hold any bytes.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, contents: Any, what: str = "file") -> None:

@@ -3,13 +3,16 @@
 log.txt holds one JSON object a line: step, epoch and every figure.
 """
 
+import io
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tensorboardX import SummaryWriter
@@ -19,14 +22,20 @@ from utils import distributed
 from utils.errors import InputError
 
 logger = logging.getLogger("cmd")
+SECONDS_BETWEEN_LINES = 30
+T = TypeVar("T")
 
 
 class _ThroughProgressBar(logging.Handler):
     """Lines that do not tear a progress bar on the same terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader, such as `head`, has seen enough; the work goes on.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def setup(is_main: bool) -> None:
@@ -35,6 +44,8 @@ def setup(is_main: bool) -> None:
     logger.handlers[0].setFormatter(_Formatter())
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logger.propagate = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
 
 
 class _Formatter(logging.Formatter):
@@ -46,6 +57,19 @@ class _Formatter(logging.Formatter):
 def on_terminal() -> bool:
     """Whether a progress bar makes sense: a person is looking at rank 0's stderr."""
     return sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
+
+
+def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """Go through `total` items: a bar on a terminal, elsewhere a line twice a minute; rank 0."""
+    if on_terminal():
+        yield from tqdm(items, desc=what, total=total, leave=False)
+        return
+    told = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            logger.info(f"{what}: {done} of {total}")
+        yield item
 
 
 class RunLog:

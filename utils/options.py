@@ -84,7 +84,7 @@ _.TRAIN.TIMEOUT_MINUTES = 30.0  # after which a process that waits for another g
 
 _.INIT = Node()  # starting weights
 _.INIT.WEIGHTS = ""  # someone's checkpoint to start student and teacher from, at epoch 0
-_.INIT.CHECKPOINT_KEY = "teacher"  # which of its networks: teacher | student
+_.INIT.CHECKPOINT_KEY = "teacher"  # which of its networks: teacher, student, or another name in it
 
 _.CKPT = Node()  # checkpoints
 _.CKPT.EVERY_EPOCHS = 1  # how often the last checkpoint is written
@@ -163,7 +163,6 @@ CHOICES = {
     "CMD.REGION_WEIGHT": ("uniform", "mix"),
     "TRAIN.OPTIMIZER": ("adamw", "sgd"),
     "TRAIN.PRECISION": ("auto", "fp32", "bf16", "fp16"),
-    "INIT.CHECKPOINT_KEY": ("teacher", "student"),
     "EVAL.POOLING": ("default", "mean", "mil"),
     "EVAL.PRECISION": ("auto", "fp32", "bf16", "fp16"),
     "RETRIEVAL.SPLIT": ("standard", "ratio"),
