@@ -28,8 +28,19 @@ def run_script(main: Callable[[], None], if_interrupted: str = "nothing was chan
     except InputError as error:
         if speaks or not error.everywhere:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         if speaks:
             print(f"interrupted: {if_interrupted}", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _leave(130)
+
+
+def _leave(code: int) -> None:
+    """End the process with this exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A process group in which others still wait cannot be taken apart in order: at the
+        # interpreter's exit gloo's threads may abort the process, which hides the code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
