@@ -1,8 +1,6 @@
 """Features of all images in order by any number of processes; and on the disk, used or refused."""
 
-import datetime
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +21,7 @@ from engine.feature_cache import Features
 from engine.features import extract
 from models.registry import BackboneSpec, build_backbone
 from tests.benchmark_trees import save_image
+from tests.processes import found_by_each
 from utils.distributed import World
 from utils.errors import InputError
 
@@ -80,25 +78,6 @@ def found_by(world: World, folder: Path) -> dict:
     return found
 
 
-def worker(rank: int, folder: str) -> None:
-    """Three processes, then two of them, each time in a group of their own."""
-    torch.set_num_threads(1)
-    for size in (3, 2):
-        if rank >= size:
-            break
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous{size}",
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
-        )
-        found = found_by(World(rank, size, torch.device("cpu")), Path(folder))
-        torch.save(found, Path(folder) / f"{size}-{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("extract")
@@ -115,23 +94,7 @@ def alone(folder) -> dict:
 @pytest.fixture(scope="module")
 def ranks(folder) -> dict[int, list[dict]]:
     """What each process of two and of three found."""
-    # Each is forked from a process that has imported all of this once.
-    multiprocessing.set_forkserver_preload([__name__])
-    context = torch.multiprocessing.start_processes(
-        worker, (str(folder),), nprocs=3, join=False, start_method="forkserver"
-    )
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=2 * TIMEOUT_SECONDS)
-    try:
-        while not context.join(timeout=5):
-            assert datetime.datetime.now() < deadline, "the processes hang"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return {
-        size: [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
-        for size in (2, 3)
-    }
+    return {size: found_by_each(size, found_by, folder) for size in (2, 3)}
 
 
 def one_by_one(dataset: LabelledImages, places) -> Tensor:

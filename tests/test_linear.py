@@ -1,14 +1,11 @@
 """The linear probe's parts against plain PyTorch, torchvision and scikit-learn, by any number of
 processes."""
 
-import datetime
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -20,6 +17,7 @@ from datasets.loader import AugmentedDataset, EpochSampler
 from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, RandomCrop
 from engine import linear
 from engine.linear import Probe, Recipe
+from tests.processes import found_by_each
 from utils.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -293,34 +291,10 @@ def found_by(world: World) -> dict:
     return found
 
 
-def worker(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    torch.save(found_by(World(rank, size, torch.device("cpu"))), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_processes_trains_the_same_heads(size, tmp_path):
-    context = torch.multiprocessing.spawn(worker, (size, str(tmp_path)), nprocs=size, join=False)
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=120)
-    try:
-        while not context.join(timeout=5):
-            assert datetime.datetime.now() < deadline, "the processes hang"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+def test_any_number_of_processes_trains_the_same_heads(size):
     alone = found_by(ALONE)
-    for rank in range(size):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for rank, found in enumerate(found_by_each(size, found_by)):
         for n, expected in alone.items():
             for ours, theirs in zip(found[n]["weights"], expected["weights"], strict=True):
                 assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), (rank, n)

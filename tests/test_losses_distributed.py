@@ -3,13 +3,10 @@
 One pair of gloo processes computes every case and writes it down; the tests read.
 """
 
-import datetime
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,11 +25,12 @@ from tests.loss_cases import (
     gradients,
     make,
 )
+from tests.processes import found_by_each
 from utils import distributed
+from utils.distributed import World
 from utils.errors import InputError
 
 WORLD, BATCH = 2, 6
-TIMEOUT_SECONDS = 60
 
 
 def goal_of(name: str, **options) -> Objective:
@@ -121,16 +119,9 @@ def network_gradients(goal: Objective, images: slice, wrap: bool) -> dict[str, T
     }
 
 
-def worker(rank: int, folder: str) -> None:
-    """One of the processes: everything on its share of the images, into folder/rank.pt."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
-    )
+def found_by(world: World) -> dict:
+    """Everything, on one process's share of the images."""
+    rank = world.rank
     share = BATCH // WORLD
     own = slice(rank * share, (rank + 1) * share)
     found: dict = {}
@@ -158,25 +149,13 @@ def worker(rank: int, folder: str) -> None:
         distributed.agree({"images": 8, "step": rank}, "share them")
     except InputError as error:
         found["agree"] = str(error)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
+def ranks() -> list[dict]:
     """What each process found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD, join=False)
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=2 * TIMEOUT_SECONDS)
-    try:
-        while not context.join(timeout=5):
-            assert datetime.datetime.now() < deadline, "the processes hang"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return found_by_each(WORLD, found_by)
 
 
 def averaged(values: list[Tensor]) -> Tensor:

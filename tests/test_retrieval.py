@@ -1,7 +1,6 @@
 """Retrieval against scikit-learn and plain loops; k-NN and retrieval by several processes and
 in bounded memory."""
 
-import datetime
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from sklearn.metrics import average_precision_score
 
 from engine import knn, retrieval, similarity
+from tests.processes import found_by_each
 from utils.distributed import World
 from utils.errors import InputError
 
@@ -165,20 +164,6 @@ def found_by(world: World | None) -> dict:
     return found
 
 
-def worker(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    torch.save(found_by(World(rank, size, torch.device("cpu"))), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def assert_same_bits(first, second) -> None:
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second)
@@ -194,23 +179,15 @@ def assert_same_bits(first, second) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_processes_finds_the_same_bits(size, tmp_path):
-    context = torch.multiprocessing.spawn(worker, (size, str(tmp_path)), nprocs=size, join=False)
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=120)
-    try:
-        while not context.join(timeout=5):
-            assert datetime.datetime.now() < deadline, "the processes hang"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+def test_any_number_of_processes_finds_the_same_bits(size):
+    processes = found_by_each(size, found_by)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = found_by(None)
     torch.set_num_threads(threads)
     assert len(alone["rankings", 200][20]) == 200
-    for rank in range(size):
-        assert_same_bits(torch.load(tmp_path / f"{rank}.pt"), alone)
+    for found in processes:
+        assert_same_bits(found, alone)
 
 
 MEASURED = """
