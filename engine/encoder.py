@@ -180,7 +180,15 @@ def load(path: str, cfg: Node, typed: set[str]) -> Source:
         network = build.stored_network(own, file.key, path)
         heads = HeadSpec(**own["model"]["heads"])
         return Source(weights, network.backbone, network.head_dense, network.pool, heads)
-    return Source(weights, replace(file, spec=spec).backbone())
+    try:
+        return Source(weights, replace(file, spec=spec).backbone())
+    except InputError as error:
+        if spec == file.spec:
+            raise
+        raise InputError(
+            f"{error} By itself the file shows {file.spec.arch}: without --arch and MODEL.* "
+            f"options that is taken."
+        ) from None
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:

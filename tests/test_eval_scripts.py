@@ -792,6 +792,10 @@ BAD = {
         "has no 'tutor' weights; it has: student, teacher.",
     ),
     "another arch": ("--arch swin_tiny", "the weights do not fit the network. missing: "),
+    "another arch, with what to do": (
+        "--arch swin_tiny",
+        "By itself the file shows vit_small: without --arch and MODEL.* options that is taken.",
+    ),
     "another width": (
         "--arch vit_base",
         "cls_token is [1, 1, 48] in the file, [1, 1, 768] here",
