@@ -150,7 +150,9 @@ def test_the_metadata_tells_the_network_and_its_source(tmp_path):
         "num_heads": [1, 2, 4],
     }
     assert "multiples of 24 pixels" in facts.pop("caveat")
+    assert BackboneSpec.from_dict(json.loads(facts.pop("cmd_backbone"))) == SWIN
     assert facts == {
+        "image_size": "224",
         "format": "pt",
         "architecture": "swin_tiny_patch4_window7_224",
         "input_mean": json.dumps(IMAGENET_MEAN),
