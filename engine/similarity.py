@@ -134,7 +134,7 @@ class RoundedGallery(Gallery):
         counts = rows.bincount(minlength=len(queries))
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", message="Sparse ")
             pairs = torch.sparse_csr_tensor(
                 starts,
                 places,
