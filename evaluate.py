@@ -57,19 +57,21 @@ def main() -> None:
     evaluations += zeros(evaluations)
 
     # The three protocols for each; what is done is written row by row.
-    rows = []
+    rows, provenance = [], evaluations[0].provenance()
     for evaluation in evaluations:
         logger.info(f"{row_name(evaluation)}: {evaluation.network_line()}")
         rows.append(row(evaluation, folder))
         for key, heading in table.columns(cfg):
             logger.info(f"  {heading}: {table.cell(rows[-1]['figures'][key])} %")
-        provenance = evaluations[0].provenance()
-        results = {"rows": rows} | provenance
-        text = table.markdown(rows, provenance, cfg)
-        distributed.on_main(lambda results=results: write_json(folder / "results.json", results))
-        distributed.on_main(lambda text=text: write_text(folder / "table.md", text))
+        distributed.on_main(lambda: write(folder, rows, provenance, cfg))
     logger.info(f"written: {folder}/table.md, results.json")
     distributed.stop()
+
+
+def write(folder: Path, rows: list[dict], provenance: dict, cfg: Node) -> None:
+    """The rows so far."""
+    write_json(folder / "results.json", {"rows": rows} | provenance)
+    write_text(folder / "table.md", table.markdown(rows, provenance, cfg))
 
 
 def row(evaluation: Evaluation, folder: Path) -> dict:

@@ -16,9 +16,6 @@ import argparse
 import json
 from pathlib import Path
 
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
-
 from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD
 from engine import build
 from models import export
@@ -70,12 +67,12 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
         facts["architecture"] = model.name
         facts["create_model_kwargs"] = json.dumps(model.kwargs)
         facts["caveat"] = model.caveat
-        write_safetensors(model.state, facts, out)
+        checkpoint.save_safetensors(model.state, {"format": "pt", **facts}, out)
     elif form == "esvit":
         if caveat := export.esvit_caveat(backbone, spec):
             facts["caveat"] = caveat
         if out.suffix == ".safetensors":
-            write_safetensors(backbone.state_dict(), facts, out)
+            checkpoint.save_safetensors(backbone.state_dict(), {"format": "pt", **facts}, out)
         else:
             checkpoint.save({key: backbone.state_dict()}, out)
     else:
@@ -117,13 +114,6 @@ def describe_source(file: WeightsFile) -> dict[str, str]:
         if isinstance(file.contents.get(name), int):
             facts[f"source_{name}"] = str(file.contents[name])
     return facts
-
-
-def write_safetensors(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Replace `path`; the bytes are made first, so that a full disk is an OSError."""
-    contents = to_safetensors(state, {"format": "pt", **metadata})
-    with replacing(path) as temporary:
-        temporary.write_bytes(contents)
 
 
 if __name__ == "__main__":

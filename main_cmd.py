@@ -42,9 +42,8 @@ def main() -> None:
     precision = build.precision(cfg, world.device)
 
     # Data: files -> crops, shuffled every epoch.
-    dataset = build_dataset(
-        cfg.DATA.DATASET, cfg.DATA.PATH, partial=cfg.DATA.PARTIAL, download=cfg.DATA.DOWNLOAD
-    )
+    build.download(cfg)
+    dataset = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, partial=cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     images_per_step = batch * world.size * accumulation
     epoch_steps = steps_per_epoch(len(dataset), batch, world.size, accumulation)
@@ -90,7 +89,8 @@ def main() -> None:
         logger.info(f"the run is complete ({cfg.TRAIN.EPOCHS} epochs); raise --epochs to go on")
         distributed.stop()
         return
-    folder = open_folder(cfg, world.is_main)
+    folder = Path(cfg.OUTPUT_DIR)
+    distributed.on_main(lambda: open_folder(cfg, folder))
 
     logger.info(
         f"{len(dataset)} images in {cfg.DATA.PATH}; "
@@ -121,14 +121,10 @@ def main() -> None:
     distributed.stop()
 
 
-def open_folder(cfg: config.Node, is_main: bool) -> Path:
-    """Make the run's folder and write the resolved options into it (rank 0)."""
-    folder = Path(cfg.OUTPUT_DIR)
-    if is_main:
-        make_folder(folder)
-        config.write(cfg, folder / "config.yaml")
-    distributed.barrier()
-    return folder
+def open_folder(cfg: config.Node, folder: Path) -> None:
+    """Make the run's folder and write the resolved options into it."""
+    make_folder(folder)
+    config.write(cfg, folder / "config.yaml")
 
 
 if __name__ == "__main__":

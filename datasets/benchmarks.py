@@ -53,19 +53,34 @@ class Benchmark:
     source: str
     fetch: Callable[..., Any] | None = None
 
-    def splits(self, name: str, root: str | Path, partial: bool, download: bool) -> Splits:
+    def download(self, name: str, root: str | Path) -> None:
+        """Put the official folder into `root`, unless it is there; InputError where it fails."""
+        path = _absolute(root)
+        if not self._missing(self._folder(path)):
+            return
+        if self.fetch is None:
+            raise self._not_found(name, path)
+        parent = path.parent if path.name == self.folder else path
+        try:
+            self.fetch(parent, download=True)
+        # Network, disk and archive each fail in their own ways.
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"{name} could not be downloaded to {parent} ({reason}): remove what it left there "
+                f"and try again, or put the official folder {self.folder} there yourself"
+            ) from error
+
+    def splits(self, name: str, root: str | Path, partial: bool) -> Splits:
         """The splits in `root`, which holds the official folder or is it.
 
         Raises InputError where the metadata are missing or broken and, unless `partial`, where
         listed images are missing or the numbers are not the official ones.
         """
-        # Absolute, as the name of the folder that "." stands for can matter.
-        path = Path(os.path.abspath(Path(root).expanduser()))
-        if not download:
-            existing_folder(path)
-        if download and self.fetch and self._missing(self._folder(path)):
-            self._download(name, path)
-        folder = self._find(name, path)
+        path = existing_folder(_absolute(root))
+        folder = self._folder(path)
+        if self._missing(folder):
+            raise self._not_found(name, path)
         listing, notes = _present_images(name, folder, self.read(folder), partial)
         difference = self._difference(listing)
         if difference:
@@ -87,28 +102,14 @@ class Benchmark:
     def _missing(self, folder: Path) -> list[str]:
         return [file for file in self.files if not (folder / file).exists()]
 
-    def _find(self, name: str, root: Path) -> Path:
+    def _not_found(self, name: str, root: Path) -> InputError:
         folder = self._folder(root)
         missing = self._missing(folder)
-        if not missing:
-            return folder
         lacks = f"; {folder} lacks {', '.join(missing)}" if len(missing) < len(self.files) else ""
-        raise InputError(
+        return InputError(
             f"{name} was not found in {root}: expected {self.folder} in it, or this folder itself, "
             f"with {', '.join(self.files)}{lacks}. {self.source}"
         )
-
-    def _download(self, name: str, root: Path) -> None:
-        parent = root.parent if root.name == self.folder else root
-        try:
-            self.fetch(parent, download=True)
-        # Network, disk and archive each fail in their own ways.
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f"{name} could not be downloaded to {parent} ({reason}): remove what it left there "
-                f"and try again, or put the official folder {self.folder} there yourself"
-            ) from error
 
     def _difference(self, listing: Listing) -> str:
         """How the numbers differ from the official ones; empty where they do not."""
@@ -123,6 +124,11 @@ class Benchmark:
                     f"({abs(here - official):,} {'fewer' if here < official else 'more'})"
                 )
         return "; ".join(texts)
+
+
+def _absolute(root: str | Path) -> Path:
+    """The name of the folder that "." stands for can matter."""
+    return Path(os.path.abspath(Path(root).expanduser()))
 
 
 def _present_images(

@@ -91,7 +91,6 @@ def build_dataset(
     root: str | Path,
     transform: Callable[[Image.Image], Any] | None = None,
     partial: bool = False,
-    download: bool = False,
 ) -> LabelledImages:
     """The images to pretrain on: a benchmark's training split, or all images below a folder.
 
@@ -100,26 +99,33 @@ def build_dataset(
     benchmark = _registered(name)
     if benchmark is None:
         return ImageFolder(root, transform)
-    return benchmark.splits(name, root, partial, download).train.through(transform)
+    return benchmark.splits(name, root, partial).train.through(transform)
 
 
-def load_splits(
-    name: str, root: str | Path, partial: bool = False, download: bool = False
-) -> Splits:
+def load_splits(name: str, root: str | Path, partial: bool = False) -> Splits:
     """The training and test split of the data set registered as `name`, without a transform.
 
     root: for a benchmark, its official folder or the folder that holds that; for a folder of
     images, the folder that holds train and val (or test). partial: a note, not an error, where
     listed images are missing (they are left out) or the numbers of images or classes are not
-    the official ones. download: fetch the data set into `root` first unless it is there;
-    without effect where nothing can fetch it. Several processes must not do that at once.
+    the official ones.
 
     Raises `InputError`.
     """
     benchmark = _registered(name)
     if benchmark is None:
         return folder_splits(name, root)
-    return benchmark.splits(name, root, partial, download)
+    return benchmark.splits(name, root, partial)
+
+
+def download(name: str, root: str | Path) -> None:
+    """Fetch a benchmark into `root` unless it is there; raises `InputError` where nothing can.
+
+    A folder of images is left as it is. Several processes must not do this at once.
+    """
+    benchmark = _registered(name)
+    if benchmark is not None:
+        benchmark.download(name, root)
 
 
 def _registered(name: str) -> Benchmark | None:

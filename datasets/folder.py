@@ -173,7 +173,7 @@ def existing_folder(root: str | Path) -> Path:
             raise InputError(
                 f"{folder} is a file: give the path of the folder that holds the images"
             )
-        next(os.scandir(folder), None)
+        os.scandir(folder).close()
     except OSError as error:
         raise InputError(
             f"the data folder {folder} cannot be read ({error.strerror}): make it readable or give "

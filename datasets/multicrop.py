@@ -40,13 +40,18 @@ def _to_normalised_tensor() -> list[nn.Module]:
     ]
 
 
+def default_resize(size: int) -> int:
+    """Pixels of the shorter side from which the field cuts a centre of `size`: 256 for 224."""
+    return round(size * 256 / 224)
+
+
 def eval_transform(size: int = 224, resize: int | None = None) -> v2.Compose:
     """PIL RGB image -> float32 [3, size, size], normalised: the centre of the resized image.
 
-    The shorter side becomes `resize` pixels, bicubic; by default size * 256 / 224.
+    The shorter side becomes `resize` pixels, bicubic; by default `default_resize(size)`.
     """
     if resize is None:
-        resize = round(size * 256 / 224)
+        resize = default_resize(size)
     return v2.Compose(
         [
             v2.Resize(resize, interpolation=InterpolationMode.BICUBIC),

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from datasets import fine_grained
 from datasets.multicrop import MultiCrop
 from losses.objective import Objective
 from models.network import HeadSpec, Network, make_teacher
 from models.pretrained import load_strictly
 from models.registry import BackboneSpec, build_backbone
-from utils import config, seeding
+from utils import config, distributed, seeding
 from utils.config import Node, local_crops
 from utils.errors import InputError
 from utils.seeding import derive_seed
@@ -109,6 +110,12 @@ def check_crop_sizes(cfg: Node, multiple: int) -> None:
                 f"{key} {size} is not a multiple of {multiple} pixels, the patch size of "
                 f"{cfg.MODEL.ARCH}."
             )
+
+
+def download(cfg: Node) -> None:
+    """With DATA.DOWNLOAD, fetch the data set; the first process does it, the others wait."""
+    if cfg.DATA.DOWNLOAD:
+        distributed.on_main(lambda: fine_grained.download(cfg.DATA.DATASET, cfg.DATA.PATH))
 
 
 def eval_size(cfg: Node) -> int:

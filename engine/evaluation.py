@@ -16,7 +16,7 @@ from torch import Tensor
 from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits
 from datasets.folder import LabelledImages
-from datasets.multicrop import eval_transform
+from datasets.multicrop import default_resize, eval_transform
 from engine import build, encoder, feature_cache
 from engine.encoder import Encoder, Source
 from engine.feature_cache import Features
@@ -52,7 +52,6 @@ class Evaluation:
     must_fit: bool = False
     bad: dict[str, list[str]] = field(default_factory=dict)
     _held: dict[str, Features] = field(default_factory=dict)
-    _known: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def encoder(self, blocks: int = 1, avgpool_patchtokens: bool = False) -> Encoder:
         """The encoder that the options ask for; InputError where no checkpoint was given."""
@@ -145,9 +144,7 @@ class Evaluation:
 
     def _made_by(self, split: str) -> dict[str, str]:
         """What is known of what decides a split's features."""
-        if split in self._known:
-            return self._known[split]
-        known = self._known[split] = {}
+        known = {}
         if self.source is not None:
             known |= self.source.identity(self.cfg.EVAL.POOLING)
             known |= {
@@ -178,25 +175,23 @@ class Evaluation:
         self, split: str, made_by: dict[str, str], blocks: int, avgpool: bool
     ) -> Features | None:
         """Kept features if they fit on every process, else None."""
-        path = self.path(split)
-        if path is None or (not self.must_fit and not path.exists()):
-            found, reason = None, ""
-        elif not path.exists():
+        path, found = self.path(split), None
+        if self.must_fit and not path.exists():
             kept = sorted(file.name for file in path.parent.glob("*.safetensors"))
             raise InputError(
                 f"there are no features at {path}: {path.parent} holds {', '.join(kept) or 'none'}."
             )
-        else:
+        if path is not None and path.exists():
             try:
                 found = feature_cache.load(path)
                 reason = found.misfit(made_by, blocks, avgpool)
             except InputError as error:
-                found, reason = None, str(error)
-        if reason and self.must_fit:
-            raise InputError(f"the features in {path} are refused: {reason}")
-        if reason:
-            logger.info(f"the features in {path} are made again: {reason}")
-            found = None
+                reason = str(error)
+            if reason and self.must_fit:
+                raise InputError(f"the features in {path} are refused: {reason}")
+            if reason:
+                logger.info(f"the features in {path} are made again: {reason}")
+                found = None
         if not all(distributed.gather_objects(found is not None)):
             return None
         logger.info(f"features of the {split} split: from {path}")
@@ -313,16 +308,11 @@ def results_folder(cfg: Node, name: str) -> Path:
 
 
 def open_splits(cfg: Node) -> Splits | None:
-    """DATA.*'s two splits; None without DATA.PATH. A download is the first process's matter."""
+    """DATA.*'s two splits, the same for all processes; None without DATA.PATH."""
     if not cfg.DATA.PATH:
         return None
-
-    def load(download: bool) -> Splits:
-        return load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL, download)
-
-    if cfg.DATA.DOWNLOAD:
-        distributed.on_main(lambda: load(download=True))
-    splits = load(download=False)
+    build.download(cfg)
+    splits = load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     distributed.agree(
         {
             f"the images of the {split} split": getattr(splits, split).fingerprint
@@ -385,7 +375,7 @@ def build_evaluation(
 ) -> Evaluation:
     """An evaluation at the size of the source's run, unless EVAL.SIZE says another."""
     size = encoder.image_size(source, cfg) if source is not None else 0
-    resize = cfg.EVAL.RESIZE or round(size * 256 / 224)
+    resize = cfg.EVAL.RESIZE or default_resize(size)
     if size and resize < size:
         raise InputError(
             f"EVAL.RESIZE {resize} is less than the centre crop of {size} pixels (EVAL.SIZE)."

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from utils.checkpoint import save_safetensors
 from utils.errors import InputError
-from utils.files import make_folder, replacing
+from utils.files import make_folder
 
 FORMAT = "1"
 
@@ -95,11 +95,7 @@ def save(features: Features, path: Path) -> None:
         "made_by": json.dumps(features.made_by),
     }
     make_folder(path.parent, "--dump_features")
-    with replacing(path, "feature file") as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+    save_safetensors(tensors, metadata, path, "feature file")
 
 
 def load(path: Path) -> Features:

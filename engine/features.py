@@ -93,14 +93,14 @@ def check_bad(bad: Collection[BadImage | str], images: int, share: float) -> Non
 
 
 def gallery_and_queries(
-    gallery: str | Path, queries: str | Path, size: int, resize: int | None = None
+    gallery: str | Path, queries: str | Path, size: int
 ) -> tuple[LabelledImages, LabelledImages]:
     """Two labelled folders, centre-cropped, whose labels are the gallery's numbers of classes.
 
     Raises InputError where a folder has no classes, or the queries have one that the gallery
     lacks.
     """
-    transform = eval_transform(size, resize)
+    transform = eval_transform(size)
     first = labelled_folder(gallery)
     second = same_classes(first, labelled_folder(queries))
     return first.through(transform), second.through(transform)

@@ -282,12 +282,15 @@ def _end_of_epoch(run: Pretraining, log: RunLog | None, folder: Path) -> None:
             log.write(run.step, {"epoch": epoch, "knn_top1": top1, "knn_top5": top5})
     is_kept = bool(cfg.CKPT.KEEP_EVERY) and epoch % cfg.CKPT.KEEP_EVERY == 0
     if epoch % cfg.CKPT.EVERY_EPOCHS == 0 or is_kept or is_last:
-        if run.world.is_main:
-            checkpoint.save(run.state(), folder / checkpoint.LAST)
-            if is_kept:
-                kept = folder / f"checkpoint{epoch:04d}.pth"
-                checkpoint.link_copy(folder / checkpoint.LAST, kept)
-        distributed.barrier()
+        distributed.on_main(lambda: _save(run, folder, is_kept))
+
+
+def _save(run: Pretraining, folder: Path, is_kept: bool) -> None:
+    """Write the last checkpoint, and under its epoch's name too where it is kept."""
+    checkpoint.save(run.state(), folder / checkpoint.LAST)
+    if is_kept:
+        epoch = run.step // run.steps_per_epoch
+        checkpoint.link_copy(folder / checkpoint.LAST, folder / f"checkpoint{epoch:04d}.pth")
 
 
 def held_out_knn(run: Pretraining) -> tuple[float, float]:

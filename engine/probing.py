@@ -115,10 +115,10 @@ def share_folder(folder: Path, share: float) -> Path:
     return own
 
 
-def run_linear(evaluation: Evaluation, share: float, seed: int, folder: Path | None = None) -> dict:
+def run_linear(evaluation: Evaluation, share: float, seed: int, folder: Path) -> dict:
     """A linear probe on `share` of every class's training images, by the options LINEAR.*.
 
-    folder: for its log and its state, from which the same probe goes on; None for neither.
+    folder: for its log and its state, from which the same probe goes on.
     Returns its figures. Raises InputError where the folder holds another probe's state.
     """
     cfg = evaluation.cfg.LINEAR
@@ -199,7 +199,7 @@ def _sgd(
     test: Features,
     outputs: int,
     seed: int,
-    folder: Path | None,
+    folder: Path,
 ) -> dict:
     """Train the heads, or go on with them, and choose among the learning rates."""
     cfg, world = evaluation.cfg, evaluation.world
@@ -225,32 +225,29 @@ def _sgd(
         "training images": str(len(used)),
         "training data": source.fingerprint,
     }
-    if folder is not None:
-        _resume(probe, source, settings, folder)
-        distributed.agree(
-            {"the epoch to go on from": probe.epoch}, "put --output_dir where all of them see it"
-        )
+    _resume(probe, source, settings, folder)
+    distributed.agree(
+        {"the epoch to go on from": probe.epoch}, "put --output_dir where all of them see it"
+    )
     sampler = EpochSampler(used.tolist(), recipe.batch, world, seed, probe.epoch, recipe.epochs)
     _train(probe, source, sampler, test, settings, folder)
 
-    chosen, heads = 0, [{"base_lr": lr} for lr in recipe.lrs]
-    figures = {"epochs": recipe.epochs, "batch": recipe.batch}
-    if recipe.has_twins:
-        values, labels = source.plain(held_out.nonzero().flatten())
-        scores = probe.accuracy(values, labels)[0][len(heads) :]
-        sound = probe.finite()
-        usable = [i for i in range(len(heads)) if sound[i] and sound[len(heads) + i]]
-        if not usable:
-            raise InputError(
-                "every learning rate of --sweep made the probe diverge: give lower ones."
-            )
-        chosen = max(usable, key=lambda head: scores[head])
-        figures["held_out_images"] = len(labels)
-        for head, score in zip(heads, scores, strict=True):
-            head["held_out_top1"] = score
+    heads = [{"base_lr": lr} for lr in recipe.lrs]
     for index, head in enumerate(heads):
         head |= _over_epochs(probe.history, index)
-    return {**figures, **heads[chosen], "sweep": heads if recipe.has_twins else []}
+    figures = {"epochs": recipe.epochs, "batch": recipe.batch}
+    if not recipe.has_twins:
+        return {**figures, **heads[0], "sweep": []}
+    values, labels = source.plain(held_out.nonzero().flatten())
+    scores = probe.accuracy(values, labels)[0][len(heads) :]
+    for head, score in zip(heads, scores, strict=True):
+        head["held_out_top1"] = score
+    sound = probe.finite()
+    usable = [i for i in range(len(heads)) if sound[i] and sound[len(heads) + i]]
+    if not usable:
+        raise InputError("every learning rate of --sweep made the probe diverge: give lower ones.")
+    chosen = heads[max(usable, key=scores.__getitem__)]
+    return {**figures, "held_out_images": len(labels), **chosen, "sweep": heads}
 
 
 def _over_epochs(history: list[dict], head: int) -> dict:
@@ -270,13 +267,13 @@ def _train(
     sampler: EpochSampler,
     test: Features,
     settings: dict[str, str],
-    folder: Path | None,
+    folder: Path,
 ) -> None:
     """All epochs that are left: train, test, log, keep the state."""
-    recipe, is_main = probe.recipe, probe.world.is_main
+    recipe = probe.recipe
     every = max(recipe.val_freq, recipe.epochs // LINES)
     batches = source.batches(sampler, probe.width)
-    log = RunLog(folder, probe.epoch, LOG_PREFIX) if folder is not None and is_main else None
+    log = RunLog(folder, probe.epoch, LOG_PREFIX) if probe.world.is_main else None
     while probe.epoch < recipe.epochs:
         loss = probe.train_epoch(batches, sampler.batches_per_epoch).item()
         if isinstance(source, AugmentedImages):
@@ -296,10 +293,9 @@ def _train(
                 suffix = f"_lr{lr:g}" if recipe.has_twins else ""
                 figures |= {f"top1{suffix}": one, f"top5{suffix}": five}
             log.write(probe.epoch, figures)
-        if folder is not None:
-            bad = [asdict(image) for image in _all_bad(source)]
-            state = {"probe": settings, "bad": bad, **probe.state()}
-            distributed.on_main(lambda state=state: checkpoint.save(state, folder / STATE))
+        bad = [asdict(image) for image in _all_bad(source)]
+        state = {"probe": settings, "bad": bad, **probe.state()}
+        distributed.on_main(lambda state=state: checkpoint.save(state, folder / STATE))
         if probe.epoch % every and probe.epoch < recipe.epochs:
             continue
         logger.info(

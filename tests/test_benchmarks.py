@@ -12,7 +12,7 @@ from scipy.io import savemat
 from torchvision.datasets import OxfordIIITPet
 
 from datasets.benchmarks import Counts
-from datasets.fine_grained import DATASETS, build_dataset, load_splits
+from datasets.fine_grained import DATASETS, build_dataset, download, load_splits
 from tests import benchmark_trees as trees
 from utils.errors import InputError
 
@@ -161,10 +161,10 @@ def test_numbers_are_checked_against_the_official_ones(name, tmp_path):
 def test_the_difference_names_only_what_differs(tmp_path):
     trees.cub(tmp_path)
     whole = replace(DATASETS["cub"], counts=Counts(3, 9, 6))
-    assert whole.splits("cub", tmp_path, partial=False, download=False).notes == []
+    assert whole.splits("cub", tmp_path, partial=False).notes == []
     more = replace(whole, counts=Counts(3, 8, 6))
     with pytest.raises(InputError, match=r"has 9 training images, .* has 8 \(1 more\): complete"):
-        more.splits("cub", tmp_path, partial=False, download=False)
+        more.splits("cub", tmp_path, partial=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -335,11 +335,11 @@ def test_other_broken_metadata_are_one_sentence(name, spoil, reason, tmp_path):
 
 ASK = """
 import sys
-from datasets.fine_grained import load_splits
+from datasets.fine_grained import download
 from utils.errors import InputError
 for name in ("aircraft", "flowers", "pets", "cub", "cars"):
     try:
-        load_splits(name, sys.argv[1], download=True)
+        download(name, sys.argv[1])
     except InputError as error:
         print(error)
 """
@@ -372,7 +372,8 @@ def test_a_download_that_fails_is_one_sentence(tmp_path):
 def test_what_is_there_is_not_downloaded(name, tmp_path):
     trees.BUILDERS[name](tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert len(load_splits(name, tmp_path, partial=True, download=True).train) == 9
+    download(name, tmp_path)
+    assert len(load_splits(name, tmp_path, partial=True).train) == 9
     assert sorted(tmp_path.rglob("*")) == before
 
 

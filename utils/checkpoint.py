@@ -166,6 +166,20 @@ def save(checkpoint: dict, path: str | Path) -> None:
             raise OSError(str(error)) from None
 
 
+def save_safetensors(
+    tensors: dict[str, torch.Tensor], facts: dict[str, str], path: str | Path, what: str = "file"
+) -> None:
+    """Write tensors with facts beside them, whole; see `replacing` for `what` and errors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path, what) as temporary:
+        try:
+            save_file(tensors, temporary, facts)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+
 def link_copy(source: str | Path, target: str | Path) -> None:
     """Keep `source` under a second name; a hard link where the file system has them.
 

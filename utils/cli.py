@@ -114,11 +114,9 @@ def parse(
     try:
         config.check(cfg)
     except InputError as error:
-        # People look for what they typed.
-        option = str(error).split(" ", 1)[0]
-        said = [flag for flag, (name, _, _) in face.flags.items() if name == option]
-        typed_flag = next((flag for flag in said if flag in words), None)
-        raise InputError(f"{typed_flag}: {error}" if typed_flag else str(error)) from None
+        # People look for what they typed: the message begins with the option.
+        said = typed.get(str(error).split(" ", 1)[0], "").split(" ", 1)[0]
+        raise InputError(f"{said}: {error}" if said in face.flags else str(error)) from None
     notes = [
         f"{flag} has no meaning here and is ignored: {why}."
         for flag, why in face.no_meaning.items()

@@ -31,6 +31,9 @@ class World:
         return self.rank == 0
 
 
+ALONE = World(0, 1, torch.device("cpu"))  # this process by itself, whatever others there are
+
+
 def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that torchrun or torch.distributed.launch describes, if any.
 
@@ -97,12 +100,6 @@ def stop() -> None:
 
 def _size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if _size() > 1:
-        dist.barrier()
 
 
 def mean(tensor: Tensor) -> Tensor:
