@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from engine.similarity import check, nearest, over_blocks, searchable
-from utils.distributed import World
+from utils.distributed import ALONE, World
 
 TOP = 5
 
@@ -16,7 +16,7 @@ def knn_accuracy(
     query_labels: Tensor,
     ks: list[int],
     temperature: float = 0.07,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> dict[int, tuple[float, float]]:
     """Top-1 and top-5 accuracy in percent, for each k; see `rankings`. query_labels [m] int64."""
     classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
@@ -39,15 +39,14 @@ def rankings(
     ks: list[int],
     temperature: float = 0.07,
     classes: int | None = None,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> dict[int, Tensor]:
     """The best classes of each query, best first: [m, min(5, classes)] int64 for each k.
 
     gallery [n, D], queries [m, D]: features on the CPU of any scale and float type,
     L2-normalised here; gallery_labels [n] int64, below `classes` (by default their largest
-    plus 1). world: the processes that share the work, and the device; None for this process
-    alone, on the CPU. The result is on the CPU, on every process, with the same bits for any
-    number of processes.
+    plus 1). world: the processes that share the work, and the device. The result is on the
+    CPU, on every process, with the same bits for any number of processes.
     A neighbour votes for its class with exp(cosine / temperature) in float32. Ties: neighbours
     by gallery order, classes by index; classes without a vote follow in index order, as in the
     reference. A k above n counts the whole gallery. Raises InputError for features that cannot
@@ -56,9 +55,8 @@ def rankings(
     check(gallery, queries, gallery_labels)
     if classes is None:
         classes = int(gallery_labels.max()) + 1
-    device = world.device if world else torch.device("cpu")
     most = min(max(ks), len(gallery))
-    search = searchable(gallery, queries, most, device)
+    search = searchable(gallery, queries, most, world.device)
 
     def ranked(block: Tensor, _: slice) -> list[Tensor]:
         # Votes are summed on the CPU, in the neighbours' order: a GPU sums in any.
@@ -80,7 +78,7 @@ def best_classes(votes: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 @torch.no_grad()
 def neighbours(
-    gallery: Tensor, queries: Tensor, k: int, world: World | None = None
+    gallery: Tensor, queries: Tensor, k: int, world: World = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Cosines float32 and gallery places int64, [m, min(k, n)], of each query's neighbours.
 
@@ -88,8 +86,7 @@ def neighbours(
     """
     check(gallery, queries)
     k = min(k, len(gallery))
-    device = world.device if world else torch.device("cpu")
-    search = searchable(gallery, queries, k, device)
+    search = searchable(gallery, queries, k, world.device)
     values, places = over_blocks(
         lambda block, _: search.nearest(block, k), queries, len(gallery), world
     )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.knn import TOP, accuracy
 from utils import distributed, seeding
 from utils.distributed import World
 from utils.seeding import derive_seed
@@ -135,7 +136,7 @@ class Probe:
             block = slice(first, min(first + BLOCK_ROWS, rows.stop))
             targets = labels[block].to(self.world.device)[:, None, None]
             logits = self.logits(features[block].to(self.world.device))
-            ranking = logits.topk(min(5, self.recipe.outputs), dim=2).indices
+            ranking = logits.topk(min(TOP, self.recipe.outputs), dim=2).indices
             hits[0] += (logits.argmax(dim=2) == targets[..., 0]).sum(0)
             hits[1] += (ranking == targets).any(2).sum(0)
         top1, top5 = (100 * distributed.total(hits).double() / len(features)).tolist()
@@ -224,6 +225,5 @@ def logistic_scores(train: Tensor, labels: Tensor, test: Tensor, outputs: int, c
 
 def top_accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     """Top-1 and top-5, percent, of scores [m, classes]; a score of -inf is never a hit."""
-    ranking = scores.topk(min(5, scores.shape[1]), dim=1)
-    right = (ranking.indices == labels[:, None]) & ranking.values.isfinite()
-    return tuple(100 * hits.double().mean().item() for hits in (right[:, 0], right.any(1)))
+    ranking = scores.topk(min(TOP, scores.shape[1]), dim=1)
+    return accuracy(ranking.indices.where(ranking.values.isfinite(), -1), labels)

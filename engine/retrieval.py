@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.similarity import Gallery, check, over_blocks, unit
-from utils.distributed import World
+from utils.distributed import ALONE, World
 
 RELEASED_DEPTH = 100
 # Similarities ranked at a time on a CPU: their keys are made in memory that is used again. This
@@ -43,25 +43,25 @@ def measure(
     queries: Tensor,
     query_labels: Tensor,
     first: int = 10,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> Retrieval:
     """Rank the whole gallery for each query; a gallery image of the same label is positive.
 
     gallery [n, D], queries [m, D]: features on the CPU of any scale and float type,
     L2-normalised here; labels int64. first: gallery places to keep, min(first, n) of them.
-    world: the processes that share the work, and the device; None for this process alone, on
-    the CPU. Every process returns the same bits, whatever their number. Ties: gallery order.
+    world: the processes that share the work, and the device. Every process returns the same
+    bits, whatever their number. Ties: gallery order.
     Raises InputError for features that cannot be compared.
     """
     check(gallery, queries, gallery_labels, query_labels)
-    device = world.device if world else torch.device("cpu")
-    search = Gallery(unit(gallery, device))
-    labels, by_label = gallery_labels.to(device).sort(stable=True)
-    targets = query_labels.to(device)
+    search = Gallery(unit(gallery, world.device))
+    labels, by_label = gallery_labels.to(world.device).sort(stable=True)
+    targets = query_labels.to(world.device)
 
     def ranked(block: Tensor, rows: slice) -> list[Tensor]:
         similarity = search.similarity(block)
-        size = max(1, SORTED_ELEMENTS // len(gallery)) if device.type == "cpu" else len(block)
+        on_cpu = world.device.type == "cpu"
+        size = max(1, SORTED_ELEMENTS // len(gallery)) if on_cpu else len(block)
         parts = zip(similarity.split(size), targets[rows].split(size), strict=True)
         found = [ranks_of(part, labels, by_label, target, first) for part, target in parts]
         return [torch.cat(part) for part in zip(*found, strict=True)]

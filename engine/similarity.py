@@ -170,23 +170,22 @@ def over_blocks(
     function: Callable[[Tensor, slice], Iterable[Tensor]],
     queries: Tensor,
     width: int,
-    world: World | None,
+    world: World,
 ) -> list[Tensor]:
     """function(unit queries [b, D], their slice) -> tensors [b, ...], over all blocks of queries.
 
     width: elements that the function holds for a query. world: processes that share the
-    blocks, each with all the features; None for this process alone, on the CPU. Returns the
-    function's tensors for all queries [m, ...], on the CPU, on every process.
+    blocks, each with all the features. Returns the function's tensors for all queries [m, ...],
+    on the CPU, on every process.
     """
     rows = max(1, BLOCK_ELEMENTS // width)
     blocks = [slice(first, first + rows) for first in range(0, len(queries), rows)]
-    device = world.device if world else torch.device("cpu")
 
     def results(block: slice) -> list[Tensor]:
-        return [part.cpu() for part in function(unit(queries[block], device), block)]
+        return [part.cpu() for part in function(unit(queries[block], world.device), block)]
 
-    mine = [blocks[index] for index in share(len(blocks), world)] if world else blocks
+    mine = [blocks[index] for index in share(len(blocks), world)]
     # A process without a block learns the shapes from the first.
     parts = [results(block) for block in mine] or [[part[:0] for part in results(blocks[0])]]
     joined = [torch.cat(part) for part in zip(*parts, strict=True)]
-    return [gather_rows(part) for part in joined] if world else joined
+    return [gather_rows(part) for part in joined] if world.size > 1 else joined

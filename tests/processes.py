@@ -1,7 +1,9 @@
-"""A function called by several gloo processes at once, on the CPU."""
+"""Scripts as processes of their own; functions called by several gloo processes at once."""
 
 import datetime
 import multiprocessing
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,24 @@ import torch.distributed as dist
 
 from utils.distributed import World
 
+ROOT = Path(__file__).parents[1]
 TIMEOUT = datetime.timedelta(seconds=60)
+
+
+def run_python(
+    *words, environment: dict[str, str], code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """`python WORDS`, which must end with this exit code."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
 
 
 def found_by_each(size: int, function: Callable[..., Any], *arguments) -> list[Any]:

@@ -7,7 +7,7 @@ from datasets.loader import Batch
 from engine import build
 from engine.pretrain import Pretraining, Schedules
 from utils import config
-from utils.distributed import World
+from utils.distributed import ALONE
 from utils.optim import build_optimizer
 
 
@@ -45,11 +45,10 @@ def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
     """What main_cmd.py puts together for one process on the CPU."""
     student, teacher = build.networks(cfg)
     objective = build.objective(cfg)
-    world = World(0, 1, torch.device("cpu"))
     images = cfg.TRAIN.BATCH_SIZE_PER_GPU * cfg.TRAIN.ACCUM_STEPS
     return Pretraining(
         cfg=cfg,
-        world=world,
+        world=ALONE,
         student=student,
         wrapped=student,
         teacher=teacher,
@@ -60,7 +59,7 @@ def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
         schedules=Schedules.build(cfg, steps_per_epoch, images),
         steps_per_epoch=steps_per_epoch,
         images_per_step=images,
-        precision=build.precision(cfg, world.device),
+        precision=build.precision(cfg, ALONE.device),
     )
 
 

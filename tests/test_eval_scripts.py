@@ -29,6 +29,7 @@ import eval_retrieval
 from engine import evaluation, feature_cache
 from export import export_backbone
 from tests import benchmark_trees as trees
+from tests.processes import run_python
 from tests.runs import pretraining, small_config
 from utils import checkpoint, cli, distributed, flags
 from utils.errors import run_script
@@ -97,15 +98,7 @@ def refusal(name: str, *words) -> str:
 
 def process(environment: dict, *words, code: int = 0) -> Done:
     """Run a script as a process of its own."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
+    done = run_python(*words, environment=environment, code=code)
     return Done(done.returncode, done.stdout, done.stderr)
 
 

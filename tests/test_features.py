@@ -22,13 +22,12 @@ from engine.features import extract
 from models.registry import BackboneSpec, build_backbone
 from tests.benchmark_trees import save_image
 from tests.processes import found_by_each
-from utils.distributed import World
+from utils.distributed import ALONE, World
 from utils.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 IMAGES, TIMEOUT_SECONDS = 11, 60
 BROKEN = (0, 4, 10)
-ALONE = World(0, 1, torch.device("cpu"))
 # (number of images, batch): full and uneven last batches, fewer batches than processes, one image.
 SIZES = [(11, 4), (8, 4), (11, 11), (11, 1), (1, 4)]
 

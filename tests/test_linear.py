@@ -18,9 +18,8 @@ from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, RandomCrop
 from engine import linear
 from engine.linear import Probe, Recipe
 from tests.processes import found_by_each
-from utils.distributed import World
+from utils.distributed import ALONE, World
 
-ALONE = World(0, 1, torch.device("cpu"))
 CLASSES, WIDTH = 4, 6
 SWEEP = (0.05, 2.0, 20.0)
 

@@ -31,14 +31,13 @@ from models.pretrained import load_backbone
 from tests import benchmark_trees as trees
 from tests.conftest import ROOT
 from tests.test_training import two_processes
-from utils.distributed import World
+from utils.distributed import ALONE
 from utils.errors import run_script
 
 BASE = "--device cpu --num_workers 0 --seed 3 --batch_size_per_gpu 16 --n_last_blocks 2"
 SGD = f"{BASE} --epochs 6 --lr 2"
 CACHED = f"{SGD} --features cached"
 AS_LAUNCHED = f"{SGD} --val_freq 2 --num_labels 1000 EVAL.MAX_BAD 0.09"
-ALONE = World(0, 1, torch.device("cpu"))
 # Of two runs of the same probe only this differs.
 CLOCK = ("seconds",)
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,22 +14,10 @@ import report
 from datasets import synthetic
 from datasets.synthetic_images import DIFFICULTIES
 from engine import pointing
+from tests.processes import run_python
 from utils.errors import run_script
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(*arguments, environment, code: int = 0):
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def test_cells_touch_a_box_where_they_overlap_it():
@@ -64,7 +51,7 @@ def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_pa
     for name in ("checkpoint.pth", "log.txt"):
         (folder / name).symlink_to(trained / name)
     arguments = ("--output_dir", folder, "--gallery", images, "--queries", images, "--k", 3)
-    done = run("report.py", *arguments, environment=environment)
+    done = run_python("report.py", *arguments, environment=environment)
     results = json.loads((folder / "results.json").read_text())
     # Queries are the gallery: each image is its own nearest neighbour, and votes most.
     assert results["knn"]["trained"]["top1"] > 50
@@ -88,7 +75,7 @@ def test_a_report_of_images_without_labels_has_attention_and_no_knn(
         (folder / name).symlink_to(trained / name)
     for path in images.rglob("*.png"):
         (flat / f"{path.parent.name}{path.name}").symlink_to(path)
-    run("report.py", "--output_dir", folder, "--queries", flat, environment=environment)
+    run_python("report.py", "--output_dir", folder, "--queries", flat, environment=environment)
     results = json.loads((folder / "results.json").read_text())
     assert "knn" not in results
     assert results["facts"]["optimizer steps"] == 8
@@ -114,7 +101,7 @@ def test_a_report_refuses_bad_figures(flags, words, trained, images, monkeypatch
 
 def test_a_report_names_what_is_missing(images, environment, tmp_path):
     arguments = ("--output_dir", tmp_path, "--gallery", images, "--queries", images)
-    done = run("report.py", *arguments, environment=environment, code=2)
+    done = run_python("report.py", *arguments, environment=environment, code=2)
     assert done.stderr.startswith("error: there is no checkpoint at")
     assert "Traceback" not in done.stderr
 
@@ -125,7 +112,7 @@ def test_the_random_network_of_a_report_is_the_one_the_run_began_with(
     """A run whose learning rate is 0 ends where it began."""
     pretrain(tmp_path / "still", "TRAIN.EPOCHS 1 TRAIN.BASE_LR 0 TRAIN.MIN_LR 0 SEED 3")
     arguments = ("--output_dir", tmp_path / "still", "--gallery", images, "--queries", images)
-    run("report.py", *arguments, "--k", 3, environment=environment)
+    run_python("report.py", *arguments, "--k", 3, environment=environment)
     knn = json.loads((tmp_path / "still" / "results.json").read_text())["knn"]
     assert knn["trained"] == knn["random_initialisation"]
 
@@ -136,7 +123,7 @@ def test_boxes_reach_the_report(environment, tmp_path, pretrain):
     data, folder = tmp_path / "data", tmp_path / "run"
     pretrain(folder, f"DATA.PATH {data}/train TRAIN.EPOCHS 1 SEED 3")
     arguments = ("--gallery", data / "train", "--queries", data / "val", "--size", 64)
-    run("report.py", "--output_dir", folder, *arguments, environment=environment)
+    run_python("report.py", "--output_dir", folder, *arguments, environment=environment)
     figures = json.loads((folder / "results.json").read_text())["pointing"]
     boxes = synthetic.read_parts(data)
     touching = pointing.cells_touching(
@@ -154,7 +141,7 @@ def test_the_demo_learns(environment, tmp_path):
     lines = [line.split("$(BIN)/python", 1)[1] for line in recipe.splitlines() if "$(BIN)" in line]
     assert len(lines) == 3
     for line in lines:
-        run(*shlex.split(line), environment=environment)
+        run_python(*shlex.split(line), environment=environment)
     results = json.loads((tmp_path / "results.json").read_text())
     gain = results["knn"]["trained"]["top1"] - results["knn"]["random_initialisation"]["top1"]
     assert gain >= 10

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 
 from engine import knn, retrieval, similarity
 from tests.processes import found_by_each
-from utils.distributed import World
+from utils.distributed import ALONE, World
 from utils.errors import InputError
 
 FIGURES = ("rank1", "rank5", "map", "map_at_100_released", "queries_without_positives")
@@ -147,7 +147,7 @@ def test_labels_that_do_not_fit_are_an_error():
         retrieval.measure(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(2))
 
 
-def found_by(world: World | None) -> dict:
+def found_by(world: World) -> dict:
     """All results on features in 9 blocks, and on 2 queries, which are one block."""
     similarity.BLOCK_ELEMENTS, before = 700 * 23, similarity.BLOCK_ELEMENTS
     gallery, queries = features(1, 700, width=96), features(2, 200, width=96)
@@ -183,7 +183,7 @@ def test_any_number_of_processes_finds_the_same_bits(size):
     processes = found_by_each(size, found_by)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = found_by(None)
+    alone = found_by(ALONE)
     torch.set_num_threads(threads)
     assert len(alone["rankings", 200][20]) == 200
     for found in processes:
