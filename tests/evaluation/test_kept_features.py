@@ -1,0 +1,199 @@
+"""Features kept on the disk: used again, refused where they do not fit."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine import evaluation, feature_cache
+from tests.evaluation.runs import (
+    CLASSES,
+    TEST,
+    TRAIN,
+    contents,
+    copy_of,
+    figures,
+    refusal,
+    results,
+    works,
+    write_data,
+)
+from utils import checkpoint, cli, distributed, flags
+
+
+def test_kept_features_are_used_again_with_the_same_figures(basic, knn_dump, tmp_path):
+    folder = copy_of(knn_dump, tmp_path / "kept")
+    before = contents(folder)
+    out = works("knn", basic, f"--dump_features {folder} --nb_knn 1 3 9 500")
+    for split in ("train", "test"):
+        assert f"features of the {split} split: from {folder}/{split}.safetensors" in out
+    assert figures(folder, "knn") == figures(knn_dump, "knn")
+    after = contents(folder)
+    assert all(after[name] == before[name] for name in before if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize("extra", ["", "--pretrained_weights", "--data_path"])
+def test_kept_features_need_neither_checkpoint_nor_images(extra, weights, data, knn_dump, tmp_path):
+    given = {"--pretrained_weights": weights, "--data_path": data, "": ""}[extra]
+    words = f"--load_features {knn_dump} --output_dir {tmp_path} --nb_knn 1 3 9 500 {extra} {given}"
+    works("knn", words)
+    found, wanted = results(tmp_path, "knn"), results(knn_dump, "knn")
+    assert (found["k"], found["classes"]) == (wanted["k"], wanted["classes"])
+    assert ("weights" in found, "data" in found) == (
+        extra == "--pretrained_weights",
+        extra == "--data_path",
+    )
+    assert (tmp_path / "tsne.png").exists()
+
+
+def changed_data(data: Path, to: Path, change: str) -> Path:
+    copy_of(data, to)
+    one = to / "train" / "class0" / "0.jpg"
+    if change == "size":
+        one.write_bytes(one.read_bytes() + b"x")
+    elif change == "more":
+        shutil.copy(one, to / "train" / "class6" / "z.jpg")
+    else:
+        one.rename(to / "train" / "class1" / "z.jpg")
+    return to
+
+
+IMAGES_CHANGED = "the images have changed since: their names, sizes, number or labels"
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "reason"),
+    [
+        ("", "--checkpoint_key student", "their checkpoint_key is teacher, not student"),
+        ("", "--size 24", "their size is 32, not 24"),
+        ("", "EVAL.RESIZE 40", "their resize is 37, not 40"),
+        ("", "--precision bf16", "their precision is fp32, not bf16"),
+        ("weights", "", "they come from another checkpoint (sha256 "),
+        ("size", "", IMAGES_CHANGED),
+        ("more", "", IMAGES_CHANGED),
+        ("label", "", IMAGES_CHANGED),
+        ("damage", "", "is not a feature file, or is damaged"),
+        ("foreign", "", "holds no features that this version wrote"),
+    ],
+)
+def test_stale_features_are_made_again_or_refused(
+    change, words, reason, weights, data, knn_dump, tmp_path
+):
+    folder = copy_of(knn_dump, tmp_path / "kept")
+    path = folder / "train.safetensors"
+    if change == "weights":
+        state = torch.load(weights, weights_only=True)
+        weights = tmp_path / "other.pth"
+        checkpoint.save(state | {"step": 1}, weights)
+    elif change == "damage":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif change == "foreign":
+        save_file({"weight": torch.zeros(3)}, path)
+    elif change:
+        data = changed_data(data, tmp_path / "data", change)
+    line = f"--pretrained_weights {weights} --data_path {data} --nb_knn 3 EVAL.PICTURES false"
+    before = contents(folder)
+    refused = refusal("knn", line, words, f"--load_features {folder}")
+    assert refused.startswith(f"the features in {path} are refused: ")
+    assert reason in refused
+    assert contents(folder) == before
+    out = works("knn", line, words, f"--dump_features {folder} --output_dir {tmp_path}/again")
+    told = f"the features in {path} are made again: "
+    assert reason in next(row for row in out.splitlines() if row.startswith(told))
+    works("knn", line, words, f"--output_dir {tmp_path}/fresh")
+    assert figures(tmp_path / "again", "knn") == figures(tmp_path / "fresh", "knn")
+    assert "made again" not in works("knn", line, words, f"--dump_features {folder}")
+
+
+def test_poolings_are_kept_beside_each_other(basic, knn_dump, tmp_path):
+    folder = copy_of(knn_dump, tmp_path / "kept")
+    before = contents(folder)
+    out = works("knn", basic, f"--dump_features {folder} --pooling mil --output_dir {tmp_path}/mil")
+    assert "made again" not in out
+    assert {"train-mil.safetensors", "test-mil.safetensors"} < set(os.listdir(folder))
+    assert all(contents(folder)[name] == value for name, value in before.items())
+    load = f"--load_features {folder} --nb_knn 10 EVAL.PICTURES false"
+    works("knn", load, f"--pooling mil --output_dir {tmp_path}/again")
+    assert (
+        results(tmp_path / "again", "knn")["k"]["10"]
+        == (results(tmp_path / "mil", "knn")["k"]["10"])
+    )
+    missing = refusal("knn", load, "--pooling mean")
+    assert f"there are no features at {folder}/train-mean.safetensors" in missing
+
+
+def test_features_of_the_last_blocks_serve_knn_and_retrieval(
+    basic, data, weights, knn_dump, retrieval_alone, tmp_path
+):
+    """What the linear probe keeps, with the patches' mean, holds the image feature."""
+    line = f"{basic} --dump_features {tmp_path} --num_workers 0 --device cpu"
+    command = cli.parse("", line.split(), flags.KNN)
+    opened = evaluation.open_evaluation(command, distributed.start("cpu"))
+    for split in ("train", "test"):
+        assert opened.features(split, blocks=2, avgpool_patchtokens=True).widths == [48, 48, 48]
+    before = contents(tmp_path)
+    out = works("knn", line, f"--nb_knn 1 3 9 500 --output_dir {tmp_path}/out")
+    assert out.count("from") == 2
+    works("retrieval", line, f"--output_dir {tmp_path}/out")
+    assert figures(tmp_path / "out", "knn") == figures(knn_dump, "knn")
+    for name in ("rank1", "rank5", "map", "map_at_100_released"):
+        wanted = results(retrieval_alone, "retrieval")[name]
+        assert results(tmp_path / "out", "retrieval")[name] == wanted
+    assert all(contents(tmp_path)[name] == value for name, value in before.items())
+    # But what it lacks is made again.
+    more = opened.source.encoder(command.cfg, 2)
+    assert torch.equal(
+        opened.features("test", blocks=2).values, opened.extract(more, opened.splits.test).values
+    )
+
+
+def test_fewer_blocks_than_wanted_are_extracted_again(basic, knn_dump, tmp_path, capsys):
+    folder = copy_of(knn_dump, tmp_path / "kept")
+    command = cli.parse("", f"{basic} --dump_features {folder} --num_workers 0".split(), flags.KNN)
+    opened = evaluation.open_evaluation(command, evaluation.join(command))
+    assert opened.features("train", blocks=2).values.shape == (CLASSES * TRAIN, 96)
+    assert "made again: they hold the last 1 block" in capsys.readouterr().out
+    assert feature_cache.load(folder / "train.safetensors").widths == [48, 48]
+
+
+def test_features_of_two_networks_are_not_compared(basic, knn_dump, tmp_path):
+    """A dump that was cut short leaves the one split of the one and the other of the other."""
+    works("knn", basic, f"--checkpoint_key student --dump_features {tmp_path}/student")
+    folder = copy_of(knn_dump, tmp_path / "mixed")
+    shutil.copy(tmp_path / "student" / "train.safetensors", folder)
+    before = contents(folder)
+    refusal("knn", f"--load_features {folder} --nb_knn 3 EVAL.PICTURES false")
+    assert contents(folder) == before
+
+
+def test_features_of_two_data_sets_are_not_compared(weights, knn_dump, tmp_path):
+    """As a dump leaves them that failed between the splits."""
+    words = f"--pretrained_weights {weights} --data_path {tmp_path}/data EVAL.PICTURES false"
+    write_data(tmp_path / "data", classes=5)
+    works("knn", words, f"--dump_features {tmp_path}/five")
+    folder = copy_of(knn_dump, tmp_path / "mixed")
+    shutil.copy(tmp_path / "five" / "train.safetensors", folder)
+    line = refusal("knn", f"--load_features {folder} --nb_knn 3 EVAL.PICTURES false")
+    assert "do not belong together" in line
+    assert "classes" in line
+
+
+def test_kept_features_are_held_to_the_share_of_unreadable_images(weights, spoilt, tmp_path):
+    words = f"--pretrained_weights {weights} --data_path {spoilt}/bad EVAL.PICTURES false"
+    words += f" --dump_features {tmp_path}/kept"
+    works("knn", words, "EVAL.MAX_BAD 0.5")
+    assert "4 of 35 images cannot be read, more than EVAL.MAX_BAD 0.1" in refusal(
+        "knn", words, "EVAL.MAX_BAD 0.1"
+    )
+
+
+def test_figures_of_kept_features_say_what_made_them(knn_dump, weights, tmp_path):
+    words = f"--load_features {knn_dump} --output_dir {tmp_path} EVAL.PICTURES false"
+    works("knn", words)
+    known = results(tmp_path, "knn")["features"]
+    sha256 = checkpoint.sha256(weights)
+    assert [known[split]["made_by"]["weights"] for split in ("train", "test")] == [sha256] * 2
+    assert known["test"]["images"] == CLASSES * TEST

@@ -1,0 +1,204 @@
+"""Bad input of the evaluations: one sentence, exit code 2, earlier results untouched."""
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import feature_cache
+from export import export_backbone
+from tests.evaluation.runs import contents, copy_of, figures, process, refusal, results, works
+from tests.processes import ROOT
+from utils import checkpoint
+
+
+def test_a_refusal_of_a_process_is_one_line_and_code_2(environment, data, tmp_path):
+    line = f"eval_retrieval.py --pretrained_weights {tmp_path}/no.pth --data_path {data}"
+    done = process(environment, *line.split(), "--output_dir", tmp_path, code=2)
+    assert done.err == f"error: there is no checkpoint at {tmp_path}/no.pth.\n"
+    assert done.out == ""
+    assert os.listdir(tmp_path) == []
+
+
+BAD = {
+    "no checkpoint": ("--pretrained_weights IN/none.pth", "there is no checkpoint at IN/none.pth."),
+    "no such key": (
+        "--pretrained_weights IN/student.pth",
+        "IN/student.pth has no 'teacher' weights; it has: student.",
+    ),
+    "a key of no network": (
+        "--checkpoint_key tutor",
+        "has no 'tutor' weights; it has: student, teacher.",
+    ),
+    "another arch": ("--arch swin_tiny", "the weights do not fit the network. missing: "),
+    "another arch, with what to do": (
+        "--arch swin_tiny",
+        "By itself the file shows vit_small: without --arch and MODEL.* options that is taken.",
+    ),
+    "another width": (
+        "--arch vit_base",
+        "cls_token is [1, 1, 48] in the file, [1, 1, 768] here",
+    ),
+    "unknown network": ("--pretrained_weights IN/unknown.pth", "none of the known backbones"),
+    "no folder": ("--data_path IN/none", "the data folder IN/none does not exist"),
+    "no split": ("--data_path IN/no_val", "IN/no_val has no val or test folder"),
+    "outside classes": ("--data_path IN/stray", "IN/stray/val has images outside class subfolders"),
+    "unknown classes": (
+        "--data_path IN/classes",
+        "IN/classes/val has classes that IN/classes/train lacks: class3",
+    ),
+    "unreadable images": (
+        "--data_path IN/bad",
+        "images cannot be read, more than EVAL.MAX_BAD 0.01 allows; for instance: the image "
+        "IN/bad/train/class4/0.jpg cannot be read",
+    ),
+    "output below a file": (
+        "--output_dir IN/file/below",
+        "--output_dir IN/file/below cannot be written (Not a directory): choose another.",
+    ),
+    "features below a file": ("--dump_features IN/file/below", "--dump_features IN/file/below"),
+    "no features": (
+        "--load_features IN/stray",
+        "there are no features at IN/stray/train.safetensors: IN/stray holds none.",
+    ),
+    "both features": (
+        "--load_features IN/stray --dump_features IN/stray",
+        "--load_features and --dump_features exclude each other",
+    ),
+    "unknown flag": ("--nb_knnn 3 --spllit x", "unknown argument '--"),
+    "size": ("--size 30", "EVAL.SIZE 30 is not a multiple of 8 pixels"),
+    "resize": ("EVAL.RESIZE 16", "EVAL.RESIZE 16 is less than the centre crop of 32 pixels"),
+    "precision": ("--precision fp16", "EVAL.PRECISION fp16 needs a GPU"),
+    "pooling": ("--pooling max", "EVAL.POOLING must be one of default, mean, mil, not 'max'."),
+    "partial": ("--dataset cub", "cub was not found in "),
+    "unknown data set": ("--dataset birds", "there is no data set 'birds'"),
+}
+
+
+@pytest.mark.parametrize("name", ["knn", "retrieval"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_leaves_earlier_results(name, case, basic, spoilt, tmp_path):
+    words, expected = BAD[case]
+    for file in ("knn.json", "retrieval.json", "classes.png"):
+        (tmp_path / file).write_text("earlier")
+    before = contents(spoilt)
+    line = refusal(name, basic, f"--output_dir {tmp_path}", words.replace("IN/", f"{spoilt}/"))
+    assert expected.replace("IN/", f"{spoilt}/") in line
+    assert contents(tmp_path) == dict.fromkeys(
+        ("knn.json", "retrieval.json", "classes.png"), b"earlier"
+    )
+    assert contents(spoilt) == before
+
+
+@pytest.mark.parametrize("name", ["knn", "retrieval"])
+def test_what_must_be_given_is_asked_for(name, weights, data):
+    assert refusal(name, f"--data_path {data}") == "no network: give --pretrained_weights."
+    assert refusal(name, f"--pretrained_weights {weights}") == "no images: give --data_path."
+
+
+@pytest.mark.parametrize("words", ["--nb_knn", "--nb_knn 0", "--nb_knn 1.5", "--temperature 0"])
+def test_bad_figures_are_one_sentence(words, basic):
+    assert refusal("knn", basic, words)
+
+
+@contextlib.contextmanager
+def full_disk(limit: int):
+    """No file may grow beyond `limit` bytes, as on a disk with no more room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"),
+    [(100, "knn.json"), (25_000, "classes.png"), (100, "train.safetensors")],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_earlier_files(
+    limit, what, weights, data, knn_dump, tmp_path
+):
+    folder = copy_of(knn_dump, tmp_path / "out")
+    (folder / "classes.png").write_text("earlier")
+    words = f"--pretrained_weights {weights} --data_path {data} --dump_features {folder}"
+    if what == "train.safetensors":
+        words += " --checkpoint_key student"
+    before = contents(folder)
+    with full_disk(limit):
+        line = refusal("knn", words)
+    assert f"{folder}/{what} could not be written: " in line
+    after = contents(folder)
+    if what == "classes.png":
+        assert after.pop("knn.json") != before.pop("knn.json"), "the figures came first"
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["knn", "retrieval", "linear"])
+def test_a_network_that_has_diverged_is_one_sentence(name, weights, data, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    state["teacher"]["backbone.norm.weight"][3] = torch.nan
+    checkpoint.save(state, tmp_path / "nan.pth")
+    line = f"--pretrained_weights {tmp_path}/nan.pth --data_path {data} --output_dir {tmp_path}/out"
+    line += " --n_last_blocks 1" * (name == "linear")
+    assert "infinite or undefined values" in refusal(name, line)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_reader_that_has_seen_enough_stops_no_evaluation(basic, environment, tmp_path):
+    command = [sys.executable, "eval_knn.py", *basic.split(), "--output_dir", str(tmp_path)]
+    command += ["--device", "cpu", "--num_workers", "0", "EVAL.PICTURES", "false"]
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    started.stdout.close()
+    errors = started.stderr.read()
+    assert (started.wait(timeout=120), errors) == (0, b"")
+    assert results(tmp_path, "knn")["k"]
+
+
+def test_an_option_out_of_range_is_named_as_it_was_typed(basic):
+    assert refusal("knn", basic, "--nb_knn 0").startswith("--nb_knn: KNN.KS must be at least 1")
+    assert refusal("knn", basic, "KNN.KS 0").startswith("KNN.KS must be at least 1")
+
+
+def test_an_export_is_evaluated_as_its_source(weights, data, tmp_path):
+    """An export of ours says its image size and layout, which its shapes do not."""
+    facts = export_backbone(weights, tmp_path / "out.safetensors", "timm")
+    assert facts["image_size"] == "32"
+    found = []
+    for name, file in (("source", weights), ("export", tmp_path / "out.safetensors")):
+        words = f"--pretrained_weights {file} --data_path {data} --output_dir {tmp_path}/{name}"
+        works("knn", words, "EVAL.PICTURES false")
+        found.append((figures(tmp_path / name, "knn"), results(tmp_path / name, "knn")))
+    assert found[0][0] == found[1][0]
+    sizes = [known["image_size"] for _, known in found]
+    assert sizes[0] == sizes[1] == {"crop": 32, "resize": 37}
+
+
+def test_a_folder_for_features_that_cannot_be_is_told_before_the_work(basic, spoilt, tmp_path):
+    """Before any image is read: extraction may take hours."""
+    words = f"--data_path {spoilt}/bad --output_dir {tmp_path}"
+    line = refusal("knn", basic, words, f"--dump_features {spoilt}/file/below")
+    assert f"--dump_features {spoilt}/file/below cannot be written" in line
+
+
+def test_a_mistyped_folder_of_features_is_not_made(tmp_path):
+    assert "there are no features at" in refusal("knn", f"--load_features {tmp_path}/typo")
+    assert os.listdir(tmp_path) == []
+
+
+def test_features_are_the_labels_own(knn_dump, data):
+    """Paths, labels and classes of a file belong together."""
+    held = feature_cache.load(knn_dump / "test.safetensors")
+    assert isinstance(held.values, Tensor)
+    named = [held.classes[label] for label in held.labels.tolist()]
+    assert named == [path.split("/")[0] for path in held.paths]
+    assert all((Path(held.root) / path).is_file() for path in held.paths)
+    assert held.root == f"{data}/val"
