@@ -43,7 +43,7 @@ def measure(
         "feature_rank": effective_rank(teacher.image_features),
     }
     q = image_targets(teacher, centres.image, teacher_temp).log_probabilities().exp()
-    marginal = torch.special.entr(q.mean((0, 1))).sum()
+    marginal = torch.special.entr(q.mean(0)).sum()
     figures["teacher_information"] = marginal - entropy.mean()
     if centres.region is not None:
         figures["region_centre_norm"] = centres.region.norm()

@@ -1,20 +1,24 @@
 """Cross-entropy of students against soft targets over K prototypes, in chunks.
 
 Every CMD term but one is of this form. The plain computation holds a [rows, K] matrix for
-each student, each target and each gradient; this one holds two for one chunk of images and
-never gathers a target, because targets meet students only in inner products. With A[s, t]
-the weight of teacher row t in the target of student row s, q_t the teacher's distributions
-and z_s = W e_s / tau the student's logits:
+each student, each target and each gradient; this one holds two for one chunk of rows and never
+gathers a target, because targets meet students only in inner products. With w_sm the weight of
+the m-th match t(s, m) of student row s, q_t the teacher's distributions, z_s = W e_s / tau the
+student's logits and r_s = sum_m w_sm:
 
-    loss    = sum_s w_s logsumexp(z_s) - sum_st A_st q_t . z_s          (w_s = sum_t A_st)
-            = sum_s w_s logsumexp(z_s) - sum_s (A (q W))_s . e_s / tau
-    dE      = ( w * softmax(z) W - A (q W) ) / tau
-    dW      = ( softmax(z)^T (w * E) - q^T (A^T E) ) / tau
+    loss = sum_s r_s logsumexp(z_s) - sum_sm w_sm q_t(s,m) . z_s
+         = sum_s r_s logsumexp(z_s) - sum_s pulled_s . e_s / tau
+    dE   = ( r * softmax(z) W - pulled ) / tau
+    dW   = ( softmax(z)^T (r * E) - q^T pushed ) / tau
 
-so q enters through q W [T, d] and q^T (A^T E) [K, d] alone. Gradients are made in the forward
-pass, where the chunk's matrices exist, and are K x d and rows x d in size.
+with pulled_s = sum_m w_sm (q W)_t(s,m) and pushed_t = the sum of w_sm e_s over all t(s,m) = t. So
+q enters through q W [T, d] and q^T pushed [K, d] alone, and teachers and students go through
+the prototypes once each, one chunk after the other. Gradients are made in the forward pass, where
+the chunk's matrices exist, and are K x d and rows x d in size.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +26,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-# Elements of one [rows, K] matrix of a chunk: 2^25 float32 are 128 MiB.
-CHUNK_ELEMENTS = 2**25
+# Elements of one [rows, K] matrix of a chunk. On a CPU 32 MiB of float32, which its caches about
+# hold; elsewhere 256 MiB, for large products.
+CHUNK_ELEMENTS = {"cpu": 2**23, "accelerator": 2**26}
+# Fewer rows than this make a product so thin that reading the prototypes is all it does.
+LEAST_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Targets:
     """Teacher rows as distributions: softmax((embeddings @ prototypes.T - centre) / temperature).
 
-    embeddings [B, T, d]; prototypes [K, d]; centre [K] or None; no gradient reaches them.
+    embeddings [..., d]; prototypes [K, d]; centre [K] or None; no gradient reaches them.
     """
 
     embeddings: Tensor
@@ -38,12 +45,14 @@ class Targets:
     temperature: float
     centre: Tensor | None = None
 
-    def log_probabilities(self, images: slice = slice(None)) -> Tensor:
-        """log q of the chosen images [b, T, K]."""
-        logits = self.embeddings[images] @ self.prototypes.T
-        if self.centre is not None:
-            logits = logits - self.centre
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+    def log_probabilities(self) -> Tensor:
+        """log q [..., K], all at once: for few rows."""
+        return torch.log_softmax(self.logits(self.embeddings), dim=-1)
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Centred logits over the temperature [..., K] of rows [..., d] of this teacher."""
+        logits = (embeddings / self.temperature) @ self.prototypes.T
+        return logits if self.centre is None else logits.sub_(self.centre / self.temperature)
 
 
 def soft_cross_entropy(
@@ -51,16 +60,21 @@ def soft_cross_entropy(
     prototypes: Tensor,
     temperature: float,
     targets: Targets,
-    assignment: Tensor,
+    matches: Tensor,
+    weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """sum_{b,s,t} A[b,s,t] CE(q[b,t], softmax(W e[b,s] / temperature)), and the entropy of q.
+    """sum_{s,m} w[s,m] CE(q[t[s,m]], softmax(W e[s] / temperature)), and the entropy of q.
 
-    students: embeddings [B, S, d]; prototypes: W [K, d]; assignment: A [B, S, T], fixed.
-    Returns the loss, a scalar with gradient to students and prototypes, and the targets'
-    entropies [B, T] in nats, without gradient. float32 (or float64 throughout), whatever
-    autocast says: half-precision logits are too coarse at a teacher's temperature.
+    students: embeddings [S, d]; prototypes: W [K, d]; targets: of T rows; matches: t [S, M],
+    int64, rows of the targets; weights: w [S, M], fixed. Returns the loss, a scalar with
+    gradient to students and prototypes, and the targets' entropies [T] in nats, without
+    gradient. Values are kept in float32 (or float64 throughout), whatever autocast says:
+    half-precision logits are too coarse at a teacher's temperature. Under autocast the products'
+    inputs are rounded (see `fast_products`).
     """
-    with torch.autocast(students.device.type, enabled=False):
+    device = students.device.type
+    fast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False), fast_products(device, fast):
         students, prototypes = _at_least_float32(students), _at_least_float32(prototypes)
         frozen = Targets(
             _at_least_float32(targets.embeddings.detach()),
@@ -68,13 +82,41 @@ def soft_cross_entropy(
             targets.temperature,
             None if targets.centre is None else targets.centre.detach(),
         )
-        return _SoftCrossEntropy.apply(
-            students, prototypes, temperature, frozen, assignment.detach().to(students.dtype)
-        )
+        weights = weights.detach().to(students.dtype)
+        return _SoftCrossEntropy.apply(students, prototypes, temperature, frozen, matches, weights)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@contextlib.contextmanager
+def fast_products(device: str, enabled: bool) -> Iterator[None]:
+    """Within it, products of float32 matrices round their inputs and keep float32 results.
+
+    To TF32 (11 significant bits) on a GPU, to bfloat16 (8) on a CPU with instructions for it.
+    What rounding unit vectors does to a logit is 1e-4 at most: half-precision results would do
+    thirty times that.
+    """
+    backend, kind = torch.backends.mkldnn.matmul, "bf16"
+    if device == "cuda":
+        backend, kind = torch.backends.cuda.matmul, "tf32"
+    if not enabled:
+        yield
+        return
+    before = backend.fp32_precision
+    backend.fp32_precision = kind
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def _chunks(rows: int, prototypes: Tensor) -> list[slice]:
+    """Rows 0 .. rows - 1 in chunks whose [rows, K] matrices have about CHUNK_ELEMENTS."""
+    elements = CHUNK_ELEMENTS["cpu" if prototypes.device.type == "cpu" else "accelerator"]
+    step = max(LEAST_ROWS, elements // len(prototypes))
+    return [slice(first, first + step) for first in range(0, rows, step)]
 
 
 class _SoftCrossEntropy(Function):
@@ -85,55 +127,94 @@ class _SoftCrossEntropy(Function):
         prototypes: Tensor,
         temperature: float,
         targets: Targets,
-        assignment: Tensor,
+        matches: Tensor,
+        weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         wants_students, wants_prototypes = ctx.needs_input_grad[:2]
-        batch, rows = students.shape[:2]
-        widest = max(rows, targets.embeddings.shape[1]) * len(prototypes)
-        step = max(1, CHUNK_ELEMENTS // widest)
-        loss = students.new_zeros(())
-        entropies = []
         grad_students = torch.empty_like(students) if wants_students else None
         grad_prototypes = torch.zeros_like(prototypes) if wants_prototypes else None
+        buffers = _Buffers()
 
-        for first in range(0, batch, step):
-            chunk = slice(first, first + step)
-            embeddings, weights = students[chunk], assignment[chunk]
-            row_weight = weights.sum(-1, keepdim=True)
-
-            log_q = targets.log_probabilities(chunk)
-            q = log_q.exp()
-            entropies.append(-(q * log_q).sum(-1))
-            del log_q
-            pulled = weights @ (q @ prototypes)
-
-            logits = embeddings @ prototypes.T / temperature
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += (row_weight * log_normaliser).sum() - (pulled * embeddings).sum() / temperature
-            if not (wants_students or wants_prototypes):
-                continue
-            p = logits.sub_(log_normaliser).exp_()
-            if wants_students:
-                grad_students[chunk] = row_weight * (p @ prototypes) - pulled
+        # The teacher's rows: q W, q^T pushed and the entropies.
+        rows = targets.embeddings
+        entropies, target_means = rows.new_empty(len(rows)), torch.empty_like(rows)
+        pushed = torch.zeros_like(rows)
+        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
+            pushed.index_add_(0, match, weight[:, None] * students)
+        for chunk in _chunks(len(rows), prototypes):
+            logits = buffers.logits(rows[chunk] / targets.temperature, targets.prototypes)
+            if targets.centre is not None:
+                logits.sub_(targets.centre / targets.temperature)
+            q, normaliser = buffers.softmax(logits)
+            entropies[chunk] = normaliser - torch.linalg.vecdot(q, logits)
+            target_means[chunk] = q @ prototypes
             if wants_prototypes:
-                grad_prototypes.addmm_(p.flatten(0, 1).T, (row_weight * embeddings).flatten(0, 1))
-                grad_prototypes.addmm_(
-                    q.flatten(0, 1).T, (weights.mT @ embeddings).flatten(0, 1), alpha=-1
-                )
+                grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
 
-        ctx.save_for_backward(
-            *(None if g is None else g.div_(temperature) for g in (grad_students, grad_prototypes))
-        )
-        entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        return loss, entropy
+        # The student's.
+        totals = weights.sum(1)
+        pulled = torch.zeros_like(students)
+        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
+            pulled.addcmul_(weight[:, None], target_means[match])
+        loss = -(pulled * students).sum() / temperature
+        for chunk in _chunks(len(students), prototypes):
+            total = totals[chunk]
+            logits = buffers.logits(students[chunk] / temperature, prototypes)
+            p, normaliser = buffers.softmax(logits)
+            loss += total @ normaliser
+            if wants_students:
+                grad_students[chunk] = total[:, None] * (p @ prototypes)
+            if wants_prototypes:
+                grad_prototypes.addmm_(p.T, total[:, None] * students[chunk])
+        if wants_students:
+            grad_students.sub_(pulled).div_(temperature)
+        if wants_prototypes:
+            grad_prototypes.div_(temperature)
+
+        ctx.gradients = grad_students, grad_prototypes
+        ctx.mark_non_differentiable(entropies)
+        return loss, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, _grad_entropy: Tensor):
+        if ctx.gradients is None:
+            raise RuntimeError("soft_cross_entropy keeps its gradients for one backward pass")
+        # In place, K x d being large; and so once.
+        gradients, ctx.gradients = ctx.gradients, None
         return (
-            *(None if g is None else g * grad_loss for g in ctx.saved_tensors),
+            *(None if g is None else g.mul_(grad_loss) for g in gradients),
+            None,
             None,
             None,
             None,
         )
+
+
+class _Buffers:
+    """The two [rows, K] matrices of a chunk, used again for the next one.
+
+    On a CPU fresh memory of this size costs as much as what is computed in it; elsewhere the
+    allocator keeps it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def _get(self, name: str, like: Tensor, rows: int, columns: int) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < rows or kept.shape[1] != columns:
+            kept = self._kept[name] = like.new_empty(rows, columns)
+        return kept[:rows]
+
+    def logits(self, embeddings: Tensor, prototypes: Tensor) -> Tensor:
+        """embeddings [r, d] @ prototypes.T [d, K]."""
+        out = self._get("logits", embeddings, len(embeddings), len(prototypes))
+        return torch.mm(embeddings, prototypes.T, out=out)
+
+    def softmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax(logits) [r, K] and logsumexp(logits) [r]."""
+        probabilities = self._get("softmax", logits, *logits.shape)
+        torch.softmax(logits, dim=-1, out=probabilities)
+        # Of the largest logit z: log p = z - logsumexp, and p is at least 1 / K.
+        return probabilities, logits.amax(-1) - probabilities.amax(-1).log()

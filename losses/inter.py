@@ -27,21 +27,20 @@ def student_loss(
     what decides the class) unless train_bag (CMD.LS_GRAD = both).
     """
     pairs = pair_weights(teacher_views, student.count, student.image_embeddings)
-    view_weights = pairs.sum(dim=1) / student.batch  # [V]
-    images = image_major(student.image_embeddings, student.batch)
-    bags = image_major(student.bag_embeddings, student.batch)
+    weights = pairs.sum(dim=1).repeat_interleave(student.batch) / student.batch  # [V * B]
     if train_bag:
-        log_p = _log_softmax(images, student.image_prototypes, student_temp)
-        log_bag = _log_softmax(bags, student.region_prototypes, student_temp)
-        return (view_weights * kl_divergence(log_bag, log_p)).sum()
+        log_p = _log_softmax(student.image_embeddings, student.image_prototypes, student_temp)
+        log_bag = _log_softmax(student.bag_embeddings, student.region_prototypes, student_temp)
+        return weights @ kl_divergence(log_bag, log_p)
     cross_entropy, entropy = soft_cross_entropy(
-        images,
+        student.image_embeddings,
         student.image_prototypes,
         student_temp,
-        Targets(bags, student.region_prototypes, student_temp),
-        torch.diag(view_weights).expand(student.batch, -1, -1),
+        Targets(student.bag_embeddings, student.region_prototypes, student_temp),
+        torch.arange(len(weights), device=weights.device)[:, None],
+        weights[:, None],
     )
-    return cross_entropy - (view_weights * entropy).sum()
+    return cross_entropy - weights @ entropy
 
 
 def _log_softmax(embeddings: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
@@ -141,7 +140,8 @@ def cross_view(
     """L_T, cross: KL( q^I_j || softmax((z^B_i - c_B) / tau_s) ), j the other view (ours)."""
     log_q = image_targets(teacher, centre, teacher_temp).log_probabilities().detach()
     log_bag = _bag_log_probabilities(teacher, bag_centre, student_temp)
-    return kl_divergence(log_q.flip(1), log_bag).mean()
+    # Crop-major rows: the other of the two views is half of them away.
+    return kl_divergence(log_q.roll(teacher.batch, dims=0), log_bag).mean()
 
 
 @in_full_precision
@@ -153,9 +153,8 @@ def same_view(teacher: Views, centre: Tensor, bag_centre: Tensor, teacher_temp: 
 
 
 def _bag_log_probabilities(teacher: Views, bag_centre: Tensor, temperature: float) -> Tensor:
-    """[B, I, K], with gradient to the bags and so to the pooling."""
-    bags = image_major(teacher.bag_embeddings, teacher.batch)
-    logits = bags @ teacher.region_prototypes.detach().T
+    """[I * B, K], with gradient to the bags and so to the pooling."""
+    logits = teacher.bag_embeddings @ teacher.region_prototypes.detach().T
     return F.log_softmax((logits - bag_centre) / temperature, dim=-1)
 
 

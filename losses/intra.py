@@ -10,7 +10,7 @@ from torch import Tensor
 
 from losses.cross_entropy import soft_cross_entropy
 from losses.targets import image_targets, region_targets
-from utils.views import Views, image_major, in_full_precision
+from utils.views import Views, in_full_precision
 
 
 def pair_weights(teacher_views: int, student_views: int, like: Tensor) -> Tensor:
@@ -25,16 +25,25 @@ def image_loss(
 ) -> tuple[Tensor, Tensor]:
     """L_I = mean over pairs of CE(q^I_i, p^I_v); DINO's loss.
 
-    Returns the loss (scalar) and the entropy of each q^I [B, I] in nats, without gradient.
+    Returns the loss (scalar) and the entropy of each q^I [I * B], crop-major, in nats, without
+    gradient.
     """
-    weights = pair_weights(teacher.count, student.count, student.image_embeddings)
+    pairs = pair_weights(teacher.count, student.count, student.image_embeddings)
+    batch = student.batch
     return soft_cross_entropy(
-        image_major(student.image_embeddings, student.batch),
+        student.image_embeddings,
         student.image_prototypes,
         student_temp,
         image_targets(teacher, centre, teacher_temp),
-        (weights / student.batch).expand(student.batch, -1, -1),
+        teacher_rows(teacher, student.count).flatten(0, 1),
+        (pairs / batch).repeat_interleave(batch, dim=0),
     )
+
+
+def teacher_rows(teacher: Views, student_views: int) -> Tensor:
+    """[V, B, I]: for each student view of each image, the image's row in each teacher view."""
+    rows = torch.arange(teacher.count * teacher.batch, device=teacher.image_embeddings.device)
+    return rows.view(teacher.count, teacher.batch).T.expand(student_views, -1, -1)
 
 
 def region_loss(
@@ -51,28 +60,31 @@ def region_loss(
     features, to student patch n. attention_mix: patch n of a view counts ½/N + ½ a_n instead
     of 1/N, with the student's attention fixed (CMD.REGION_WEIGHT = mix, ours).
     """
-    pairs = pair_weights(teacher.count, student.count, student.image_embeddings)
-    embeddings, features, weights = [], [], []
+    (teacher_patches,) = teacher.patch_embeddings
+    pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
+    own_rows = teacher_rows(teacher, student.count)
+    matches, weights = [], []
     first = 0
     for group, patches in enumerate(student.patch_embeddings):
-        views, count = len(patches) // student.batch, patches.shape[1]
-        embeddings.append(image_major(patches, student.batch).flatten(1, 2))
-        features.append(image_major(student.patch_features[group], student.batch).flatten(1, 2))
-        share = patches.new_full((len(patches), count), 1 / count)
+        views = len(patches) // student.batch
+        these = slice(first, first + views)
+        best = match_patches(student.patch_features[group], teacher)  # [V_g * B, N, I]
+        # Patch m of the teacher's row t stands in row t * N + m of its patches.
+        start = own_rows[these].flatten(0, 1)[:, None] * teacher_patches.shape[1]
+        matches.append((start + best).flatten(0, 1))
+        share = patches.new_full(patches.shape[:2], 1 / patches.shape[1])
         if attention_mix:
             share = (share + student.log_attention[group].detach().exp()) / 2
-        share = image_major(share, student.batch)  # [B, views, N]
-        pair = pairs[first : first + views]
-        weights.append((share[..., None] * pair[:, None]).flatten(1, 2))
+        pair = pairs[these].repeat_interleave(student.batch, dim=0)  # [V_g * B, I]
+        weights.append((share[..., None] * pair[:, None]).flatten(0, 1))
         first += views
-    rows = torch.cat(embeddings, dim=1)
-    matches = match_patches(torch.cat(features, dim=1), teacher)
     loss, _ = soft_cross_entropy(
-        rows,
+        torch.cat([patches.flatten(0, 1) for patches in student.patch_embeddings]),
         student.region_prototypes,
         student_temp,
         region_targets(teacher, centre, teacher_temp),
-        _assignment(matches, torch.cat(weights, dim=1) / student.batch, teacher),
+        torch.cat(matches),
+        torch.cat(weights),
     )
     return loss
 
@@ -80,20 +92,15 @@ def region_loss(
 @torch.no_grad()
 @in_full_precision
 def match_patches(student_features: Tensor, teacher: Views) -> Tensor:
-    """m*(n): for each student patch [B, S, D], its best patch in each teacher view: [B, S, I].
+    """m*(n): for each patch of student views [V * B, N, D], its best patch in each teacher view.
 
-    Highest cosine of backbone features; the first of equals.
+    [V * B, N, I], int64. Highest cosine of backbone features; the first of equals.
     """
     (features,) = teacher.patch_features
-    patches = F.normalize(image_major(features, teacher.batch).float(), dim=-1)  # [B, I, N, D]
-    queries = F.normalize(student_features.float(), dim=-1)
-    return torch.einsum("bsd,bind->bsin", queries, patches).argmax(dim=-1)
-
-
-def _assignment(matches: Tensor, weights: Tensor, teacher: Views) -> Tensor:
-    """Matches [B, S, I] with weights [B, S, I] -> A [B, S, I * N], one entry a match."""
-    (patches,) = teacher.patch_embeddings
-    count = patches.shape[1]
-    table = weights.new_zeros(*matches.shape, count)
-    table.scatter_(-1, matches[..., None], weights[..., None])
-    return table.flatten(2)
+    # Images first, and one product for each: [B, V * N, D] and [B, I * M, D].
+    views, batch = len(student_features) // teacher.batch, teacher.batch
+    queries = F.normalize(student_features.float(), dim=-1).unflatten(0, (views, batch))
+    patches = F.normalize(features.float(), dim=-1).unflatten(0, (teacher.count, batch))
+    cosines = queries.transpose(0, 1).flatten(1, 2) @ patches.transpose(0, 1).flatten(1, 2).mT
+    best = cosines.unflatten(2, (teacher.count, -1)).argmax(dim=-1)  # [B, V * N, I]
+    return best.unflatten(1, (views, -1)).transpose(0, 1).flatten(0, 1)

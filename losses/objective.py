@@ -24,7 +24,7 @@ class Objective:
 
     Calling it on student views, teacher views, centres and the teacher's temperature gives
     (total, terms, entropy): a scalar with gradient; each active term by its name (L_I, L_R,
-    L_S, L_T; T, S for released), detached and unweighted; the entropy [B, I] of the teacher's
+    L_S, L_T; T, S for released), detached and unweighted; the entropy [I * B] of the teacher's
     image distributions in nats.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losses.intra import pair_weights
 from losses.targets import image_targets, region_targets
-from utils.views import Views, image_major, in_full_precision
+from utils.views import Views, in_full_precision
 
 
 def kl_mean_before_2022(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -38,27 +38,24 @@ def released_terms(
     T = klmean(input q^I_i, target sum_m q_{i,m}); S = klmean(input z_v / tau_s, target
     sum_n z_{v,n} / tau_s). Holds [B, V, K].
     """
-    pairs = pair_weights(teacher.count, student.count, student.image_embeddings)
+    pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
     q_image = image_targets(teacher, centre, teacher_temp).log_probabilities().detach().exp()
     q_sums = _sum_of_region_targets(teacher, region_centre, teacher_temp)
-    teacher_term = kl_mean_before_2022(q_image, q_sums)  # [B, I]
+    teacher_term = kl_mean_before_2022(q_image, q_sums)  # [I * B]
 
-    images = image_major(student.image_embeddings, student.batch) @ student.image_prototypes.T
+    images = student.image_embeddings @ student.image_prototypes.T
     sums = torch.cat([patches.sum(1) for patches in student.patch_embeddings])
-    regions = image_major(sums, student.batch) @ student.region_prototypes.T
-    student_term = kl_mean_before_2022(images / student_temp, regions / student_temp)  # [B, V]
+    regions = sums @ student.region_prototypes.T
+    student_term = kl_mean_before_2022(images / student_temp, regions / student_temp)  # [V * B]
     return (
-        (teacher_term.mean(0) * pairs.sum(0)).sum(),
-        (student_term.mean(0) * pairs.sum(1)).sum(),
+        teacher_term @ pairs.sum(0).repeat_interleave(student.batch),
+        student_term @ pairs.sum(1).repeat_interleave(student.batch),
     )
 
 
 @torch.no_grad()
 def _sum_of_region_targets(teacher: Views, centre: Tensor, temperature: float) -> Tensor:
-    """sum_m q_{i,m} [B, I, K], one image at a time."""
+    """sum_m q_{i,m} [I * B, K], one view of one image at a time."""
+    (patches,) = teacher.patch_embeddings
     targets = region_targets(teacher, centre, temperature)
-    sums = [
-        targets.log_probabilities(slice(b, b + 1)).exp().unflatten(1, (teacher.count, -1)).sum(2)
-        for b in range(teacher.batch)
-    ]
-    return torch.cat(sums)
+    return torch.stack([torch.softmax(targets.logits(view), dim=-1).sum(0) for view in patches])

@@ -9,24 +9,18 @@ from torch import Tensor, nn
 
 from losses.cross_entropy import Targets
 from utils import distributed
-from utils.views import Views, image_major
+from utils.views import Views
 
 
 def image_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
-    """q^I of the image-level views: T = the teacher's crops, per image."""
-    return Targets(
-        image_major(teacher.image_embeddings, teacher.batch),
-        teacher.image_prototypes,
-        temperature,
-        centre,
-    )
+    """q^I of the image-level views, crop-major: I * B rows."""
+    return Targets(teacher.image_embeddings, teacher.image_prototypes, temperature, centre)
 
 
 def region_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
-    """q of all patches of the image-level views: T = crops x patches, per image."""
+    """q of all patches of the image-level views, crop-major: I * B * N rows."""
     (patches,) = teacher.patch_embeddings
-    rows = image_major(patches, teacher.batch).flatten(1, 2)
-    return Targets(rows, teacher.region_prototypes, temperature, centre)
+    return Targets(patches.flatten(0, 1), teacher.region_prototypes, temperature, centre)
 
 
 class Centres(nn.Module):
