@@ -1,0 +1,436 @@
+"""Multi-crop on whole batches: PIL's pixels, MultiCrop's distributions, no leaks."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from scipy import stats
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from datasets.batched import (
+    DRAWS,
+    NUMBER_OF_DRAWS,
+    BatchedMultiCrop,
+    CropParameters,
+    Images,
+    resize_by_products,
+    resize_one_by_one,
+)
+from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
+from datasets.synthetic_images import SyntheticConfig, render
+from utils.errors import InputError
+from utils.seeding import derive_seed
+
+OFF = {
+    "color_jitter_prob": 0.0,
+    "grey_prob": 0.0,
+    "flip_prob": 0.0,
+    "solarise_prob": 0.0,
+    "blur_prob": (0.0, 0.0, 0.0),
+}
+# (height, width): crops of 40 and 24 pixels of these are made larger and smaller.
+SIZES = [(150, 210), (33, 27), (64, 64), (12, 160), (180, 20), (7, 9)]
+RESIZES = [resize_one_by_one, resize_by_products]
+JITTER = ("brightness", "contrast", "saturation", "hue")
+ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+# Of a test of a true hypothesis; the seeds are fixed, so a pass is a pass for ever.
+LEAST_P = 1e-3
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Coarse colours with fine noise on them."""
+    rng = np.random.default_rng((seed, height, width))
+    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    noisy = smooth + rng.normal(0, 8, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def batch(pictures: list[Image.Image], padding: int = 90, extra: int = 0) -> Images:
+    height, width = (max(p.size[axis] for p in pictures) + extra for axis in (1, 0))
+    pixels = torch.full((len(pictures), 3, height, width), padding, dtype=torch.uint8)
+    for into, p in zip(pixels, pictures, strict=True):
+        into[:, : p.height, : p.width] = F.pil_to_tensor(p)
+    return Images(pixels, [(p.height, p.width) for p in pictures])
+
+
+def multicrop(**changed) -> BatchedMultiCrop:
+    sizes = {"global_crops_size": 40, "local_crops_number": (4,), "local_crops_size": (24,)}
+    return BatchedMultiCrop(**{**sizes, **changed})
+
+
+def draws(crops: BatchedMultiCrop, number: int, first: int = 0) -> torch.Tensor:
+    return torch.stack([crops.draw(seed) for seed in range(first, first + number)])
+
+
+def decided(crops: BatchedMultiCrop, size: tuple[int, int], number: int) -> CropParameters:
+    return crops.parameters([size] * number, draws(crops, number))
+
+
+def grey_levels(crop: torch.Tensor) -> np.ndarray:
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((crop * std + mean) * 255).permute(1, 2, 0).double().numpy()
+
+
+def by_pil(image: Image.Image, p: CropParameters, size: int) -> np.ndarray:
+    """One crop made of PIL's and torchvision's operations with the parameters `p`."""
+    box = (p.left, p.top, p.left + p.width, p.top + p.height)
+    image = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    if p.flipped:
+        image = ImageOps.mirror(image)
+    if p.jittered:
+        for number in p.order:
+            image = ADJUST[number](image, p.strengths[number])
+    if p.grey:
+        image = image.convert("L").convert("RGB")
+    if p.radius:
+        image = image.filter(ImageFilter.GaussianBlur(float(p.radius)))
+    if p.solarised:
+        image = ImageOps.solarize(image, 128)
+    return np.asarray(image, dtype=np.float64)
+
+
+# The same parameters give the same pixels
+
+
+def differences(crops: BatchedMultiCrop, rounds: int = 5) -> np.ndarray:
+    """Mean grey levels between the batch's crops and PIL's, of every crop."""
+    means = []
+    for i in range(rounds):
+        pictures = [picture(*size, seed=i) for size in SIZES]
+        drawn = draws(crops, len(SIZES), first=100 * i)
+        views = crops(batch(pictures), drawn)
+        parameters = crops.parameters(SIZES, drawn)
+        for v, size in enumerate(crops.sizes):
+            for b, image in enumerate(pictures):
+                difference = grey_levels(views[v][b]) - by_pil(image, parameters[b, v], size)
+                means.append(np.abs(difference).mean())
+    return np.array(means)
+
+
+def only(part: int, strength: float) -> dict:
+    jitter = [strength if i == part else 0.0 for i in range(4)]
+    return {"color_jitter": jitter, "color_jitter_prob": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "typical", "most"),
+    [
+        ({}, 0.03, 0.35),
+        ({"flip_prob": 1.0}, 0.03, 0.35),
+        (only(0, 0.4), 0.8, 1.15),
+        (only(1, 0.4), 0.8, 1.25),
+        (only(2, 0.2), 0.8, 1.05),
+        (only(3, 0.1), 0.75, 1.8),
+        ({"grey_prob": 1.0}, 0.3, 0.45),
+        ({"blur_prob": (1.0, 1.0, 1.0)}, 0.5, 1.1),
+        ({"solarise_prob": 1.0}, 0.03, 0.35),
+    ],
+    ids=["resize", "flip", *JITTER, "grey", "blur", "solarise"],
+)
+def test_each_operation_is_pils(options, typical, most):
+    """Up to PIL's roundings: blends and hue cut off, which is half a level each time."""
+    means = differences(multicrop(**{**OFF, **options}))
+    assert means.mean() < typical
+    assert means.max() < most
+
+
+@pytest.mark.parametrize(("number", "size"), [((4,), (24,)), ((1, 2, 1), (24, 40, 24))])
+def test_all_operations_in_their_order_are_pils(number, size):
+    options = {"local_crops_number": number, "local_crops_size": size}
+    means = differences(multicrop(solarise_prob=0.5, **options), rounds=12)
+    assert means.mean() < 1.4
+    assert means.max() < 3.5
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("size", [24, 40, 160])
+def test_resizes_are_pils(resize, size):
+    crops, pictures = multicrop(), [picture(*size) for size in SIZES]
+    p = crops.parameters(SIZES, draws(crops, len(SIZES))).by_view(slice(0, 6))
+    source = np.arange(len(p.top)) % len(SIZES)
+    found = resize(batch(pictures).pixels, source, p, size).permute(0, 2, 3, 1).double().numpy()
+    for n, b in enumerate(source):
+        edges = (p.left[n], p.top[n], p.left[n] + p.width[n], p.top[n] + p.height[n])
+        expected = pictures[b].crop(edges).resize((size, size), Image.Resampling.BICUBIC)
+        expected = ImageOps.mirror(expected) if p.flipped[n] else expected
+        difference = np.abs(found[n] - np.asarray(expected, dtype=np.float64))
+        # PIL rounds after each of its two passes, of which either may come first.
+        assert difference.mean() < 0.4
+        assert difference.max() < 3.5
+
+
+def test_products_cut_overshoots_as_uint8_does():
+    edge = Image.new("RGB", (16, 16))
+    edge.paste((255, 255, 255), (8, 0, 16, 16))
+    crops = multicrop(**OFF, global_crops_scale=(9.0, 9.0))
+    whole = crops.parameters([(16, 16)], draws(crops, 1)).by_view(slice(0, 1))
+    found = resize_by_products(batch([edge]).pixels, np.array([0]), whole, 64)
+    expected = F.pil_to_tensor(edge.resize((64, 64), Image.Resampling.BICUBIC))
+    assert (found.min(), found.max()) == (0, 255)
+    assert (found - expected).abs().max() < 1
+
+
+# The distributions are those of the per-image path
+
+
+def assert_same_distribution(left, right, what: str) -> None:
+    assert stats.ks_2samp(left, right, method="asymp").pvalue > LEAST_P, what
+
+
+@pytest.mark.parametrize("size", [(288, 384), (24, 500), (300, 40), (5, 7)])
+@pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
+def test_boxes_are_distributed_as_random_resized_crops(size, scale):
+    height, width = size
+    number, image = 2500, Image.new("L", (width, height))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        rounds = [RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(number)]
+    theirs = np.array(rounds).T
+    crops = multicrop(global_crops_scale=scale, local_crops_number=(0,))
+    p = decided(crops, size, number)[:, 0]
+    ours = np.array([p.top, p.left, p.height, p.width])
+    assert (ours[:2] >= 0).all()
+    assert (ours[2:] > 0).all()
+    assert (p.top + p.height).max() <= height
+    assert (p.left + p.width).max() <= width
+
+    def features(boxes: np.ndarray) -> dict[str, np.ndarray]:
+        top, left, h, w = boxes
+        free = {"top": (top, height - h), "left": (left, width - w)}
+        shares = {name: at / np.maximum(room, 1) for name, (at, room) in free.items()}
+        return {"area": h * w, "ratio": h / w, "height": h, "width": w, **shares}
+
+    ours_are, theirs_are = features(ours), features(theirs)
+    for name, values in ours_are.items():
+        assert_same_distribution(values, theirs_are[name], name)
+    # Most boxes of a long image fit nowhere and become the central one.
+    central = [
+        (boxes == theirs_central(height, width)[:, None]).all(axis=0) for boxes in (ours, theirs)
+    ]
+    table = [[np.sum(c), number - np.sum(c)] for c in central]
+    assert stats.fisher_exact(table).pvalue > LEAST_P
+    if max(size) > 4 * min(size):
+        assert central[1].mean() > 0.05
+
+
+def theirs_central(height: int, width: int) -> np.ndarray:
+    """torchvision's box when ten attempts failed: a scale that never fits."""
+    box = RandomResizedCrop.get_params(Image.new("L", (width, height)), (9.0, 9.0), (3 / 4, 4 / 3))
+    return np.array(box)
+
+
+@pytest.mark.parametrize("size", [(24, 500), (300, 40), (30, 40), (9, 13), (1, 50), (50, 1)])
+def test_a_box_that_never_fits_becomes_torchvisions_central_one(size):
+    p = decided(multicrop(global_crops_scale=(9.0, 9.0)), size, 3)[:, 0]
+    for box in zip(p.top, p.left, p.height, p.width, strict=True):
+        assert np.array_equal(box, theirs_central(*size))
+
+
+@pytest.mark.parametrize("jitter", [(0.4, 0.4, 0.2, 0.1), (1.5, 0.0, 0.7, 0.5)])
+def test_jitter_is_distributed_as_torchvisions(jitter):
+    number = 2500
+    p = decided(multicrop(color_jitter=jitter), (32, 32), number)
+    reference = ColorJitter(*jitter)
+    ranges = (reference.brightness, reference.contrast, reference.saturation, reference.hue)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        rounds = [ColorJitter.get_params(*ranges) for _ in range(number)]
+    for part in range(4):
+        ours = p.strengths[:, 0, part]
+        theirs = [r[1 + part] for r in rounds]
+        if ranges[part] is None:
+            assert set(ours) == {1.0}
+        else:
+            assert_same_distribution(ours, theirs, str(part))
+    _, counts = np.unique(p.order[:, :4].reshape(-1, 4), axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > LEAST_P
+
+
+def test_probabilities_and_radii():
+    number = 2500
+    p = decided(multicrop(), (32, 32), number)
+    on = {
+        "flipped": (p.flipped, (0.5, 0.5, 0.5)),
+        "jittered": (p.jittered, (0.8, 0.8, 0.8)),
+        "grey": (p.grey, (0.2, 0.2, 0.2)),
+        "solarised": (p.solarised, (0.0, 0.2, 0.0)),
+        "blurred": (p.radius > 0, (1.0, 0.1, 0.5)),
+    }
+    views = (slice(0, 1), slice(1, 2), slice(2, 6))
+    for name, (chosen, shares) in on.items():
+        for view, share in zip(views, shares, strict=True):
+            count, of = int(chosen[:, view].sum()), chosen[:, view].size
+            assert stats.binomtest(count, of, share).pvalue > LEAST_P, (name, view)
+    assert stats.kstest(p.radius[:, 0], stats.uniform(0.1, 1.9).cdf).pvalue > LEAST_P
+
+
+def test_no_two_decisions_share_a_number():
+    numbers = np.arange(NUMBER_OF_DRAWS)
+    used = np.concatenate([np.atleast_1d(numbers[place]) for place in DRAWS.values()])
+    assert np.array_equal(np.sort(used), numbers)
+
+
+def crop_statistics(crop: torch.Tensor) -> list[float]:
+    """Mean, spread, gradient energy and colourfulness of a crop."""
+    x = grey_levels(crop)
+    gradient = np.square(np.diff(x, axis=0)).mean() + np.square(np.diff(x, axis=1)).mean()
+    found = [x.mean(), x.std(), np.log(gradient + 1), np.ptp(x, axis=2).mean()]
+    # A grey crop has the colourfulness 0, not the rounding of undoing the normalisation.
+    return np.round(found, 3).tolist()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (20, 128), (9, 6)])
+def test_crops_of_both_paths_have_the_same_statistics(size):
+    rendered = Image.fromarray(render(SyntheticConfig(), 0, 0, 0).image)
+    image = rendered.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    number = 300
+    options = {"global_crops_size": 32, "local_crops_number": (1,), "local_crops_size": (16,)}
+    per_image, batched = MultiCrop(**options), BatchedMultiCrop(**options)
+    theirs = [per_image(image, seed) for seed in range(number)]
+    ours = batched(batch([image] * number), draws(batched, number))
+    for view in range(3):
+        left = np.array([crop_statistics(crop) for crop in ours[view]])
+        right = np.array([crop_statistics(views[view]) for views in theirs])
+        for name, a, b in zip(["mean", "std", "gradient", "colour"], left.T, right.T, strict=True):
+            assert_same_distribution(a, b, f"view {view}: {name}")
+
+
+# What a crop depends on, and what it does not
+
+
+def test_a_crop_depends_on_its_own_image_and_draws_alone():
+    """Together, in chunks of many crops, and alone without padding."""
+    crops = multicrop()
+    pictures = [picture(*SIZES[i % 6], seed=i) for i in range(60)]
+    drawn = draws(crops, len(pictures))
+    together = crops(batch(pictures), drawn)
+    for n in range(0, len(pictures), 7):
+        alone = crops(batch(pictures[n : n + 1]), drawn[n : n + 1])
+        for view, of_all in zip(alone, together, strict=True):
+            torch.testing.assert_close(view[0], of_all[n], atol=1e-5, rtol=0)
+
+
+def test_padding_never_leaks_in():
+    crops, pictures = multicrop(), [picture(*size) for size in SIZES]
+    drawn = draws(crops, len(SIZES))
+    black, white = (crops(batch(pictures, p, extra), drawn) for p, extra in ((0, 0), (255, 9)))
+    for a, b in zip(black, white, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_products_have_no_leaks_either():
+    crops, pictures = multicrop(), [picture(*size) for size in SIZES]
+    p = crops.parameters(SIZES, draws(crops, len(SIZES))).by_view(slice(2, 6))
+    source = np.arange(len(p.top)) % len(SIZES)
+    black, white = (
+        resize_by_products(batch(pictures, value, extra).pixels, source, p, 24)
+        for value, extra in ((0, 0), (255, 9))
+    )
+    torch.testing.assert_close(black, white, atol=1e-3, rtol=0)
+    for n, b in enumerate(source):
+        own = batch([pictures[b]]).pixels
+        alone = resize_by_products(own, np.array([0]), p[n : n + 1], 24)
+        torch.testing.assert_close(alone[0], black[n], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("option", list(OFF))
+def test_switching_a_probability_changes_no_other_decision(option):
+    fields = {
+        "color_jitter_prob": "jittered",
+        "grey_prob": "grey",
+        "flip_prob": "flipped",
+        "solarise_prob": "solarised",
+        "blur_prob": "radius",
+    }
+    plain, changed = multicrop(), multicrop(**{option: OFF[option]})
+    left, right = (decided(c, (60, 80), 20) for c in (plain, changed))
+    differing = [n for n, v in vars(left).items() if not np.array_equal(v, getattr(right, n))]
+    assert differing == [fields[option]]
+
+
+def test_draws_are_uniform_and_depend_on_the_seed_and_the_crops_place_alone():
+    crops = multicrop()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = crops.draw(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(crops.draw(5), first)
+    assert (first.shape, first.dtype) == ((6, NUMBER_OF_DRAWS), torch.float32)
+    for row, place in zip(first, [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)], strict=True):
+        generator = torch.Generator().manual_seed(derive_seed(5, *place))
+        assert torch.equal(row, torch.rand(NUMBER_OF_DRAWS, generator=generator))
+    values = draws(crops, 200).flatten()
+    assert stats.kstest(values, stats.uniform.cdf).pvalue > LEAST_P
+    assert len(values.unique()) > 0.99 * len(values)
+
+
+def test_number_of_local_crops_leaves_the_other_crops_alone():
+    def views(*number: int) -> list[torch.Tensor]:
+        crops = multicrop(local_crops_number=number, local_crops_size=(24, 16))
+        return crops(batch([picture(50, 60)]), draws(crops, 1, first=7))
+
+    few, many = views(1, 2), views(4, 2)
+    for a, b in zip(few, many[:3] + many[6:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert not torch.equal(many[2], many[3])
+
+
+# Shapes and options
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "local"),
+    [
+        ((2, 3), (24, 16), [24, 24, 16, 16, 16]),
+        ((1, 2, 1), (24, 40, 24), [24, 40, 40, 24]),
+        ((1,), (40,), [40]),
+        ((0,), (24,), []),
+        ((), (), []),
+    ],
+)
+def test_shapes_and_order(number, size, local):
+    options = {"local_crops_number": number, "local_crops_size": size}
+    crops = multicrop(**options)
+    images = batch([picture(*size) for size in SIZES])
+    drawn = draws(crops, len(SIZES))
+    views = crops(images, drawn)
+    assert crops.sizes == MultiCrop(40, **options).sizes == [40, 40, *local]
+    assert [tuple(v.shape) for v in views] == [(6, 3, s, s) for s in crops.sizes]
+    assert {v.dtype for v in views} == {torch.float32}
+    assert all(v.is_contiguous() for v in views)
+
+
+def test_images_are_left_as_they_are():
+    crops, images = multicrop(), batch([picture(*size) for size in SIZES])
+    before = images.pixels.clone()
+    crops(images, draws(crops, len(SIZES)))
+    assert torch.equal(images.pixels, before)
+
+
+def test_options_and_refusals_are_those_of_multicrop():
+    assert inspect.signature(BatchedMultiCrop) == inspect.signature(MultiCrop)
+    with pytest.raises(InputError, match="differ in length: give"):
+        BatchedMultiCrop(local_crops_number=(8,), local_crops_size=(96, 64))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_accelerator_gives_the_same_crops_without_being_waited_for():
+    crops, images = multicrop(), batch([picture(*size) for size in SIZES])
+    drawn = draws(crops, len(SIZES))
+    there = Images(images.pixels.cuda(), images.sizes)
+    crops(there, drawn)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = crops(there, drawn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(found, crops(images, drawn), strict=True):
+        assert a.is_cuda
+        # float16 weights, and no rounding to whole grey levels: 1 level is 1/58.
+        assert (a.cpu() - b).abs().mean() < 0.5 / 58
