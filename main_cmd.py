@@ -9,22 +9,20 @@ The same command with the same --output_dir goes on where it stopped.
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from datasets.fine_grained import build_dataset
-from datasets.loader import AugmentedDataset, StepSampler, build_loader, steps_per_epoch
+from datasets.loader import StepSampler, build_loader, steps_per_epoch
 from engine import build, resume
 from engine.evaluation import join
 from engine.features import gallery_and_queries
-from engine.pretrain import Pretraining, Schedules, scaled_lr, train
+from engine.pretrain import Pretraining, scaled_lr, train
 from models.pretrained import count_parameters
 from models.registry import resolve
 from utils import cli, config, distributed
 from utils.errors import InputError, run_script
 from utils.files import make_folder
 from utils.logging import logger
-from utils.optim import build_optimizer
 
 
 def main() -> None:
@@ -39,10 +37,11 @@ def main() -> None:
 
     # Processes and device.
     world = join(command)
-    precision = build.precision(cfg, world.device)
+    build.precision(cfg, world.device)  # refuses what the device lacks, before any work
 
-    # Data: files -> crops, shuffled every epoch.
+    # Data: the images, shuffled every epoch.
     build.download(cfg)
+    build.index_shards(cfg)
     dataset = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, partial=cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     images_per_step = batch * world.size * accumulation
@@ -59,21 +58,12 @@ def main() -> None:
     student, teacher = student.to(world.device), teacher.to(world.device)
 
     # Objective, optimizer, schedules.
-    objective = build.objective(cfg)
-    run = Pretraining(
-        cfg=cfg,
-        world=world,
-        student=student,
-        wrapped=distributed.wrap(student, world),
-        teacher=teacher,
-        objective=objective,
-        centres=objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM).to(world.device),
-        optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        schedules=Schedules.build(cfg, epoch_steps, images_per_step),
-        steps_per_epoch=epoch_steps,
-        images_per_step=images_per_step,
-        precision=precision,
+    run = Pretraining.build(
+        cfg,
+        world,
+        student,
+        teacher,
+        epoch_steps,
         held_out=gallery_and_queries(*knn_folders, build.eval_size(cfg)) if knn_folders else (),
     )
 
@@ -92,11 +82,18 @@ def main() -> None:
     folder = Path(cfg.OUTPUT_DIR)
     distributed.on_main(lambda: open_folder(cfg, folder))
 
+    # The way from images to crops, of which a part may be done here once and for all.
+    feed = build.feed(cfg, dataset, world)
+    run.make_crops = feed.crops
+    workers = build.loader_workers(cfg)
+
     logger.info(
         f"{len(dataset)} images in {cfg.DATA.PATH}; "
-        f"processes {world.size} on {world.device.type}, {precision}\n"
+        f"processes {world.size} on {world.device.type}, {run.precision}\n"
+        f"{feed.told} (loader processes {workers} x {world.size})\n"
         f"{cfg.MODEL.ARCH}: backbone {count_parameters(student.backbone) / 1e6:.2f} M parameters, "
-        f"student in all {count_parameters(student) / 1e6:.2f} M; objective {objective.name}\n"
+        f"student in all {count_parameters(student) / 1e6:.2f} M; "
+        f"objective {run.objective.name}\n"
         f"images per step {images_per_step} (batch {batch} x processes {world.size} x "
         f"accumulation {accumulation}); steps per epoch {epoch_steps}, in all {run.total_steps}; "
         f"images left over each epoch {len(dataset) - epoch_steps * images_per_step}\n"
@@ -113,9 +110,9 @@ def main() -> None:
         cfg.SEED,
         run.step,
         run.total_steps,
+        build.shard_order(cfg, dataset, world.size),
     )
-    crops = AugmentedDataset(dataset, build.multicrop(cfg), cfg.SEED)
-    loader = build_loader(crops, sampler, build.loader_workers(cfg), world.device.type == "cuda")
+    loader = build_loader(feed.dataset, sampler, workers, pin_memory=world.device.type == "cuda")
     train(run, loader, folder)
     logger.info(f"done: {folder}")
     distributed.stop()

@@ -11,6 +11,7 @@ from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 from datasets import parsers
 from datasets.benchmarks import Benchmark, Counts, Splits, folder_splits
 from datasets.folder import ImageFolder, LabelledImages
+from datasets.shards import ImageShards
 from utils.errors import InputError
 
 _DOWNLOAD = "DATA.DOWNLOAD true downloads it"
@@ -23,10 +24,11 @@ _ONE_FILE_EACH = (
 )
 
 # A new data set is one function (official folder) -> Listing, and one entry.
-# None: a folder of images, which has no official splits.
-DATASETS: dict[str, Benchmark | None] = {
-    "folder": None,
-    "imagenet1k": None,  # EsViT's name for a folder with class subfolders
+# What is no benchmark has no official splits.
+DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
+    "folder": ImageFolder,
+    "imagenet1k": ImageFolder,  # EsViT's name for a folder with class subfolders
+    "shards": ImageShards,
     "cub": Benchmark(
         "CUB_200_2011",
         _ONE_FILE_EACH,
@@ -91,15 +93,16 @@ def build_dataset(
     root: str | Path,
     transform: Callable[[Image.Image], Any] | None = None,
     partial: bool = False,
-) -> LabelledImages:
-    """The images to pretrain on: a benchmark's training split, or all images below a folder.
+) -> LabelledImages | ImageShards:
+    """The images to pretrain on: a benchmark's training split, or all in a folder or in shards.
 
-    For the arguments and errors see `load_splits`.
+    root: for shards, the folder that holds them or a brace pattern of their names. For the
+    other arguments and errors see `load_splits`.
     """
-    benchmark = _registered(name)
-    if benchmark is None:
-        return ImageFolder(root, transform)
-    return benchmark.splits(name, root, partial).train.through(transform)
+    source = _registered(name)
+    if isinstance(source, Benchmark):
+        return source.splits(name, root, partial).train.through(transform)
+    return source(root, transform)
 
 
 def load_splits(name: str, root: str | Path, partial: bool = False) -> Splits:
@@ -112,23 +115,29 @@ def load_splits(name: str, root: str | Path, partial: bool = False) -> Splits:
 
     Raises `InputError`.
     """
-    benchmark = _registered(name)
-    if benchmark is None:
-        return folder_splits(name, root)
-    return benchmark.splits(name, root, partial)
+    source = _registered(name)
+    if isinstance(source, Benchmark):
+        return source.splits(name, root, partial)
+    if source is ImageShards:
+        raise InputError(
+            f"the data set '{name}' is for pretraining and has no splits: evaluate on a folder of "
+            "images or a benchmark"
+        )
+    return folder_splits(name, root)
 
 
 def download(name: str, root: str | Path) -> None:
     """Fetch a benchmark into `root` unless it is there; raises `InputError` where nothing can.
 
-    A folder of images is left as it is. Several processes must not do this at once.
+    A folder of images and shards are left as they are. Several processes must not do this at
+    once.
     """
-    benchmark = _registered(name)
-    if benchmark is not None:
-        benchmark.download(name, root)
+    source = _registered(name)
+    if isinstance(source, Benchmark):
+        source.download(name, root)
 
 
-def _registered(name: str) -> Benchmark | None:
+def _registered(name: str) -> Benchmark | type[ImageFolder] | type[ImageShards]:
     if name not in DATASETS:
         known = ", ".join(sorted(DATASETS))
         nearest = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = (
     ".gif",
 )
 NO_LABEL = -1
+MAX_ELONGATION = 4  # of a reduced image
 _HEADERS_CHECKED = 8
 
 
@@ -40,19 +41,59 @@ def unreadable_sentence(path: str, reason: str) -> str:
     return f"the image {path} cannot be read ({reason}): repair it or remove it"
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(
+    source: str | Path | BinaryIO, shorter_side: int = 0, name: str | Path = ""
+) -> Image.Image:
     """Decode one image file as upright RGB, 8 bits a channel.
 
+    source: a path, or an open file, which messages call `name`. shorter_side: pixels; a larger
+    image is reduced to its `capped_size`, bicubic and antialiased; 0 keeps all as they are.
     The EXIF orientation is applied; palette, grey, CMYK and RGBA images are converted
     (transparency is dropped, as is usual in the field); of an animation the first frame
     is taken. Raises `UnreadableImage`.
     """
     try:
-        with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(source) as image:
+            stored, size = image.size, capped_size(image.size, shorter_side)
+            if size == stored:
+                return _to_rgb(ImageOps.exif_transpose(image))
+            # A JPEG decodes faster to 1/2, 1/4 or 1/8 of its size; twice the pixels that are
+            # wanted leave the resize its quality. Other formats ignore this.
+            drafted = image.draft(None, (2 * size[0], 2 * size[1]))
+            if image.size != stored:
+                # The last row and column may lie in part beyond the image: the box leaves that out.
+                reduced = image.resize(size, Image.Resampling.BICUBIC, box=drafted[1])
+                return _to_rgb(ImageOps.exif_transpose(reduced))
+            upright = _to_rgb(ImageOps.exif_transpose(image))
+            size = capped_size(upright.size, shorter_side)
+            return upright.resize(size, Image.Resampling.BICUBIC)
     # PIL's decoders meet broken files with exceptions of every kind.
     except Exception as error:
-        raise UnreadableImage(str(path), _reason(error)) from error
+        raise UnreadableImage(str(name or source), _reason(error)) from error
+
+
+def header_size(source: str | Path | BinaryIO, name: str | Path = "") -> tuple[int, int]:
+    """The two sides of an image file in pixels, by its header alone, so perhaps turned.
+
+    Arguments and errors as for `load_image`.
+    """
+    try:
+        with Image.open(source) as image:
+            return image.size
+    except Exception as error:
+        raise UnreadableImage(str(name or source), _reason(error)) from error
+
+
+def capped_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
+    """The two sides, in pixels, to which `load_image` reduces an image of these two.
+
+    The shorter is at most `shorter_side`, the longer at most MAX_ELONGATION times that, because
+    a batch is padded to its largest image. The aspect is kept, nothing is enlarged; 0: no cap.
+    """
+    scale = min(shorter_side / min(size), MAX_ELONGATION * shorter_side / max(size))
+    if not shorter_side or scale >= 1:
+        return size
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -73,7 +114,25 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0]
 
 
-class LabelledImages(Dataset):
+class StoredImages(Dataset):
+    """Encoded images, wherever they lie: `source` says where, the rest follows from it."""
+
+    def source(self, index: int) -> tuple[Path | BinaryIO, str]:
+        """Image `index`: the path of its file, or a file opened, and what messages call it."""
+        raise NotImplementedError
+
+    def load(self, index: int, shorter_side: int = 0) -> Image.Image:
+        """Image `index` through `load_image` and nothing else."""
+        file, name = self.source(index)
+        return load_image(file, shorter_side, name)
+
+    def header_size(self, index: int) -> tuple[int, int]:
+        """The two sides of image `index` by its header; see `header_size`."""
+        file, name = self.source(index)
+        return header_size(file, name)
+
+
+class LabelledImages(StoredImages):
     """Image files with labels; what every data set of this project is.
 
     root: the folder that `paths` (relative posix strings) are relative to. labels: one int for
@@ -97,8 +156,12 @@ class LabelledImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = load_image(self.root / self.paths[index])
+        image = self.load(index)
         return (self.transform(image) if self.transform else image), self.labels[index]
+
+    def source(self, index: int) -> tuple[Path | BinaryIO, str]:
+        path = self.root / self.paths[index]
+        return path, str(path)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,15 +1,17 @@
-"""Which images each process sees at each step, and the loader that brings their crops."""
+"""Which images each process sees at each step, and the loader that brings them or their crops."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from datasets.folder import UnreadableImage, unreadable_sentence
+from datasets.folder import StoredImages, UnreadableImage, unreadable_sentence
 from datasets.multicrop import sample_seed
 from utils.distributed import World, share
 from utils.errors import InputError
@@ -38,10 +40,10 @@ class StepSampler(Sampler[list[Key]]):
     """Micro-batches of one process for optimizer steps first_step to last_step - 1 of a run.
 
     Yields `accumulation` lists of `batch` keys (epoch, index) for each step. Every epoch
-    is a permutation drawn from (seed, epoch); step s takes the next
+    is a permutation, order(epoch), by default `epoch_order`'s; step s takes the next
     batch * world * accumulation entries of it, of which each rank has a contiguous share.
-    So a step's images depend only on that product, and a run that starts at any step gives
-    the tail of the whole run. (Ours.)
+    So a step's images depend only on that product and the order, and a run that starts at any
+    step gives the tail of the whole run. (Ours.)
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class StepSampler(Sampler[list[Key]]):
         seed: int,
         first_step: int,
         last_step: int,
+        order: Callable[[int], list[int]] | None = None,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(length, batch, world, accumulation)
-        self.length, self.batch, self.accumulation, self.seed = length, batch, accumulation, seed
+        self.batch, self.accumulation = batch, accumulation
         self.rank, self.world = rank, world
+        self.order = order or partial(epoch_order, length, seed)
         self.steps = range(first_step, last_step)
 
     def __len__(self) -> int:
@@ -70,7 +74,7 @@ class StepSampler(Sampler[list[Key]]):
         for step in self.steps:
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != current:
-                current, order = epoch, epoch_order(self.length, self.seed, epoch)
+                current, order = epoch, self.order(epoch)
             start = (place * self.world + self.rank) * share
             for first in range(start, start + share, self.batch):
                 yield [(epoch, index) for index in order[first : first + self.batch]]
@@ -136,8 +140,10 @@ class BadImage:
 class Batch(NamedTuple):
     """What a loader brings: `data` batched (None where no image was read), their `indices`.
 
-    In pretraining `data` is a list of V float32 [B, 3, S, S], elsewhere float32 [B, 3, S, S];
-    indices int64 [B]; `bad` the images that could not be read and are left out.
+    In pretraining `data` is what the crops are, or are made of: the crops as a list of V float32
+    [B, 3, S, S]; decoded images as `Padded`; or, for images that are kept, their draws alone,
+    float32 [B, V, D]. Elsewhere it is float32 [B, 3, S, S]. indices int64 [B]; `bad` the images
+    that could not be read and are left out.
     """
 
     data: Any
@@ -183,13 +189,98 @@ class AugmentedDataset(IndexedDataset):
         return self.augment(sample[0], sample_seed(self.seed, epoch, index)), index
 
 
+class Draws(Dataset):
+    """For images that are kept decoded: the random numbers of one image's crops alone.
+
+    For the key (epoch, index) the item is (draw(seed of the sample), index), with a float32
+    [V, D] such as `BatchedMultiCrop.draw` gives.
+    """
+
+    def __init__(self, length: int, draw: Callable[[int], Tensor], seed: int) -> None:
+        self.length, self.draw, self.seed = length, draw, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        epoch, index = key
+        return self.draw(sample_seed(self.seed, epoch, index)), index
+
+
+class Decoded(NamedTuple):
+    """One decoded image, uint8 [h, w, 3], and its draws, float32 [V, D]."""
+
+    pixels: Tensor
+    draws: Tensor
+
+
+class Padded(NamedTuple):
+    """A batch of `Decoded`.
+
+    pixels: uint8 [B, H, W, 3], each image in the top-left corner, beyond it anything; sizes:
+    int64 [B, 2], height and width of each; draws: float32 [B, V, D].
+    """
+
+    pixels: Tensor
+    sizes: Tensor
+    draws: Tensor
+
+
+class DecodedDataset(Dataset):
+    """Images decoded and reduced, with their draws, for crops that are made on the device.
+
+    For the key (epoch, index) the item is (`Decoded`, index), or a `BadImage`. shorter_side:
+    see `load_image`.
+    """
+
+    def __init__(
+        self, images: StoredImages, shorter_side: int, draw: Callable[[int], Tensor], seed: int
+    ) -> None:
+        self.images, self.shorter_side = images, shorter_side
+        self.draws = Draws(len(images), draw, seed)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[Decoded, int] | BadImage:
+        draws, index = self.draws[key]
+        try:
+            pixels = decode(self.images, index, self.shorter_side)
+        except UnreadableImage as error:
+            return BadImage(error.path, error.reason)
+        return Decoded(pixels, draws), index
+
+
+def decode(images: StoredImages, index: int, shorter_side: int) -> Tensor:
+    """Image `index` by `load_image`, uint8 [h, w, 3]; what is kept and what is not come from here.
+
+    Raises `UnreadableImage`.
+    """
+    return torch.from_numpy(np.array(images.load(index, shorter_side)))
+
+
+def pad(images: Sequence[Tensor], pinned: bool = False) -> tuple[Tensor, Tensor]:
+    """Images uint8 [h, w, 3] on the CPU in one tensor: the pixels and sizes of `Padded`."""
+    sizes = torch.tensor([image.shape[:2] for image in images])
+    height, width = sizes.amax(0).tolist()
+    pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8, pin_memory=pinned)
+    for place, image in zip(pixels, images, strict=True):
+        place[: image.shape[0], : image.shape[1]] = image
+    return pixels, sizes
+
+
 def collate(samples: list[tuple[Any, int] | BadImage]) -> Batch:
     """The samples that were read as one batch, and the others beside it."""
     bad = [sample for sample in samples if isinstance(sample, BadImage)]
     if len(bad) == len(samples):
         return Batch(None, torch.empty(0, dtype=torch.int64), bad)
-    data, indices = default_collate([s for s in samples if not isinstance(s, BadImage)])
-    return Batch(data, indices, bad)
+    good = [sample for sample in samples if not isinstance(sample, BadImage)]
+    if not isinstance(good[0][0], Decoded):
+        return Batch(*default_collate(good), bad)
+    images, indices = zip(*good, strict=True)
+    draws = torch.stack([image.draws for image in images])
+    padded = Padded(*pad([image.pixels for image in images]), draws)
+    return Batch(padded, torch.tensor(indices), bad)
 
 
 def build_loader(

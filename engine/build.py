@@ -1,19 +1,28 @@
 """From options to objects: the one place where configuration meets constructors."""
 
 import os
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from datasets import fine_grained
+from datasets.batched import BatchedMultiCrop
+from datasets.cache import DecodedImages, channels_first
+from datasets.folder import StoredImages
+from datasets.loader import AugmentedDataset, Batch, DecodedDataset, Draws
 from datasets.multicrop import MultiCrop
+from datasets.shards import ImageShards, ShardOrder
 from losses.objective import Objective
 from models.network import HeadSpec, Network, make_teacher
 from models.pretrained import load_strictly
 from models.registry import BackboneSpec, build_backbone
 from utils import config, distributed, seeding
-from utils.config import Node, local_crops
+from utils.config import Node, crops_on_device, local_crops
+from utils.distributed import World
 from utils.errors import InputError
 from utils.seeding import derive_seed
 
@@ -58,10 +67,10 @@ def objective(cfg: Node) -> Objective:
     )
 
 
-def multicrop(cfg: Node) -> MultiCrop:
-    """AUG.* as the augmentation."""
+def multicrop(cfg: Node, kind: Callable = MultiCrop) -> MultiCrop | BatchedMultiCrop:
+    """AUG.* as the augmentation: of one image (MultiCrop) or of a batch (BatchedMultiCrop)."""
     crops = local_crops(cfg)
-    return MultiCrop(
+    return kind(
         global_crops_size=cfg.AUG.GLOBAL_CROPS_SIZE,
         global_crops_scale=cfg.AUG.GLOBAL_CROPS_SCALE,
         local_crops_number=[number for number, _ in crops],
@@ -73,6 +82,57 @@ def multicrop(cfg: Node) -> MultiCrop:
         solarise_prob=cfg.AUG.SOLARIZE_PROB,
         blur_prob=cfg.AUG.BLUR_PROB,
     )
+
+
+MakeCrops = Callable[[Batch, torch.device], list[Tensor]]  # the crops, on the device
+
+
+def loaded_crops(batch: Batch, device: torch.device) -> list[Tensor]:
+    """The crops of a batch whose crops were made by the loader."""
+    return [crop.to(device, non_blocking=True) for crop in batch.data]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How images become crops.
+
+    dataset: what a loader reads, by keys (epoch, index); crops: makes the crops of what the
+    loader brings; told: all that in words.
+    """
+
+    dataset: Dataset
+    crops: MakeCrops
+    told: str
+
+
+def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
+    """DATA.CACHE, DATA.CROPS and AUG.* as the way of the images; kept images are decoded here.
+
+    Raises InputError on all processes where they cannot be.
+    """
+    if not crops_on_device(cfg):
+        dataset = AugmentedDataset(images, multicrop(cfg), cfg.SEED)
+        return Feed(dataset, loaded_crops, "images decoded and cropped by the loader")
+    crops, cap = multicrop(cfg, BatchedMultiCrop), cfg.DATA.CACHE_SIZE
+    capped = f"of at most {cap} pixels on the shorter side" if cap else "of full size"
+    told = f"crops made on {world.device} from images {capped}, "
+    if cfg.DATA.CACHE == "none":
+
+        def crops_of_loaded(batch: Batch, device: torch.device) -> list[Tensor]:
+            pixels, sizes, draws = batch.data
+            sizes = [tuple(size) for size in sizes.tolist()]
+            return crops(channels_first(pixels.to(device, non_blocking=True), sizes), draws)
+
+        dataset = DecodedDataset(images, cap, crops.draw, cfg.SEED)
+        return Feed(dataset, crops_of_loaded, told + "decoded by the loader")
+
+    on_device = cfg.DATA.CACHE == "device"
+    kept = DecodedImages(images, cap, world, loader_workers(cfg), on_device)
+
+    def crops_of_kept(batch: Batch, _: torch.device) -> list[Tensor]:
+        return crops(kept.batch(batch.indices.tolist()), batch.data)
+
+    return Feed(Draws(len(images), crops.draw, cfg.SEED), crops_of_kept, told + kept.place)
 
 
 def networks(cfg: Node) -> tuple[Network, Network]:
@@ -116,6 +176,20 @@ def download(cfg: Node) -> None:
     """With DATA.DOWNLOAD, fetch the data set; the first process does it, the others wait."""
     if cfg.DATA.DOWNLOAD:
         distributed.on_main(lambda: fine_grained.download(cfg.DATA.DATASET, cfg.DATA.PATH))
+
+
+def index_shards(cfg: Node) -> None:
+    """Make the index of shards that have none; the first process does it, the others wait."""
+    if fine_grained.DATASETS.get(cfg.DATA.DATASET) is ImageShards:
+        distributed.on_main(lambda: ImageShards(cfg.DATA.PATH))
+
+
+def shard_order(cfg: Node, dataset: StoredImages, world: int) -> ShardOrder | None:
+    """The epochs' order that keeps each process in its own shards; None where there are none."""
+    if not isinstance(dataset, ImageShards):
+        return None
+    images = cfg.TRAIN.BATCH_SIZE_PER_GPU * cfg.TRAIN.ACCUM_STEPS
+    return ShardOrder(dataset.counts, world, images, cfg.SEED)
 
 
 def eval_size(cfg: Node) -> int:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from datasets.folder import ImageFolder
 from datasets.loader import Batch
 from datasets.multicrop import GLOBAL_CROPS
-from engine import diagnostics
+from engine import build, diagnostics
 from engine.build import autocast, loader_workers, model_description, step_seed
 from engine.features import extract
 from engine.knn import knn_accuracy
@@ -29,7 +29,7 @@ from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import RunLog, Window, logger, on_terminal
-from utils.optim import cancel_last_layer, clip_each, set_rates
+from utils.optim import build_optimizer, cancel_last_layer, clip_each, set_rates
 from utils.schedules import cosine, teacher_temperature
 from utils.views import Views
 
@@ -91,18 +91,53 @@ class Pretraining:
     images_per_step: int
     precision: str
     held_out: tuple[ImageFolder, ...] = ()  # gallery and queries of the k-NN test
+    make_crops: build.MakeCrops = build.loaded_crops  # from what the loader brings
     step: int = 0  # optimizer steps done
     logged_step: int = 0  # the step, as the log numbers it, at which a resume goes on
 
     def __post_init__(self) -> None:
         self.ema = TeacherEMA(self.student, self.teacher)
 
+    @classmethod
+    def build(
+        cls,
+        cfg: Node,
+        world: World,
+        student: Network,
+        teacher: Network,
+        steps_per_epoch: int,
+        **fields,
+    ) -> "Pretraining":
+        """All the rest from the options, for networks that are on the device already.
+
+        fields: further fields of this class.
+        """
+        objective, precision = build.objective(cfg), build.precision(cfg, world.device)
+        images_per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
+        centres = objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM)
+        return cls(
+            cfg=cfg,
+            world=world,
+            student=student,
+            wrapped=distributed.wrap(student, world),
+            teacher=teacher,
+            objective=objective,
+            centres=centres.to(world.device),
+            optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student),
+            scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
+            schedules=Schedules.build(cfg, steps_per_epoch, images_per_step),
+            steps_per_epoch=steps_per_epoch,
+            images_per_step=images_per_step,
+            precision=precision,
+            **fields,
+        )
+
     @property
     def total_steps(self) -> int:
         return len(self.schedules.lr)
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision for the networks."""
+        """Mixed precision: of the networks, and of the products in the losses."""
         return autocast(self.precision, self.world.device)
 
     def forward(self, crops: list[Tensor]) -> tuple[Views, Views]:
@@ -137,7 +172,10 @@ class Pretraining:
             synced = is_last or not isinstance(self.wrapped, DistributedDataParallel)
             with contextlib.nullcontext() if synced else self.wrapped.no_sync():
                 student, teacher = self.forward(crops)
-                total, terms, entropy = self.objective(student, teacher, self.centres, temperature)
+                with self.autocast():
+                    total, terms, entropy = self.objective(
+                        student, teacher, self.centres, temperature
+                    )
                 self.scaler.scale(total / cfg.TRAIN.ACCUM_STEPS).backward()
             self.centres.collect(teacher)
             for name, value in {"loss": total.detach(), **terms}.items():
@@ -164,7 +202,7 @@ class Pretraining:
         batch = next(batches)
         if batch.bad:
             raise InputError(str(batch.bad[0]), everywhere=False)
-        return [crop.to(self.world.device, non_blocking=True) for crop in batch.data]
+        return self.make_crops(batch, self.world.device)
 
     def state(self) -> dict:
         """What a checkpoint holds: tensors and plain data only.

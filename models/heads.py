@@ -23,8 +23,8 @@ class Prototypes(nn.Module):
 
     def forward(self) -> Tensor:
         """The prototypes W [K, d], float32."""
-        v = self.weight_v.float()
-        return v * (self.weight_g.float() / v.norm(dim=1, keepdim=True))
+        # The kernel under torch's own weight norm: one pass over K x d, and one for its gradient.
+        return torch._weight_norm(self.weight_v.float(), self.weight_g.float(), 0)
 
 
 class DINOHead(nn.Module):

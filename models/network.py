@@ -163,5 +163,4 @@ class TeacherEMA:
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """One step of the average; in place, no host sync."""
-        torch._foreach_mul_(self._teacher, momentum)
-        torch._foreach_add_(self._teacher, self._student, alpha=1 - momentum)
+        torch._foreach_lerp_(self._teacher, self._student, 1 - momentum)

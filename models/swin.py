@@ -20,45 +20,108 @@ from torch import Tensor, nn
 from models.backbone import Backbone, check_depth, drop_path_rates, init_transformer
 
 LAYER_NORM_EPS = 1e-5
-# Map sizes whose shift mask a block keeps; images of every size would fill the memory.
-MOST_MASKS = 16
+# Map sizes whose shift mask is kept; images of every size would fill the memory.
+MOST_MASKS = 64
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
-    """timm's Swin block with the reference's order: pad, shift, attend, shift back, crop."""
+    """timm's Swin block with the reference's order: pad, shift, attend, shift back, crop.
+
+    A padded token is zero before the block's first linear, so its query, key and value are that
+    linear's bias; and what it attends to is cropped. Both linears therefore see the real tokens
+    alone, which for the last stage of a 96-pixel crop are 9 of 49.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, dynamic_mask=True, **kwargs)
-        # One mask per map size: crops come in two or three sizes for a whole run.
-        self._masks: dict[tuple, Tensor] = {}
-
-    def _shift_mask(self, x: Tensor) -> Tensor | None:
-        """Mask [windows, M², M²] that keeps wrapped-around regions apart; None without shift."""
-        key = (x.shape[1], x.shape[2], x.device, x.dtype)
-        if key not in self._masks:
-            if len(self._masks) == MOST_MASKS:
-                self._masks.clear()
-            # Kept beyond this call: a tensor of inference mode could not serve training later.
-            with torch.inference_mode(False):
-                self._masks[key] = self.get_attn_mask(x)
-        return self._masks[key]
 
     def _attn(self, x: Tensor) -> Tensor:
         """Windowed attention over a map [B, H, W, C]."""
         _, height, width, _ = x.shape
-        (window_h, window_w), shift = self.window_size, self.shift_size
-        x = F.pad(x, (0, 0, 0, -width % window_w, 0, -height % window_h))
-        rows, columns = x.shape[1] // window_h, x.shape[2] // window_w
+        (window_h, window_w), shift, attention = self.window_size, self.shift_size, self.attn
+        below, right = -height % window_h, -width % window_w
+        if below or right:
+            x = F.pad(F.linear(x, attention.qkv.weight), (0, 0, 0, right, 0, below))
+            x = x + attention.qkv.bias.to(x.dtype)
+        else:
+            x = attention.qkv(x)
+        rows, columns = (height + below) // window_h, (width + right) // window_w
         if any(shift):
             x = torch.roll(x, shifts=(-shift[0], -shift[1]), dims=(1, 2))
-        windows = rearrange(x, "b (r m) (c n) d -> (b r c) (m n) d", m=window_h, n=window_w)
-        windows = self.attn(windows, mask=self._shift_mask(x) if any(shift) else None)
+        # A window is a group of heads: so one bias [windows * heads, M², M²] serves all images.
+        q, k, v = rearrange(
+            x,
+            "b (r m) (c n) (t h d) -> t b (r c h) (m n) d",
+            m=window_h,
+            n=window_w,
+            t=3,
+            h=self.attn.num_heads,
+        ).unbind(0)
+        bias = attention._get_rel_pos_bias()  # [1, heads, M², M²]
+        if any(shift):
+            mask = shift_mask(rows, columns, self.window_size, shift, x.device)
+            bias = bias + mask[:, None]
+        bias = bias.expand(rows * columns, -1, -1, -1).flatten(0, 1)
+        x = attend(q, k, v, bias.to(x.dtype))
         x = rearrange(
-            windows, "(b r c) (m n) d -> b (r m) (c n) d", r=rows, c=columns, m=window_h, n=window_w
+            x,
+            "b (r c h) (m n) d -> b (r m) (c n) (h d)",
+            r=rows,
+            c=columns,
+            m=window_h,
+            n=window_w,
         )
         if any(shift):
             x = torch.roll(x, shifts=shift, dims=(1, 2))
-        return x[:, :height, :width].contiguous()
+        return attention.proj(x[:, :height, :width])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v: q, k, v [B, heads, N, d], bias [heads, N, N]."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1))
+    # On a CPU torch has no fused kernel that trains a bias, and its unfused one takes more
+    # passes over the attention than this.
+    return ((q * q.shape[-1] ** -0.5) @ k.mT + bias).softmax(dim=-1) @ v
+
+
+_masks: dict[tuple, Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def shift_mask(
+    rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Tensor:
+    """[rows * columns, M², M²] float32: -100 between tokens of a window that the shift brought
+    together from opposite edges of the map, else 0.
+
+    Kept by size, for crops come in two or three sizes for a whole run.
+    """
+    key = (rows, columns, window, shift, device)
+    if key not in _masks:
+        if len(_masks) == MOST_MASKS:
+            _masks.clear()
+        # Kept beyond this call: a tensor of inference mode could not serve training later.
+        with torch.inference_mode(False):
+            _masks[key] = _make_shift_mask(rows, columns, window, shift).to(device)
+    return _masks[key]
+
+
+def _make_shift_mask(
+    rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """Tokens of the last row or column of windows are of two regions: moved or not."""
+
+    def moved(windows: int, side: int, step: int) -> Tensor:
+        """[windows, side]: whether a line of tokens came from the map's other edge."""
+        lines = torch.arange(windows * side)
+        return (lines >= windows * side - step).view(windows, side)
+
+    below = moved(rows, window[0], shift[0])
+    right = moved(columns, window[1], shift[1])
+    region = 2 * below[:, None, :, None] + 1 * right[None, :, None, :]  # [r, c, m, n]
+    region = region.flatten(2).flatten(0, 1)
+    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
 
 
 class SwinStage(nn.Module):

@@ -5,10 +5,9 @@ from torch import Tensor
 
 from datasets.loader import Batch
 from engine import build
-from engine.pretrain import Pretraining, Schedules
+from engine.pretrain import Pretraining
 from utils import config
 from utils.distributed import ALONE
-from utils.optim import build_optimizer
 
 
 def small_config(**options) -> config.Node:
@@ -43,24 +42,7 @@ def small_config(**options) -> config.Node:
 
 def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
     """What main_cmd.py puts together for one process on the CPU."""
-    student, teacher = build.networks(cfg)
-    objective = build.objective(cfg)
-    images = cfg.TRAIN.BATCH_SIZE_PER_GPU * cfg.TRAIN.ACCUM_STEPS
-    return Pretraining(
-        cfg=cfg,
-        world=ALONE,
-        student=student,
-        wrapped=student,
-        teacher=teacher,
-        objective=objective,
-        centres=objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM),
-        optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        schedules=Schedules.build(cfg, steps_per_epoch, images),
-        steps_per_epoch=steps_per_epoch,
-        images_per_step=images,
-        precision=build.precision(cfg, ALONE.device),
-    )
+    return Pretraining.build(cfg, ALONE, *build.networks(cfg), steps_per_epoch)
 
 
 def batch_of(crops: list[Tensor]) -> Batch:

@@ -342,6 +342,9 @@ BAD = {
     "CMD.DIVERSE_K": 0,
     "CMD.REGION_WEIGHT": "full",
     "DATA.WORKERS": -1,
+    "DATA.CACHE": "disk",
+    "DATA.CACHE_SIZE": -1,
+    "DATA.CROPS": "cpu",
     "AUG.GLOBAL_CROPS_SIZE": 0,
     "AUG.GLOBAL_CROPS_SCALE": [1.0, 0.4],
     "AUG.LOCAL_CROPS_NUMBER": [-1],
@@ -439,6 +442,7 @@ def test_the_ends_of_a_range_are_allowed_and_nan_is_not(key):
         (["AUG.LOCAL_CROPS_NUMBER", "[2, 2]"], "must be equally long"),
         (["AUG.BLUR_PROB", "[1, 0]"], "AUG.BLUR_PROB must have 3 values"),
         (["TRAIN.BATCH_SIZE_PER_GPU", "1"], "must be at least 2"),
+        (["DATA.CROPS", "workers", "DATA.CACHE", "ram"], "contradicts DATA.CACHE ram"),
         (["EVAL.KNN_EVERY", "1"], "needs EVAL.KNN_TRAIN and EVAL.KNN_VAL"),
     ],
 )

@@ -192,6 +192,11 @@ def check(cfg: Node) -> None:
     if not all(isinstance(k, int) for k in cfg.KNN.KS):
         raise InputError(f"KNN.KS must be whole numbers, not {cfg.KNN.KS}.")
     _check_crops(cfg)
+    if cfg.DATA.CROPS == "workers" and cfg.DATA.CACHE != "none":
+        raise InputError(
+            f"DATA.CROPS workers contradicts DATA.CACHE {cfg.DATA.CACHE}: crops of kept images are "
+            f"made on the device. Set DATA.CROPS auto or DATA.CACHE none."
+        )
     _check_schedules(cfg)
     compares_images = cfg.LOSS.OBJECTIVE == "cmd" and cfg.CMD.LT in ("diverse", "contrast")
     if compares_images and cfg.TRAIN.BATCH_SIZE_PER_GPU < 2:
@@ -240,6 +245,11 @@ def local_crops(cfg: Node) -> list[tuple[int, int]]:
     """(number, size in pixels) of each kind of local crop; empty for none."""
     pairs = zip(cfg.AUG.LOCAL_CROPS_NUMBER, cfg.AUG.LOCAL_CROPS_SIZE, strict=False)
     return [(number, size) for number, size in pairs if number]
+
+
+def crops_on_device(cfg: Node) -> bool:
+    """Whether whole batches are cropped on the device: what DATA.CROPS auto means, too."""
+    return cfg.DATA.CROPS == "device" or cfg.DATA.CACHE != "none"
 
 
 def _check_schedules(cfg: Node) -> None:

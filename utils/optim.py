@@ -27,8 +27,7 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(module)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    on_gpu = any(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=on_gpu or None)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

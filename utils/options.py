@@ -51,6 +51,12 @@ _.DATA.DATASET = "folder"  # a name in datasets/fine_grained.py
 _.DATA.PATH = ""  # its folder; pretraining uses no labels
 _.DATA.WORKERS = 8  # loader processes for each process of the run; 0: in that process
 _.DATA.PARTIAL = False  # take a benchmark although not all its images are there
+_.DATA.CACHE = "none"  # where all images are kept decoded: none (nowhere) | ram (this machine's
+# memory) | device (each process's)
+_.DATA.CACHE_SIZE = 288  # pixels of the shorter side to which images are reduced before crops are
+# made of them on the device; 0: not at all
+_.DATA.CROPS = "auto"  # who makes the crops: workers (of one image at a time) | device (of a batch
+# at a time) | auto (device where images are kept, else workers)
 _.DATA.DOWNLOAD = False  # let torchvision fetch a benchmark that is not there
 
 _.AUG = Node()  # multi-crop augmentation (datasets/multicrop.py)
@@ -161,6 +167,8 @@ CHOICES = {
     "CMD.LS_GRAD": ("image", "both"),
     "CMD.LT": ("diverse", "contrast", "cross", "same", "none"),
     "CMD.REGION_WEIGHT": ("uniform", "mix"),
+    "DATA.CACHE": ("none", "ram", "device"),
+    "DATA.CROPS": ("auto", "workers", "device"),
     "TRAIN.OPTIMIZER": ("adamw", "sgd"),
     "TRAIN.PRECISION": ("auto", "fp32", "bf16", "fp16"),
     "EVAL.POOLING": ("default", "mean", "mil"),
@@ -193,6 +201,7 @@ RANGES = {
     "CMD.LAMBDA1": (0, None),
     "CMD.DIVERSE_K": (1, None),
     "DATA.WORKERS": (0, None),
+    "DATA.CACHE_SIZE": (0, None),
     "AUG.GLOBAL_CROPS_SIZE": (1, None),
     "AUG.COLOR_JITTER_PROB": (0, 1),
     "AUG.GRAY_PROB": (0, 1),

@@ -1,0 +1,271 @@
+"""All images of a data set decoded once and kept, in one buffer for all processes of a machine."""
+
+import contextlib
+import mmap
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from datasets.batched import Images
+from datasets.folder import StoredImages, UnreadableImage, capped_size
+from datasets.loader import decode, pad
+from utils import distributed
+from utils.distributed import World
+from utils.errors import InputError
+from utils.logging import logger, progress
+
+Size = tuple[int, int]  # (height, width), pixels
+GIB = 2**30
+_IMAGES_AT_ONCE = 16  # that a loader worker is handed
+_FEW_HEADERS = 2000  # are read, at 0.2 ms each, before loader workers would have started
+_BYTES_AT_ONCE = 256 * 2**20  # that are copied to the device
+# Processes share memory through a file that has no name, so that none is left behind however a
+# process ends, and that /dev/shm, which is small in containers, does not bound. Linux has it;
+# elsewhere each process decodes all images by itself.
+_CAN_SHARE = hasattr(os, "memfd_create")
+
+
+class DecodedImages:
+    """Every image of a data set, decoded by `load_image`, in memory or on the device.
+
+    The processes of one machine decode a share each (`share`) into one buffer, which they all
+    read; with `on_device` each then copies it to its device and lets it go. On the host are the
+    places of the images in it and their `sizes`, (height, width). (Ours.)
+
+    shorter_side: see `load_image`. workers: loader processes for each process.
+
+    Raises InputError, on all processes, where an image cannot be read, or where there is too
+    little memory: that is told by the images' headers, before any is decoded.
+    """
+
+    def __init__(
+        self,
+        images: StoredImages,
+        shorter_side: int,
+        world: World,
+        workers: int = 0,
+        on_device: bool = False,
+    ) -> None:
+        self.device, workers = world.device, workers if _CAN_SHARE else 0
+        machine, on_device = _machine(world), on_device and world.device.type != "cpu"
+        headers = _Headers(images, shorter_side)
+        share = distributed.share(len(images), world)
+        readers = workers if len(share) > _FEW_HEADERS else 0
+        by_rank = _agreed(_each(headers, share, readers, "reading headers"))
+        expected = [size for sizes in by_rank for size in sizes]
+        self._starts = [0, *np.cumsum([height * width for height, width in expected]).tolist()]
+        self.bytes = 3 * self._starts[-1]
+        where = f"on {world.device}" if on_device else "in memory"
+        logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
+        self.place = f"kept {where}"
+        _agreed(_too_large(self.bytes, shorter_side, world.device if on_device else None))
+
+        first = world.rank - machine.rank  # of this machine's processes
+        with _shared_buffer(self.bytes, machine, first) as buffer:
+            self.share = distributed.share(len(images), machine)
+            filling = _Filling(images, shorter_side, expected, self._starts, buffer)
+            found = _each(filling, self.share, workers, "decoding images")
+            pixels = buffer.pixels  # mapped before the process that made it may let it go
+            by_rank = _agreed(found)
+        self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
+        self._pixels = _copied(pixels, world.device) if on_device else pixels
+
+    def batch(self, indices: Sequence[int]) -> Images:
+        """The images at `indices`, padded, on the processes' device; the host does not wait."""
+        sizes = [self.sizes[i] for i in indices]
+        if self._pixels.device.type == "cpu":
+            pixels, _ = pad([self[i] for i in indices], pinned=self.device.type == "cuda")
+            pixels = pixels.to(self.device, non_blocking=True)
+        else:
+            pixels = gather_padded(self._pixels, [self._starts[i] for i in indices], sizes)
+        return channels_first(pixels, sizes)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image `index`, uint8 [h, w, 3], where it is kept."""
+        pixels = self._pixels[self._starts[index] : self._starts[index + 1]]
+        return pixels.view(*self.sizes[index], 3)
+
+
+def channels_first(pixels: Tensor, sizes: Sequence[Size]) -> Images:
+    """A padded batch uint8 [B, H, W, 3], with the images' sizes on the host, as `Images`."""
+    return Images(pixels.permute(0, 3, 1, 2).contiguous(), sizes)
+
+
+def gather_padded(pixels: Tensor, starts: Sequence[int], sizes: Sequence[Size]) -> Tensor:
+    """A padded batch, uint8 [B, H, W, 3], out of a buffer uint8 [N, 3] on the same device.
+
+    Image b, of sizes[b], is stored by rows from pixel starts[b]; beyond it its edge repeats.
+    About ten kernels for any batch, where a copy of each image would be one for each.
+    """
+    heights, widths = zip(*sizes, strict=True)
+    # All that the host knows goes over at once, from pinned memory so that it need not wait.
+    known = torch.tensor([starts, heights, widths])
+    if pixels.device.type == "cuda":
+        known = known.pin_memory()
+    start, height, width = known.to(pixels.device, non_blocking=True)[:, :, None]
+    down = torch.arange(max(heights), device=pixels.device).minimum(height - 1)  # [B, H]
+    across = torch.arange(max(widths), device=pixels.device).minimum(width - 1)  # [B, W]
+    return pixels[(start + down * width)[:, :, None] + across[:, None, :]]
+
+
+# Reading and decoding, shared out between processes and their loader workers
+
+
+class _Headers(Dataset):
+    """The size at which image i will be kept, perhaps turned; a sentence if it is unreadable."""
+
+    def __init__(self, images: StoredImages, shorter_side: int) -> None:
+        self.images, self.shorter_side = images, shorter_side
+
+    def __getitem__(self, index: int) -> Size | str:
+        try:
+            return capped_size(self.images.header_size(index), self.shorter_side)
+        except UnreadableImage as error:
+            return str(error)
+
+
+class _Filling(Dataset):
+    """Decodes image i into its place in the buffer: its size, or a sentence if it is unreadable."""
+
+    def __init__(
+        self,
+        images: StoredImages,
+        shorter_side: int,
+        expected: list[Size],
+        starts: list[int],
+        buffer: "_Buffer",
+    ) -> None:
+        self.images, self.shorter_side = images, shorter_side
+        self.expected, self.starts, self.buffer = expected, starts, buffer
+
+    def __getitem__(self, index: int) -> Size | str:
+        try:
+            pixels = decode(self.images, index, self.shorter_side)
+            height, width, _ = pixels.shape
+            # By EXIF the sides may have changed places, which takes no other room.
+            if sorted((height, width)) != sorted(self.expected[index]):
+                told = "{} x {}".format(*self.expected[index])
+                reason = f"by its header it would have {told} pixels, it has {width} x {height}"
+                raise UnreadableImage(self.images.source(index)[1], reason)
+        except UnreadableImage as error:
+            return str(error)
+        place = self.buffer.pixels[self.starts[index] : self.starts[index + 1]]
+        place.copy_(pixels.view(-1, 3))
+        return height, width
+
+
+def _each(dataset: Dataset, indices: range, workers: int, what: str) -> list[Size] | str:
+    """dataset[i] for the indices in order, by loader workers; or the first sentence among them."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=BatchSampler(indices, _IMAGES_AT_ONCE, drop_last=False),
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the global one is left alone
+    )
+    results = []
+    for result in progress((r for batch in loader for r in batch), what, len(indices)):
+        if isinstance(result, str):
+            return result
+        results.append(result)
+    return results
+
+
+def _agreed(result: list[Size] | str | None) -> list:
+    """What each process found, by rank; a sentence of any of them is an InputError on all."""
+    results = distributed.gather_objects(result)
+    for found in results:
+        if isinstance(found, str):
+            raise InputError(found)
+    return results
+
+
+# Memory
+
+
+def _machine(world: World) -> World:
+    """This process's place among those of its machine, as torchrun tells it; else by itself."""
+    if not _CAN_SHARE or world.size == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
+        return World(0, 1, world.device)
+    rank, size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return World(rank, size, world.device)
+
+
+class _Buffer:
+    """Pixels uint8 [N, 3]: a file in memory, mapped by each process where it first asks for them.
+
+    address: the file as a path that the processes of a machine can open; empty: memory of this
+    process alone.
+    """
+
+    def __init__(self, address: str, size: int) -> None:
+        self.address, self.size = address, size
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        if not self.address:
+            return torch.empty(self.size // 3, 3, dtype=torch.uint8)
+        with open(self.address, "r+b") as file:
+            mapped = mmap.mmap(file.fileno(), self.size)
+        return torch.frombuffer(mapped, dtype=torch.uint8).view(-1, 3)
+
+
+@contextlib.contextmanager
+def _shared_buffer(size: int, machine: World, first: int) -> Iterator[_Buffer]:
+    """A buffer for all processes of the machine; the first of them, of rank `first`, makes it.
+
+    In the block all of them and their workers must map it; it lasts while one of them does.
+    """
+    file, error = None, None
+    if _CAN_SHARE and machine.is_main:
+        try:
+            file = os.memfd_create("decoded images")
+            os.posix_fallocate(file, 0, size)  # an error now instead of a signal later
+        except OSError as caught:
+            error = f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({caught.strerror})"
+    try:
+        _agreed(error)
+        address = "" if file is None else f"/proc/{os.getpid()}/fd/{file}"
+        yield _Buffer(distributed.gather_objects(address)[first], size)
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def _too_large(size: int, shorter_side: int, device: torch.device | None) -> str | None:
+    """A sentence where `size` bytes do not fit into memory, or onto the device if one is named."""
+    elsewhere = "set DATA.CACHE none and DATA.CROPS device"
+    rooms = [(_available(), "of this machine's memory", elsewhere)]
+    if device is not None:
+        rooms.append((torch.cuda.mem_get_info(device)[0], f"on {device}", "set DATA.CACHE ram"))
+    for free, where, instead in rooms:
+        if size > free:
+            return (
+                f"the decoded images take {size / GIB:.2f} GiB and {free / GIB:.2f} GiB {where} "
+                f"are free: lower DATA.CACHE_SIZE (now {shorter_side}; 0 is no cap), or {instead}"
+            )
+    return None
+
+
+def _available() -> int:
+    """Bytes of memory that programs can still have; unbounded where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        return sys.maxsize
+
+
+def _copied(pixels: Tensor, device: torch.device) -> Tensor:
+    """The buffer on the device."""
+    copy = torch.empty_like(pixels, device=device)
+    rows = _BYTES_AT_ONCE // 3
+    for first in range(0, len(pixels), rows):
+        copy[first : first + rows] = pixels[first : first + rows]
+    return copy

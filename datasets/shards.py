@@ -1,0 +1,436 @@
+"""Images in tar shards, by the naming of the webdataset library, read at any place.
+
+A shard is an uncompressed tar file; a sample is a group of members with one stem, `a/0001.jpg`
+and `a/0001.cls`, and its image the member whose suffix is an image's. The stem ends at the
+first dot of the file's name. Other members are left alone: pretraining needs no labels.
+
+`python -m datasets.shards --help` writes the shards of an image folder.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from webdataset.tariterators import base_plus_ext
+
+from datasets.folder import (
+    IMAGE_SUFFIXES,
+    NO_LABEL,
+    ImageFolder,
+    StoredImages,
+    UnreadableImage,
+    existing_folder,
+)
+from utils.errors import InputError, run_script
+from utils.files import replacing
+from utils.logging import logger, on_terminal
+from utils.seeding import ORDER, derive_seed
+
+# An epoch is shuffled within a moving window of this many images, and at least so many shards.
+WINDOW_IMAGES = 8192
+WINDOW_SHARDS = 4
+# Each process keeps at most so many shards open; a window of more opens them again.
+OPEN_SHARDS = 64
+# The folder of the index files, beside the shards.
+INDEX_FOLDER = ".shard_index"
+INDEX_FORMAT = 1  # to be raised whenever older index files no longer say the same
+_THREADS = 16  # indexing waits for the disk more than it computes
+_BLOCK = tarfile.BLOCKSIZE
+
+# The size in bytes and the time of change, in ns, by which a changed shard is known.
+Stamp = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The images of one shard in the tar's order: members' names, and their bytes' places."""
+
+    stamp: Stamp
+    names: list[str]
+    offsets: list[int]
+    sizes: list[int]
+
+
+class MemberNames(Sequence[str]):
+    """The names "/folder/shard.tar:member.jpg" of all images.
+
+    Kept as one array for each shard: a list of a million strings would be copied into every
+    worker process, by its reference counts. members: the names in each shard.
+    """
+
+    def __init__(self, shards: list[Path], members: list[list[str]]) -> None:
+        self.shards = shards
+        self.members = [np.array([os.fsencode(name) for name in names]) for names in members]
+        self.ends = np.cumsum([len(names) for names in members])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> str:
+        number, place = self.place(index)
+        return f"{self.shards[number]}:{os.fsdecode(self.members[number][place])}"
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The shard's number and the image's among the shard's images."""
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        return number, index - int(self.ends[number - 1] if number else 0)
+
+
+class ImageShards(StoredImages):
+    """The images of tar shards, shard after shard, without labels.
+
+    shards: a folder, whose `*.tar` are the shards by name, or a brace pattern of their names,
+    "/data/train-{000000..000146}.tar". Item i is (image, -1): a PIL RGB image, through
+    `transform` if one is given. `paths` are "/folder/shard.tar:member.jpg"; so is the path of
+    an `UnreadableImage`, which an item that cannot be decoded raises.
+
+    Every shard has an index file beside it, or in the user's cache folder where that cannot be
+    written; it is made at the first use and again when the shard's size or time changes. A
+    copy in another process opens the shards itself, when it first reads from them.
+
+    Raises `InputError` for shards that are missing, damaged, without images, or hold two images
+    of one name.
+    """
+
+    def __init__(
+        self, shards: str | Path, transform: Callable[[Image.Image], Any] | None = None
+    ) -> None:
+        self.shards, self.transform = find_shards(shards), transform
+        indices = read_indices(self.shards)
+        self.counts = [len(index.names) for index in indices]
+        self._stamps = [index.stamp for index in indices]
+        self._offsets, self._sizes = (
+            np.fromiter(itertools.chain.from_iterable(column), np.int64)
+            for column in ([i.offsets for i in indices], [i.sizes for i in indices])
+        )
+        self.paths = MemberNames(self.shards, [index.names for index in indices])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.load(index)
+        return (self.transform(image) if self.transform else image), NO_LABEL
+
+    def source(self, index: int) -> tuple[io.BytesIO, str]:
+        """The bytes of image `index`, and its name; raises `UnreadableImage`."""
+        number, _ = self.paths.place(index)
+        reason, size = "its shard changed after it was indexed", int(self._sizes[index])
+        try:
+            shard = _open_shard(str(self.shards[number]), self._stamps[number])
+            if shard.stamp == self._stamps[number]:
+                # Unlike a mapped file, which ends the process where it has become shorter.
+                data = os.pread(shard.descriptor, size, int(self._offsets[index]))
+                if len(data) == size:
+                    return io.BytesIO(data), self.paths[index]
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+        raise UnreadableImage(self.paths[index], reason)
+
+
+class _OpenShard:
+    """A shard opened for reading; closed when nobody holds it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.stamp = _stamp(os.fstat(self.descriptor))
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _open_shard(path: str, stamp: Stamp) -> _OpenShard:
+    """This process's open shard; `stamp` tells a file from one that has taken its name.
+
+    A thread or a forked process may read from what another has opened: reads give their place.
+    """
+    return _OpenShard(path)
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """The order of an epoch that keeps each process in its own few shards (ours).
+
+    counts: images of each shard. world: number of processes. step: images that one process
+    takes in an optimizer step. order(epoch) is a permutation of all images, a function of
+    (counts, world, step, seed, epoch): the shards are permuted, their images in a row are cut
+    into `world` spans of equal numbers (a shard at a border is shared by two processes), and
+    each span is shuffled within a moving window: an image moves by at most `window` images, so
+    that at any moment a process reads from as many shards as hold those. Rank r's span comes
+    as its parts of the steps, in the layout of `StepSampler`; what fills no step comes last.
+
+    Unlike a folder's, this order depends on `world`. When a run resumes with another number of
+    processes, every later epoch is again a permutation; in the epoch in which it stopped some
+    images may come twice and others not at all.
+    """
+
+    counts: Sequence[int]
+    world: int
+    step: int
+    seed: int
+
+    @property
+    def window(self) -> int:
+        """Images that are shuffled among each other: WINDOW_IMAGES, or WINDOW_SHARDS full."""
+        mean = -(-sum(self.counts) // len(self.counts))
+        return max(WINDOW_IMAGES, WINDOW_SHARDS * mean)
+
+    def __call__(self, epoch: int) -> list[int]:
+        spans = self.spans(epoch)
+        steps = sum(self.counts) // (self.step * self.world)
+        whole = steps * self.step
+        parts = torch.stack([span[:whole].view(steps, self.step) for span in spans], dim=1)
+        return torch.cat([parts.flatten(), *(span[whole:] for span in spans)]).tolist()
+
+    def spans(self, epoch: int) -> list[Tensor]:
+        """Each rank's images of the epoch in their order, int64."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
+        images = torch.arange(sum(self.counts)).split(list(self.counts))
+        shards = torch.randperm(len(self.counts), generator=generator).tolist()
+        row = torch.cat([images[shard] for shard in shards])
+        moved = torch.rand(len(row), generator=generator, dtype=torch.float64) * self.window
+        keys = torch.arange(len(row)) + moved
+        ends = [len(row) * rank // self.world for rank in range(self.world + 1)]
+        mine = [slice(*pair) for pair in itertools.pairwise(ends)]
+        return [row[span][keys[span].argsort(stable=True)] for span in mine]
+
+
+# Shards and their indices
+
+
+def find_shards(pattern: str | Path) -> list[Path]:
+    """Absolute paths of the shards in a folder, or of those that a brace pattern names."""
+    text = os.path.expanduser(str(pattern))
+    if os.path.isdir(text) or not ("{" in text or text.endswith(".tar")):
+        folder = Path(os.path.abspath(existing_folder(text)))
+        shards = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+        if not shards:
+            raise InputError(
+                f"the data folder {folder} holds no shards (files ending in .tar): put shards "
+                "in it, or read a folder of images with DATA.DATASET folder"
+            )
+        return shards
+    try:
+        shards = [Path(os.path.abspath(url)) for url in webdataset.SimpleShardList(text).urls]
+    except ValueError as error:
+        raise InputError(
+            f"the shards {text} cannot be expanded ({error}): write a pattern such as "
+            "/data/train-{000000..000146}.tar"
+        ) from None
+    name, times = Counter(shards).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"the shard {name} is named {times} times by {text}: name it once")
+    return shards
+
+
+def read_indices(shards: list[Path]) -> list[ShardIndex]:
+    """The index of every shard, made and kept for those that have none that fits."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        stamps = list(pool.map(_stamp_of, shards))
+        missing = [shard for shard, stamp in zip(shards, stamps, strict=True) if stamp is None]
+        if missing:
+            raise InputError(
+                f"the shard {missing[0]} does not exist ({len(missing)} of {len(shards)} shards "
+                "are missing): complete the set or correct its name"
+            )
+        indices = list(pool.map(_kept_index, shards, stamps))
+        places = [i for i, index in enumerate(indices) if index is None]
+        if places:
+            logger.info(f"indexing {len(places)} shards, once")
+            made = pool.map(_make_index, [shards[i] for i in places])
+            bar = tqdm(made, total=len(places), unit="shard", disable=not on_terminal())
+            try:
+                for i, index in zip(places, bar, strict=True):
+                    indices[i] = index
+            finally:
+                # A damaged shard, or Ctrl-C, need not wait for all the others.
+                pool.shutdown(cancel_futures=True)
+    return indices
+
+
+def _stamp_of(shard: Path) -> Stamp | None:
+    try:
+        return _stamp(shard.stat())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(shard, error.strerror) from None
+
+
+def _index_files(shard: Path) -> list[Path]:
+    """Where a shard's index may be: beside it, or in the user's cache folder."""
+    folder = Path(os.path.realpath(shard.parent))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    name = f"{shard.name}.json"
+    return [folder / INDEX_FOLDER / name, cache / "cmd" / "shard_index" / key / name]
+
+
+def _kept_index(shard: Path, stamp: Stamp) -> ShardIndex | None:
+    for path in _index_files(shard):
+        try:
+            stored = json.loads(path.read_bytes())
+            if (stored["format"], *stored["stamp"]) == (INDEX_FORMAT, *stamp):
+                return ShardIndex(stamp, stored["names"], stored["offsets"], stored["sizes"])
+        # There is none, or what is there is none of ours.
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def _make_index(shard: Path) -> ShardIndex:
+    """Read a shard's index from the tar, and keep it where it can be kept."""
+    try:
+        with open(shard, "rb") as file:
+            stamp = _stamp(os.fstat(file.fileno()))
+            rows = list(_images_of(shard, file))
+    except OSError as error:
+        raise _unreadable(shard, error.strerror) from None
+    if not rows:
+        raise InputError(
+            f"the shard {shard} holds no images (members ending in {', '.join(IMAGE_SUFFIXES)}): "
+            "remove it or correct the shards' name"
+        )
+    names, offsets, sizes = map(list, zip(*rows, strict=True))
+    index = ShardIndex(stamp, names, offsets, sizes)
+    text = json.dumps({"format": INDEX_FORMAT, **asdict(index)})
+    for path in _index_files(shard):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+            break
+        except (OSError, InputError):
+            continue
+    return index
+
+
+def _images_of(shard: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size in bytes) of every image in a tar file."""
+    seen: dict[str, str] = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, suffix = base_plus_ext(member.name)
+                image = key is not None and f".{suffix.lower()}" in IMAGE_SUFFIXES
+                if not (image and member.isreg() and not member.issparse()):
+                    continue
+                if key in seen:
+                    raise InputError(
+                        f"the shard {shard} holds two images of the sample {key} ({seen[key]} and "
+                        f"{member.name}): write it again with one name for each image"
+                    )
+                seen[key] = member.name
+                yield member.name, member.offset_data, member.size
+            end = tar.offset
+    except (tarfile.TarError, ValueError) as error:
+        raise _unreadable(shard, str(error)) from None
+    # tarfile takes any broken header but the first for the end.
+    file.seek(end)
+    if file.read(_BLOCK) != bytes(_BLOCK):
+        raise _unreadable(shard, f"it is cut short or damaged at byte {end}")
+
+
+def _unreadable(shard: Path, reason: str | None) -> InputError:
+    return InputError(f"the shard {shard} cannot be read ({reason}): copy or write it again")
+
+
+# Writing shards
+
+
+def write_shards(
+    folder: str | Path, output: str | Path, images_per_shard: int = 1000, progress: bool = False
+) -> tuple[int, int]:
+    """Write the images of a folder as `output/shard-000000.tar` and so on.
+
+    Members are `<number>.<suffix>`, an unchanged file, and where the folder has class
+    subfolders `<number>.cls`, the class's place among their sorted names, which classes.txt
+    lists. The number is the image's place in the folder's sorted list. The images are
+    shuffled, always in the same way, so that no shard is of one class; the same folder gives
+    the same bytes. `output` appears whole or not at all.
+
+    Returns (images, shards). Raises `InputError`, also where `output` holds anything.
+    """
+    images, output = ImageFolder(folder), Path(output).expanduser().absolute()
+    if images_per_shard < 1:
+        raise InputError(f"--images_per_shard {images_per_shard} is too small: give 1 or more")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output {output} already exists: choose another folder or delete it")
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _write_images(images, partial, images_per_shard, progress)
+        partial.rename(output)
+    except OSError as error:
+        raise InputError(
+            f"the shards could not be written to {output} ({error.strerror or error}; "
+            f"{error.filename or output}): make room or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(images), -(-len(images) // images_per_shard)
+
+
+def _write_images(images: ImageFolder, folder: Path, per_shard: int, progress: bool) -> None:
+    generator = torch.Generator().manual_seed(derive_seed(0, ORDER))
+    order = torch.randperm(len(images), generator=generator).tolist()
+    if images.classes:
+        text = "".join(f"{name}\n" for name in images.classes)
+        (folder / "classes.txt").write_bytes(os.fsencode(text))
+    pattern = f"{folder}/shard-".replace("%", "%%") + "%06d.tar"
+    writer = webdataset.ShardWriter(
+        pattern, maxcount=per_shard, maxsize=float("inf"), verbose=0, encoder=False, mtime=0
+    )
+    with writer:
+        for place in tqdm(order, unit="image", disable=not progress):
+            path = images.root / images.paths[place]
+            sample = {"__key__": f"{place:08d}", path.suffix[1:].lower(): path.read_bytes()}
+            if images.classes:
+                sample["cls"] = str(images.labels[place]).encode()
+            writer.write(sample)
+
+
+def main() -> None:
+    """Write the shards that the command line asks for and say so in one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.shards",
+        description="Write a folder of images as tar shards, for DATA.DATASET shards.",
+    )
+    parser.add_argument("--data_path", required=True, help="folder of images")
+    parser.add_argument("--output", required=True, help="folder to write, new or empty")
+    parser.add_argument("--images_per_shard", type=int, default=1000, help="(%(default)s)")
+    args = parser.parse_args()
+    count, shards = write_shards(
+        args.data_path, args.output, args.images_per_shard, progress=sys.stderr.isatty()
+    )
+    print(f"wrote {count} images in {shards} shards to {args.output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

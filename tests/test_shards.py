@@ -1,0 +1,485 @@
+"""Tar shards: writing and reading them, their index, the order of an epoch, a run over them."""
+
+import io
+import os
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from datasets.fine_grained import build_dataset, load_splits
+from datasets.folder import ImageFolder, UnreadableImage
+from datasets.loader import AugmentedDataset, BadImage, StepSampler, build_loader, epoch_order
+from datasets.multicrop import MultiCrop
+from datasets.shards import (
+    INDEX_FOLDER,
+    OPEN_SHARDS,
+    WINDOW_IMAGES,
+    ImageShards,
+    ShardOrder,
+    write_shards,
+)
+from tests.conftest import save_images
+from tests.processes import found_by_each, run_python
+from tests.test_training import assert_same_run
+from utils.errors import InputError
+
+UNEQUAL = [1, 30, 7, 12, 5, 64, 3]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """The user's cache folder, instead of the real one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Seven images of two classes, one a JPEG on its side."""
+    save_images(tmp_path / "folder" / "wren", 4, 0)
+    save_images(tmp_path / "folder" / "auk", 2, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(9).save(tmp_path / "folder" / "auk" / "a.b.JPG", exif=exif)
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def shards(folder, tmp_path) -> Path:
+    write_shards(folder, tmp_path / "shards", 3)
+    return tmp_path / "shards"
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png(seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    picture(seed).save(file, "png")
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def numbered(path: Path, seeds: range) -> Path:
+    """A shard of one PNG for each seed."""
+    return write_tar(path, [(f"{seed:04d}.png", png(seed)) for seed in seeds])
+
+
+def seeds_of(images: ImageShards, count: int = 100) -> list[int]:
+    """Which `picture` every image is."""
+    known = {picture(seed).tobytes(): seed for seed in range(count)}
+    return [known[images[i][0].tobytes()] for i in range(len(images))]
+
+
+# Writing and reading
+
+
+def test_a_folder_comes_back_from_its_shards(folder, shards):
+    images, files = ImageShards(shards), ImageFolder(folder)
+    assert sorted(path.name for path in shards.glob("*.tar")) == [
+        f"shard-{i:06d}.tar" for i in range(3)
+    ]
+    assert images.counts == [3, 3, 1]
+    assert len(images) == len(files) == 7
+    order = [int(Path(path.split(":")[1]).stem) for path in images.paths]
+    assert sorted(order) == list(range(7))
+    assert order != sorted(order)  # the classes are mixed
+    for i, number in enumerate(order):
+        image, label = images[i]
+        assert (image.mode, label) == ("RGB", -1)
+        assert np.array_equal(np.asarray(image), np.asarray(files[number][0]))
+    sized = build_dataset("shards", shards, lambda image: image.size)
+    assert sized[order.index(2)] == ((6, 10), -1)
+    with pytest.raises(IndexError):
+        images[7]
+
+
+def test_webdataset_reads_the_shards_with_their_labels(folder, shards):
+    files = ImageFolder(folder)
+    found = {}
+    for path in shards.glob("*.tar"):
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+            number = int(sample["__key__"])
+            suffix = Path(files.paths[number]).suffix[1:].lower()
+            assert sample[suffix] == (folder / files.paths[number]).read_bytes()
+            found[number] = int(sample["cls"])
+    assert [found[i] for i in range(7)] == files.labels
+    assert (shards / "classes.txt").read_text().split() == files.classes == ["auk", "wren"]
+
+
+def test_the_same_folder_gives_the_same_bytes(folder, shards, tmp_path):
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1, 1))
+    write_shards(folder, tmp_path / "again", 3)
+    for path in shards.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_the_command_writes_once_and_then_refuses(folder, environment, tmp_path):
+    output = tmp_path / "a%d" / "out"
+    words = ("-m", "datasets.shards", "--data_path", folder, "--output", output)
+    words = (*words, "--images_per_shard", 4)
+    done = run_python(*words, environment=environment)
+    assert done.stdout == f"wrote 7 images in 2 shards to {output}\n"
+    assert sorted(os.listdir(output)) == ["classes.txt", "shard-000000.tar", "shard-000001.tar"]
+    assert os.listdir(output.parent) == ["out"]
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    done = run_python(*words, environment=environment, code=2)
+    assert done.stderr == (
+        f"error: --output {output} already exists: choose another folder or delete it\n"
+    )
+    assert before == {path: path.read_bytes() for path in output.iterdir()}
+
+
+def test_what_cannot_be_written_is_one_sentence(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--images_per_shard 0 is too small"):
+        write_shards(folder, tmp_path / "out", 0)
+    with pytest.raises(InputError, match=r"could not be written to .*file/out \(Not a directory"):
+        write_shards(folder, tmp_path / "file" / "out")
+
+
+def test_only_image_members_of_a_sample_count(tmp_path):
+    members = [
+        ("./a/1.cls", b"3"),
+        ("./a/1.JPEG", png(1)),
+        ("./a/1.json", b"{}"),
+        ("./a/2.webp", png(2)),
+        ("./a/2.mask.png", png(3)),
+        ("./a/._3.png", b"a hidden file"),
+        ("b/1.png", png(4)),
+        ("n" * 120 + "é/1.png", png(5)),
+    ]
+    write_tar(tmp_path / "in" / "x.tar", members)
+    write_tar(tmp_path / "in" / "y.tar", members, tarfile.GNU_FORMAT)
+    (tmp_path / "in" / "notes.txt").write_text("none")
+    images = ImageShards(tmp_path / "in")
+    assert images.counts == [4, 4]
+    assert seeds_of(images) == [1, 2, 4, 5] * 2
+    assert images.paths[3] == f"{tmp_path}/in/x.tar:{'n' * 120}é/1.png"
+
+
+def test_shards_by_pattern_and_by_folder(tmp_path):
+    for i in (2, 0, 1):
+        numbered(tmp_path / "in" / f"t-{i:03d}.tar", range(2 * i, 2 * i + 2))
+    assert seeds_of(ImageShards(tmp_path / "in")) == list(range(6))
+    assert seeds_of(ImageShards(f"{tmp_path}/in/t-{{000..001}}.tar")) == list(range(4))
+    assert seeds_of(ImageShards(tmp_path / "in" / "t-002.tar")) == [4, 5]
+    assert isinstance(build_dataset("shards", tmp_path / "in"), ImageShards)
+    with pytest.raises(InputError, match="'shards' is for pretraining and has no splits: evaluate"):
+        load_splits("shards", tmp_path / "in")
+
+
+def test_few_shards_are_open_at_once_and_none_in_a_copy(tmp_path):
+    for i in range(OPEN_SHARDS + 10):
+        numbered(tmp_path / "in" / f"{i:03d}.tar", range(i, i + 1))
+    images = ImageShards(tmp_path / "in")
+    before = len(os.listdir("/dev/fd"))
+    copy = pickle.loads(pickle.dumps(images))
+    assert seeds_of(copy) == seeds_of(images) == list(range(OPEN_SHARDS + 10))
+    assert len(os.listdir("/dev/fd")) <= before + OPEN_SHARDS
+
+
+# The index
+
+
+def index_of(shard: Path) -> Path:
+    return shard.parent / INDEX_FOLDER / f"{shard.name}.json"
+
+
+def test_an_index_is_made_once_and_used_again(tmp_path):
+    shard = numbered(tmp_path / "in" / "x.tar", range(3))
+    assert seeds_of(ImageShards(shard)) == [0, 1, 2]
+    written, status = index_of(shard).stat(), shard.stat()
+    # Without its headers the shard can be read by an index alone.
+    with open(shard, "r+b") as file:
+        file.write(bytes(512))
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert seeds_of(ImageShards(shard)) == [0, 1, 2]
+    assert index_of(shard).stat().st_mtime_ns == written.st_mtime_ns
+
+
+def test_an_index_is_made_again_for_a_changed_shard_alone(tmp_path):
+    shard, other = (numbered(tmp_path / "in" / name, range(3)) for name in ("x.tar", "y.tar"))
+    ImageShards(tmp_path / "in")
+    kept = index_of(other).stat().st_mtime_ns
+    numbered(shard, range(5, 8))  # the same size
+    assert seeds_of(ImageShards(tmp_path / "in")) == [5, 6, 7, 0, 1, 2]
+    numbered(shard, range(4))
+    assert seeds_of(ImageShards(tmp_path / "in")) == [0, 1, 2, 3, 0, 1, 2]
+    assert index_of(other).stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0}', '{"format": 1, "stamp": 3}'])
+def test_a_damaged_index_is_made_again(text, tmp_path):
+    shard = numbered(tmp_path / "in" / "x.tar", range(3))
+    ImageShards(shard)
+    whole = index_of(shard).read_text()
+    index_of(shard).write_text(text)
+    assert seeds_of(ImageShards(shard)) == [0, 1, 2]
+    assert index_of(shard).read_text() == whole
+
+
+def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, cache):
+    shards = [numbered(tmp_path / name / "x.tar", range(i, i + 2)) for i, name in enumerate("ab")]
+    for shard in shards:
+        # Stands in the way for root too, whom no permission stops.
+        (shard.parent / INDEX_FOLDER).touch()
+        shard.parent.chmod(0o555)
+    for _ in range(2):
+        assert [seeds_of(ImageShards(shard)) for shard in shards] == [[0, 1], [1, 2]]
+        kept = list(cache.rglob("x.tar.json"))
+        assert len(kept) == 2
+    for path in kept:
+        path.unlink()
+        path.parent.rmdir()
+        path.parent.touch()
+    assert seeds_of(ImageShards(shards[0])) == [0, 1]  # in memory alone
+    for shard in shards:
+        shard.parent.chmod(0o755)
+
+
+# What is refused
+
+
+def cut(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def overwrite(path: Path, place: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(b"damaged " * 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: cut(path, 600), "{0} cannot be read (unexpected end of data): copy or"),
+        (lambda path: cut(path, 1024 + 200), "{0} cannot be read (it is cut short or damaged at"),
+        (lambda path: cut(path, 2048), "{0} cannot be read (it is cut short or damaged at"),
+        (lambda path: overwrite(path, 1024), "{0} cannot be read (it is cut short or damaged at"),
+        (lambda path: path.write_bytes(b""), "{0} cannot be read (empty file): copy or write"),
+        (lambda path: path.write_text("words" * 200), "{0} cannot be read ("),
+        (lambda path: path.unlink(), "{0} does not exist (1 of 2 shards are missing): complete"),
+        (lambda path: write_tar(path, [("1.cls", b"1")]), "{0} holds no images (members ending in"),
+        (lambda path: write_tar(path, []), "{0} holds no images"),
+        (
+            lambda path: write_tar(path, [("1.png", png()), ("2.png", png()), ("1.png", png())]),
+            "{0} holds two images of the sample 1 (1.png and 1.png): write it again",
+        ),
+        (
+            lambda path: write_tar(path, [("a/1.png", png()), ("a/1.jpg", png())]),
+            "{0} holds two images of the sample a/1 (a/1.png and a/1.jpg)",
+        ),
+    ],
+)
+def test_a_bad_shard_is_named(damage, words, tmp_path):
+    numbered(tmp_path / "t-0.tar", range(2))
+    bad = numbered(tmp_path / "t-1.tar", range(2))
+    damage(bad)
+    with pytest.raises(InputError) as caught:
+        ImageShards(f"{tmp_path}/t-{{0..1}}.tar")
+    assert f"the shard {words.format(bad)}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{0}/none", "the data folder {0}/none does not exist"),
+        ("{0}", "the data folder {0} holds no shards (files ending in .tar): put shards"),
+        ("{0}/none.tar", "the shard {0}/none.tar does not exist (1 of 1 shards are missing)"),
+        ("{0}/t-{{0..1.tar", "the shards {0}/t-{{0..1.tar cannot be expanded"),
+        ("{0}/t-{{1,1}}.tar", "the shard {0}/t-1.tar is named 2 times by {0}/t-{{1,1}}.tar"),
+        ("", "no data folder is named"),
+    ],
+)
+def test_a_bad_pattern_is_named(pattern, words, tmp_path):
+    with pytest.raises(InputError) as caught:
+        ImageShards(pattern.format(tmp_path))
+    assert words.format(tmp_path) in str(caught.value)
+
+
+def test_a_damaged_image_is_an_unreadable_image(tmp_path):
+    members = [("a/1.png", png()), ("a/2.jpg", b"words"), ("a/3.png", png()[:90])]
+    shard = write_tar(tmp_path / "x.tar", members)
+    images = ImageShards(shard)
+    assert images[0][0].size == (10, 6)
+    for index, member, reason in ((1, "2.jpg", "known format"), (2, "3.png", "truncated")):
+        with pytest.raises(UnreadableImage) as caught:
+            images[index]
+        assert caught.value.path == f"{shard}:a/{member}"
+        assert reason in caught.value.reason
+    sample = AugmentedDataset(images, MultiCrop(8, local_crops_number=(0,)), 0)[0, 1]
+    assert sample == BadImage(f"{shard}:a/2.jpg", "it is not an image in a known format")
+
+
+def read_first(world, images: ImageShards) -> str:
+    try:
+        return str(images[0][0].size)
+    except UnreadableImage as error:
+        return error.reason
+
+
+def test_a_shard_that_changes_under_a_run_gives_no_wrong_image(tmp_path):
+    shard = numbered(tmp_path / "x.tar", range(3))
+    images = ImageShards(shard)
+    assert found_by_each(1, read_first, images) == ["(10, 6)"]
+    numbered(shard, range(1, 4))
+    os.utime(shard, (1, 1))
+    # In a process that had not opened the old one.
+    assert found_by_each(1, read_first, images) == ["its shard changed after it was indexed"]
+
+
+# The order of an epoch
+
+
+def order(counts: list[int], world: int = 1, step: int = 1, seed: int = 0) -> ShardOrder:
+    return ShardOrder(counts, world, step, seed)
+
+
+def sampled(
+    counts: list[int], world: int, rank: int, first: int = 0, epochs: int = 2
+) -> list[list[tuple[int, int]]]:
+    """StepSampler's batches of 2, accumulated twice, over a number of epochs."""
+    last = sum(counts) // (4 * world) * epochs
+    orders = order(counts, world, 4)
+    return list(StepSampler(sum(counts), 2, rank, world, 2, 0, first, last, orders))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_epoch_is_a_permutation_over_all_processes(world):
+    total = sum(UNEQUAL)
+    for step in (1, 4, 7):
+        assert sorted(order(UNEQUAL, world, step)(3)) == list(range(total))
+    keys = [k for rank in range(world) for batch in sampled(UNEQUAL, world, rank) for k in batch]
+    assert len(keys) == len(set(keys)) == 2 * (total // (4 * world)) * 4 * world
+    assert set(keys) <= {(epoch, index) for epoch in range(2) for index in range(total)}
+    spans = order(UNEQUAL, world).spans(0)
+    assert {len(span) - total // world for span in spans} <= {0, 1}
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [order(UNEQUAL)(0), order(UNEQUAL)(1), order(UNEQUAL, seed=1)(0)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+    assert order(UNEQUAL)(1) == orders[1]
+
+
+def shard_of(indices: torch.Tensor, counts: list[int]) -> list[int]:
+    return np.searchsorted(np.cumsum(counts), np.asarray(indices), side="right").tolist()
+
+
+def test_each_process_reads_its_own_shards():
+    counts, world = [50] * 39 + [20], 4
+    for epoch in range(2):
+        spans = order(counts, world).spans(epoch)
+        touched = [set(shard_of(span, counts)) for span in spans]
+        # Spans of a quarter, and at each border between two of them one shard in common.
+        assert all(10 <= len(shards) <= 12 for shards in touched)
+        assert sum(map(len, touched)) <= 40 + world - 1
+        # StepSampler gives each rank its own span.
+        for rank, span in enumerate(spans):
+            sampler = StepSampler(
+                sum(counts), 2, rank, world, 2, 0, 0, 246, order(counts, world, 4)
+            )
+            mine = [i for keys in sampler for number, i in keys if number == epoch]
+            assert mine == span[: len(mine)].tolist()
+            assert len(span) - len(mine) < 4
+
+
+def test_images_are_mixed_within_a_window_of_shards():
+    counts = [1000] * 60
+    window = order(counts).window
+    assert window == WINDOW_IMAGES
+    for span in order(counts, world=2).spans(0):
+        shards = np.array(shard_of(span, counts))
+        open_at_once = [len(set(shards[i : i + 64])) for i in range(0, len(shards) - 64, 64)]
+        assert max(open_at_once) <= window // 1000 + 2
+        assert np.median(open_at_once) >= window // 1000
+        for shard in set(shards):
+            places = np.flatnonzero(shards == shard)
+            assert np.ptp(places) <= len(places) + window
+        # Neighbours of a shard do not stay neighbours.
+        assert np.mean(np.abs(np.diff(span.numpy())) == 1) < 0.01
+        # Shards follow one another in an order of their own.
+        first = list(dict.fromkeys(shards.tolist()))
+        assert first != sorted(first)
+
+
+def test_the_window_holds_four_large_shards():
+    counts = [6000] * 8
+    shards = np.array(shard_of(order(counts).spans(0)[0], counts))
+    assert order(counts).window == 24000
+    assert len(set(shards[24000:24200])) >= 4
+
+
+@pytest.mark.parametrize("first", [1, 7, 15, 16, 20])
+def test_a_later_start_gives_the_tail(first):
+    for rank in range(2):
+        whole = sampled(UNEQUAL, 2, rank)
+        assert sampled(UNEQUAL, 2, rank, first) == whole[2 * first :]
+
+
+# Runs
+
+
+def test_batches_do_not_depend_on_workers(shards):
+    images = ImageShards(shards)
+    data = AugmentedDataset(images, MultiCrop(16, local_crops_number=(0,)), 3)
+
+    def batches(workers: int, first: int = 0) -> list:
+        sampler = StepSampler(7, 2, 0, 1, 1, 3, first, 6, order(images.counts, 1, 2, 3))
+        return list(build_loader(data, sampler, workers, pin_memory=False))
+
+    whole = batches(0)
+    assert sum(len(batch.indices) for batch in whole) == 12
+    for found, expected in ((batches(2), whole), (batches(2, 4), whole[4:])):
+        for left, right in zip(found, expected, strict=True):
+            assert torch.equal(left.indices, right.indices)
+            assert all(torch.equal(a, b) for a, b in zip(left.data, right.data, strict=True))
+
+
+def test_a_run_over_shards_resumes_to_the_same_bits(pretrain, tmp_path):
+    """The run meets no damaged image, because its order, the shards', leaves that one out."""
+    counts = [5, 5, 5, 2]
+
+    def left_out(seed: int) -> set[int]:
+        return {ShardOrder(counts, 1, 8, seed)(epoch)[-1] for epoch in range(2)}
+
+    seed, (bad,) = next((s, left_out(s)) for s in range(999) if len(left_out(s)) == 1)
+    assert epoch_order(17, seed, 0)[-1] != bad
+    data = [b"damaged" if i == bad else png(i) for i in range(17)]
+    for number, first in enumerate((0, 5, 10, 15)):
+        members = [(f"{i}.png", data[i]) for i in range(17)][first : first + counts[number]]
+        write_tar(tmp_path / "shards" / f"t-{number}.tar", members)
+    pattern = f"{tmp_path}/shards/t-{{0..3}}.tar"
+    options = f"DATA.DATASET shards DATA.PATH {pattern} DATA.WORKERS 1 PRINT_FREQ 1"
+    options += f" TRAIN.EPOCHS 2 CKPT.KEEP_EVERY 1 SEED {seed}"
+    done = pretrain(tmp_path / "whole", options)
+    assert f"17 images in {pattern}" in done.stdout
+    assert done.stdout.count("indexing 4 shards, once") == 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.copy(tmp_path / "run" / "checkpoint0001.pth", tmp_path / "run" / "checkpoint.pth")
+    done = pretrain(tmp_path / "run", options)
+    assert "at step 2" in done.stdout
+    assert "indexing" not in done.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
