@@ -1,6 +1,11 @@
-"""What every measurement reports: the machine, the versions, the command; and a device's peak."""
+"""What the measurements share: options of a step, its settings, and the report of each.
 
+A contestant is a precision, with "+compile" behind it for torch.compile: fp32, bf16+compile.
+"""
+
+import argparse
 import datetime
+import json
 import platform
 import shlex
 import sys
@@ -9,9 +14,105 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.turns import synchronize
+from models.registry import ARCHITECTURES
+from utils.cli import Parser
+from utils.errors import InputError
 from utils.files import write_json
+from utils.options import CHOICES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CROPS = ("batch", "global_size", "local_crops", "local_size", "threads")
+_NETWORK = ("objective", "arch", "prototypes")
+
+
+# Options
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose errors are InputErrors; the description is printed as it stands."""
+    return Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as an argument's type."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def add_crop_options(parser: argparse.ArgumentParser, batch: int) -> None:
+    """What every measurement of crops or steps asks: batch, crops, threads, output, KEY VALUE."""
+    parser.add_argument("--batch", type=positive, default=batch, help="images a step (%(default)s)")
+    parser.add_argument("--global_size", type=positive, default=224, help="pixels, two crops")
+    parser.add_argument("--local_crops", type=int, default=8, help="number of local crops")
+    parser.add_argument("--local_size", type=positive, default=96, help="pixels")
+    parser.add_argument(
+        "--threads", type=positive, default=2, help="of the CPU, for each contestant"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("options", nargs="*", help="further options of the run, KEY VALUE ...")
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """What every measurement of steps asks about networks and loss."""
+    parser.add_argument("--objective", choices=CHOICES["LOSS.OBJECTIVE"], default="cmd")
+    parser.add_argument("--arch", choices=list(ARCHITECTURES), default="swin_tiny")
+    parser.add_argument("--prototypes", type=positive, default=65536, help="K (%(default)s)")
+
+
+def add_contestant_option(parser: argparse.ArgumentParser) -> None:
+    """For measurements of one contestant."""
+    default = "bf16" if device() == "cuda" else "fp32"
+    words = "precision, perhaps with +compile: fp32, bf16+compile, ... (%(default)s)"
+    parser.add_argument("--contestant", default=default, help=words)
+
+
+def settings_of(args: argparse.Namespace, contestant: str) -> dict:
+    """What a contestant's process needs to know, as plain data (see benchmarks.own_step).
+
+    Raises InputError for a contestant that there is not, and for options that are no pairs.
+    """
+    precision, *how = contestant.split("+")
+    if precision not in CHOICES["TRAIN.PRECISION"] or how not in ([], ["compile"]):
+        raise InputError(f"there is no contestant '{contestant}': give fp32, bf16+compile, ...")
+    if len(args.options) % 2:
+        raise InputError(f"options come as KEY VALUE pairs, not {' '.join(args.options)}")
+    options = dict(zip(args.options[::2], args.options[1::2], strict=True))
+    return {
+        **{name: getattr(args, name) for name in (*_NETWORK, *_CROPS)},
+        "precision": precision,
+        "device": device(),
+        "options": options | ({"TRAIN.COMPILE": True} if how else {}),
+    }
+
+
+def in_words(args: argparse.Namespace) -> str:
+    """Batch and crops, for a report."""
+    local = f"{args.local_crops} x {args.local_size}"
+    return f"batch {args.batch}, 2 x {args.global_size} + {local} pixels"
+
+
+def network_in_words(args: argparse.Namespace) -> str:
+    """Objective, network, batch, crops and K, for a report."""
+    return f"{args.objective}, {args.arch}, {in_words(args)}, K = {args.prototypes}"
+
+
+def own_step_command(settings: dict) -> list[str]:
+    """The command of a process that takes steps of these settings."""
+    return [sys.executable, "-m", "benchmarks.own_step", json.dumps(settings)]
+
+
+# The machine
+
+
+def device() -> str:
+    """Where all is measured: cuda where there is a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def processor() -> str:
@@ -40,20 +141,21 @@ def matmul_peak(device: str, precision: str, threads: int) -> float:
     left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         began = time.perf_counter()
         left @ right
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
+
+
+# The report
 
 
 def write_report(path: Path | None, module: str, threads: int, report: dict) -> None:
     """Write a measurement as JSON, with what benchmarks/README.md asks of each; None: nowhere.
 
-    report: "what", "device", "seconds", "figures" and "remarks".
+    report: "what", "device", "seconds", "figures" and "remarks", perhaps further "versions".
     """
     if path is None:
         return
@@ -63,6 +165,6 @@ def write_report(path: Path | None, module: str, threads: int, report: dict) -> 
         "date": datetime.date.today().isoformat(),
         "device": report.pop("device"),
         "versions": versions() | report.pop("versions", {}),
-        "commands": [f"OMP_NUM_THREADS={threads} python -m benchmarks.{module} {command}"],
+        "commands": [f"OMP_NUM_THREADS={threads} python -m benchmarks.{module} {command}".rstrip()],
     }
     write_json(path, head | report, "report")

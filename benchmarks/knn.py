@@ -10,10 +10,7 @@ the rival. Both get unit float32 vectors and give places and distances of the k 
 """
 
 import argparse
-import datetime
-import platform
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +23,10 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from benchmarks.common import device_name, write_report
 from engine import knn, retrieval, similarity
 from engine.similarity import Gallery, searchable, unit
 from utils.errors import run_script
-from utils.files import write_json
 
 CPU = torch.device("cpu")
 CLASSES = 200
@@ -69,13 +66,6 @@ def compare(gallery: Tensor, queries: Tensor, ours: Tensor, theirs: Tensor) -> d
         "largest_cosine_gap_where_they_differ": worst,
         "same_but_for_rounding": worst < ROUNDING,
     }
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def main() -> None:
@@ -150,34 +140,22 @@ def main() -> None:
         if not same["same_but_for_rounding"]:
             sys.exit("error: the neighbours are not the same.")
     print(line)
-    if args.output:
-        report = {
-            "what": f"exact k-NN, {args.queries} queries in a gallery of {args.gallery} images, "
-            f"{args.width}-d float32, k = {args.k}, features: {args.features}",
-            "date": datetime.date.today().isoformat(),
-            "device": f"{processor()}, {args.threads} threads, no GPU",
-            "versions": {
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "scikit-learn": sklearn.__version__,
-                "numpy": np.__version__,
-            },
-            "commands": [
-                f"OMP_NUM_THREADS={args.threads} python -m benchmarks.knn "
-                + shlex.join(sys.argv[1:])
-            ],
-            "seconds": round(time.perf_counter() - began, 1),
-            "figures": figures,
-            "remarks": [
-                "The best of several turns of each; a turn runs all contestants one after the "
-                "other.",
-                "Places may differ where two cosines are equal but for float32 rounding: "
-                "scikit-learn sums in another order.",
-                "Where the processor has no bfloat16 instructions, or rounding cannot tell the "
-                "features apart, the first pass is float32 and the ratio smaller.",
-            ],
-        }
-        write_json(args.output, report, "report")
+    report = {
+        "what": f"exact k-NN, {args.queries} queries in a gallery of {args.gallery} images, "
+        f"{args.width}-d float32, k = {args.k}, features: {args.features}",
+        "device": device_name("cpu", args.threads),
+        "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
+        "seconds": round(time.perf_counter() - began, 1),
+        "figures": figures,
+        "remarks": [
+            "The best of several turns of each; a turn runs all contestants one after the other.",
+            "Places may differ where two cosines are equal but for float32 rounding: "
+            "scikit-learn sums in another order.",
+            "Where the processor has no bfloat16 instructions, or rounding cannot tell the "
+            "features apart, the first pass is float32 and the ratio smaller.",
+        ],
+    }
+    write_report(args.output, "knn", args.threads, report)
 
 
 if __name__ == "__main__":

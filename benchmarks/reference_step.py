@@ -21,9 +21,8 @@ import types
 
 import timm.data.transforms
 import torch
-from torch import nn
-
 import turns
+from torch import nn
 
 
 def prepare(path: str) -> None:

@@ -18,6 +18,7 @@ from datasets.folder import ImageFolder
 from datasets.loader import Batch
 from datasets.multicrop import GLOBAL_CROPS
 from engine import build, diagnostics
+from engine.acceleration import checkpoint_blocks, compile_network
 from engine.build import autocast, loader_workers, model_description, step_seed
 from engine.features import extract
 from engine.knn import knn_accuracy
@@ -113,6 +114,11 @@ class Pretraining:
         fields: further fields of this class.
         """
         objective, precision = build.objective(cfg), build.precision(cfg, world.device)
+        if cfg.TRAIN.CHECKPOINTING:
+            checkpoint_blocks(student)
+        if cfg.TRAIN.COMPILE:
+            compile_network(student)
+            compile_network(teacher)
         images_per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
         centres = objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM)
         return cls(
@@ -338,7 +344,7 @@ def held_out_knn(run: Pretraining) -> tuple[float, float]:
 
     def features(images: Tensor) -> Tensor:
         with run.autocast():
-            return backbone(images)[0]
+            return backbone.forward(images)[0]  # never compiled, whatever the sizes here
 
     gallery, queries = (
         extract(

@@ -35,6 +35,10 @@ class Backbone(nn.Module):
         the other families' features are such averages already).
         """
 
+    @abstractmethod
+    def all_blocks(self) -> list[nn.Module]:
+        """The residual blocks, in the order of the network."""
+
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the patch map of an image of `height` x `width` pixels."""
         return -(-height // self.stride), -(-width // self.stride)

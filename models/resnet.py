@@ -31,10 +31,12 @@ class ResNet(Backbone):
     def _block_outputs(self, images: Tensor):
         """Yield the map [B, C, H, W] after every residual block."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        for stage in self._stages:
-            for block in stage:
-                x = block(x)
-                yield x
+        for block in self.all_blocks():
+            x = block(x)
+            yield x
+
+    def all_blocks(self) -> list[nn.Module]:
+        return [block for stage in self._stages for block in stage]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         for x in self._block_outputs(images):  # noqa: B007 - the last one is wanted
@@ -45,5 +47,5 @@ class ResNet(Backbone):
     def last_blocks(
         self, images: Tensor, n: int, avgpool_patchtokens: bool = False
     ) -> tuple[Tensor, ...]:
-        check_depth(n, sum(len(stage) for stage in self._stages))
+        check_depth(n, len(self.all_blocks()))
         return tuple(x.mean(dim=(2, 3)) for x in list(self._block_outputs(images))[-n:])

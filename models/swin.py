@@ -218,6 +218,9 @@ class Swin(Backbone):
             if stage.downsample is not None:
                 x = stage.downsample(x)
 
+    def all_blocks(self) -> list[nn.Module]:
+        return [block for stage in self.layers for block in stage.blocks]
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         for x, _ in self._block_outputs(images):  # noqa: B007 - the last one is wanted
             pass
@@ -227,7 +230,7 @@ class Swin(Backbone):
     def last_blocks(
         self, images: Tensor, n: int, avgpool_patchtokens: bool = False
     ) -> tuple[Tensor, ...]:
-        check_depth(n, sum(len(stage.blocks) for stage in self.layers))
+        check_depth(n, len(self.all_blocks()))
         outputs = list(self._block_outputs(images))[-n:]
         return tuple(
             (self.norm(x) if is_last_stage else x).mean(dim=(1, 2)) for x, is_last_stage in outputs

@@ -72,6 +72,9 @@ class ViT(Backbone):
             x = block(x)
             yield x
 
+    def all_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         for x in self._block_outputs(images):  # noqa: B007 - the last one is wanted
             pass
@@ -81,7 +84,7 @@ class ViT(Backbone):
     def last_blocks(
         self, images: Tensor, n: int, avgpool_patchtokens: bool = False
     ) -> tuple[Tensor, ...]:
-        check_depth(n, len(self.blocks))
+        check_depth(n, len(self.all_blocks()))
         outputs = [self.norm(x) for x in list(self._block_outputs(images))[-n:]]
         features = tuple(x[:, 0] for x in outputs)
         if avgpool_patchtokens:
