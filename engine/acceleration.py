@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.network import Network
