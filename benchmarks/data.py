@@ -1,4 +1,4 @@
-"""The input side alone: images a second that arrive as crops on the device, by way of feeding.
+r"""The input side alone: images a second that arrive as crops on the device, by way of feeding.
 
     OMP_NUM_THREADS=2 python -m benchmarks.data --data_path DATA/train --workers 2 \
         --output benchmarks/results/...

@@ -1,4 +1,4 @@
-"""How time and peak memory of a step grow with batch, prototypes, local crops and image size.
+r"""How time and peak memory of a step grow with batch, prototypes, local crops and image size.
 
     OMP_NUM_THREADS=2 python -m benchmarks.scaling --objective cmd --batch 2 \
         --output benchmarks/results/...
@@ -153,6 +153,7 @@ def memory_by_prototypes(points: list[dict], base: dict) -> dict:
         "k_sized_for_each_head": K_SIZED,
         "heads": heads,
         "width": cfg.HEAD.BOTTLENECK_DIM,
+        "rest_differs_gib": most["rest_gib"] - least["rest_gib"],
         "rest_differs_percent": 100 * (most["rest_gib"] / least["rest_gib"] - 1),
         "matrices_of_growth_a_head": growth / row / (most["prototypes"] - least["prototypes"]),
     }
@@ -197,12 +198,9 @@ def main() -> None:
     base = common.settings_of(args, args.contestant)
     figures = measure(args, base)
     along_k = [point for point in figures["prototypes"] if "failed" not in point]
+    device = common.device_name(base["device"], args.threads)
     what = f"a step around {args.contestant}, {common.network_in_words(args)}"
-    report = {
-        "what": what,
-        "device": common.device_name(base["device"], args.threads),
-        "figures": figures,
-    }
+    report = {"what": what, "device": device, "figures": figures}
     if len(along_k) > 1:
         found = report["memory_by_prototypes"] = memory_by_prototypes(along_k, base)
         print(
@@ -215,12 +213,14 @@ def main() -> None:
         "Medians; each point has a process of its own; drawn crops, no loading of data.",
         "Peak memory: of the whole process with its libraries after the warm-up on a CPU, "
         "allocated on a GPU.",
+        "A step need not hold all that is K-sized at one time (the gradient of W gives way to that "
+        "of weight_v): then less than eight [K, d] a head grow with K, and the rest falls.",
         "The local crops of the axis global_size keep their ratio to the global ones, to "
         f"{LOCAL_STEP} pixels.",
     ]
     common.write_report(args.output, "scaling", args.threads, report)
     if args.output:
-        draw(args.output.with_suffix(".png"), what, figures)
+        draw(args.output.with_suffix(".png"), f"{what}\n{device}", figures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""End to end: images a second of real training, beside those of the step alone.
+r"""End to end: images a second of real training, beside those of the step alone.
 
     OMP_NUM_THREADS=2 python -m benchmarks.train --data_path DATA/train --objective cmd \
         --batch 4 --workers 2 --ways workers ram --output benchmarks/results/...

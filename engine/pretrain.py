@@ -182,15 +182,16 @@ class Pretraining:
                     total, terms, entropy = self.objective(
                         student, teacher, self.centres, temperature
                     )
+                self.centres.collect(teacher)
+                if measure and is_last:
+                    health = diagnostics.measure(teacher, self.centres, entropy, temperature)
+                # Their memory is wanted for the backward pass and the next forward.
+                del crops, student, teacher, entropy
                 self.scaler.scale(total / cfg.TRAIN.ACCUM_STEPS).backward()
-            self.centres.collect(teacher)
             for name, value in {"loss": total.detach(), **terms}.items():
                 share = value / cfg.TRAIN.ACCUM_STEPS
                 figures[name] = figures[name] + share if name in figures else share
-            if measure and is_last:
-                health = diagnostics.measure(teacher, self.centres, entropy, temperature)
-            # Their memory is wanted for the next forward.
-            del crops, student, teacher, total, terms, entropy
+            del total, terms
 
         self.scaler.unscale_(self.optimizer)
         figures["grad_norm"] = clip_each(self.student.parameters(), cfg.TRAIN.CLIP_GRAD)

@@ -146,7 +146,7 @@ class _SoftCrossEntropy(Function):
             if targets.centre is not None:
                 logits.sub_(targets.centre / targets.temperature)
             q, normaliser = buffers.softmax(logits)
-            entropies[chunk] = normaliser - torch.linalg.vecdot(q, logits)
+            entropies[chunk] = normaliser - logits.mul_(q).sum(-1)
             target_means[chunk] = q @ prototypes
             if wants_prototypes:
                 grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)

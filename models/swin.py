@@ -82,7 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1))
     # On a CPU torch has no fused kernel that trains a bias, and its unfused one takes more
     # passes over the attention than this.
-    return ((q * q.shape[-1] ** -0.5) @ k.mT + bias).softmax(dim=-1) @ v
+    return torch.add(bias, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
 
 _masks: dict[tuple, Tensor] = {}
