@@ -17,6 +17,7 @@ from engine import build
 from engine.pretrain import Pretraining
 from utils import config
 from utils.distributed import ALONE, World
+from utils.errors import run_script
 
 
 def options(settings: dict) -> config.Node:
@@ -61,8 +62,9 @@ def drawn_batches(run: Pretraining) -> Iterator[Batch]:
 
 
 def count_flops(settings: dict) -> int:
-    """Floating-point operations of one step (2 for a multiply-add), by torch's counter."""
-    run = pretraining(settings)
+    """Floating-point operations of one plain step (2 for a multiply-add), by torch's counter."""
+    plain = {"TRAIN.COMPILE": False, "TRAIN.CHECKPOINTING": False}
+    run = pretraining(settings | {"options": settings["options"] | plain})
     with FlopCounterMode(display=False) as counter:
         run.train_step(drawn_batches(run))
     return counter.get_total_flops()
@@ -76,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,8 +6,8 @@ r"""How time and peak memory of a step grow with batch, prototypes, local crops 
 One axis at a time around a base setting, each point in a process of its own; a picture of four
 panels is written beside the JSON. Along the axis of image size the local crops keep their ratio to
 the global ones. K-sized by nature are, for each head and in float32, weight_v and W [K, d] of
-student and teacher, the gradients of the student's two, and both moments of its weight_v: the
-rest of the memory should not depend on K.
+student and teacher, the student's gradient, and both moments of its weight_v: the rest of the
+memory should not depend on K.
 """
 
 import argparse
@@ -32,8 +32,7 @@ GIB = 2**30
 K_SIZED = (
     "student's weight_v",
     "student's W",
-    "gradient of W",
-    "gradient of weight_v",
+    "gradient of W, which gives way to that of weight_v",
     "first moment of weight_v",
     "second moment of weight_v",
     "teacher's weight_v",
@@ -213,8 +212,6 @@ def main() -> None:
         "Medians; each point has a process of its own; drawn crops, no loading of data.",
         "Peak memory: of the whole process with its libraries after the warm-up on a CPU, "
         "allocated on a GPU.",
-        "A step need not hold all that is K-sized at one time (the gradient of W gives way to that "
-        "of weight_v): then less than eight [K, d] a head grow with K, and the rest falls.",
         "The local crops of the axis global_size keep their ratio to the global ones, to "
         f"{LOCAL_STEP} pixels.",
     ]

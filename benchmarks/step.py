@@ -1,4 +1,4 @@
-"""Time, memory and arithmetic of one training step, data excluded.
+r"""Time, memory and arithmetic of one training step, data excluded.
 
     OMP_NUM_THREADS=2 python -m benchmarks.step --objective esvit --batch 4 \
         --contestants fp32 bf16 --reference PATH_OF_ESVIT --output benchmarks/results/...
@@ -11,84 +11,49 @@ that precision does on the same device in the same time.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import torch
-
-from benchmarks.common import device_name, matmul_peak, write_report
-from benchmarks.own_step import count_flops
+from benchmarks import common
+from benchmarks.own_step import count_flops, options
 from benchmarks.turns import ROOT, Contestant, take_turns
-from models.registry import ARCHITECTURES
 from utils.errors import InputError, run_script
-from utils.options import CHOICES
 
 REFERENCE = "reference"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--objective", choices=CHOICES["LOSS.OBJECTIVE"], default="cmd")
-    parser.add_argument("--arch", choices=list(ARCHITECTURES), default="swin_tiny")
-    parser.add_argument("--batch", type=int, default=4, help="images a step")
-    parser.add_argument("--prototypes", type=int, default=65536, help="K")
-    parser.add_argument("--global_size", type=int, default=224, help="pixels, two crops")
-    parser.add_argument("--local_crops", type=int, default=8, help="number of local crops")
-    parser.add_argument("--local_size", type=int, default=96, help="pixels")
-    parser.add_argument(
-        "--contestants", nargs="+", default=["fp32"], help="fp32, bf16, fp16, bf16+compile, ..."
-    )
+    parser = common.parser(__doc__)
+    common.add_network_options(parser)
+    words = "precisions, perhaps with +compile: fp32, bf16, fp16, bf16+compile, ..."
+    parser.add_argument("--contestants", nargs="+", default=["fp32"], help=words)
     parser.add_argument("--reference", type=Path, help="a public EsViT or CMD checkout")
     parser.add_argument("--warm_up", type=int, default=2, help="steps that do not count")
-    parser.add_argument("--steps", type=int, default=5, help="steps; the median counts")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU, for each contestant")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("options", nargs="*", help="further options of the run, KEY VALUE ...")
+    parser.add_argument("--steps", type=common.positive, default=5, help="the median counts")
+    common.add_crop_options(parser, batch=64 if common.device() == "cuda" else 4)
     return parser.parse_args()
 
 
-def settings_of(args: argparse.Namespace, contestant: str) -> dict:
-    """What a contestant's process needs to know, as plain data."""
-    precision, *how = contestant.split("+")
-    if precision not in CHOICES["TRAIN.PRECISION"] or how not in ([], ["compile"]):
-        raise InputError(f"there is no contestant '{contestant}': give fp32, bf16+compile, ...")
-    if len(args.options) % 2:
-        raise InputError(f"options come as KEY VALUE pairs, not {' '.join(args.options)}")
-    options = dict(zip(args.options[::2], args.options[1::2], strict=True))
-    names = ("objective", "arch", "batch", "prototypes", "global_size", "local_crops", "local_size")
-    return {
-        **{name: getattr(args, name) for name in (*names, "threads")},
-        "precision": precision,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "options": options | ({"TRAIN.COMPILE": True} if how else {}),
-    }
-
-
 def start(args: argparse.Namespace) -> list[Contestant]:
-    """A process for each contestant."""
-    started = []
+    """A process for each contestant; InputError, before any is started, where one cannot be."""
+    commands = {}
     for name in args.contestants:
-        words = json.dumps(settings_of(args, name))
-        command = [sys.executable, "-m", "benchmarks.own_step", words]
-        started.append(Contestant(name, command))
+        settings = common.settings_of(args, name)
+        options(settings)
+        commands[name] = common.own_step_command(settings)
     if args.reference:
         if not (args.reference / "main_esvit.py").is_file():
             raise InputError(f"--reference: {args.reference} holds no main_esvit.py")
-        words = json.dumps(settings_of(args, "fp32"))
+        *_, words = common.own_step_command(common.settings_of(args, "fp32"))
         script = str(ROOT / "benchmarks" / "reference_step.py")
-        command = [sys.executable, script, str(args.reference.resolve()), words]
-        started.append(Contestant(REFERENCE, command))
-    return started
+        commands[REFERENCE] = [sys.executable, script, str(args.reference.resolve()), words]
+    return [Contestant(name, command) for name, command in commands.items()]
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
     """Figures of each contestant by its name."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     contestants = start(args)
     take_turns(contestants, args.warm_up, args.steps)
     figures = {}
@@ -100,15 +65,14 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
             "peak_memory_gib": contestant.finish(),
             "all_milliseconds": [1e3 * s for s in contestant.seconds],
         }
-    plain = settings_of(args, "fp32")
-    flops = count_flops(plain | {"options": plain["options"]})
+    # Without TRAIN.COMPILE, whose graphs hide the arithmetic, and TRAIN.CHECKPOINTING, which adds.
+    flops = count_flops(common.settings_of(args, "fp32"))
     for name in args.contestants:
-        peak = matmul_peak(device, name.split("+")[0], args.threads)
-        share = flops / peak / figures[name]["milliseconds"] * 1e3
+        peak = common.matmul_peak(common.device(), name.split("+")[0], args.threads)
         figures[name] |= {
             "gflop_per_image": flops / args.batch / 1e9,
             "matmul_peak_tflops": peak / 1e12,
-            "share_of_ceiling": share,
+            "share_of_ceiling": flops / peak / figures[name]["milliseconds"] * 1e3,
         }
     if args.reference:
         rival = figures[REFERENCE]
@@ -144,12 +108,9 @@ def main() -> None:
     figures = measure(args)
     for name in figures:
         print(line(name, figures[name]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     report = {
-        "what": f"one training step, {args.objective}, {args.arch}, batch {args.batch}, "
-        f"2 x {args.global_size} + {args.local_crops} x {args.local_size} pixels, "
-        f"K = {args.prototypes}",
-        "device": device_name(device, args.threads),
+        "what": f"one training step, {common.network_in_words(args)}",
+        "device": common.device_name(common.device(), args.threads),
         "seconds": round(time.perf_counter() - began, 1),
         "figures": figures,
         "remarks": [
@@ -159,8 +120,8 @@ def main() -> None:
         ],
     }
     if args.reference:
-        report["remarks"].append(f"The reference is a checkout of {args.reference.name}, as it is.")
-    write_report(args.output, "step", args.threads, report)
+        report["remarks"].append("The reference is a public checkout, as it is.")
+    common.write_report(args.output, "step", args.threads, report)
 
 
 if __name__ == "__main__":

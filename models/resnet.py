@@ -1,5 +1,6 @@
 """ResNet-50 (He et al. 2016), torchvision's, as a backbone with patch features."""
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
@@ -23,6 +24,8 @@ class ResNet(Backbone):
         for name, module in network.named_children():
             if name not in ("avgpool", "fc"):
                 self.add_module(name, module)
+        # Channels last: a fifth faster, measured on a CPU; what convolutions on GPUs want too.
+        self.to(memory_format=torch.channels_last)
 
     @property
     def _stages(self) -> list[nn.Sequential]:
@@ -30,6 +33,7 @@ class ResNet(Backbone):
 
     def _block_outputs(self, images: Tensor):
         """Yield the map [B, C, H, W] after every residual block."""
+        images = images.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for block in self.all_blocks():
             x = block(x)

@@ -215,7 +215,8 @@ def test_a_resnet_of_torchvision_gives_its_pooled_features(tmp_path):
     image, _ = backbone(images)
     model.fc = torch.nn.Identity()
     with torch.no_grad():
-        torch.testing.assert_close(image, model(images))
+        wanted = model(images)
+    torch.testing.assert_close(image, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 # Weights that do not fit

@@ -175,7 +175,7 @@ def save_safetensors(
 
     with replacing(path, what) as temporary:
         try:
-            save_file(tensors, temporary, facts)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, facts)
         except SafetensorError as error:
             raise OSError(str(error)) from None
 
