@@ -6,8 +6,9 @@ r"""How time and peak memory of a step grow with batch, prototypes, local crops 
 One axis at a time around a base setting, each point in a process of its own; a picture of four
 panels is written beside the JSON. Along the axis of image size the local crops keep their ratio to
 the global ones. K-sized by nature are, for each head and in float32, weight_v and W [K, d] of
-student and teacher, the student's gradient, and both moments of its weight_v: the rest of the
-memory should not depend on K.
+student and teacher, the student's gradient, and both moments of its weight_v; and where L_S
+reaches the image head beside L_I, a gradient of its own. The rest of the memory should not depend
+on K.
 """
 
 import argparse
@@ -141,20 +142,23 @@ def memory_by_prototypes(points: list[dict], base: dict) -> dict:
     points: at least two that were measured, by rising K.
     """
     cfg = options(base)
-    heads = 2 if build.objective(cfg).needs_region_head else 1
-    row = 4 * heads * cfg.HEAD.BOTTLENECK_DIM / GIB  # of one [K, d] for each head
+    objective = build.objective(cfg)
+    heads = 2 if objective.needs_region_head else 1
+    matrices = heads * len(K_SIZED) + (objective.name == "cmd" and objective.ls)
+    row = 4 * cfg.HEAD.BOTTLENECK_DIM / GIB  # of one [K, d]
     for point in points:
-        point["k_sized_gib"] = len(K_SIZED) * row * point["prototypes"]
+        point["k_sized_gib"] = matrices * row * point["prototypes"]
         point["rest_gib"] = point["peak_memory_gib"] - point["k_sized_gib"]
     least, most = points[0], points[-1]
     growth = most["peak_memory_gib"] - least["peak_memory_gib"]
     return {
         "k_sized_for_each_head": K_SIZED,
         "heads": heads,
+        "k_sized_matrices": matrices,
         "width": cfg.HEAD.BOTTLENECK_DIM,
         "rest_differs_gib": most["rest_gib"] - least["rest_gib"],
         "rest_differs_percent": 100 * (most["rest_gib"] / least["rest_gib"] - 1),
-        "matrices_of_growth_a_head": growth / row / (most["prototypes"] - least["prototypes"]),
+        "matrices_of_growth": growth / row / (most["prototypes"] - least["prototypes"]),
     }
 
 
@@ -205,7 +209,8 @@ def main() -> None:
         print(
             f"memory less what is K-sized: {along_k[0]['rest_gib']:.3f} to "
             f"{along_k[-1]['rest_gib']:.3f} GiB, {found['rest_differs_percent']:+.1f} %; all "
-            f"grows as {found['matrices_of_growth_a_head']:.1f} float32 [K, d] a head"
+            f"grows as {found['matrices_of_growth']:.1f} float32 [K, d], listed are "
+            f"{found['k_sized_matrices']}"
         )
     report["seconds"] = round(time.perf_counter() - began, 1)
     report["remarks"] = [

@@ -30,6 +30,7 @@ def parse() -> argparse.Namespace:
     words = "precisions, perhaps with +compile: fp32, bf16, fp16, bf16+compile, ..."
     parser.add_argument("--contestants", nargs="+", default=["fp32"], help=words)
     parser.add_argument("--reference", type=Path, help="a public EsViT or CMD checkout")
+    parser.add_argument("--profile", action="store_true", help="tell where each one's time goes")
     parser.add_argument("--warm_up", type=int, default=2, help="steps that do not count")
     parser.add_argument("--steps", type=common.positive, default=5, help="the median counts")
     common.add_crop_options(parser, batch=64 if common.device() == "cuda" else 4)
@@ -59,11 +60,13 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     figures = {}
     for contestant in contestants:
         seconds = statistics.median(contestant.seconds)
+        operators = {"operators": contestant.profile()} if args.profile else {}
         figures[contestant.name] = {
             "milliseconds": 1e3 * seconds,
             "images_per_second": args.batch / seconds,
             "peak_memory_gib": contestant.finish(),
             "all_milliseconds": [1e3 * s for s in contestant.seconds],
+            **operators,
         }
     # Without TRAIN.COMPILE, whose graphs hide the arithmetic, and TRAIN.CHECKPOINTING, which adds.
     flops = count_flops(common.settings_of(args, "fp32"))
@@ -106,8 +109,10 @@ def main() -> None:
     args = parse()
     began = time.perf_counter()
     figures = measure(args)
-    for name in figures:
-        print(line(name, figures[name]))
+    for name, found in figures.items():
+        print(line(name, found))
+        for operator in found.get("operators", []):
+            print("  {operator:45.45} {milliseconds:8.1f} ms {calls:6d} calls".format(**operator))
     report = {
         "what": f"one training step, {common.network_in_words(args)}",
         "device": common.device_name(common.device(), args.threads),

@@ -1,8 +1,8 @@
 """Contestants in processes of their own that take turns, so that nothing runs beside a step.
 
 Each process builds its step, says so, and then waits: a line "step" on its standard input runs
-one and answers its time, "peak" answers the peak memory since the process was "reset". Apart,
-because two projects may use the same module names, and because peak memory is a process's.
+one and answers its time, "peak" answers the peak memory since the process was "reset", and
+"profile" runs one more step and answers where its time went. Apart, because two projects may use the same module names, and because peak memory is a process's.
 This file imports nothing of the project, for the reference's process has other modules.
 """
 
@@ -45,6 +45,8 @@ def serve(step: Callable[[], None], device: str, answers: TextIO) -> None:
         elif line.strip() == "reset":
             reset_peak(device)
             answer("reset")
+        elif line.strip() == "profile":
+            answer(profile(step, device))
         else:
             answer(peak(device))
 
@@ -69,6 +71,25 @@ def peak(device: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     (high,) = (line for line in lines if line.startswith("VmHWM"))
     return int(high.split()[1]) / 2**20
+
+
+def profile(step: Callable[[], None], device: str, most: int = 20) -> list[dict]:
+    """The operators that take most time of a step, by their own time on the device."""
+    with torch.profiler.profile() as profiler:
+        step()
+        synchronize(device)
+    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, own), reverse=True)
+    whole = sum(getattr(event, own) for event in events)
+    return [
+        {
+            "operator": event.key,
+            "calls": event.count,
+            "milliseconds": getattr(event, own) / 1e3,
+            "share": getattr(event, own) / whole,
+        }
+        for event in events[:most]
+    ]
 
 
 class Contestant:
@@ -99,6 +120,10 @@ class Contestant:
 
     def reset_peak(self) -> None:
         self._ask("reset")
+
+    def profile(self) -> list[dict]:
+        """Where the time of one more step goes; see the function of this name."""
+        return self._ask("profile")
 
     def finish(self) -> float:
         """Peak memory in GiB; ends the process."""
