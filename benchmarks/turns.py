@@ -2,8 +2,9 @@
 
 Each process builds its step, says so, and then waits: a line "step" on its standard input runs
 one and answers its time, "peak" answers the peak memory since the process was "reset", and
-"profile" runs one more step and answers where its time went. Apart, because two projects may use the same module names, and because peak memory is a process's.
-This file imports nothing of the project, for the reference's process has other modules.
+"profile" runs one more step and answers where its time went. Apart, because two projects may use
+the same module names, and because peak memory is a process's. This file imports nothing of the
+project, for the reference's process has other modules.
 """
 
 import json
