@@ -6,6 +6,7 @@ A contestant is a precision, with "+compile" behind it for torch.compile: fp32, 
 import argparse
 import datetime
 import json
+import os
 import platform
 import shlex
 import sys
@@ -45,17 +46,33 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def _writable(text: str) -> Path:
+    """A file to be written after the measurement, so its folder must be there before."""
+    path = Path(text)
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write into")
+    return path
+
+
 def add_crop_options(parser: argparse.ArgumentParser, batch: int) -> None:
     """What every measurement of crops or steps asks: batch, crops, threads, output, KEY VALUE."""
     parser.add_argument("--batch", type=positive, default=batch, help="images a step (%(default)s)")
-    parser.add_argument("--global_size", type=positive, default=224, help="pixels, two crops")
-    parser.add_argument("--local_crops", type=int, default=8, help="number of local crops")
-    parser.add_argument("--local_size", type=positive, default=96, help="pixels")
     parser.add_argument(
-        "--threads", type=positive, default=2, help="of the CPU, for each contestant"
+        "--global_size", type=positive, default=224, help="pixels, two crops (%(default)s)"
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("options", nargs="*", help="further options of the run, KEY VALUE ...")
+    parser.add_argument(
+        "--local_crops", type=int, default=8, help="local crops an image (%(default)s)"
+    )
+    parser.add_argument("--local_size", type=positive, default=96, help="pixels (%(default)s)")
+    parser.add_argument(
+        "--threads", type=positive, default=2, help="of the CPU, for each (%(default)s)"
+    )
+    parser.add_argument("--output", type=_writable, help="JSON file to write")
+    parser.add_argument(
+        "options",
+        nargs="*",
+        help="further options of the run, KEY VALUE ..., after -- if a list stands before",
+    )
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +95,7 @@ def settings_of(args: argparse.Namespace, contestant: str) -> dict:
     Raises InputError for a contestant that there is not, and for options that are no pairs.
     """
     precision, *how = contestant.split("+")
-    if precision not in CHOICES["TRAIN.PRECISION"] or how not in ([], ["compile"]):
+    if precision not in DTYPES or how not in ([], ["compile"]):
         raise InputError(f"there is no contestant '{contestant}': give fp32, bf16+compile, ...")
     if len(args.options) % 2:
         raise InputError(f"options come as KEY VALUE pairs, not {' '.join(args.options)}")

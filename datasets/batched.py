@@ -177,7 +177,8 @@ class BatchedMultiCrop:
         """-> normalised float32 [B, 3, S, S] per crop, on the device of `images.pixels`.
 
         `draws`, float32 [B, V, D] on the host, are those of `draw` for each image. Nothing
-        waits for the device. A crop depends on its own image and draws alone.
+        waits for the device. A crop depends on its own image and draws alone
+        (on a GPU but for the rounding of products whose size is the batch's).
         """
         parameters = self.parameters(images.sizes, draws)
         crops = []

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,16 +63,19 @@ class DecodedImages:
         self._starts = [0, *np.cumsum([height * width for height, width in expected]).tolist()]
         self.bytes = 3 * self._starts[-1]
         where = f"on {world.device}" if on_device else "in memory"
-        logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
         self.place = f"kept {where}"
-        _agreed(_too_large(self.bytes, shorter_side, world.device if on_device else None))
+        # Where processes cannot share, each keeps a buffer of its own.
+        needed = self.bytes * (1 if _CAN_SHARE else world.size)
+        _agreed(_too_large(needed, shorter_side, world.device if on_device else None))
+        logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
 
         first = world.rank - machine.rank  # of this machine's processes
         with _shared_buffer(self.bytes, machine, first) as buffer:
+            _agreed(_unmappable(buffer))
             self.share = distributed.share(len(images), machine)
             filling = _Filling(images, shorter_side, expected, self._starts, buffer)
             found = _each(filling, self.share, workers, "decoding images")
-            pixels = buffer.pixels  # mapped before the process that made it may let it go
+            pixels = buffer.pixels
             by_rank = _agreed(found)
         self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
         self._pixels = _copied(pixels, world.device) if on_device else pixels
@@ -207,6 +211,9 @@ class _Buffer:
     def __init__(self, address: str, size: int) -> None:
         self.address, self.size = address, size
 
+    def __reduce__(self) -> tuple:
+        return _Buffer, (self.address, self.size)  # a loader worker maps it for itself
+
     @cached_property
     def pixels(self) -> Tensor:
         if not self.address:
@@ -214,6 +221,20 @@ class _Buffer:
         with open(self.address, "r+b") as file:
             mapped = mmap.mmap(file.fileno(), self.size)
         return torch.frombuffer(mapped, dtype=torch.uint8).view(-1, 3)
+
+
+def _not_had(size: int, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or "not enough memory"
+    return f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({reason})"
+
+
+def _unmappable(buffer: _Buffer) -> str | None:
+    """Map the buffer; a sentence where it cannot be, as under a limit of address space."""
+    try:
+        _ = buffer.pixels
+    except (OSError, RuntimeError) as error:
+        return _not_had(buffer.size, error)
+    return None
 
 
 @contextlib.contextmanager
@@ -228,7 +249,7 @@ def _shared_buffer(size: int, machine: World, first: int) -> Iterator[_Buffer]:
             file = os.memfd_create("decoded images")
             os.posix_fallocate(file, 0, size)  # an error now instead of a signal later
         except OSError as caught:
-            error = f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({caught.strerror})"
+            error = _not_had(size, caught)
     try:
         _agreed(error)
         address = "" if file is None else f"/proc/{os.getpid()}/fd/{file}"
@@ -241,6 +262,7 @@ def _shared_buffer(size: int, machine: World, first: int) -> Iterator[_Buffer]:
 def _too_large(size: int, shorter_side: int, device: torch.device | None) -> str | None:
     """A sentence where `size` bytes do not fit into memory, or onto the device if one is named."""
     elsewhere = "set DATA.CACHE none and DATA.CROPS device"
+    cap = f"now {shorter_side}" if shorter_side else "now none, such as 288"
     rooms = [(_available(), "of this machine's memory", elsewhere)]
     if device is not None:
         rooms.append((torch.cuda.mem_get_info(device)[0], f"on {device}", "set DATA.CACHE ram"))
@@ -248,18 +270,41 @@ def _too_large(size: int, shorter_side: int, device: torch.device | None) -> str
         if size > free:
             return (
                 f"the decoded images take {size / GIB:.2f} GiB and {free / GIB:.2f} GiB {where} "
-                f"are free: lower DATA.CACHE_SIZE (now {shorter_side}; 0 is no cap), or {instead}"
+                f"are free: set a smaller DATA.CACHE_SIZE ({cap}), or {instead}"
             )
     return None
 
 
 def _available() -> int:
-    """Bytes of memory that programs can still have; unbounded where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if "MemAvailable" in line)
-    except (OSError, StopIteration):
-        return sys.maxsize
+    """Bytes of memory that programs can still have; unbounded where the system does not tell.
+
+    The machine's, or what a container's or job's limit (control group, version 1 or 2) leaves.
+    """
+    rooms = [sys.maxsize]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        rooms.append(next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line))
+    for folder, limit, used in _control_groups():
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+            most, taken = (int((folder / name).read_text()) for name in (limit, used))
+            rooms.append(max(0, most - taken))
+    return min(rooms)
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """Folders that may hold this process's memory limit, and the names of limit and usage."""
+    second = ("memory.max", "memory.current")
+    first = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    root = Path("/sys/fs/cgroup")
+    yield root, *second
+    yield root / "memory", *first
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, kinds, path = line.split(":", 2)
+            if number == "0":
+                yield root / path.lstrip("/"), *second
+            elif "memory" in kinds.split(","):
+                yield root / "memory" / path.lstrip("/"), *first
 
 
 def _copied(pixels: Tensor, device: torch.device) -> Tensor:

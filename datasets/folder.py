@@ -258,9 +258,11 @@ def _list_images(root: Path) -> list[str]:
             "make it readable or give another folder"
         ) from error
     if not paths:
+        shards = any(root.glob("*.tar"))
+        hint = " (to pretrain from its tar shards, set DATA.DATASET shards)" if shards else ""
         raise InputError(
             f"the data folder {root} holds no images (files ending in "
-            f"{', '.join(IMAGE_SUFFIXES)}): put images in it or give another folder"
+            f"{', '.join(IMAGE_SUFFIXES)}): put images in it or give another folder{hint}"
         )
     return paths
 

@@ -257,17 +257,25 @@ def read_indices(shards: list[Path]) -> list[ShardIndex]:
         if missing:
             raise InputError(
                 f"the shard {missing[0]} does not exist ({len(missing)} of {len(shards)} shards "
-                "are missing): complete the set or correct its name"
+                "are missing): complete the set, or give a folder or a pattern such as "
+                "/data/train-{000000..000146}.tar"
             )
         indices = list(pool.map(_kept_index, shards, stamps))
         places = [i for i, index in enumerate(indices) if index is None]
         if places:
-            logger.info(f"indexing {len(places)} shards, once")
+            logger.info(f"indexing {len(places)} of {len(shards)} shards")
             made = pool.map(_make_index, [shards[i] for i in places])
             bar = tqdm(made, total=len(places), unit="shard", disable=not on_terminal())
             try:
-                for i, index in zip(places, bar, strict=True):
+                lost = 0
+                for i, (index, kept) in zip(places, bar, strict=True):
                     indices[i] = index
+                    lost += not kept
+                if lost:
+                    logger.warning(
+                        f"the index of {lost} shards could not be kept, in {shards[0].parent} or "
+                        "in the user's cache folder: it is made again at every start"
+                    )
             finally:
                 # A damaged shard, or Ctrl-C, need not wait for all the others.
                 pool.shutdown(cancel_futures=True)
@@ -304,8 +312,8 @@ def _kept_index(shard: Path, stamp: Stamp) -> ShardIndex | None:
     return None
 
 
-def _make_index(shard: Path) -> ShardIndex:
-    """Read a shard's index from the tar, and keep it where it can be kept."""
+def _make_index(shard: Path) -> tuple[ShardIndex, bool]:
+    """Read a shard's index from the tar, and keep it where it can be; whether it could."""
     try:
         with open(shard, "rb") as file:
             stamp = _stamp(os.fstat(file.fileno()))
@@ -325,10 +333,10 @@ def _make_index(shard: Path) -> ShardIndex:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 temporary.write_text(text)
-            break
+            return index, True
         except (OSError, InputError):
             continue
-    return index
+    return index, False
 
 
 def _images_of(shard: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int]]:
@@ -358,7 +366,9 @@ def _images_of(shard: Path, file: io.BufferedReader) -> Iterator[tuple[str, int,
 
 
 def _unreadable(shard: Path, reason: str | None) -> InputError:
-    return InputError(f"the shard {shard} cannot be read ({reason}): copy or write it again")
+    return InputError(
+        f"the shard {shard} cannot be read ({reason}): copy or write it again, uncompressed"
+    )
 
 
 # Writing shards

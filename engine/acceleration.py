@@ -5,8 +5,11 @@ Parameters, their names and checkpoints stay as they are.
 
 import functools
 import os
+import shlex
 import shutil
 
+import torch
+import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,14 +39,24 @@ def compile_network(network: Network, backend: str = "inductor") -> None:
 
     Compiled at the first step that needs it. Compiled drop path draws other random numbers than
     the plain one, the same ones every time for a (seed, step). Raises InputError where
-    inductor has no compiler to work with.
+    there is no compiler to work with.
     """
-    on_gpu = next(network.parameters()).is_cuda
-    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")) and not on_gpu:
-        raise InputError(
-            "TRAIN.COMPILE: on a CPU torch.compile needs a C++ compiler, and there is no g++ "
-            "(nor what the variable CXX names). Install one, or leave TRAIN.COMPILE off."
-        )
+    if backend == "inductor":
+        _check_compiler()
+    # A graph for each size of crop, of student and teacher, in training and evaluation.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for part in (network.backbone, network.head, network.head_dense):
         if part is not None:
-            part.compile(fullgraph=True, dynamic=False, backend=backend)
+            # Its collectives cannot be traced: the graph breaks there, and only there.
+            breaks = any(isinstance(module, nn.SyncBatchNorm) for module in part.modules())
+            part.compile(fullgraph=not breaks, dynamic=False, backend=backend)
+
+
+def _check_compiler() -> None:
+    """inductor wants g++ (or $CXX) for a CPU, and triton a C compiler for a GPU."""
+    named = [os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"), "clang"]
+    if not any(shutil.which(shlex.split(name)[0]) for name in named if name.strip()):
+        raise InputError(
+            "TRAIN.COMPILE: torch.compile needs a C++ compiler, and there is no g++ or clang (nor "
+            "what the variables CXX and CC name). Install one, or leave TRAIN.COMPILE off."
+        )

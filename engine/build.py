@@ -24,6 +24,7 @@ from utils import config, distributed, seeding
 from utils.config import Node, crops_on_device, local_crops
 from utils.distributed import World
 from utils.errors import InputError
+from utils.logging import logger
 from utils.seeding import derive_seed
 
 
@@ -114,6 +115,11 @@ def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
         dataset = AugmentedDataset(images, multicrop(cfg), cfg.SEED)
         return Feed(dataset, loaded_crops, "images decoded and cropped by the loader")
     crops, cap = multicrop(cfg, BatchedMultiCrop), cfg.DATA.CACHE_SIZE
+    if 0 < cap < cfg.AUG.GLOBAL_CROPS_SIZE:
+        logger.warning(
+            f"DATA.CACHE_SIZE {cap} is below AUG.GLOBAL_CROPS_SIZE {cfg.AUG.GLOBAL_CROPS_SIZE}: "
+            "crops are enlarged from images with less detail"
+        )
     capped = f"of at most {cap} pixels on the shorter side" if cap else "of full size"
     told = f"crops made on {world.device} from images {capped}, "
     if cfg.DATA.CACHE == "none":
@@ -180,7 +186,8 @@ def download(cfg: Node) -> None:
 
 def index_shards(cfg: Node) -> None:
     """Make the index of shards that have none; the first process does it, the others wait."""
-    if fine_grained.DATASETS.get(cfg.DATA.DATASET) is ImageShards:
+    several = len(distributed.gather_objects(None)) > 1
+    if several and fine_grained.DATASETS.get(cfg.DATA.DATASET) is ImageShards:
         distributed.on_main(lambda: ImageShards(cfg.DATA.PATH))
 
 

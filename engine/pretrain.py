@@ -117,6 +117,7 @@ class Pretraining:
         if cfg.TRAIN.CHECKPOINTING:
             checkpoint_blocks(student)
         if cfg.TRAIN.COMPILE:
+            logger.info("the first step compiles the networks, which may take minutes")
             compile_network(student)
             compile_network(teacher)
         images_per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from engine.pretrain import Pretraining
 from models.network import Network, load_shared, make_teacher
 from models.pretrained import load_pretrained
@@ -29,7 +31,7 @@ def find(cfg: Node, images_per_step: int, steps_per_epoch: int) -> dict | None:
     stored = config.from_dict(state["config"], str(path))
     changes = [
         (name, config.get(stored, name), config.get(cfg, name))
-        for name in config.differing(cfg, stored, RESUME_MAY_DIFFER)
+        for name in config.differing(cfg, stored, _may_differ(cfg, stored))
     ]
     if state["images_per_step"] != images_per_step:
         changes.append(("images per step", state["images_per_step"], images_per_step))
@@ -52,6 +54,16 @@ def find(cfg: Node, images_per_step: int, steps_per_epoch: int) -> dict | None:
     if changes:
         logger.warning(f"resuming with other options: {text}")
     return state
+
+
+def _may_differ(cfg: Node, stored: Node) -> tuple[str, ...]:
+    """Options in which the run may differ from the stored one and still be the same run."""
+    on_device = config.crops_on_device(cfg)
+    if on_device != config.crops_on_device(stored):
+        return RESUME_MAY_DIFFER
+    # Where decoded images are kept changes no crop; how large they are, only those from them.
+    where = ("DATA.CACHE", "DATA.CROPS", *(() if on_device else ("DATA.CACHE_SIZE",)))
+    return (*RESUME_MAY_DIFFER, *where)
 
 
 def resume(run: Pretraining, state: dict) -> None:
@@ -87,10 +99,22 @@ def _restore(run: Pretraining, state: dict) -> None:
         for group, own in zip(saved["param_groups"], run.optimizer.param_groups, strict=True):
             group |= {name: own[name] for name in ("fused", "foreach") if name in own}
         run.optimizer.load_state_dict(saved)
+        _lay_out_as_parameters(run.optimizer)
     else:
         logger.warning("TRAIN.OPTIMIZER differs: the optimizer starts without its moments")
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments their parameters' memory layout, which may have been another when saved.
+
+    The fused kernel walks through both side by side.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def start_from(cfg: Node, student: Network, teacher: Network) -> None:

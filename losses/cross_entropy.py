@@ -31,6 +31,8 @@ from torch.autograd.function import once_differentiable
 CHUNK_ELEMENTS = {"cpu": 2**23, "accelerator": 2**26}
 # Fewer rows than this make a product so thin that reading the prototypes is all it does.
 LEAST_ROWS = 32
+# Below this temperature a logit's rounding shows in the distribution even under autocast.
+LEAST_FAST_TEMPERATURE = 0.02
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def soft_cross_entropy(
     inputs are rounded (see `fast_products`).
     """
     device = students.device.type
-    fast = torch.is_autocast_enabled(device)
+    coolest = min(temperature, targets.temperature)
+    fast = torch.is_autocast_enabled(device) and coolest >= LEAST_FAST_TEMPERATURE
     with torch.autocast(device, enabled=False), fast_products(device, fast):
         students, prototypes = _at_least_float32(students), _at_least_float32(prototypes)
         frozen = Targets(
@@ -92,11 +95,13 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def fast_products(device: str, enabled: bool) -> Iterator[None]:
-    """Within it, products of float32 matrices round their inputs and keep float32 results.
+    """Within it, products of float32 matrices may round their inputs; results stay float32.
 
-    To TF32 (11 significant bits) on a GPU, to bfloat16 (8) on a CPU with instructions for it.
-    What rounding unit vectors does to a logit is 1e-4 at most: half-precision results would do
-    thirty times that.
+    To TF32 (11 significant bits) on a GPU, to bfloat16 (8) on a CPU with matrix instructions for
+    it (AMX); on another CPU nothing is rounded, and oneDNN's float32 product is used, which is
+    often the faster one. Between unit vectors, rounding inputs moves a logit by about 1e-4
+    (bfloat16), where half-precision results would move it by thirty times that; with trained
+    magnitudes (HEAD.NORM_LAST_LAYER false) both grow with them.
     """
     backend, kind = torch.backends.mkldnn.matmul, "bf16"
     if device == "cuda":

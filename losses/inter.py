@@ -16,7 +16,6 @@ CONTRAST_TEMPERATURE = 0.1
 CHUNK_ELEMENTS = 2**25
 
 
-@in_full_precision
 def student_loss(
     student: Views, teacher_views: int, student_temp: float, train_bag: bool = False
 ) -> Tensor:
@@ -31,7 +30,7 @@ def student_loss(
     if train_bag:
         log_p = _log_softmax(student.image_embeddings, student.image_prototypes, student_temp)
         log_bag = _log_softmax(student.bag_embeddings, student.region_prototypes, student_temp)
-        return weights @ kl_divergence(log_bag, log_p)
+        return (weights * kl_divergence(log_bag, log_p)).sum()
     cross_entropy, entropy = soft_cross_entropy(
         student.image_embeddings,
         student.image_prototypes,
@@ -40,9 +39,10 @@ def student_loss(
         torch.arange(len(weights), device=weights.device)[:, None],
         weights[:, None],
     )
-    return cross_entropy - weights @ entropy
+    return cross_entropy - (weights * entropy).sum()
 
 
+@in_full_precision
 def _log_softmax(embeddings: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(embeddings @ prototypes.T / temperature, dim=-1)
 

@@ -79,7 +79,8 @@ class PadThenShiftBlock(SwinTransformerBlock):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v: q, k, v [B, heads, N, d], bias [heads, N, N]."""
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1))
+        # Not expanded to the batch: torch would make it one when it pads it to its alignment.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
     # On a CPU torch has no fused kernel that trains a bias, and its unfused one takes more
     # passes over the attention than this.
     return torch.add(bias, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(dim=-1) @ v

@@ -118,7 +118,9 @@ def test_inductor_s_step_is_the_plain_one(arch, fresh_compiler):
 
 
 def test_without_a_compiler_a_sentence_says_so(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    for variable in ("CXX", "CC"):
+        monkeypatch.setenv(variable, "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match=r"TRAIN\.COMPILE.*C\+\+ compiler"):
         pretraining(small_config(TRAIN__COMPILE=True))
 

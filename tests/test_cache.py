@@ -19,7 +19,7 @@ from datasets.folder import ImageFolder, StoredImages, capped_size, load_image
 from datasets.loader import StepSampler, build_loader, pad
 from engine import build
 from tests.conftest import ROOT
-from tests.processes import found_by_each
+from tests.processes import found_by_each, run_python
 from tests.runs import small_config
 from tests.test_training import assert_refused, assert_same_run, two_processes
 from utils import config
@@ -338,11 +338,15 @@ def test_a_finished_run_decodes_nothing(in_ram, pretrain):
     assert "GiB" not in pretrain(in_ram, f"{RUN} {MODES['ram']}").stdout
 
 
-def test_a_resume_with_other_crops_is_refused(in_ram, pretrain):
-    changed = f"DATA.CACHE none DATA.CACHE_SIZE {CAP + 1} DATA.CROPS device"
-    done = pretrain(in_ram, f"{RUN} {changed}", fails=True)
-    words = "DATA.CACHE (was ram, now none), DATA.CACHE_SIZE (was 40, now 41), DATA.CROPS (was auto"
-    assert_refused(done, words)
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (f"DATA.CACHE none DATA.CACHE_SIZE {CAP + 1} DATA.CROPS device", "_SIZE (was 40, now 41)"),
+        ("DATA.CACHE none DATA.CROPS workers", "DATA.CACHE (was ram, now none), DATA.CROPS (was"),
+    ],
+)
+def test_a_resume_with_other_crops_is_refused(in_ram, pretrain, changed, words):
+    assert_refused(pretrain(in_ram, f"{RUN} {changed}", fails=True), words)
 
 
 def test_two_processes_with_kept_images_train(pretrain, tmp_path):
@@ -368,9 +372,40 @@ def test_images_that_do_not_fit_are_refused_by_their_headers(pretrain, tmp_path)
         (folder / f"{i}.png").hardlink_to(folder / "0.png")
     options = f"DATA.PATH {folder} DATA.CACHE ram DATA.CACHE_SIZE 0"
     done = pretrain(tmp_path / "run", options, fails=True)
-    assert_refused(done, "lower DATA.CACHE_SIZE (now 0; 0 is no cap), or set DATA.CACHE none")
+    assert_refused(
+        done, "set a smaller DATA.CACHE_SIZE (now none, such as 288), or set DATA.CACHE none"
+    )
     assert "of this machine's memory are free" in done.stderr
-    assert f"{len(list(folder.iterdir()))} images, " in done.stdout
+    assert "decoding them" not in done.stdout
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from datasets.cache import DecodedImages
+from datasets.folder import ImageFolder
+from utils.distributed import ALONE
+from utils.errors import run_script
+
+def main():
+    images = ImageFolder(sys.argv[1])
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**27, taken + 2**27))
+    DecodedImages(images, 0, ALONE)
+
+run_script(main)
+"""
+
+
+def test_memory_that_cannot_be_mapped_is_refused(tmp_path):
+    """A limit on the address space, which reserving the memory does not count against."""
+    stored = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(stored, "PNG")
+    (tmp_path / "0.png").write_bytes(stored.getvalue()[:200])
+    done = run_python(
+        "-c", LIMITED, tmp_path, environment=os.environ | {"PYTHONPATH": str(ROOT)}, code=2
+    )
+    assert_refused(done, "DATA.CACHE: 0.23 GiB of memory cannot be had")
 
 
 def icns(side: int) -> bytes:

@@ -132,6 +132,9 @@ def found_by(world: World) -> dict:
     inter.CHUNK_ELEMENTS = 1
     found["chunked"] = evaluate(case_of(torch.float64, own), GOALS["cmd"])
     cross_entropy.CHUNK_ELEMENTS, cross_entropy.LEAST_ROWS, inter.CHUNK_ELEMENTS = defaults
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in ("dino", "esvit", "cmd"):
+            found["autocast", name] = evaluate(case_of(torch.float32, own), GOALS[name])
     single = slice(rank, rank + 1)
     found["single image"] = {
         name: evaluate(case_of(torch.float64, single), GOALS[name])
@@ -191,6 +194,12 @@ def test_two_processes_find_the_loss_and_gradients_of_one(ranks, name, dtype):
     parts = [found["losses", name, dtype] for found in ranks]
     assert not torch.equal(parts[0]["total"], parts[1]["total"]), "the ranks see other images"
     assert_ranks_make_up(parts, whole, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ["dino", "esvit", "cmd"])
+def test_two_processes_under_autocast_are_within_a_hundredth_of_one_in_float32(ranks, name):
+    whole = evaluate(case_of(torch.float32, slice(None)), GOALS[name])
+    assert_ranks_make_up([found["autocast", name] for found in ranks], whole, 1e-2)
 
 
 def test_chunks_of_one_image_know_their_place_among_the_processes(ranks):

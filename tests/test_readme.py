@@ -37,7 +37,11 @@ def commands(text: str, script: str = "main_cmd.py") -> list[list[str]]:
     return [line.split(script, 1)[1].split("  #")[0].split() for line in lines]
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs/speed.md", *sorted((ROOT / "experiments").rglob("*.yaml"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "docs/speed.md",
+    *sorted((ROOT / "experiments").rglob("*.yaml")),
+]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -476,7 +476,7 @@ def test_a_run_over_shards_resumes_to_the_same_bits(pretrain, tmp_path):
     options += f" TRAIN.EPOCHS 2 CKPT.KEEP_EVERY 1 SEED {seed}"
     done = pretrain(tmp_path / "whole", options)
     assert f"17 images in {pattern}" in done.stdout
-    assert done.stdout.count("indexing 4 shards, once") == 1
+    assert done.stdout.count("indexing 4 of 4 shards") == 1
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.copy(tmp_path / "run" / "checkpoint0001.pth", tmp_path / "run" / "checkpoint.pth")
     done = pretrain(tmp_path / "run", options)
