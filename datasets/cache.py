@@ -75,7 +75,7 @@ class DecodedImages:
             self.share = distributed.share(len(images), machine)
             filling = _Filling(images, shorter_side, expected, self._starts, buffer)
             found = _each(filling, self.share, workers, "decoding images")
-            pixels = buffer.pixels
+            pixels = buffer.pixels  # mapped before the process that made it may let it go
             by_rank = _agreed(found)
         self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
         self._pixels = _copied(pixels, world.device) if on_device else pixels
@@ -211,16 +211,16 @@ class _Buffer:
     def __init__(self, address: str, size: int) -> None:
         self.address, self.size = address, size
 
-    def __reduce__(self) -> tuple:
-        return _Buffer, (self.address, self.size)  # a loader worker maps it for itself
-
     @cached_property
     def pixels(self) -> Tensor:
         if not self.address:
             return torch.empty(self.size // 3, 3, dtype=torch.uint8)
+        return torch.frombuffer(self.map(), dtype=torch.uint8).view(-1, 3)
+
+    def map(self) -> mmap.mmap:
+        """The file's bytes in this process's address space."""
         with open(self.address, "r+b") as file:
-            mapped = mmap.mmap(file.fileno(), self.size)
-        return torch.frombuffer(mapped, dtype=torch.uint8).view(-1, 3)
+            return mmap.mmap(file.fileno(), self.size)
 
 
 def _not_had(size: int, error: Exception) -> str:
@@ -229,10 +229,11 @@ def _not_had(size: int, error: Exception) -> str:
 
 
 def _unmappable(buffer: _Buffer) -> str | None:
-    """Map the buffer; a sentence where it cannot be, as under a limit of address space."""
+    """A sentence where the buffer cannot be mapped, as under a limit of address space."""
     try:
-        _ = buffer.pixels
-    except (OSError, RuntimeError) as error:
+        if buffer.address:
+            buffer.map().close()
+    except OSError as error:
         return _not_had(buffer.size, error)
     return None
 

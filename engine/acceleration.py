@@ -8,8 +8,6 @@ import os
 import shlex
 import shutil
 
-import torch
-import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,8 +41,11 @@ def compile_network(network: Network, backend: str = "inductor") -> None:
     """
     if backend == "inductor":
         _check_compiler()
-    # A graph for each size of crop, of student and teacher, in training and evaluation.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # Here, for every run would pay seconds for it.
+    from torch._dynamo import config
+
+    # A graph for each size of crop, of student and teacher.
+    config.recompile_limit = max(64, config.recompile_limit)
     for part in (network.backbone, network.head, network.head_dense):
         if part is not None:
             # Its collectives cannot be traced: the graph breaks there, and only there.

@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -454,11 +456,19 @@ def test_a_corrupt_image_is_one_line_with_its_path(mode, pretrain, images, tmp_p
 # What is left behind
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A temporary folder whose name a socket's address, of at most 108 bytes, has room for."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("line", ["decoding them", "loss", None])
-def test_nothing_is_left_behind_however_the_run_ends(line, command, environment, tmp_path):
+def test_nothing_is_left_behind_however_the_run_ends(
+    line, command, environment, tmp_path, short_folder
+):
     """Killed while it decodes or while it trains, or (None) at its end."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    temporary = short_folder
     before = set(os.listdir("/dev/shm"))
     process = subprocess.Popen(
         command(tmp_path / "run", f"{RUN} {MODES['device']}"),
