@@ -1,5 +1,6 @@
 """Compiled and checkpointed steps; what a step costs in operator calls and host syncs."""
 
+import copy
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.acceleration import compile_network
 from engine.pretrain import Pretraining
+from engine.resume import resume
 from tests.runs import batch_of, pretraining, small_config
 from utils.errors import InputError
 
@@ -159,6 +161,24 @@ def test_checkpointing_keeps_less_for_the_backward_pass():
 def test_checkpointing_a_network_with_batchnorm_is_refused():
     with pytest.raises(InputError, match="BatchNorm"):
         pretraining(small_config(**RESNET, TRAIN__CHECKPOINTING=True))
+
+
+# Moments of a run whose parameters had another memory layout
+
+
+def test_moments_of_another_layout_go_on_as_they_were():
+    """A ResNet's weights are channels last; in a checkpoint from elsewhere they may not be."""
+    options = {**RESNET, "LOSS__OBJECTIVE": "dino", "TRAIN__BATCH_SIZE_PER_GPU": 2}
+    run, other = (pretraining(small_config(**options)) for _ in range(2))
+    step(run)
+    state = copy.deepcopy(run.state())
+    for moments in state["optimizer"]["state"].values():
+        for name, value in moments.items():
+            moments[name] = value.clone(memory_format=torch.contiguous_format)
+    resume(other, state)
+    step(run, seed=1)
+    step(other, seed=1)
+    assert_same_run(other, run, 1e-6)
 
 
 # What a step costs

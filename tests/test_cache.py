@@ -344,7 +344,7 @@ def test_a_finished_run_decodes_nothing(in_ram, pretrain):
     ("changed", "words"),
     [
         (f"DATA.CACHE none DATA.CACHE_SIZE {CAP + 1} DATA.CROPS device", "_SIZE (was 40, now 41)"),
-        ("DATA.CACHE none DATA.CROPS workers", "DATA.CACHE (was ram, now none), DATA.CROPS (was"),
+        ("DATA.CACHE none DATA.CROPS workers", "DATA.CROPS (was auto, now workers)"),
     ],
 )
 def test_a_resume_with_other_crops_is_refused(in_ram, pretrain, changed, words):
