@@ -18,7 +18,7 @@ from utils.errors import InputError
 def checkpoint_blocks(network: Network) -> None:
     """Recompute each block of the backbone in the backward pass instead of keeping its inside.
 
-    The same numbers, drop path included, for about a third more time. Raises InputError for a
+    The same numbers, drop path included, for one more forward pass. Raises InputError for a
     backbone with BatchNorm, whose statistics would count every batch twice.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)

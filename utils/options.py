@@ -87,7 +87,7 @@ _.TRAIN.FREEZE_LAST_LAYER = 1  # epochs in which the prototypes do not move
 _.TRAIN.PRECISION = "auto"  # auto (bf16 on a GPU that has it, fp16 on another, fp32 on CPU) |
 # fp32 | bf16 | fp16
 _.TRAIN.COMPILE = False  # torch.compile of backbone and heads: minutes at the start, faster steps
-_.TRAIN.CHECKPOINTING = False  # recompute blocks in the backward pass: less memory, a third slower
+_.TRAIN.CHECKPOINTING = False  # recompute blocks in the backward pass: less memory, more time
 _.TRAIN.TIMEOUT_MINUTES = 30.0  # after which a process that waits for another gives up
 
 _.INIT = Node()  # starting weights
