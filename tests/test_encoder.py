@@ -240,7 +240,11 @@ def test_a_file_of_esvit_loads_by_key(tmp_path, spec):
     for key, state in states.items():
         plain = {k: v for k, v in state.items() if ".backbone." in k}
         found[key] = features(tmp_path / "checkpoint.pth", f"--checkpoint_key {key}", 64)
-        assert torch.equal(found[key], of_state(spec, plain, "module.backbone.", 64))
+        wanted = of_state(spec, plain, "module.backbone.", 64)
+        # A product's last bit may depend on where in memory its matrices lie.
+        torch.testing.assert_close(
+            found[key], wanted, rtol=0, atol=1e-6 * wanted.abs().max().item()
+        )
     assert not torch.allclose(found["teacher"], found["student"])
     weights = load(tmp_path / "checkpoint.pth")[0].weights
     # Whatever else a foreign file holds, only our own runs have options.
