@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -117,9 +118,9 @@ def _reason(error: Exception) -> str:
 class StoredImages(Dataset):
     """Encoded images, wherever they lie: `source` says where, the rest follows from it."""
 
+    @abstractmethod
     def source(self, index: int) -> tuple[Path | BinaryIO, str]:
         """Image `index`: the path of its file, or a file opened, and what messages call it."""
-        raise NotImplementedError
 
     def load(self, index: int, shorter_side: int = 0) -> Image.Image:
         """Image `index` through `load_image` and nothing else."""

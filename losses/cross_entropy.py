@@ -72,7 +72,7 @@ def soft_cross_entropy(
     gradient to students and prototypes, and the targets' entropies [T] in nats, without
     gradient. Values are kept in float32 (or float64 throughout), whatever autocast says:
     half-precision logits are too coarse at a teacher's temperature. Under autocast the products'
-    inputs are rounded (see `fast_products`).
+    inputs may be rounded (see `fast_products`), at temperatures from LEAST_FAST_TEMPERATURE on.
     """
     device = students.device.type
     coolest = min(temperature, targets.temperature)
@@ -103,12 +103,12 @@ def fast_products(device: str, enabled: bool) -> Iterator[None]:
     (bfloat16), where half-precision results would move it by thirty times that; with trained
     magnitudes (HEAD.NORM_LAST_LAYER false) both grow with them.
     """
-    backend, kind = torch.backends.mkldnn.matmul, "bf16"
-    if device == "cuda":
-        backend, kind = torch.backends.cuda.matmul, "tf32"
     if not enabled:
         yield
         return
+    backend, kind = torch.backends.mkldnn.matmul, "bf16"
+    if device == "cuda":
+        backend, kind = torch.backends.cuda.matmul, "tf32"
     before = backend.fp32_precision
     backend.fp32_precision = kind
     try:
