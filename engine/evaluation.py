@@ -74,7 +74,7 @@ class Evaluation:
     ) -> Extracted:
         """Features of centre crops; unreadable images are left out within `max_bad`, a share.
 
-        max_bad: None for EVAL.MAX_BAD.
+        max_bad: None for DATA.MAX_BAD.
         """
         return extract(
             self.function(network),
@@ -82,7 +82,7 @@ class Evaluation:
             self.world,
             self.cfg.EVAL.BATCH_SIZE_PER_GPU,
             build.loader_workers(self.cfg),
-            self.cfg.EVAL.MAX_BAD if max_bad is None else max_bad,
+            self.cfg.DATA.MAX_BAD if max_bad is None else max_bad,
         )
 
     def features(self, split: str, blocks: int = 1, avgpool_patchtokens: bool = False) -> Features:
@@ -117,7 +117,7 @@ class Evaluation:
 
     def _check(self, split: str, features: Features) -> None:
         """Raise InputError for features that no figure should come from."""
-        check_bad(features.bad, len(features.bad) + len(features.labels), self.cfg.EVAL.MAX_BAD)
+        check_bad(features.bad, len(features.bad) + len(features.labels), self.cfg.DATA.MAX_BAD)
         if not features.values.isfinite().all():
             raise InputError(
                 f"the features of the {split} split hold infinite or undefined values: the network "

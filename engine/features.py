@@ -87,7 +87,7 @@ def check_bad(bad: Collection[BadImage | str], images: int, share: float) -> Non
     if share == 0:
         raise InputError(str(next(iter(bad))))
     raise InputError(
-        f"{len(bad)} of {images} images cannot be read, more than EVAL.MAX_BAD {share:g} allows; "
+        f"{len(bad)} of {images} images cannot be read, more than DATA.MAX_BAD {share:g} allows; "
         f"for instance: {next(iter(bad))}."
     )
 

@@ -355,7 +355,7 @@ def held_out_knn(run: Pretraining) -> tuple[float, float]:
             run.world,
             cfg.EVAL.BATCH_SIZE_PER_GPU,
             loader_workers(cfg),
-            cfg.EVAL.MAX_BAD,
+            cfg.DATA.MAX_BAD,
         )
         for folder in run.held_out
     )

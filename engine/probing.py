@@ -66,7 +66,7 @@ class AugmentedImages:
 
     def check(self) -> None:
         """Raise InputError where the processes have met more unreadable images than allowed."""
-        check_bad(_all_bad(self), len(self.images), self.evaluation.cfg.EVAL.MAX_BAD)
+        check_bad(_all_bad(self), len(self.images), self.evaluation.cfg.DATA.MAX_BAD)
 
     def plain(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, D] and labels [n] of these images' centre crops.

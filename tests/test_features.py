@@ -138,7 +138,7 @@ def test_unreadable_images_are_left_out_and_listed(alone, folder, case):
 
 def test_a_share_too_many_is_refused_with_the_share_and_one_of_them(alone, folder):
     assert alone["a share too many"] == (
-        "3 of 11 images cannot be read, more than EVAL.MAX_BAD 0.25 allows; for instance: the "
+        "3 of 11 images cannot be read, more than DATA.MAX_BAD 0.25 allows; for instance: the "
         f"image {folder}/broken/00.jpg cannot be read (it is not an image in a known format): "
         "repair it or remove it."
     )
@@ -180,7 +180,7 @@ def test_any_number_of_processes_finds_the_same_bits(alone, ranks, processes):
 def test_every_process_stops_at_too_many_unreadable_images(ranks, processes):
     for found in ranks[processes]:
         assert (
-            "3 of 11 images cannot be read, more than EVAL.MAX_BAD 0.25"
+            "3 of 11 images cannot be read, more than DATA.MAX_BAD 0.25"
             in (found["a share too many"])
         )
         assert found["all"].startswith("3 of 3 images cannot be read")

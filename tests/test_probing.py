@@ -37,7 +37,7 @@ from utils.errors import run_script
 BASE = "--device cpu --num_workers 0 --seed 3 --batch_size_per_gpu 16 --n_last_blocks 2"
 SGD = f"{BASE} --epochs 6 --lr 2"
 CACHED = f"{SGD} --features cached"
-AS_LAUNCHED = f"{SGD} --val_freq 2 --num_labels 1000 EVAL.MAX_BAD 0.09"
+AS_LAUNCHED = f"{SGD} --val_freq 2 --num_labels 1000 DATA.MAX_BAD 0.09"
 # Of two runs of the same probe only this differs.
 CLOCK = ("seconds",)
 
@@ -380,7 +380,7 @@ def damaged(data, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", ["augmented", "cached"])
 def test_unreadable_training_images_are_left_out_and_listed(probe, damaged, kind, tmp_path):
-    options = f"{SGD} --features {kind} EVAL.MAX_BAD 0.09"
+    options = f"{SGD} --features {kind} DATA.MAX_BAD 0.09"
     done = probe(options, tmp_path, data=damaged)
     listed = done.written["unreadable_images"]
     assert listed.keys() == {"train"}
@@ -393,13 +393,13 @@ def test_unreadable_training_images_are_left_out_and_listed(probe, damaged, kind
 
 
 def test_every_unreadable_image_of_every_share_is_listed(probe, damaged):
-    done = probe(f"{SGD} --label_shares 1 0.5 EVAL.MAX_BAD 0.2", data=damaged)
+    done = probe(f"{SGD} --label_shares 1 0.5 DATA.MAX_BAD 0.2", data=damaged)
     assert len(done.written["unreadable_images"]["train"]) == 2
 
 
 @pytest.mark.parametrize("kind", ["augmented", "cached"])
 def test_too_many_unreadable_images_stop_the_probe(probe, damaged, kind):
-    done = probe(f"{SGD} --features {kind} EVAL.MAX_BAD 0.08", data=damaged, fails=True)
+    done = probe(f"{SGD} --features {kind} DATA.MAX_BAD 0.08", data=damaged, fails=True)
     assert "2 of 24 images" in done.stderr
     assert "owl" in done.stderr
     assert not (done.folder / "linear.json").exists()
@@ -409,7 +409,7 @@ def test_unreadable_images_within_the_limit_never_stop_a_sweep(probe, damaged):
     """However many of them are among the held-out images."""
     for seed in range(3, 7):
         done = probe(
-            f"{SGD} --epochs 1 --sweep 1 2 --seed {seed} EVAL.MAX_BAD 0.09 LINEAR.HOLD_OUT 0.3",
+            f"{SGD} --epochs 1 --sweep 1 2 --seed {seed} DATA.MAX_BAD 0.09 LINEAR.HOLD_OUT 0.3",
             data=damaged,
         )
         assert done.result["train_images"] == 22
@@ -638,7 +638,7 @@ def launched(checkpoint, damaged, tmp_path_factory, environment) -> Done:
         --cfg {folder / "some.yaml"} --n_last_blocks 2 --num_labels 1000
         --avgpool_patchtokens false --patch_size 8 --epochs 6 --lr 2 --dist_url env://
         --num_workers 1 --val_freq 2 --zip_mode false --seed 3 --device cpu MODEL.NUM_CLASSES 0
-        EVAL.MAX_BAD 0.09
+        DATA.MAX_BAD 0.09
     """
     done = subprocess.run(
         command.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120

@@ -50,6 +50,7 @@ _.DATA = Node()  # the images
 _.DATA.DATASET = "folder"  # a name in datasets/fine_grained.py
 _.DATA.PATH = ""  # its folder; pretraining uses no labels
 _.DATA.WORKERS = 8  # loader processes for each process of the run; 0: in that process
+_.DATA.MAX_BAD = 0.01  # share of unreadable images that are skipped and listed; above it, stop
 _.DATA.PARTIAL = False  # take a benchmark although not all its images are there
 _.DATA.CACHE = "none"  # where all images are kept decoded: none (nowhere) | ram (this machine's
 # memory) | device (each process's)
@@ -88,6 +89,10 @@ _.TRAIN.PRECISION = "auto"  # auto (bf16 on a GPU that has it, fp16 on another, 
 # fp32 | bf16 | fp16
 _.TRAIN.COMPILE = False  # torch.compile of backbone and heads: minutes at the start, faster steps
 _.TRAIN.CHECKPOINTING = False  # recompute blocks in the backward pass: less memory, more time
+_.TRAIN.MAX_BAD_STEPS = 20  # skipped steps in a row (loss or gradient not finite) at which the run
+# stops
+_.TRAIN.DETERMINISTIC = False  # only operations that give the same bits every time: on GPUs slower,
+# and an error where there is none
 _.TRAIN.TIMEOUT_MINUTES = 30.0  # after which a process that waits for another gives up
 
 _.INIT = Node()  # starting weights
@@ -95,8 +100,12 @@ _.INIT.WEIGHTS = ""  # someone's checkpoint to start student and teacher from, a
 _.INIT.CHECKPOINT_KEY = "teacher"  # which of its networks: teacher, student, or another name in it
 
 _.CKPT = Node()  # checkpoints
-_.CKPT.EVERY_EPOCHS = 1  # how often the last checkpoint is written
+_.CKPT.EVERY_EPOCHS = 1  # epochs between writings of the last checkpoint
+_.CKPT.EVERY_STEPS = 0  # and steps between them, inside epochs too; 0: not by steps
+_.CKPT.EVERY_MINUTES = 30.0  # and minutes between them; 0: not by the clock
 _.CKPT.KEEP_EVERY = 20  # epochs between checkpoints that are kept for good; 0: only the last
+_.CKPT.ON_ERROR = "stop"  # when a checkpoint or the log cannot be written: stop | go_on (and try
+# again at the next one)
 
 _.EVAL = Node()  # all evaluations, and the k-NN test during pretraining
 _.EVAL.SIZE = 0  # pixels of the centre crop; 0: those of the checkpoint's global crops, else 224
@@ -107,7 +116,6 @@ _.EVAL.BATCH_SIZE_PER_GPU = 128  # images for each process and forward; the line
 _.EVAL.PRECISION = "fp32"  # of the frozen backbone: fp32 | bf16 | fp16 | auto (as in TRAIN)
 _.EVAL.DUMP_FEATURES = ""  # folder to keep features in; those that fit are used again
 _.EVAL.LOAD_FEATURES = ""  # folder of kept features that must be used; images are not read
-_.EVAL.MAX_BAD = 0.01  # share of unreadable images that are skipped and listed; above it, stop
 _.EVAL.PICTURES = True  # PNGs beside the figures: classes, confusions, retrieved images, t-SNE
 _.EVAL.SEEDS = 3  # of the linear probes in evaluate.py: SEED, SEED + 1, ...
 _.EVAL.KNN_EVERY = 0  # epochs of pretraining between k-NN tests of the teacher; 0: none
@@ -147,10 +155,13 @@ RESUME_MAY_DIFFER = (
     "RESUME",
     "DATA.PATH",
     "DATA.WORKERS",
+    "DATA.MAX_BAD",
     "DATA.PARTIAL",
     "DATA.DOWNLOAD",
     "TRAIN.EPOCHS",
     "TRAIN.CHECKPOINTING",
+    "TRAIN.MAX_BAD_STEPS",
+    "TRAIN.DETERMINISTIC",
     "TRAIN.TIMEOUT_MINUTES",
     "TRAIN.BATCH_SIZE_PER_GPU",  # only their product with the processes counts: checked apart
     "TRAIN.ACCUM_STEPS",
@@ -172,6 +183,7 @@ CHOICES = {
     "CMD.REGION_WEIGHT": ("uniform", "mix"),
     "DATA.CACHE": ("none", "ram", "device"),
     "DATA.CROPS": ("auto", "workers", "device"),
+    "CKPT.ON_ERROR": ("stop", "go_on"),
     "TRAIN.OPTIMIZER": ("adamw", "sgd"),
     "TRAIN.PRECISION": ("auto", "fp32", "bf16", "fp16"),
     "EVAL.POOLING": ("default", "mean", "mil"),
@@ -204,6 +216,7 @@ RANGES = {
     "CMD.LAMBDA1": (0, None),
     "CMD.DIVERSE_K": (1, None),
     "DATA.WORKERS": (0, None),
+    "DATA.MAX_BAD": (0, 1),
     "DATA.CACHE_SIZE": (0, None),
     "AUG.GLOBAL_CROPS_SIZE": (1, None),
     "AUG.COLOR_JITTER_PROB": (0, 1),
@@ -220,15 +233,17 @@ RANGES = {
     "TRAIN.MOMENTUM_TEACHER": (0, 1),
     "TRAIN.CLIP_GRAD": (0, None),
     "TRAIN.FREEZE_LAST_LAYER": (0, None),
+    "TRAIN.MAX_BAD_STEPS": (1, None),
     "TRAIN.TIMEOUT_MINUTES": (0.01, None),
     "CKPT.EVERY_EPOCHS": (1, None),
+    "CKPT.EVERY_STEPS": (0, None),
+    "CKPT.EVERY_MINUTES": (0, None),
     "CKPT.KEEP_EVERY": (0, None),
     "EVAL.KNN_EVERY": (0, None),
     "EVAL.KNN_K": (1, None),
     "EVAL.SIZE": (0, None),
     "EVAL.RESIZE": (0, None),
     "EVAL.BATCH_SIZE_PER_GPU": (1, None),
-    "EVAL.MAX_BAD": (0, 1),
     "EVAL.SEEDS": (1, None),
     "KNN.KS": (1, None),
     "KNN.TEMPERATURE": (1e-4, None),

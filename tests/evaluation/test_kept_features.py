@@ -184,9 +184,9 @@ def test_features_of_two_data_sets_are_not_compared(weights, knn_dump, tmp_path)
 def test_kept_features_are_held_to_the_share_of_unreadable_images(weights, spoilt, tmp_path):
     words = f"--pretrained_weights {weights} --data_path {spoilt}/bad EVAL.PICTURES false"
     words += f" --dump_features {tmp_path}/kept"
-    works("knn", words, "EVAL.MAX_BAD 0.5")
-    assert "4 of 35 images cannot be read, more than EVAL.MAX_BAD 0.1" in refusal(
-        "knn", words, "EVAL.MAX_BAD 0.1"
+    works("knn", words, "DATA.MAX_BAD 0.5")
+    assert "4 of 35 images cannot be read, more than DATA.MAX_BAD 0.1" in refusal(
+        "knn", words, "DATA.MAX_BAD 0.1"
     )
 
 

@@ -55,7 +55,7 @@ BAD = {
     ),
     "unreadable images": (
         "--data_path IN/bad",
-        "images cannot be read, more than EVAL.MAX_BAD 0.01 allows; for instance: the image "
+        "images cannot be read, more than DATA.MAX_BAD 0.01 allows; for instance: the image "
         "IN/bad/train/class4/0.jpg cannot be read",
     ),
     "output below a file": (

@@ -381,7 +381,7 @@ def test_unreadable_images_within_the_share_are_told_listed_and_kept_so(weights,
     for name in ("train/class0/1.jpg", "train/class5/2.jpg", "val/class1/5.jpg"):
         (tmp_path / "data" / name).write_text("no image")
     line = f"--pretrained_weights {weights} --data_path {tmp_path}/data EVAL.PICTURES false"
-    line += f" --dump_features {tmp_path}/kept EVAL.MAX_BAD 0.1"
+    line += f" --dump_features {tmp_path}/kept DATA.MAX_BAD 0.1"
     for name in ("knn", "retrieval"):  # the second takes the features that the first kept
         out = works(name, line)
         assert "warning: left out of the train split, unreadable: 2 of " in out
@@ -401,7 +401,7 @@ def test_queries_without_an_image_of_their_class_are_told(weights, data, tmp_pat
     for path in (tmp_path / "data" / "train" / "class2").iterdir():
         path.write_text("no image")
     line = f"--pretrained_weights {weights} --data_path {tmp_path}/data EVAL.PICTURES false"
-    out = works("retrieval", line, f"--output_dir {tmp_path} EVAL.MAX_BAD 0.5")
+    out = works("retrieval", line, f"--output_dir {tmp_path} DATA.MAX_BAD 0.5")
     assert "warning: 4 queries have no image of their class in the gallery" in out
     assert results(tmp_path, "retrieval")["queries_without_positives"] == 4
 
