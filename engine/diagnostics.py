@@ -72,6 +72,13 @@ class CollapseWatch:
         self.patience = patience
         self._bad: dict[str, int] = {}
 
+    def state_dict(self) -> dict[str, int]:
+        """For how many lines each cause has been bad; plain data."""
+        return dict(self._bad)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._bad = dict(state)
+
     def update(self, figures: Mapping[str, float], images: int) -> list[str]:
         """Warnings that a log line's figures give. images: B of the batch they are from."""
         warnings = []

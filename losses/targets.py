@@ -56,8 +56,11 @@ class Centres(nn.Module):
         self._collected.append(means)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """c <- m c + (1 - m) mean, over what was collected since the last update."""
+    def update(self, good: Tensor | None = None) -> None:
+        """c <- m c + (1 - m) mean, over what was collected since the last update.
+
+        good: a bool scalar on the device; where it is false, the centres stay as they are.
+        """
         collected, self._collected = self._collected, []
         if not collected:
             raise RuntimeError("Centres.update was called with nothing collected")
@@ -67,4 +70,5 @@ class Centres(nn.Module):
         )
         for name, mean in zip(names, distributed.mean(stacked), strict=True):
             centre = getattr(self, name)
-            centre.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
+            moved = self.momentum * centre + (1 - self.momentum) * mean
+            centre.copy_(moved if good is None else torch.where(good, moved, centre))

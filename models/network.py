@@ -161,6 +161,10 @@ class TeacherEMA:
         self._student = [students[name] for name, _ in named]
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """One step of the average; in place, no host sync."""
-        torch._foreach_lerp_(self._teacher, self._student, 1 - momentum)
+    def update(self, momentum: float, good: Tensor | None = None) -> None:
+        """One step of the average; in place, no host sync.
+
+        good: a bool scalar on the device; where it is false, the teacher stays as it is.
+        """
+        weight = 1 - momentum if good is None else good * (1 - momentum)
+        torch._foreach_lerp_(self._teacher, self._student, [weight] * len(self._teacher))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.acceleration import compile_network
 from engine.pretrain import Pretraining
-from engine.resume import resume
+from engine.resume import Found, resume
 from tests.runs import batch_of, pretraining, small_config
 from utils.errors import InputError
 
@@ -175,7 +176,7 @@ def test_moments_of_another_layout_go_on_as_they_were():
     for moments in state["optimizer"]["state"].values():
         for name, value in moments.items():
             moments[name] = value.clone(memory_format=torch.contiguous_format)
-    resume(other, state)
+    resume(other, Found(Path("run"), state, [], forced=False))
     step(run, seed=1)
     step(other, seed=1)
     assert_same_run(other, run, 1e-6)

@@ -701,7 +701,7 @@ def test_a_training_step_updates_the_centres_once_and_after_the_loss():
             "bag": (teacher.bag_embeddings, teacher.region_prototypes),
         }
         means.append({kind: (rows @ w.T).mean(0).detach() for kind, (rows, w) in kinds.items()})
-    figures, _ = run.train_step(iter([batch_of(crops) for crops in micro]))
+    figures, *_ = run.train_step(iter([batch_of(crops) for crops in micro]))
     assert_near(figures["loss"], torch.stack(losses).mean(), 1e-6, "loss")
     for kind in ("image", "region", "bag"):
         wanted = 0.1 * (means[0][kind] + means[1][kind]) / 2
@@ -830,7 +830,7 @@ def test_a_training_step_in_bfloat16_is_near_the_one_in_float32(name):
         cfg = small_config(**SETTINGS[name], TRAIN__PRECISION=precision)
         run = pretraining(cfg)
         batches = iter([batch_of(random_crops(cfg.TRAIN.BATCH_SIZE_PER_GPU, seed=3))])
-        figures[precision], _ = run.train_step(batches)
+        figures[precision], *_ = run.train_step(batches)
     assert figures["bf16"].keys() == figures["fp32"].keys()
     for term, value in figures["fp32"].items():
         assert figures["bf16"][term].dtype == torch.float32

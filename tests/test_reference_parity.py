@@ -218,7 +218,7 @@ def test_six_training_steps():
             array(100 + 10 * step + crop, 4, 3, size, size)
             for crop, size in enumerate((32, 32, 16, 16))
         ]
-        step_figures, _ = run.train_step(iter([batch_of(crops)]))
+        step_figures, *_ = run.train_step(iter([batch_of(crops)]))
         losses.append(step_figures["loss"].item())
     assert_parity(np.array(losses), figures["losses"], "losses")
     parameters = run.teacher.state_dict()

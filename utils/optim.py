@@ -22,12 +22,27 @@ def parameter_groups(module: nn.Module) -> list[dict]:
 def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
     """AdamW with PyTorch's betas and eps, or SGD with momentum 0.9.
 
-    The learning rate and the weight decay are set before each step by `set_rates`.
+    The learning rate and the weight decay are set before each step by `set_rates`. Both are
+    fused, because then `step_if` can skip a step.
     """
     groups = parameter_groups(module)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+    if name != "sgd":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    # Where the very first step is skipped, torch would leave the momentum uninitialised.
+    for group in groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def step_if(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step where `good` (a bool scalar on the device), else none: not even of the moments.
+
+    It is how GradScaler hands `found_inf` to a fused optimizer: the host does not wait.
+    """
+    optimizer.found_inf = (~good).float()
+    optimizer.step()
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
@@ -41,19 +56,19 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale each parameter's gradient on its own by limit / (norm + 1e-6) where that is < 1.
 
-    Not the global norm [esvit]. limit 0 clips nothing. Returns the global norm before
-    clipping, a scalar on the device; nothing is fetched to the host.
+    Not the global norm [esvit]. limit 0 clips nothing. Returns the norms before clipping,
+    float32 [P] for the parameters that have a gradient; nothing is fetched to the host.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch._foreach_norm(gradients)
-    total = torch.stack(norms).norm()
+    before = torch.stack(norms)
     if limit > 0:
         scales = torch._foreach_add(norms, 1e-6)
         torch._foreach_reciprocal_(scales)
         torch._foreach_mul_(scales, limit)
         torch._foreach_clamp_max_(scales, 1.0)
         torch._foreach_mul_(gradients, scales)
-    return total
+    return before
 
 
 def cancel_last_layer(module: nn.Module) -> None:

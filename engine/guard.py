@@ -1,0 +1,160 @@
+"""Steps whose numbers went wrong: skipped on all processes together, counted, and told.
+
+A loss or a gradient that is not finite must leave nothing behind: not in the weights, the
+optimizer's moments, the teacher, the centres, or BatchNorm's running statistics. Whether a step
+is good is a number on the device which gates them all, so that the host need not wait for it.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils import distributed
+from utils.errors import InputError
+from utils.files import write_json
+
+BAD_STEPS = "bad_steps.json"
+_REMEMBERED = 20  # of the latest steps, for the dump
+
+
+class StepGuard:
+    """Judges every step, keeps count of the bad ones and remembers the latest steps.
+
+    skipped: bad steps of the run; row: bad ones up to now without a good one between; longest:
+    the longest row since `counts` was last called: scalars on the device, int64. told: how many
+    bad steps a line of the log has told.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
+        self.statistics = RunningStatistics(networks)
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped, self.row, self.longest = zero, zero.clone(), zero.clone()
+        self.told = 0
+        self._latest: deque[tuple[int, list[Tensor], dict[str, Tensor], Tensor]] = deque(
+            maxlen=_REMEMBERED
+        )
+
+    def judge(
+        self, step: int, indices: list[Tensor], figures: dict[str, Tensor], norms: Tensor
+    ) -> Tensor:
+        """Whether the step is good on every process: a bool scalar on the device.
+
+        indices: int64 [B] for each micro-batch; figures: the step's, "loss" and "grad_norm" among
+        them; norms: float32 [P], those of the parameters' gradients.
+        """
+        wrong = ~(figures["loss"].isfinite() & figures["grad_norm"].isfinite())
+        bad = distributed.total(wrong.long()) > 0
+        self._latest.append((step, indices, figures, norms))
+        self.skipped = self.skipped + bad
+        self.row = (self.row + 1) * bad
+        self.longest = torch.maximum(self.longest, self.row)
+        return ~bad
+
+    def counts(self) -> dict[str, Tensor]:
+        """For a line of the log; the longest row starts anew at the present one."""
+        found = {"skipped_steps": self.skipped, "longest_row": self.longest}
+        self.longest = self.row
+        return found
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        counts = {"skipped": self.skipped, "row": self.row, "longest": self.longest}
+        return {**counts, "told": self.told}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        device = self.skipped.device
+        self.skipped, self.row, self.longest = (
+            state[name].to(device) for name in ("skipped", "row", "longest")
+        )
+        self.told = state["told"]
+
+    def dump(self, folder: Path, names: Sequence[str]) -> Path:
+        """Write what is known of the latest steps; all processes together. names: P of them.
+
+        One entry a step: its number from 0, whether it was bad, each process's images and terms,
+        and the norm of each parameter's gradient. Numbers that JSON does not have are texts.
+        """
+        mine = [
+            (
+                step,
+                torch.cat(indices).tolist(),
+                {name: float(value) for name, value in figures.items()},
+            )
+            for step, indices, figures, _ in self._latest
+        ]
+        path = folder / BAD_STEPS
+        everyone = distributed.gather_objects(mine)
+        steps = []
+        for place, (step, _, _, norms) in enumerate(self._latest):
+            ranks = [theirs[place] for theirs in everyone]
+            steps.append(
+                {
+                    "step": step,
+                    "bad": not all(_finite(terms) for _, _, terms in ranks),
+                    "images_by_rank": [images for _, images, _ in ranks],
+                    "terms_by_rank": [_for_json(terms) for _, _, terms in ranks],
+                    "gradient_norms": _for_json(dict(zip(names, norms.tolist(), strict=True))),
+                }
+            )
+        distributed.on_main(lambda: write_json(path, {"steps": steps}))
+        return path
+
+
+class RunningStatistics:
+    """BatchNorm's buffers in networks: they can be put back to what they were before a step."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        norms = [
+            module
+            for network in networks
+            for module in network.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+        ]
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        dtypes = sorted({buffer.dtype for buffer in buffers}, key=str)
+        self._groups = [[b for b in buffers if b.dtype == dtype] for dtype in dtypes]
+
+    def copy(self) -> list[Tensor]:
+        """Their values now: one flat tensor for each dtype."""
+        return [torch.cat([buffer.flatten() for buffer in group]) for group in self._groups]
+
+    @torch.no_grad()
+    def keep_if(self, good: Tensor, before: list[Tensor]) -> None:
+        """Leave them as they are where `good`, else put `before` back; the host does not wait."""
+        for group, old, new in zip(self._groups, before, self.copy(), strict=True):
+            kept = torch.where(good, new, old).split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(
+                group, [v.view_as(buffer) for v, buffer in zip(kept, group, strict=True)]
+            )
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every number in them is finite, on all processes; waits for the device."""
+    norms = torch.stack(torch._foreach_norm([tensor.float() for tensor in tensors]))
+    return distributed.total((~norms.isfinite()).sum()).item() == 0
+
+
+def stop_sentence(row: int, folder: Path, dump: Path, saved: bool) -> InputError:
+    """What the user reads when too many steps in a row were bad."""
+    held = (
+        f"{folder} holds a checkpoint of the last good state"
+        if saved
+        else f"the weights are not finite either, so they were not written: a checkpoint in "
+        f"{folder}, if there is one, is from before"
+    )
+    return InputError(
+        f"the loss or its gradient was not finite in {row} steps in a row (TRAIN.MAX_BAD_STEPS), "
+        f"which were skipped, so the run stops; {held}. {dump} tells the images, terms and "
+        f"gradient norms of these steps. To go on with a lower learning rate or another precision: "
+        f"--lr or --precision fp32, and --resume force."
+    )
+
+
+def _finite(terms: dict[str, float]) -> bool:
+    return all(abs(value) < float("inf") for value in terms.values())
+
+
+def _for_json(figures: dict[str, float]) -> dict[str, float | str]:
+    return {k: v if abs(v) < float("inf") else str(v) for k, v in figures.items()}
