@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from datasets.batched import Images
-from datasets.folder import StoredImages, UnreadableImage, capped_size
+from datasets.folder import BadImage, StoredImages, UnreadableImage, capped_size
 from datasets.loader import decode, pad
 from utils import distributed
 from utils.distributed import World
@@ -39,9 +39,10 @@ class DecodedImages:
     read; with `on_device` each then copies it to its device and lets it go. On the host are the
     places of the images in it and their `sizes`, (height, width). (Ours.)
 
-    shorter_side: see `load_image`. workers: loader processes for each process.
+    shorter_side: see `load_image`. workers: loader processes for each process. `bad`: by index
+    the images that any process could not read, the same on all; they are not to be asked for.
 
-    Raises InputError, on all processes, where an image cannot be read, or where there is too
+    Raises InputError, on all processes, where no image can be read, or where there is too
     little memory: that is told by the images' headers, before any is decoded.
     """
 
@@ -58,9 +59,11 @@ class DecodedImages:
         headers = _Headers(images, shorter_side)
         share = distributed.share(len(images), world)
         readers = workers if len(share) > _FEW_HEADERS else 0
-        by_rank = _agreed(_each(headers, share, readers, "reading headers"))
+        by_rank = distributed.gather_objects(_each(headers, share, readers, "reading headers"))
         expected = [size for sizes in by_rank for size in sizes]
-        self._starts = [0, *np.cumsum([height * width for height, width in expected]).tolist()]
+        _some_readable(_bad(expected), len(images))
+        areas = [0 if isinstance(size, BadImage) else size[0] * size[1] for size in expected]
+        self._starts = [0, *np.cumsum(areas).tolist()]
         self.bytes = 3 * self._starts[-1]
         where = f"on {world.device}" if on_device else "in memory"
         self.place = f"kept {where}"
@@ -76,8 +79,12 @@ class DecodedImages:
             filling = _Filling(images, shorter_side, expected, self._starts, buffer)
             found = _each(filling, self.share, workers, "decoding images")
             pixels = buffer.pixels  # mapped before the process that made it may let it go
-            by_rank = _agreed(found)
+            by_rank = distributed.gather_objects(found)
         self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
+        # Each machine decodes its own copies, of which others may be damaged.
+        by_rank = distributed.gather_objects(_bad(self.sizes))
+        self.bad = {place: image for bad in by_rank for place, image in bad.items()}
+        _some_readable(self.bad, len(images))
         self._pixels = _copied(pixels, world.device) if on_device else pixels
 
     def batch(self, indices: Sequence[int]) -> Images:
@@ -122,33 +129,35 @@ def gather_padded(pixels: Tensor, starts: Sequence[int], sizes: Sequence[Size]) 
 
 
 class _Headers(Dataset):
-    """The size at which image i will be kept, perhaps turned; a sentence if it is unreadable."""
+    """The size at which image i will be kept, perhaps turned, or a marker if it is unreadable."""
 
     def __init__(self, images: StoredImages, shorter_side: int) -> None:
         self.images, self.shorter_side = images, shorter_side
 
-    def __getitem__(self, index: int) -> Size | str:
+    def __getitem__(self, index: int) -> Size | BadImage:
         try:
             return capped_size(self.images.header_size(index), self.shorter_side)
         except UnreadableImage as error:
-            return str(error)
+            return error.bad
 
 
 class _Filling(Dataset):
-    """Decodes image i into its place in the buffer: its size, or a sentence if it is unreadable."""
+    """Decodes image i into its place in the buffer: its size, or a marker if it is unreadable."""
 
     def __init__(
         self,
         images: StoredImages,
         shorter_side: int,
-        expected: list[Size],
+        expected: list[Size | BadImage],
         starts: list[int],
         buffer: "_Buffer",
     ) -> None:
         self.images, self.shorter_side = images, shorter_side
         self.expected, self.starts, self.buffer = expected, starts, buffer
 
-    def __getitem__(self, index: int) -> Size | str:
+    def __getitem__(self, index: int) -> Size | BadImage:
+        if isinstance(self.expected[index], BadImage):
+            return self.expected[index]
         try:
             pixels = decode(self.images, index, self.shorter_side)
             height, width, _ = pixels.shape
@@ -158,14 +167,14 @@ class _Filling(Dataset):
                 reason = f"by its header it would have {told} pixels, it has {width} x {height}"
                 raise UnreadableImage(self.images.source(index)[1], reason)
         except UnreadableImage as error:
-            return str(error)
+            return error.bad
         place = self.buffer.pixels[self.starts[index] : self.starts[index + 1]]
         place.copy_(pixels.view(-1, 3))
         return height, width
 
 
-def _each(dataset: Dataset, indices: range, workers: int, what: str) -> list[Size] | str:
-    """dataset[i] for the indices in order, by loader workers; or the first sentence among them."""
+def _each(dataset: Dataset, indices: range, workers: int, what: str) -> list[Size | BadImage]:
+    """dataset[i] for the indices in order, by loader workers."""
     loader = DataLoader(
         dataset,
         batch_sampler=BatchSampler(indices, _IMAGES_AT_ONCE, drop_last=False),
@@ -173,21 +182,26 @@ def _each(dataset: Dataset, indices: range, workers: int, what: str) -> list[Siz
         collate_fn=list,
         generator=torch.Generator(),  # the global one is left alone
     )
-    results = []
-    for result in progress((r for batch in loader for r in batch), what, len(indices)):
-        if isinstance(result, str):
-            return result
-        results.append(result)
-    return results
+    return list(progress((found for batch in loader for found in batch), what, len(indices)))
 
 
-def _agreed(result: list[Size] | str | None) -> list:
-    """What each process found, by rank; a sentence of any of them is an InputError on all."""
-    results = distributed.gather_objects(result)
-    for found in results:
-        if isinstance(found, str):
+def _bad(sizes: list[Size | BadImage]) -> dict[int, BadImage]:
+    """The markers among these, by place."""
+    return {place: found for place, found in enumerate(sizes) if isinstance(found, BadImage)}
+
+
+def _some_readable(bad: dict[int, BadImage], images: int) -> None:
+    """Raise InputError where all images are bad; on all processes, which know the same."""
+    if len(bad) == images:
+        first = bad[min(bad)]
+        raise InputError(f"none of the {images} images can be read: for instance, {first}")
+
+
+def _agreed(sentence: str | None) -> None:
+    """Raise an InputError on all processes where one of them has a sentence for it."""
+    for found in distributed.gather_objects(sentence):
+        if found is not None:
             raise InputError(found)
-    return results
 
 
 # Memory

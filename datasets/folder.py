@@ -1,17 +1,23 @@
 """Images on the disk: decoding one file, lists of labelled files, folders of images."""
 
+import contextlib
 import hashlib
 import os
+import re
+import stat
+import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from utils.errors import InputError
+from utils.logging import logger
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -27,19 +33,42 @@ IMAGE_SUFFIXES = (
 NO_LABEL = -1
 MAX_ELONGATION = 4  # of a reduced image
 _HEADERS_CHECKED = 8
+# How an image is turned to stand upright, by its EXIF orientation; 1 stands upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# PIL warns of damaged EXIF data and of very large images, by lines of code. Such an image is
+# either used, and then there is nothing to warn of, or told as an UnreadableImage.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """Stands in for a sample whose image could not be decoded; each field is one line.
+
+    A marker, because an exception that leaves a worker process carries its traceback in
+    its message. `str()` of it is the sentence for the user.
+    """
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the image {self.path} cannot be read ({self.reason}): repair it or remove it"
 
 
 class UnreadableImage(InputError):
-    """A file that cannot be decoded as an image; `path` and `reason` are one line each."""
+    """A file that cannot be decoded as an image; `bad` is its marker."""
 
     def __init__(self, path: str, reason: str) -> None:
-        self.path, self.reason = path, reason
-        super().__init__(unreadable_sentence(path, reason))
-
-
-def unreadable_sentence(path: str, reason: str) -> str:
-    """What the user reads about an image that cannot be decoded."""
-    return f"the image {path} cannot be read ({reason}): repair it or remove it"
+        self.bad = BadImage(path, reason)
+        super().__init__(str(self.bad))
 
 
 def load_image(
@@ -53,24 +82,20 @@ def load_image(
     (transparency is dropped, as is usual in the field); of an animation the first frame
     is taken. Raises `UnreadableImage`.
     """
-    try:
-        with Image.open(source) as image:
-            stored, size = image.size, capped_size(image.size, shorter_side)
-            if size == stored:
-                return _to_rgb(ImageOps.exif_transpose(image))
-            # A JPEG decodes faster to 1/2, 1/4 or 1/8 of its size; twice the pixels that are
-            # wanted leave the resize its quality. Other formats ignore this.
-            drafted = image.draft(None, (2 * size[0], 2 * size[1]))
-            if image.size != stored:
-                # The last row and column may lie in part beyond the image: the box leaves that out.
-                reduced = image.resize(size, Image.Resampling.BICUBIC, box=drafted[1])
-                return _to_rgb(ImageOps.exif_transpose(reduced))
-            upright = _to_rgb(ImageOps.exif_transpose(image))
-            size = capped_size(upright.size, shorter_side)
-            return upright.resize(size, Image.Resampling.BICUBIC)
-    # PIL's decoders meet broken files with exceptions of every kind.
-    except Exception as error:
-        raise UnreadableImage(str(name or source), _reason(error)) from error
+    with _opened(source, name) as image:
+        stored, size = image.size, capped_size(image.size, shorter_side)
+        if size == stored:
+            return _to_rgb(_upright(image))
+        # A JPEG decodes faster to 1/2, 1/4 or 1/8 of its size; twice the pixels that are
+        # wanted leave the resize its quality. Other formats ignore this.
+        drafted = image.draft(None, (2 * size[0], 2 * size[1]))
+        if image.size != stored:
+            # The last row and column may lie in part beyond the image: the box leaves that out.
+            reduced = image.resize(size, Image.Resampling.BICUBIC, box=drafted[1])
+            return _to_rgb(_upright(reduced))
+        upright = _to_rgb(_upright(image))
+        size = capped_size(upright.size, shorter_side)
+        return upright.resize(size, Image.Resampling.BICUBIC)
 
 
 def header_size(source: str | Path | BinaryIO, name: str | Path = "") -> tuple[int, int]:
@@ -78,9 +103,24 @@ def header_size(source: str | Path | BinaryIO, name: str | Path = "") -> tuple[i
 
     Arguments and errors as for `load_image`.
     """
+    with _opened(source, name) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path | BinaryIO, name: str | Path) -> Iterator[Image.Image]:
+    """The image file opened; whatever fails in the block is an `UnreadableImage`."""
     try:
+        if isinstance(source, str | Path):
+            status = os.stat(source)
+            # Opening a pipe would wait for ever.
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a file")
+            if not status.st_size:
+                raise ValueError("the file is empty")
         with Image.open(source) as image:
-            return image.size
+            yield image
+    # PIL's decoders meet broken files with exceptions of every kind.
     except Exception as error:
         raise UnreadableImage(str(name or source), _reason(error)) from error
 
@@ -97,6 +137,16 @@ def capped_size(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned by its EXIF orientation; as it is stored where that cannot be read."""
+    image.load()  # damaged pixels are found here; below, damaged EXIF data are forgiven
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
@@ -111,12 +161,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image in a known format"
+    if isinstance(error, Image.DecompressionBombError):
+        # PIL opens no image that might be there to fill the memory; its message has the numbers.
+        found = re.search(r"\((\d+) pixels\) exceeds limit of (\d+)", str(error))
+        if found:
+            pixels, limit = map(int, found.groups())
+            return f"it has {pixels:,} pixels, more than {limit:,}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0]
 
 
 class StoredImages(Dataset):
-    """Encoded images, wherever they lie: `source` says where, the rest follows from it."""
+    """Encoded images, wherever they lie: `source` says where, the rest follows from it.
+
+    unlisted: folders that could not be listed; the images below them are not among these.
+    """
+
+    unlisted: Sequence[BadImage] = ()
 
     @abstractmethod
     def source(self, index: int) -> tuple[Path | BinaryIO, str]:
@@ -193,7 +256,9 @@ class ImageFolder(LabelledImages):
 
     Where every image lies in a first-level subfolder, `classes` are the sorted names of those
     subfolders and `labels` index them; elsewhere `classes` is empty and every label is -1.
-    Hidden files and folders are skipped, links are followed.
+    Hidden files and folders are skipped, links are followed; a folder that cannot be listed is
+    left out with a warning. A link that leads nowhere but has an image's name is an unreadable
+    image.
 
     Raises `InputError` if there is no such folder, no image in it, or none of a few of
     the images can be opened.
@@ -203,7 +268,7 @@ class ImageFolder(LabelledImages):
         self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None
     ) -> None:
         folder = existing_folder(root)
-        paths = _list_images(folder)
+        paths, self.unlisted = _list_images(folder)
         classes, labels = _classes_and_labels(paths)
         super().__init__(folder, paths, labels, classes, transform)
         self._check_headers()
@@ -211,15 +276,17 @@ class ImageFolder(LabelledImages):
     def _check_headers(self) -> None:
         step = -(-len(self.paths) // _HEADERS_CHECKED)
         sample = self.paths[::step]
+        reason = ""
         for path in sample:
             try:
-                with Image.open(self.root / path):
-                    return
-            except Exception:
-                continue
+                header_size(self.root / path)
+                return
+            except UnreadableImage as error:
+                reason = reason or error.bad.reason
         raise InputError(
             f"the data folder {self.root} has no readable images (tried {len(sample)} of "
-            f"{len(self.paths)} files, the first is {sample[0]}): check that they are images"
+            f"{len(self.paths)} files, the first is {sample[0]}: {reason}): check that they are "
+            "images"
         )
 
 
@@ -246,41 +313,65 @@ def existing_folder(root: str | Path) -> Path:
     return folder
 
 
-def _list_images(root: Path) -> list[str]:
-    try:
-        if not any(root.iterdir()):
-            raise InputError(
-                f"the data folder {root} is empty: put images in it or give another folder"
-            )
-        paths = sorted(_find_images(str(root), "", frozenset()))
-    except OSError as error:
+def _list_images(root: Path) -> tuple[list[str], list[BadImage]]:
+    """Sorted relative paths of the images below `root`, and the folders that cannot be listed."""
+    unlisted: list[BadImage] = []
+    paths = sorted(_find_images(str(root), "", frozenset(), unlisted))
+    for folder in unlisted:
+        logger.warning(f"the images below {folder.path} are left out: {folder.reason}")
+    if paths:
+        return paths, unlisted
+    if unlisted:
         raise InputError(
-            f"the data folder {error.filename or root} cannot be listed ({_reason(error)}): "
-            "make it readable or give another folder"
-        ) from error
-    if not paths:
-        shards = any(root.glob("*.tar"))
-        hint = " (to pretrain from its tar shards, set DATA.DATASET shards)" if shards else ""
-        raise InputError(
-            f"the data folder {root} holds no images (files ending in "
-            f"{', '.join(IMAGE_SUFFIXES)}): put images in it or give another folder{hint}"
+            f"the data folder {root} holds no images that can be reached, for instance below "
+            f"{unlisted[0].path}, {unlisted[0].reason}: make it readable or give another folder"
         )
-    return paths
+    if not any(root.iterdir()):
+        raise InputError(
+            f"the data folder {root} is empty: put images in it or give another folder"
+        )
+    shards = any(root.glob("*.tar"))
+    hint = " (to pretrain from its tar shards, set DATA.DATASET shards)" if shards else ""
+    raise InputError(
+        f"the data folder {root} holds no images (files ending in "
+        f"{', '.join(IMAGE_SUFFIXES)}): put images in it or give another folder{hint}"
+    )
 
 
-def _find_images(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
-    """Relative paths of the images below `folder`; `above` breaks loops of links."""
+def _find_images(
+    folder: str, prefix: str, above: frozenset[str], unlisted: list[BadImage]
+) -> Iterator[str]:
+    """Relative paths of the images below `folder`; `above` breaks loops of links.
+
+    Folders that cannot be listed are added to `unlisted`.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _find_images(entry.path, f"{prefix}{entry.name}/", above | {real})
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                yield prefix + entry.name
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
+                try:
+                    is_folder = entry.is_dir()
+                # A link to itself, or into a folder that may not be entered.
+                except OSError as error:
+                    is_folder = False
+                    if not is_image:
+                        unlisted.append(_unlisted(entry.path, error))
+                if is_folder:
+                    below = f"{prefix}{entry.name}/"
+                    yield from _find_images(entry.path, below, above | {real}, unlisted)
+                elif is_image:
+                    yield prefix + entry.name
+    except OSError as error:
+        unlisted.append(_unlisted(folder, error))
+
+
+def _unlisted(folder: str, error: OSError) -> BadImage:
+    return BadImage(folder, f"a folder that cannot be listed: {_reason(error)}")
 
 
 def _classes_and_labels(paths: list[str]) -> tuple[list[str], list[int]]:

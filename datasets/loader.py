@@ -1,7 +1,7 @@
 """Which images each process sees at each step, and the loader that brings them or their crops."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from datasets.folder import StoredImages, UnreadableImage, unreadable_sentence
+from datasets.folder import BadImage, StoredImages, UnreadableImage
 from datasets.multicrop import sample_seed
 from utils.distributed import World, share
 from utils.errors import InputError
 from utils.seeding import ORDER, derive_seed
+from utils.signals import outlive_signals
 
 Key = tuple[int, int]  # (epoch, index of the image)
 
@@ -122,28 +123,14 @@ def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(length, generator=generator).tolist()
 
 
-@dataclass(frozen=True)
-class BadImage:
-    """Stands in for a sample whose image could not be decoded.
-
-    A marker, because an exception that leaves a worker process carries its traceback in
-    its message. `str()` of it is the sentence for the user.
-    """
-
-    path: str
-    reason: str
-
-    def __str__(self) -> str:
-        return unreadable_sentence(self.path, self.reason)
-
-
 class Batch(NamedTuple):
     """What a loader brings: `data` batched (None where no image was read), their `indices`.
 
     In pretraining `data` is what the crops are, or are made of: the crops as a list of V float32
     [B, 3, S, S]; decoded images as `Padded`; or, for images that are kept, their draws alone,
-    float32 [B, V, D]. Elsewhere it is float32 [B, 3, S, S]. indices int64 [B]; `bad` the images
-    that could not be read and are left out.
+    float32 [B, V, D]. Elsewhere it is float32 [B, 3, S, S]. indices int64 [B], of the images that
+    `data` is made of; `bad` the images that could not be read: in pretraining others have taken
+    their places (see datasets/substitutes.py), elsewhere they are left out.
     """
 
     data: Any
@@ -164,47 +151,74 @@ class IndexedDataset(Dataset):
         try:
             return self.dataset[index][0], index
         except UnreadableImage as error:
-            return BadImage(error.path, error.reason)
+            return error.bad
 
 
-class AugmentedDataset(IndexedDataset):
+class KeyedDataset(Dataset):
+    """Samples by keys (epoch, index), each the same for the same seed and key in any process."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def sample(self, image: int, seed: int) -> tuple[Any, int] | BadImage:
+        """(data, image): `image` by the random numbers of `seed`; a marker if it is unreadable."""
+
+    def __getitem__(self, key: Key) -> tuple[Any, int] | BadImage:
+        return self.sample_as(key, key[1])
+
+    def sample_as(self, key: Key, image: int) -> tuple[Any, int] | BadImage:
+        """`image` by the random numbers of `key`."""
+        return self.sample(image, sample_seed(self.seed, *key))
+
+
+class AugmentedDataset(KeyedDataset):
     """The augmented image `index` in epoch `epoch`, for the key (epoch, index).
 
     `dataset[index]` is (PIL image, label); `augment(image, seed)` makes the data, such as
-    MultiCrop's list of crops. An item is (data, index), the same for the same (seed, epoch,
-    index) in any process, or a `BadImage`.
+    MultiCrop's list of crops. An item is (data, index), or a `BadImage`.
     """
 
     def __init__(
         self, dataset: Dataset, augment: Callable[[Image.Image, int], Any], seed: int
     ) -> None:
-        super().__init__(dataset)
-        self.augment, self.seed = augment, seed
+        super().__init__(seed)
+        self.images, self.augment = IndexedDataset(dataset), augment
 
-    def __getitem__(self, key: Key) -> tuple[Any, int] | BadImage:
-        epoch, index = key
-        sample = super().__getitem__(index)
-        if isinstance(sample, BadImage):
-            return sample
-        return self.augment(sample[0], sample_seed(self.seed, epoch, index)), index
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def sample(self, image: int, seed: int) -> tuple[Any, int] | BadImage:
+        read = self.images[image]
+        return read if isinstance(read, BadImage) else (self.augment(read[0], seed), image)
 
 
-class Draws(Dataset):
+class Draws(KeyedDataset):
     """For images that are kept decoded: the random numbers of one image's crops alone.
 
     For the key (epoch, index) the item is (draw(seed of the sample), index), with a float32
-    [V, D] such as `BatchedMultiCrop.draw` gives.
+    [V, D] such as `BatchedMultiCrop.draw` gives, or a `BadImage` where `bad` has one for it.
     """
 
-    def __init__(self, length: int, draw: Callable[[int], Tensor], seed: int) -> None:
-        self.length, self.draw, self.seed = length, draw, seed
+    def __init__(
+        self,
+        length: int,
+        draw: Callable[[int], Tensor],
+        seed: int,
+        bad: Mapping[int, BadImage],
+    ) -> None:
+        super().__init__(seed)
+        self.length, self.draw, self.bad = length, draw, bad
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        epoch, index = key
-        return self.draw(sample_seed(self.seed, epoch, index)), index
+    def sample(self, image: int, seed: int) -> tuple[Tensor, int] | BadImage:
+        return self.bad.get(image) or (self.draw(seed), image)
 
 
 class Decoded(NamedTuple):
@@ -226,29 +240,28 @@ class Padded(NamedTuple):
     draws: Tensor
 
 
-class DecodedDataset(Dataset):
+class DecodedDataset(KeyedDataset):
     """Images decoded and reduced, with their draws, for crops that are made on the device.
 
     For the key (epoch, index) the item is (`Decoded`, index), or a `BadImage`. shorter_side:
-    see `load_image`.
+    see `load_image`. draw: see `Draws`.
     """
 
     def __init__(
         self, images: StoredImages, shorter_side: int, draw: Callable[[int], Tensor], seed: int
     ) -> None:
-        self.images, self.shorter_side = images, shorter_side
-        self.draws = Draws(len(images), draw, seed)
+        super().__init__(seed)
+        self.images, self.shorter_side, self.draw = images, shorter_side, draw
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[Decoded, int] | BadImage:
-        draws, index = self.draws[key]
+    def sample(self, image: int, seed: int) -> tuple[Decoded, int] | BadImage:
         try:
-            pixels = decode(self.images, index, self.shorter_side)
+            pixels = decode(self.images, image, self.shorter_side)
         except UnreadableImage as error:
-            return BadImage(error.path, error.reason)
-        return Decoded(pixels, draws), index
+            return error.bad
+        return Decoded(pixels, self.draw(seed)), image
 
 
 def decode(images: StoredImages, index: int, shorter_side: int) -> Tensor:
@@ -289,7 +302,7 @@ def build_loader(
     """A loader of a `Batch` for each list of keys that `sampler` yields.
 
     One pass over it is the whole run, so worker processes start once. `workers` 0 loads in the
-    calling process. Each worker uses one torch thread.
+    calling process. Each worker uses one torch thread and outlives the signals that stop a run.
     """
     return DataLoader(
         dataset,
@@ -297,6 +310,7 @@ def build_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=collate,
+        worker_init_fn=outlive_signals,
         # The loader draws a seed for its workers, by default from the global generator.
         generator=torch.Generator(),
     )

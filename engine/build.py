@@ -1,21 +1,21 @@
 """From options to objects: the one place where configuration meets constructors."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datasets import fine_grained
 from datasets.batched import BatchedMultiCrop
 from datasets.cache import DecodedImages, channels_first
-from datasets.folder import StoredImages
+from datasets.folder import BadImage, StoredImages
 from datasets.loader import AugmentedDataset, Batch, DecodedDataset, Draws
 from datasets.multicrop import MultiCrop
 from datasets.shards import ImageShards, ShardOrder
+from datasets.substitutes import FullBatches, full
 from losses.objective import Objective
 from models.network import HeadSpec, Network, make_teacher
 from models.pretrained import load_strictly
@@ -90,20 +90,23 @@ MakeCrops = Callable[[Batch, torch.device], list[Tensor]]  # the crops, on the d
 
 def loaded_crops(batch: Batch, device: torch.device) -> list[Tensor]:
     """The crops of a batch whose crops were made by the loader."""
-    return [crop.to(device, non_blocking=True) for crop in batch.data]
+    return [crop.to(device, non_blocking=True) for crop in full(batch).data]
 
 
 @dataclass(frozen=True)
 class Feed:
     """How images become crops.
 
-    dataset: what a loader reads, by keys (epoch, index); crops: makes the crops of what the
-    loader brings; told: all that in words.
+    dataset: what a loader reads, whole batches by their keys (epoch, index); crops: makes the
+    crops of what the loader brings, InputError where it found no image to fill a batch; told:
+    all that in words; bad: what cannot be read, as far as that is known already: folders that
+    cannot be listed, and of images to be kept the unreadable ones.
     """
 
-    dataset: Dataset
+    dataset: FullBatches
     crops: MakeCrops
     told: str
+    bad: Sequence[BadImage] = ()
 
 
 def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
@@ -112,8 +115,9 @@ def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
     Raises InputError on all processes where they cannot be.
     """
     if not crops_on_device(cfg):
-        dataset = AugmentedDataset(images, multicrop(cfg), cfg.SEED)
-        return Feed(dataset, loaded_crops, "images decoded and cropped by the loader")
+        dataset = FullBatches(AugmentedDataset(images, multicrop(cfg), cfg.SEED))
+        told = "images decoded and cropped by the loader"
+        return Feed(dataset, loaded_crops, told, images.unlisted)
     crops, cap = multicrop(cfg, BatchedMultiCrop), cfg.DATA.CACHE_SIZE
     if 0 < cap < cfg.AUG.GLOBAL_CROPS_SIZE:
         logger.warning(
@@ -125,20 +129,22 @@ def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
     if cfg.DATA.CACHE == "none":
 
         def crops_of_loaded(batch: Batch, device: torch.device) -> list[Tensor]:
-            pixels, sizes, draws = batch.data
+            pixels, sizes, draws = full(batch).data
             sizes = [tuple(size) for size in sizes.tolist()]
             return crops(channels_first(pixels.to(device, non_blocking=True), sizes), draws)
 
-        dataset = DecodedDataset(images, cap, crops.draw, cfg.SEED)
-        return Feed(dataset, crops_of_loaded, told + "decoded by the loader")
+        dataset = FullBatches(DecodedDataset(images, cap, crops.draw, cfg.SEED))
+        return Feed(dataset, crops_of_loaded, told + "decoded by the loader", images.unlisted)
 
     on_device = cfg.DATA.CACHE == "device"
     kept = DecodedImages(images, cap, world, loader_workers(cfg), on_device)
 
     def crops_of_kept(batch: Batch, _: torch.device) -> list[Tensor]:
-        return crops(kept.batch(batch.indices.tolist()), batch.data)
+        return crops(kept.batch(full(batch).indices.tolist()), batch.data)
 
-    return Feed(Draws(len(images), crops.draw, cfg.SEED), crops_of_kept, told + kept.place)
+    dataset = FullBatches(Draws(len(images), crops.draw, cfg.SEED, kept.bad))
+    bad = [*images.unlisted, *kept.bad.values()]
+    return Feed(dataset, crops_of_kept, told + kept.place, bad)
 
 
 def networks(cfg: Node) -> tuple[Network, Network]:

@@ -17,13 +17,13 @@ from PIL import Image
 
 from datasets.batched import Images
 from datasets.cache import DecodedImages, gather_padded
-from datasets.folder import ImageFolder, StoredImages, capped_size, load_image
+from datasets.folder import BadImage, ImageFolder, StoredImages, capped_size, load_image
 from datasets.loader import StepSampler, build_loader, pad
 from engine import build
 from tests.conftest import ROOT
 from tests.processes import found_by_each, run_python
-from tests.runs import small_config
-from tests.test_training import assert_refused, assert_same_run, two_processes
+from tests.runs import assert_same_run, small_config
+from tests.test_training import assert_refused, two_processes
 from utils import config
 from utils.distributed import ALONE, World
 from utils.errors import InputError
@@ -154,8 +154,9 @@ def test_images_that_are_no_files_are_kept_too_and_named(varied):
     encoded = [(varied.root / path).read_bytes() for path in varied.paths]
     kept, other = (DecodedImages(i, CAP, ALONE, 2) for i in (InMemory(encoded), varied))
     assert all(torch.equal(kept[i], other[i]) for i in range(len(varied)))
-    with pytest.raises(InputError, match=r"the image archive:1 cannot be read \(.*truncated"):
-        DecodedImages(InMemory([encoded[0], encoded[-1][:-200]]), CAP, ALONE)
+    cut = DecodedImages(InMemory([encoded[0], encoded[-1][:-200]]), CAP, ALONE)
+    assert [(i, bad.path) for i, bad in cut.bad.items()] == [(1, "archive:1")]
+    assert "truncated" in cut.bad[1].reason
 
 
 # Crops
@@ -222,21 +223,27 @@ def kept_by(world: World, folder: Path, workers: int) -> tuple:
     return means, list(kept.share), kept.sizes
 
 
-def refusal(world: World, folder: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        DecodedImages(ImageFolder(folder), CAP, world)
-    return str(caught.value)
+def bad_for(world: World, folder: Path) -> dict[int, BadImage]:
+    """What one process knows as bad; the good images must be as they are in the folder."""
+    images = ImageFolder(folder)
+    kept = DecodedImages(images, CAP, world)
+    for i in range(len(images)):
+        if i not in kept.bad:
+            path = images.root / images.paths[i]
+            assert np.array_equal(kept[i].numpy(), plainly(path, CAP))
+    return kept.bad
 
 
 def found_by_one(world: World, root: Path, varied: Path) -> dict:
     """What one of two processes finds in its own folders, red and green, and in `varied`."""
     own = [("red", "whole", "whole"), ("green", "no image", "cut")][world.rank]
     found = {"two machines": kept_by(world, root / own[0], 0)}
+    found["bad on a machine"] = [bad_for(world, root / folder) for folder in own[1:]]
     # What torchrun tells the processes of a single machine.
     os.environ |= {"LOCAL_RANK": str(world.rank), "LOCAL_WORLD_SIZE": str(world.size)}
     for workers in (0, 2):
         found[f"one machine, workers {workers}"] = kept_by(world, root / own[0], workers)
-    found["refusals"] = [refusal(world, root / folder) for folder in own[1:]]
+    found["bad for a process"] = [bad_for(world, root / folder) for folder in own[1:]]
     for mode in ("ram+auto", "none+device"):
         found[mode] = crops_of(feed_config(mode, varied), world, 0, 2)
     return found
@@ -278,11 +285,12 @@ def test_processes_of_two_machines_decode_all_images_each(pair):
     assert means == [[RED] * 7, [GREEN] * 7]
 
 
-def test_an_image_that_one_process_cannot_read_stops_both(pair):
+@pytest.mark.parametrize("where", ["bad for a process", "bad on a machine"])
+def test_an_image_that_one_process_cannot_read_is_bad_for_both(where, pair):
     root, (first, second) = pair
-    assert first["refusals"] == second["refusals"]
-    for name, sentence in zip(("no image", "cut"), first["refusals"], strict=True):
-        assert sentence.startswith(f"the image {root / name / '3.png'} cannot be read (")
+    assert first[where] == second[where]
+    for name, bad in zip(("no image", "cut"), first[where], strict=True):
+        assert [(i, image.path) for i, image in bad.items()] == [(3, str(root / name / "3.png"))]
 
 
 @pytest.mark.parametrize("mode", ["ram+auto", "none+device"])
@@ -436,21 +444,18 @@ def png_of(image: Image.Image) -> bytes:
 def test_a_header_that_lies_is_an_unreadable_image():
     small = png_of(noise(30, 30))
     for cap, told in ((0, "128 x 128"), (CAP, "40 x 40")):
-        with pytest.raises(InputError) as caught:
-            DecodedImages(InMemory([small, icns(32), small]), cap, ALONE)
+        kept = DecodedImages(InMemory([small, icns(32), small]), cap, ALONE)
         reason = f"by its header it would have {told} pixels, it has 32 x 32"
-        assert f"the image archive:1 cannot be read ({reason})" in str(caught.value)
-    with pytest.raises(InputError, match=r"archive:0 .* 30 x 30 pixels, it has 50 x 70\)"):
+        assert kept.bad == {1: BadImage("archive:1", reason)}
+        assert np.array_equal(kept[2].numpy(), noise(30, 30))
+    with pytest.raises(InputError, match=r"none of the 2 .* 30 x 30 pixels, it has 50 x 70\)"):
         DecodedImages(Growing([small, small]), 0, ALONE)
 
 
-@pytest.mark.parametrize("mode", ["ram", "none, 2 workers"])
-def test_a_corrupt_image_is_one_line_with_its_path(mode, pretrain, images, tmp_path):
-    shutil.copytree(images, tmp_path / "images")
-    bad = tmp_path / "images" / "red" / "05.png"
-    bad.write_bytes(bad.read_bytes()[:500])
-    options = f"DATA.PATH {tmp_path / 'images'} TRAIN.EPOCHS 1 {MODES[mode]}"
-    assert_refused(pretrain(tmp_path / "run", options, fails=True), f"the image {bad} cannot be")
+def test_images_of_which_none_can_be_read_are_refused():
+    for broken in (b"no image", png_of(noise(30, 30))[:-300]):
+        with pytest.raises(InputError, match=r"none of the 3 images .* archive:0 c"):
+            DecodedImages(InMemory([broken] * 3), CAP, ALONE)
 
 
 # What is left behind

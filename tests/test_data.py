@@ -4,6 +4,7 @@ import colorsys
 import inspect
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_folder_of_broken_images_is_refused_but_one_good_header_will_do(tmp_path
     for i in range(40):
         (tmp_path / f"{i:02}.jpg").write_bytes(b"not an image")
     text = folder_error(tmp_path)
-    assert "no readable images (tried 8 of 40 files, the first is 00.jpg): check" in text
+    assert "no readable images (tried 8 of 40 files, the first is 00.jpg: it is not an" in text
     for i in range(30, 40):
         noise().save(tmp_path / f"{i:02}.jpg")
     assert len(ImageFolder(tmp_path)) == 40
@@ -206,9 +207,9 @@ def test_unreadable_image_tells_path_and_reason(tmp_path):
     for name, reason in reasons.items():
         with pytest.raises(UnreadableImage) as caught:
             load_image(tmp_path / name)
-        assert caught.value.path == str(tmp_path / name)
-        assert reason in caught.value.reason
-        assert str(tmp_path / name) not in caught.value.reason
+        assert caught.value.bad.path == str(tmp_path / name)
+        assert reason in caught.value.bad.reason
+        assert str(tmp_path / name) not in caught.value.bad.reason
 
 
 def test_registry(tmp_path):
@@ -546,3 +547,12 @@ def test_workers_start_once_a_run_and_have_one_thread():
     assert len(set(places[:, 0].tolist())) == 2
     assert os.getpid() not in places[:, 0]
     assert set(places[:, 1].tolist()) == {1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_workers_outlive_a_signal_to_all_processes_of_a_job(number):
+    batches = iter(build_loader(Workplace(), sampler(0, 24), workers=2, pin_memory=False))
+    first = [next(batches) for _ in range(2)]
+    for process in {batch.data[0][0, 0].item() for batch in first}:
+        os.kill(process, number)
+    assert len(list(batches)) == 46

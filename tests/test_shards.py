@@ -27,7 +27,7 @@ from datasets.shards import (
 )
 from tests.conftest import save_images
 from tests.processes import found_by_each, run_python
-from tests.test_training import assert_same_run
+from tests.runs import assert_same_run
 from utils.errors import InputError
 
 UNEQUAL = [1, 30, 7, 12, 5, 64, 3]
@@ -327,8 +327,8 @@ def test_a_damaged_image_is_an_unreadable_image(tmp_path):
     for index, member, reason in ((1, "2.jpg", "known format"), (2, "3.png", "truncated")):
         with pytest.raises(UnreadableImage) as caught:
             images[index]
-        assert caught.value.path == f"{shard}:a/{member}"
-        assert reason in caught.value.reason
+        assert caught.value.bad.path == f"{shard}:a/{member}"
+        assert reason in caught.value.bad.reason
     sample = AugmentedDataset(images, MultiCrop(8, local_crops_number=(0,)), 0)[0, 1]
     assert sample == BadImage(f"{shard}:a/2.jpg", "it is not an image in a known format")
 
@@ -337,7 +337,7 @@ def read_first(world, images: ImageShards) -> str:
     try:
         return str(images[0][0].size)
     except UnreadableImage as error:
-        return error.reason
+        return error.bad.reason
 
 
 def test_a_shard_that_changes_under_a_run_gives_no_wrong_image(tmp_path):

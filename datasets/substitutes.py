@@ -1,0 +1,87 @@
+"""Full batches although images cannot be read: others take their places (ours)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from datasets.loader import BadImage, Batch, Key, KeyedDataset
+from utils.errors import InputError
+from utils.seeding import SUBSTITUTES, derive_seed
+
+TRIES = 100  # images that are read in search of one that can be
+
+
+def candidates(length: int, seed: int, key: Key) -> Iterator[int]:
+    """0 .. length - 1 in the order in which they are asked to stand in for the image of `key`.
+
+    A shuffle that is made as far as it is wanted (Fisher and Yates): what a place holds is kept
+    only where it has changed.
+    """
+    generator = np.random.default_rng(derive_seed(seed, SUBSTITUTES, *key))
+    moved: dict[int, int] = {}
+    for place in range(length):
+        chosen = int(generator.integers(place, length))
+        yield moved.get(chosen, chosen)
+        moved[chosen] = moved.get(place, place)
+
+
+class FullBatches(Dataset):
+    """The batches of a `KeyedDataset`, in which a bad image is replaced by another of the set.
+
+    The substitute is the first of the key's `candidates` that can be read and is not in the batch,
+    neither by its own key nor as a substitute. It is augmented by the random numbers of the key
+    it stands in for: where its own turn comes in the same epoch, its crops are others. So a
+    batch is a function of its keys and of which images can be read.
+
+    dataset.__getitems__(keys), which a loader calls for a whole batch, gives the batch's samples,
+    then every `BadImage` that was met; these alone where TRIES candidates were not enough for
+    one image, or all were (see `full`).
+    """
+
+    def __init__(self, dataset: KeyedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Key]) -> list:
+        samples = [self.dataset[key] for key in keys]
+        bad = {sample: None for sample in samples if isinstance(sample, BadImage)}
+        if not bad:
+            return samples
+        taken = {index for _, index in keys}
+        for place, key in enumerate(keys):
+            if isinstance(samples[place], BadImage):
+                samples[place] = self._substitute(key, taken, bad)
+        if any(sample is None for sample in samples):
+            return list(bad)
+        return samples + list(bad)
+
+    def _substitute(self, key: Key, taken: set[int], bad: dict[BadImage, None]) -> tuple | None:
+        """A sample in place of the key's; joins `taken`, and those that were bad join `bad`."""
+        left = TRIES
+        for image in candidates(len(self), self.dataset.seed, key):
+            if image in taken:
+                continue
+            if not left:
+                break
+            left -= 1
+            sample = self.dataset.sample_as(key, image)
+            if not isinstance(sample, BadImage):
+                taken.add(image)
+                return sample
+            bad[sample] = None
+        return None
+
+
+def full(batch: Batch) -> Batch:
+    """The batch of a `FullBatches`; raises InputError where it has none for lack of substitutes."""
+    if batch.data is None:
+        raise InputError(
+            f"a batch cannot be filled: {len(batch.bad)} images in a row cannot be read, or all "
+            f"that can are in it already; for instance, {batch.bad[0]}, or lower "
+            "TRAIN.BATCH_SIZE_PER_GPU.",
+            everywhere=False,
+        )
+    return batch
