@@ -2,10 +2,14 @@
 
 import datetime
 import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from utils.distributed import World
+from utils.errors import run_script
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -70,3 +75,70 @@ def _work(rank: int, size: int, folder: str, function: Callable, arguments: tupl
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+@dataclass
+class Ended:
+    """How a process ended: its exit code (-9: by SIGKILL), its lines, seconds since the start."""
+
+    code: int
+    said: list[str]
+    seconds: float
+
+
+def ended_ranks(
+    size: int, function: Callable[..., None], *arguments, absent: int | None = None
+) -> list[Ended]:
+    """`run_script` of function(*arguments), a module's own, in `size` processes as of a launcher.
+
+    function calls utils.distributed.start itself. absent: a rank that is never started.
+    """
+    multiprocessing.set_forkserver_preload([function.__module__])
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{rank}.txt" for rank in range(size)]
+        port, started = free_port(), time.monotonic()
+        processes = {
+            rank: context.Process(
+                target=_script, args=(rank, size, port, paths[rank], function, arguments)
+            )
+            for rank in range(size)
+            if rank != absent
+        }
+        ends = {}
+        try:
+            for process in processes.values():
+                process.start()
+            while len(ends) < len(processes):
+                assert time.monotonic() - started < TIMEOUT.seconds, "the processes hang"
+                for rank, process in processes.items():
+                    if rank not in ends and not process.is_alive():
+                        ends[rank] = time.monotonic() - started
+                time.sleep(0.05)
+        finally:
+            for process in processes.values():
+                process.kill()
+        return [
+            Ended(process.exitcode, paths[rank].read_text().splitlines(), ends[rank])
+            for rank, process in processes.items()
+        ]
+
+
+def _script(
+    rank: int, size: int, port: int, path: Path, function: Callable, arguments: tuple
+) -> None:
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    run_script(lambda: function(*arguments))
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens at just now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -6,7 +6,7 @@ In one process every collective is the identity, so nothing above needs to know.
 import inspect
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import failure
 from utils.errors import InputError
 
 
@@ -60,11 +61,19 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     else:
         place = torch.device("cpu")
     if size > 1:
+        timeout = timedelta(minutes=timeout_minutes)
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        # torchrun keeps one store over its restarts, with the addresses of those who died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
+            store=dist.PrefixStore(f"attempt {attempt}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
             device_id=place if device == "cuda" else None,
         )
+        failure.watch(rank, gather_objects)
     return World(rank, size, place)
 
 
@@ -151,6 +160,13 @@ def total(tensor: Tensor) -> Tensor:
     return result
 
 
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give all processes rank 0's values, in place."""
+    if _size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def share(items: int, world: World) -> range:
     """This process's contiguous share of 0 .. items - 1; shares differ by at most one."""
     return range(items * world.rank // world.size, items * (world.rank + 1) // world.size)
@@ -176,6 +192,43 @@ def on_main(function: Callable[[], object]) -> None:
     error = gather_objects(error)[0]
     if error is not None:
         raise InputError(error)
+
+
+class Ballot:
+    """Small counts that all processes cast at every step, and whose sums all learn alike.
+
+    So that they decide the same at the same step, such as to stop for a signal that one of them
+    got. With several processes the sums are told one call later: casting does not wait for those
+    who are a little behind. It is between hosts: no device waits.
+    """
+
+    def __init__(self, world: World, timeout_minutes: float) -> None:
+        self._group = None
+        if world.size > 1:
+            timeout = timedelta(minutes=timeout_minutes)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._cast: tuple[Tensor, dist.Work] | None = None
+
+    def cast(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The sums over processes of what was cast at the call before; alone: of this one.
+
+        counts: the same names on all processes at every call.
+        """
+        if self._group is None:
+            return dict(counts)
+        before = self._cast
+        mine = torch.tensor(list(counts.values()))
+        self._cast = mine, dist.all_reduce(mine, group=self._group, async_op=True)
+        if before is None:
+            return dict.fromkeys(counts, 0)
+        sums, work = before
+        work.wait()
+        return dict(zip(counts, sums.tolist(), strict=True))
+
+    def close(self) -> None:
+        """Wait for what was cast last, of which nobody will ask; all processes together."""
+        if self._cast is not None:
+            self._cast[1].wait()
 
 
 def position() -> int:

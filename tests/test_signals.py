@@ -1,0 +1,171 @@
+"""SIGTERM and SIGUSR1: what they do before a loop begins, in it, after it, and in children."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tests.conftest import ROOT
+from tests.processes import ended_ranks
+from utils import distributed
+from utils.signals import EXIT_PREEMPTED, STOP_SIGNALS, Preempted, StopSignals, outlive_signals
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """The handlers of before, whatever a test has left."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_before_the_loop_raises_at_once(number):
+    with pytest.raises(Preempted, match=f"by {signal.Signals(number).name} before"), StopSignals():
+        send(number)
+
+
+def test_preempted_is_not_taken_for_a_broken_file():
+    def read_a_file() -> None:
+        try:
+            send(signal.SIGTERM)
+        except Exception:
+            pytest.fail("it was swallowed")
+
+    with StopSignals(), pytest.raises(Preempted):
+        read_a_file()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_in_the_loop_the_first_signal_is_noted_and_the_others_change_nothing(number):
+    (other,) = {*STOP_SIGNALS} - {number}
+    with StopSignals() as signals:
+        signals.defer()
+        assert signals.received is None
+        send(number, other, number)
+        assert signals.received == signal.Signals(number).name
+
+
+def test_after_the_block_the_handlers_of_before_are_back():
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with StopSignals():
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_preempted_process_on_its_way_out_is_not_cut_short():
+    def loop() -> None:
+        with StopSignals() as signals:
+            signals.defer()
+            raise Preempted("all is saved")
+
+    with pytest.raises(Preempted):
+        loop()
+    send(*STOP_SIGNALS)  # a launcher ends the others as soon as one has left
+
+
+@pytest.mark.parametrize(
+    ("numbers", "status"),
+    [
+        ([signal.SIGTERM], -signal.SIGTERM),
+        ([signal.SIGUSR1], 7),
+        ([signal.SIGUSR1, signal.SIGTERM], -signal.SIGTERM),
+    ],
+)
+def test_a_forked_child_takes_sigterm_as_the_end_and_sigusr1_as_nothing(numbers, status):
+    with StopSignals() as signals:
+        child = os.fork()
+        if child == 0:
+            send(*numbers)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+        assert signals.received is None
+
+
+class Signalled(Dataset):
+    """Items 0 .. 7; each in a process to which its numbers were sent."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        if index == 2:
+            send(*self.numbers)
+        return index
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGUSR1, signal.SIGUSR1]])
+def test_a_loader_worker_goes_on_after_a_signal_to_the_whole_job(numbers):
+    with StopSignals():
+        loader = DataLoader(Signalled(numbers), num_workers=1, worker_init_fn=outlive_signals)
+        assert torch.cat(list(loader)).tolist() == list(range(8))
+
+
+def test_a_second_sigterm_ends_a_loader_worker():
+    child = os.fork()
+    if child == 0:
+        outlive_signals(0)
+        send(signal.SIGTERM)
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+SCRIPT = """
+import os, signal
+from utils.errors import run_script
+from utils.signals import StopSignals
+
+def main():
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+run_script(main)
+"""
+
+
+def test_a_preempted_script_says_one_line_and_ends_with_75(environment):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == EXIT_PREEMPTED == 75
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("preempted: stopped by SIGUSR1 before the first step: nothing was lost")
+
+
+def signalled(number: int, before_the_group: bool) -> None:
+    """All processes get a signal at start-up, as from a scheduler or a launcher."""
+    with StopSignals():
+        if before_the_group:
+            send(number)
+        distributed.start("cpu", 1)
+        send(number)
+        time.sleep(30)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_group_signalled_at_start_up_ends_together_with_75(number):
+    ended = ended_ranks(2, signalled, number, False)
+    assert [end.code for end in ended] == [75, 75]
+    assert [len(end.said) for end in ended] == [1, 0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 1)])
+def test_before_the_group_stands_a_launchers_sigterm_is_no_preemption(number, code):
+    """It may come because another process was refused, and would be for ever."""
+    assert [end.code for end in ended_ranks(2, signalled, number, True)] == [code, code]

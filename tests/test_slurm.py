@@ -1,0 +1,192 @@
+"""The sbatch files of experiments/slurm, run with stand-ins for srun and scontrol."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "experiments" / "slurm"
+SHELL = sorted(path for path in FOLDER.iterdir() if path.suffix in (".sh", ".sbatch"))
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+
+# As the real one: starts the tasks, tells nobody when one ends well, ends the others with SIGTERM
+# when one ends badly (--kill-on-bad-exit), and ends with the highest code.
+SRUN = """#!/usr/bin/env bash
+[[ " $* " == *" --kill-on-bad-exit=1 "* ]] || exit 99
+while [[ $1 == --* ]]; do shift; done
+tasks=()
+for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$((rank % SLURM_NTASKS_PER_NODE)) "$@" &
+    tasks+=($!)
+done
+echo "${tasks[@]}" > "$STAND_INS/tasks"
+highest=0
+for _ in "${tasks[@]}"; do
+    wait -n
+    code=$?
+    ((code == 0)) || kill -TERM "${tasks[@]}" 2> /dev/null
+    ((code <= highest)) || highest=$code
+done
+exit "$highest"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1 $2 $3" in
+    "show hostnames $SLURM_JOB_NODELIST") printf '%s\\n' localhost elsewhere ;;
+    requeue*) echo "$2" >> "$STAND_INS/requeued" ;;
+    *) exit 99 ;;
+esac
+"""
+# In the place of Python: says what it was given and ends with the code of its rank, whatever
+# signals come from those who have ended.
+TASK = """#!/usr/bin/env bash
+trap '' TERM
+touch "$STAND_INS/up$RANK"
+until [[ -e $STAND_INS/up0 && -e $STAND_INS/up1 ]]; do sleep 0.01; done
+echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*"
+read -ra codes <<< "$CODES"
+exit "${codes[$RANK]}"
+"""
+
+
+class Job:
+    """A job of two tasks, as sbatch would start it."""
+
+    def __init__(self, script: str, folder: Path, environment: dict[str, str]) -> None:
+        self.script, self.folder, self.said = script, folder, folder / "slurm.out"
+        for name, text in {"srun": SRUN, "scontrol": SCONTROL, "task": TASK}.items():
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        per_node = 2 if script == "one_node" else 1
+        self.environment = {
+            **environment,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "STAND_INS": str(folder),
+            "SLURM_JOB_ID": str(100_000 + os.getpid()),
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": str(per_node),
+        }
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen:
+        with self.said.open("a") as file:
+            return subprocess.Popen(
+                ["bash", str(FOLDER / f"{self.script}.sbatch"), *words],
+                cwd=ROOT,
+                env={**self.environment, **environment},
+                stdout=file,
+                stderr=file,
+            )
+
+    def lines(self) -> list[str]:
+        return self.said.read_text().splitlines()
+
+    def requeued(self) -> int:
+        """How often the job was asked to be requeued."""
+        path = self.folder / "requeued"
+        asked = path.read_text().split() if path.exists() else []
+        assert set(asked) <= {self.environment["SLURM_JOB_ID"]}
+        return len(asked)
+
+
+@pytest.fixture
+def job(tmp_path, environment) -> Callable[[str], Job]:
+    return lambda script: Job(script, tmp_path, environment)
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_shell_files_are_sound(path):
+    for check in (["bash", "-n"], [SHELLCHECK, "-x"]):
+        done = subprocess.run([*check, path], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", ["one_node", "several_nodes"])
+def test_slurm_is_asked_for_a_signal_and_may_requeue(script):
+    lines = (FOLDER / f"{script}.sbatch").read_text().splitlines()
+    asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    # Slurm reads them up to the first command.
+    first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first:])
+    assert {"--signal=USR1@180", "--requeue", "--open-mode=append"} <= set(asked)
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends", "requeued"),
+    [("0 0", 0, 0), ("75 75", 75, 1), ("1 2", 2, 0), ("75 137", 137, 0), ("130 130", 130, 0)],
+)
+def test_only_75_is_requeued_and_every_code_is_passed_on(codes, ends, requeued, job):
+    job = job("one_node")
+    started = job.start("--check", "two words", PYTHON=str(job.folder / "task"), CODES=codes)
+    assert started.wait(timeout=20) == ends
+    assert job.requeued() == requeued
+
+
+def test_tasks_learn_their_place(job):
+    job = job("several_nodes")
+    done = job.start("--cfg", "a b", PYTHON=str(job.folder / "task"), CODES="0 0")
+    assert done.wait(timeout=20) == 0
+    port = 20000 + int(job.environment["SLURM_JOB_ID"]) % 12000
+    assert sorted(job.lines()) == [
+        f"{rank} 2 0 1 localhost {port}: main_cmd.py --cfg a b" for rank in (0, 1)
+    ]
+
+
+def options(command, folder: Path, epochs: int) -> list[str]:
+    """What follows main_cmd.py for a run of so many epochs of 2 steps."""
+    some = f"TRAIN.BATCH_SIZE_PER_GPU 4 TRAIN.EPOCHS {epochs} PRINT_FREQ 1"
+    return command(folder / "run", some)[2:]
+
+
+def steps_done(job: Job) -> int:
+    path = job.folder / "run" / "checkpoint.pth"
+    return torch.load(path, weights_only=True)["step"]
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        ("one_node", signal.SIGUSR1),
+        pytest.param("several_nodes", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(script, number, job, command):
+    job = job(script)
+    words = options(command, job.folder, 20)
+    started = job.start(*words)
+    deadline = time.monotonic() + 120
+    while "step 3/40" not in job.said.read_text():
+        assert started.poll() is None, job.said.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for task in (job.folder / "tasks").read_text().split():
+        os.kill(int(task), number)
+    assert started.wait(timeout=60) == 75, job.said.read_text()
+    assert job.requeued() == 1
+    told = [line for line in job.lines() if line.startswith("preempted: ")]
+    assert len(told) == (1 if script == "one_node" else 2)  # once for each node
+    assert all(number.name in line for line in told)
+    before = steps_done(job)
+    assert before < 40
+    assert job.start(*words).wait(timeout=120) == 0, job.said.read_text()
+    assert job.requeued() == 1
+    assert steps_done(job) == 40
+    (resumed,) = [line for line in job.lines() if line.startswith("resuming from")]
+    assert f"at step {before}" in resumed
+
+
+def test_a_run_on_several_nodes_completes(job, command):
+    job = job("several_nodes")
+    started = job.start(*options(command, job.folder, 2))
+    assert started.wait(timeout=120) == 0, job.said.read_text()
+    assert steps_done(job) == 4
+    assert any("batch 4 x processes 2" in line for line in job.lines())
+    assert job.requeued() == 0

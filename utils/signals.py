@@ -1,0 +1,98 @@
+"""Signals that end a run in order: SIGTERM and SIGUSR1, as schedulers send them.
+
+A batch system that wants its machines back sends one of them some time before it kills. (Ours.)
+"""
+
+import os
+import signal
+from types import FrameType
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(BaseException):
+    """The run was asked to stop and has lost nothing; str() is one sentence for the user.
+
+    Entry scripts turn it into that line and exit code `EXIT_PREEMPTED`. Like KeyboardInterrupt it
+    is no Exception: it comes at any place, and one that takes every Exception for a broken image
+    or a damaged checkpoint must not take this one.
+
+    perhaps_of_launcher: the signal may also be a launcher's that ends what one failed process
+    has left of its group. It cannot be told before the group stands.
+    """
+
+    def __init__(self, message: str, perhaps_of_launcher: bool = False) -> None:
+        super().__init__(message)
+        self.perhaps_of_launcher = perhaps_of_launcher
+
+
+class StopSignals:
+    """In its block SIGTERM and SIGUSR1 stop the run; only in the main thread.
+
+    Until `defer` is called a signal raises `Preempted` at once: there is nothing to save yet, and
+    what is going on may take minutes. After it a signal only sets `received`, and whoever owns
+    the loop looks there. The first signal counts; later ones, of either kind, change nothing, nor
+    do any after a `Preempted` has left the block.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None  # the signal's name
+        self._deferred = False
+        self._owner = 0
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._owner = os.getpid()
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # The way out of a preempted process is not to be cut short: a launcher that sees the
+        # first process of a group leave sends SIGTERM to those that are leaving too.
+        is_stopping = kind is not None and issubclass(kind, Preempted)
+        for number, handler in self._before.items():
+            # None: what was there before was not set from Python and cannot be set again.
+            before = signal.SIG_DFL if handler is None else handler
+            signal.signal(number, signal.SIG_IGN if is_stopping else before)
+
+    def defer(self) -> None:
+        """From now on a signal only sets `received`."""
+        self._deferred = True
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            _in_child(number)
+        elif self.received is None:
+            self.received = signal.Signals(number).name
+            if not self._deferred:
+                raise Preempted(
+                    f"stopped by {self.received} before the first step: nothing was lost; the "
+                    f"same command starts again.",
+                    perhaps_of_launcher=number == signal.SIGTERM,
+                )
+
+
+def _in_child(number: int) -> None:
+    """What a signal does in a process that was forked inside the block and inherited the handler.
+
+    SIGTERM ends it, as its parent's terminate() expects; SIGUSR1 is not meant for it.
+    """
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def outlive_signals(worker_id: int) -> None:
+    """A loader's worker_init_fn: a signal to all processes of a job leaves this one alive.
+
+    Slurm signals a job step's every process, and the batches under way are still needed for the
+    steps before the run stops. SIGUSR1 is ignored, and SIGTERM the first time; a second SIGTERM
+    ends the process, so that the loader's own terminate() has its way in the end.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def ignore_once(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ignore_once)
