@@ -7,7 +7,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from utils import config
@@ -22,13 +22,15 @@ class CommandLine:
     """A parsed command line.
 
     cfg: the options it makes. notes: lines to tell the user. typed: names of the options that
-    the YAML file or the command line gave. extra: what the face's extra flags got.
+    the YAML file or the command line gave. extra: what the face's extra flags got. check: whether
+    the run is only to be looked at (--check).
     """
 
     cfg: Node
     notes: list[str] = field(default_factory=list)
     typed: set[str] = field(default_factory=set)
     extra: dict[str, list[str]] = field(default_factory=dict)
+    check: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +57,8 @@ def _parser(description: str, face: Face) -> argparse.ArgumentParser:
         )
     for flag, arguments in face.extra.items():
         parser.add_argument(flag, dest=flag, metavar="VALUE", **arguments)
+    for flag, meaning in face.switches.items():
+        parser.add_argument(flag, dest=flag, action="store_true", help=meaning)
     if face.pretrains:
         parser.add_argument(
             "--use_dense_prediction",
@@ -80,7 +84,7 @@ def parse(
     """
     parser = _parser(description, face)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments, pairs = _split_pairs(arguments)
+    arguments, pairs = _split_pairs(arguments, face.switches)
     known, rest = parser.parse_known_args(arguments)
     words = vars(known)
     if rest:
@@ -123,14 +127,17 @@ def parse(
         if flag in words
     ]
     extra = {flag: words[flag] for flag in face.extra if flag in words}
-    return CommandLine(cfg, notes, set(typed), extra)
+    return CommandLine(cfg, notes, set(typed), extra, check="--check" in words)
 
 
-def _split_pairs(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def _split_pairs(
+    arguments: list[str], switches: Collection[str]
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Take the KEY VALUE pairs out: argparse cannot, a flag with nargs='+' would swallow them.
 
     An option's exact name always is a key. Another word is one, if a wrong one, when it looks
-    like SECTION.KEY in capitals and is not the value of the flag before it.
+    like SECTION.KEY in capitals and is not the value of the flag before it. switches: flags
+    without a value.
     """
     options = set(config.option_names())
     sections = {key.split(".")[0] for key in options if "." in key}
@@ -140,7 +147,7 @@ def _split_pairs(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]
     while place < len(arguments):
         word = arguments[place]
         before = arguments[place - 1] if place else ""
-        is_value = before.startswith("--") and "=" not in before
+        is_value = before.startswith("--") and "=" not in before and before not in switches
         head, dot, _ = word.partition(".")
         looks_like_key = bool(dot) and (head.upper() in sections or word.isupper())
         if word not in options and (is_value or not looks_like_key):

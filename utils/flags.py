@@ -13,6 +13,7 @@ class Face:
     no_meaning: flags of EsViT that are accepted, and why they are ignored.
     pretrains: whether the two flags that mean a choice of several options are there too.
     extra: flags that set no option; the script reads them itself.
+    switches: flags without a value -> what --help says; CommandLine has a field for each.
     """
 
     usage: str
@@ -20,11 +21,13 @@ class Face:
     no_meaning: dict[str, str] = field(default_factory=dict)
     pretrains: bool = False
     extra: dict[str, dict] = field(default_factory=dict)
+    switches: dict[str, str] = field(default_factory=dict)
 
 
 PRETRAIN = Face(
     usage="--data_path FOLDER --output_dir FOLDER",
     pretrains=True,
+    switches={"--check": "tell what the run would meet, in words and as check.json; no training"},
     flags={
         "--arch": ("MODEL.ARCH", "backbone, e.g. swin_tiny, deit_small, resnet50", {}),
         "--patch_size": ("MODEL.PATCH_SIZE", "pixels a side", {}),

@@ -1,0 +1,119 @@
+"""What a run takes of the machine, for --check: memory, shared memory and disk."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from datasets import cache
+from engine import build, memory
+from engine.acceleration import compile_network
+from engine.findings import Findings, in_words
+from engine.resume import Found, start_from
+from utils.config import Node, crops_on_device
+from utils.distributed import World
+
+# Bytes that a process takes besides its tensors. Measured on a CPU: 0.75 GiB for Python, torch and
+# what they load, 0.1 GiB for kernels' own.
+PROGRAM = 2**30
+BATCHES_AHEAD = 2  # that torch's loader prepares for each worker
+
+
+def memory_needed(
+    cfg: Node, world: World, kept: int, found: Found | None, findings: Findings
+) -> dict | None:
+    """The section of memory; None where torch has no fake form of an operator.
+
+    kept: bytes of DATA.CACHE. found: the checkpoint that the run would go on from. Raises
+    InputError where the networks cannot be built or do not take these crops.
+    """
+    student, teacher = build.networks(cfg)
+    if found is None:
+        findings.attempt(lambda: start_from(cfg, student, teacher))
+    try:
+        step = memory.of_step(cfg, world, student, teacher)
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        findings.warnings.append(f"the memory of a step could not be estimated ({reason})")
+        return None
+    if cfg.TRAIN.COMPILE:
+        findings.attempt(lambda: compile_network(student))  # refuses where there is no compiler
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = world.device.type == "cuda"
+    kept_on_gpu = on_gpu and cfg.DATA.CACHE == "device"
+    loader = 0 if crops_on_device(cfg) else BATCHES_AHEAD * build.loader_workers(cfg) * step.crops
+    # A checkpoint is written from a copy of the tensors, by one process.
+    on_machine = here * (PROGRAM + loader + (0 if on_gpu else step.peak)) + step.checkpoint + kept
+    free_on_machine = cache._available()
+    rooms = [("this machine", on_machine, free_on_machine)]
+    needed_on_gpu = free_on_gpu = None
+    if on_gpu:
+        needed_on_gpu = step.peak + (kept if kept_on_gpu else 0)
+        free_on_gpu = torch.cuda.mem_get_info(world.device)[0]
+        rooms.append((str(world.device), needed_on_gpu, free_on_gpu))
+    for where, needed, free in rooms:
+        if needed > free:
+            findings.warnings.append(
+                f"the run needs about {in_words(needed)} of memory on {where}, and "
+                f"{in_words(free)} are free: lower --batch_size_per_gpu (and raise --accum_steps), "
+                "or set TRAIN.CHECKPOINTING true"
+            )
+    if kept:
+        device = world.device if kept_on_gpu else None
+        too_large = cache._too_large(kept, cfg.DATA.CACHE_SIZE, device)
+        findings.problems += [too_large] if too_large else []
+    _judge_shared_memory(here * loader, findings)
+    return {
+        "device": str(world.device),
+        "precision": build.precision(cfg, world.device),
+        "micro_batch": cfg.TRAIN.BATCH_SIZE_PER_GPU,
+        "checkpointing": cfg.TRAIN.CHECKPOINTING,
+        "compiled": cfg.TRAIN.COMPILE,
+        **vars(step),
+        "rest_at_peak": step.at_peak(cfg.TRAIN.CHECKPOINTING),
+        "cache": kept,
+        "loader": loader,
+        "program": PROGRAM,
+        "processes_here": here,
+        "needed_on_machine": on_machine,
+        "free_on_machine": None if free_on_machine == sys.maxsize else free_on_machine,
+        "needed_on_gpu": needed_on_gpu,
+        "free_on_gpu": free_on_gpu,
+    }
+
+
+def _judge_shared_memory(needed: int, findings: Findings) -> None:
+    """Loader workers hand batches over in /dev/shm, which is small in many containers."""
+    shared = Path("/dev/shm")
+    if needed and shared.is_dir() and needed > (free := shutil.disk_usage(shared).free):
+        findings.warnings.append(
+            f"the loader's batches take up to {in_words(needed)} of shared memory, and {shared} "
+            f"has {in_words(free)}: make it larger (docker run --shm-size), or lower --num_workers"
+        )
+
+
+def disk_needed(
+    cfg: Node, folder: Path, size: int, found: Found | None, findings: Findings
+) -> dict:
+    """The section of the disk: checkpoints of `size` bytes in the run's folder."""
+    kept = cfg.TRAIN.EPOCHS // cfg.CKPT.KEEP_EVERY if cfg.CKPT.KEEP_EVERY else 0
+    # The last two, the one that is being written, and those that stay; some may be there.
+    there = {(s.st_dev, s.st_ino): s.st_size for s in map(Path.stat, folder.glob("*.pth"))}
+    needed = max(0, (3 + kept) * size - sum(there.values()))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        findings.warnings.append(
+            f"the checkpoints will take about {in_words(needed)} in {folder}, and {in_words(free)} "
+            "are free: make room, or raise CKPT.KEEP_EVERY"
+        )
+    return {
+        "path": str(folder),
+        "checkpoint": size,
+        "kept_for_good": kept,
+        "needed": needed,
+        "free": free,
+        "resumes_at_step": found.state["step"] if found else None,
+    }

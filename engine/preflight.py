@@ -1,0 +1,138 @@
+"""--check: what a run of this command would meet, found out before step 1 and without a step."""
+
+from pathlib import Path
+
+from datasets.fine_grained import build_dataset
+from datasets.folder import LabelledImages
+from datasets.loader import steps_per_epoch
+from datasets.shards import ImageShards
+from engine import build, check_images, check_machine, resume
+from engine.features import gallery_and_queries
+from engine.findings import Findings
+from engine.inspection import Header, equal_files, read_headers
+from engine.pretrain import scaled_lr
+from utils import distributed
+from utils.config import Node, crops_on_device
+from utils.distributed import World
+from utils.errors import InputError
+from utils.files import make_folder, write_json
+from utils.logging import logger
+
+FILE = "check.json"
+LARGE_STEP = 0.25  # of the data
+
+
+def run(cfg: Node, world: World) -> None:
+    """Tell what a run of these options would meet, and write it as OUTPUT_DIR/check.json.
+
+    All processes together: they share the reading of headers, and rank 0 does and tells the
+    rest. Nothing is downloaded; an index of shards is made where there is none. Raises
+    InputError, on all, where the run could not work; what is only unwise is a warning.
+    """
+    findings = Findings()
+    findings.attempt(lambda: build.index_shards(cfg))
+    data = cfg.DATA
+    images = findings.attempt(lambda: build_dataset(data.DATASET, data.PATH, partial=data.PARTIAL))
+    held_out = findings.attempt(lambda: check_images.validation_images(cfg))
+    sets = [part for part in (images, held_out) if part is not None]
+    distributed.agree(
+        {"images for training and validation": [len(part) for part in sets]},
+        "put them where all of them see the same files",
+    )
+    workers = build.loader_workers(cfg)
+    headers = [read_headers(part, world, workers) for part in sets]
+    distributed.on_main(lambda: _look_and_tell(cfg, world, images, held_out, headers, findings))
+
+
+def _look_and_tell(
+    cfg: Node,
+    world: World,
+    images: LabelledImages | ImageShards | None,
+    held_out: LabelledImages | None,
+    headers: list[list[Header]],
+    findings: Findings,
+) -> None:
+    """Fill the findings, tell and write them; InputError where there is a problem."""
+    found, kept = None, 0
+    if images is not None:
+        kept = check_images.cache_bytes(cfg, headers[0])
+        sets = [images] if held_out is None else [images, held_out]
+        same = equal_files(sets, headers, build.loader_workers(cfg))
+        findings.images = check_images.training(cfg, images, headers[0], same, findings)
+        if held_out is not None:
+            findings.validation = check_images.validation(
+                cfg, images, held_out, headers[1], same, findings
+            )
+        findings.batch = findings.attempt(lambda: _batch(cfg, world, len(images), findings))
+        if cfg.OUTPUT_DIR:
+            per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
+            find = resume.find
+            found = findings.attempt(lambda: find(cfg, len(images), per_step, world.size))
+    if cfg.EVAL.KNN_EVERY:
+        folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
+        findings.attempt(lambda: gallery_and_queries(*folders, build.eval_size(cfg)))
+    findings.crops = _crops(cfg, world)
+    findings.memory = findings.attempt(
+        lambda: check_machine.memory_needed(cfg, world, kept, found, findings)
+    )
+    folder = Path(cfg.OUTPUT_DIR) if cfg.OUTPUT_DIR else None
+    if folder and findings.memory:
+        size = findings.memory["checkpoint"]
+        findings.disk = check_machine.disk_needed(cfg, folder, size, found, findings)
+    _tell(findings, folder)
+
+
+def _batch(cfg: Node, world: World, images: int, findings: Findings) -> dict:
+    """The batch against the data; InputError where a step takes more than there is."""
+    train = cfg.TRAIN
+    per_step = train.BATCH_SIZE_PER_GPU * world.size * train.ACCUM_STEPS
+    steps = steps_per_epoch(images, train.BATCH_SIZE_PER_GPU, world.size, train.ACCUM_STEPS)
+    if per_step > LARGE_STEP * images:
+        findings.warnings.append(
+            f"a step takes {per_step:,} of {images:,} images, so that an epoch has {steps:,} "
+            "steps: few for the schedules and the teacher; consider a smaller batch or more epochs"
+        )
+    return {
+        "images_per_step": per_step,
+        "batch": train.BATCH_SIZE_PER_GPU,
+        "processes": world.size,
+        "accumulation": train.ACCUM_STEPS,
+        "steps_per_epoch": steps,
+        "epochs": train.EPOCHS,
+        "total_steps": steps * train.EPOCHS,
+        "left_over": images - steps * per_step,
+        "peak_lr": scaled_lr(cfg, per_step),
+    }
+
+
+def _crops(cfg: Node, world: World) -> dict:
+    """Who decodes and who crops."""
+    return {
+        "sizes": list(build.multicrop(cfg).sizes),
+        "made_on": str(world.device) if crops_on_device(cfg) else "loader",
+        "workers": build.loader_workers(cfg),
+        "processes": world.size,
+        "cache": cfg.DATA.CACHE,
+    }
+
+
+def _tell(findings: Findings, folder: Path | None) -> None:
+    """Print the findings, write them; InputError for the first problem."""
+    for line in findings.lines():
+        logger.info(line)
+    for warning in findings.warnings:
+        logger.warning(warning)
+    if folder:
+        make_folder(folder)
+        write_json(folder / FILE, findings.as_dict(), "report")
+        logger.info(f"the same as data, with all paths: {folder / FILE}")
+    if findings.problems:
+        for problem in findings.problems:
+            logger.info(f"would stop the run: {problem}")
+        more = len(findings.problems) - 1
+        first = findings.problems[0]
+        raise InputError(
+            f"the run cannot work: {first}" + (f" (and {more} more, above)" if more else "")
+        )
+    count = len(findings.warnings)
+    logger.info("the run can work" + (f" (warnings above: {count})" if count else ""))
