@@ -5,8 +5,10 @@ says in one sentence what cannot work, before anything runs.
 """
 
 import contextlib
+import copy
 import difflib
 import math
+import os
 from pathlib import Path
 
 import yaml
@@ -15,6 +17,11 @@ from yacs.config import CfgNode as Node
 from utils.errors import InputError
 from utils.files import write_text
 from utils.options import CHOICES, DEFAULTS, RANGES
+
+# Reading YAML takes seconds for each megabyte; all options are 4 kB.
+LARGEST_FILE = 1 << 16  # bytes
+LONGEST_VALUE = 1 << 12  # characters of a number or a list
+LARGEST_NUMBER = 2**63 - 1  # of whole ones, as in tensors
 
 
 def defaults() -> Node:
@@ -54,6 +61,8 @@ def put(cfg: Node, key: str, value: object, source: str) -> None:
             ]
             near = same_end[:1]
         hint = f" Did you mean {near[0]}?" if near else " docs/configuration.md lists them all."
+        if isinstance(DEFAULTS.get(key), Node):
+            hint = f" It is a section; {option_names(DEFAULTS[key], f'{key}.')[0]} is one in it."
         raise InputError(f"{source}: there is no option '{key}'.{hint}")
     default = get(DEFAULTS, key)
     *sections, name = key.split(".")
@@ -66,6 +75,12 @@ def put(cfg: Node, key: str, value: object, source: str) -> None:
 def _typed(value: object, default: object, key: str, source: str) -> object:
     if isinstance(value, str) and not isinstance(default, str):
         value = _scalar(value)
+    if isinstance(default, list):
+        value = list(value) if isinstance(value, list | tuple) else [value]
+        value = [_scalar(v) if isinstance(v, str) else v for v in value]
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(n, int) and abs(n) > LARGEST_NUMBER for n in numbers):
+        raise InputError(f"{source}: {key} must lie within {LARGEST_NUMBER}, the largest number.")
     if isinstance(default, bool):
         # EsViT's users type 0 and 1.
         value = bool(value) if value in (0, 1) else value
@@ -76,8 +91,6 @@ def _typed(value: object, default: object, key: str, source: str) -> object:
     elif isinstance(default, int):
         fits = isinstance(value, int) and not isinstance(value, bool)
     elif isinstance(default, list):
-        value = list(value) if isinstance(value, list | tuple) else [value]
-        value = [_scalar(v) if isinstance(v, str) else v for v in value]
         fits = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
     else:
         fits = isinstance(value, str)
@@ -85,13 +98,65 @@ def _typed(value: object, default: object, key: str, source: str) -> object:
         kind = {bool: "true or false", float: "a number", int: "a whole number"}.get(
             type(default), "a list of numbers" if isinstance(default, list) else "a text"
         )
-        raise InputError(f"{source}: {key} must be {kind}, not {value!r}.")
+        raise InputError(f"{source}: {key} must be {kind}, not {_shown(value)}.")
+    if isinstance(value, str) and not _may_be_a_name(value):
+        raise InputError(f"{source}: {key} must be text that can name a file, not {value!r}.")
     return value
 
 
-def _scalar(text: str) -> object:
+def _shown(value: object) -> str:
     try:
-        value = yaml.safe_load(text)
+        return repr(value)
+    except ValueError:  # Python prints no number of thousands of digits
+        return "so large a number"
+
+
+def _may_be_a_name(text: str) -> bool:
+    """Whether the system can take it for a file's name: no null, no half of a surrogate pair."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return b"\0" not in os.fsencode(text)
+    return False
+
+
+class _Reader(yaml.SafeLoader):
+    """Plain YAML. No aliases, by which a few lines may stand for billions, nor repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"write out what *{event.anchor} stands for", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is there twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> object:
+    """The contents of YAML; yaml.YAMLError for whatever is wrong with it."""
+    try:
+        return yaml.load(text, _Reader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # What PyYAML meets a value with that is not of its tag, such as !!int x.
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from None
+
+
+def _scalar(text: str) -> object:
+    if len(text) > LONGEST_VALUE:
+        return text
+    try:
+        value = _read_yaml(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):
@@ -106,16 +171,23 @@ def merge_file(cfg: Node, path: str | Path) -> list[str]:
 
     InputError for a bad file, key or value.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"--cfg: there is no file {path}.")
     try:
-        tree = yaml.safe_load(path.read_text())
+        path = Path(os.path.expanduser(path))
+        if not path.is_file():
+            raise InputError(f"--cfg: there is no file {path}.")
+        with open(path, "rb") as file:
+            contents = file.read(LARGEST_FILE + 1)
+    except ValueError:  # a null character
+        raise InputError(f"--cfg: there is no file {path}.") from None
+    except OSError as error:
+        raise InputError(f"--cfg: {path} cannot be read ({error.strerror}).") from None
+    if len(contents) > LARGEST_FILE:
+        raise InputError(f"{path} is no file of options: it is larger than {LARGEST_FILE} bytes.")
+    try:
+        tree = _read_yaml(contents.decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a YAML file: {reason}.") from None
-    except OSError as error:
-        raise InputError(f"--cfg: {path} cannot be read ({error.strerror}).") from None
     if tree is None:
         return []
     if not isinstance(tree, dict):
@@ -126,11 +198,14 @@ def merge_file(cfg: Node, path: str | Path) -> list[str]:
 def _merge_tree(cfg: Node, tree: dict, prefix: str, source: str) -> list[str]:
     names: list[str] = []
     for key, value in tree.items():
+        if not isinstance(key, str):
+            raise InputError(f"{source}: {_shown(key)} stands where an option's name should.")
         name = f"{prefix}{key}"
-        if isinstance(value, dict):
+        is_section = isinstance(DEFAULTS.get(name), Node)
+        if is_section and isinstance(value, dict):
             names += _merge_tree(cfg, value, f"{name}.", source)
-        elif value is None and isinstance(DEFAULTS.get(name), Node):
-            continue  # a section with all its lines commented out
+        elif is_section and value is None:
+            continue  # all its lines are commented out
         else:
             put(cfg, name, value, source)
             names.append(name)
@@ -138,12 +213,14 @@ def _merge_tree(cfg: Node, tree: dict, prefix: str, source: str) -> list[str]:
 
 
 def to_dict(cfg: Node) -> dict:
-    """Plain nested data, for a checkpoint or a file."""
-    return {k: to_dict(v) if isinstance(v, Node) else v for k, v in cfg.items()}
+    """Plain nested data of its own, for a checkpoint or a file."""
+    return {k: to_dict(v) if isinstance(v, Node) else copy.copy(v) for k, v in cfg.items()}
 
 
 def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
-    """Options of a stored run; one that no longer exists is an InputError."""
+    """Options of a stored run; InputError for what are none, or one that no longer exists."""
+    if not isinstance(tree, dict):
+        raise InputError(f"{source} holds no options of a run.")
     cfg = defaults()
     _merge_tree(cfg, tree, "", source)
     return cfg
@@ -177,9 +254,12 @@ def check(cfg: Node) -> None:
             raise InputError(
                 f"{key} must be one of {', '.join(choices)}, not '{get(cfg, key)}'.{hint}"
             )
-    for key, (low, high) in RANGES.items():
+    for key in option_names():
+        low, high = RANGES.get(key, (None, None))
         values = get(cfg, key)
         for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, str):
+                continue
             if not math.isfinite(value):
                 raise InputError(f"{key} must be a finite number, not {value}.")
             if low is not None and value < low:
