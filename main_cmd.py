@@ -13,23 +13,32 @@ from torch import nn
 
 from datasets.fine_grained import build_dataset
 from datasets.loader import StepSampler, build_loader, steps_per_epoch
-from engine import build, resume
+from engine import build, preflight, resume
+from engine.bad_images import BadImages
+from engine.determinism import explain_refusal, set_deterministic
 from engine.evaluation import join
 from engine.features import gallery_and_queries
-from engine.pretrain import Pretraining, scaled_lr, train
+from engine.loop import train
+from engine.pretrain import Pretraining, scaled_lr
 from models.pretrained import count_parameters
 from models.registry import resolve
-from utils import cli, config, distributed
+from utils import checkpoint, cli, config, distributed
 from utils.errors import InputError, run_script
 from utils.files import make_folder
 from utils.logging import logger
+from utils.signals import StopSignals
 
 
 def main() -> None:
+    with StopSignals() as signals:
+        pretrain(signals)
+
+
+def pretrain(signals: StopSignals) -> None:
     # Options: nothing runs before they are checked.
     command = cli.parse(__doc__)
     cfg = command.cfg
-    if not cfg.OUTPUT_DIR:
+    if not (cfg.OUTPUT_DIR or command.check):
         raise InputError("no folder for the run: give --output_dir.")
     if not cfg.DATA.PATH:
         raise InputError("no images: give --data_path (python -m datasets.synthetic makes some).")
@@ -37,7 +46,12 @@ def main() -> None:
 
     # Processes and device.
     world = join(command)
+    set_deterministic(cfg)
     build.precision(cfg, world.device)  # refuses what the device lacks, before any work
+    if command.check:
+        preflight.run(cfg, world)
+        distributed.stop()
+        return
 
     # Data: the images, shuffled every epoch.
     build.download(cfg)
@@ -50,8 +64,8 @@ def main() -> None:
 
     # Networks, the same on every process.
     student, teacher = build.networks(cfg)
-    state = resume.find(cfg, images_per_step, epoch_steps)
-    if state is None:
+    found = resume.find(cfg, len(dataset), images_per_step, world.size)
+    if found is None:
         resume.start_from(cfg, student, teacher)
     if world.size > 1 and world.device.type == "cuda":
         student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
@@ -65,12 +79,15 @@ def main() -> None:
         teacher,
         epoch_steps,
         held_out=gallery_and_queries(*knn_folders, build.eval_size(cfg)) if knn_folders else (),
+        bad_images=BadImages(len(dataset), cfg.DATA.MAX_BAD),
     )
 
     # Going on where a checkpoint stands in the run's folder.
-    if state is not None:
-        resume.resume(run, state)
-        del state
+    refused = []
+    if found is not None:
+        resume.resume(run, found)
+        refused = found.refused
+        del found
     distributed.agree(
         {"images in DATA.PATH": len(dataset), "the step to start from": run.step},
         "put DATA.PATH and OUTPUT_DIR where all of them see the same files",
@@ -80,11 +97,14 @@ def main() -> None:
         distributed.stop()
         return
     folder = Path(cfg.OUTPUT_DIR)
-    distributed.on_main(lambda: open_folder(cfg, folder))
+    distributed.on_main(lambda: open_folder(cfg, folder, [path for path, _ in refused]))
 
     # The way from images to crops, of which a part may be done here once and for all.
     feed = build.feed(cfg, dataset, world)
     run.make_crops = feed.crops
+    run.bad_images.recall(folder)
+    run.bad_images.note(feed.bad)
+    run.bad_images.exchange(folder)
     workers = build.loader_workers(cfg)
 
     logger.info(
@@ -113,14 +133,18 @@ def main() -> None:
         build.shard_order(cfg, dataset, world.size),
     )
     loader = build_loader(feed.dataset, sampler, workers, pin_memory=world.device.type == "cuda")
-    train(run, loader, folder)
+    signals.defer()
+    with explain_refusal():
+        train(run, loader, folder, signals)
     logger.info(f"done: {folder}")
     distributed.stop()
 
 
-def open_folder(cfg: config.Node, folder: Path) -> None:
-    """Make the run's folder and write the resolved options into it."""
+def open_folder(cfg: config.Node, folder: Path, refused: list[Path]) -> None:
+    """Make the run's folder and write the resolved options into it; refused files step aside."""
     make_folder(folder)
+    for path in refused:
+        logger.info(f"{path} is kept as {checkpoint.set_aside(path)}")
     config.write(cfg, folder / "config.yaml")
 
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import main_cmd
+from utils.errors import run_script
+
 ROOT = Path(__file__).parent.parent
 TRAINED = "LOSS.OBJECTIVE cmd TRAIN.EPOCHS 4 SEED 3 PRINT_FREQ 1 CKPT.KEEP_EVERY 1"
 NETWORK = """
@@ -97,3 +100,28 @@ def trained(tmp_path_factory, pretrain, images) -> Path:
     knn = f"EVAL.KNN_EVERY 2 EVAL.KNN_TRAIN {images} EVAL.KNN_VAL {images} EVAL.SIZE 32"
     pretrain(folder, f"{TRAINED} {knn} EVAL.KNN_K 3")
     return folder
+
+
+@pytest.fixture(scope="session")
+def knn_options(images) -> str:
+    return (
+        f"EVAL.KNN_EVERY 2 EVAL.KNN_TRAIN {images} EVAL.KNN_VAL {images} EVAL.SIZE 32 EVAL.KNN_K 3"
+    )
+
+
+@pytest.fixture
+def refuse(command, capfd, monkeypatch) -> Callable[..., str]:
+    """main_cmd.py's one line on stderr for a command that it refuses, inside this process."""
+
+    def run(folder, options: str = "", flags=()) -> str:
+        monkeypatch.setattr(sys, "argv", command(folder, options, flags=flags)[1:])
+        with pytest.raises(SystemExit) as caught:
+            run_script(main_cmd.main)
+        assert caught.value.code == 2
+        captured = capfd.readouterr()
+        (line,) = captured.err.splitlines()
+        assert line.startswith("error: ")
+        assert "loss" not in captured.out
+        return line
+
+    return run

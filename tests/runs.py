@@ -1,4 +1,7 @@
-"""Small runs inside the test's process: what main_cmd.py puts together, without files."""
+"""Small runs inside the test's process, without files; comparing the folders of two runs."""
+
+import json
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,3 +51,47 @@ def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
 def batch_of(crops: list[Tensor]) -> Batch:
     """What the loader would bring with these crops [B, 3, S, S]."""
     return Batch(crops, torch.arange(len(crops[0])), [])
+
+
+# Comparing runs
+
+
+def load(folder: Path, name: str = "checkpoint.pth") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def log_of(folder: Path) -> list[dict]:
+    """log.txt without what the clock decides."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors in nested data, by path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    found = {}
+    for key, inner in pairs:
+        if isinstance(inner, dict | list | tuple | torch.Tensor):
+            found |= tensors(inner, f"{name}/{key}")
+    return found
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, centres and optimizer equal bit for bit, and the log's figures too."""
+    states = [load(folder) for folder in (first, second)]
+    for part in ("student", "teacher", "centres", "optimizer"):
+        left, right = tensors(states[0][part]), tensors(states[1][part])
+        assert left.keys() == right.keys()
+        for name in left:
+            assert torch.equal(left[name], right[name]), f"{part}{name}"
+    rates = [s["optimizer"]["param_groups"] for s in states]
+    assert rates[0] == rates[1]
+    assert log_of(first) == log_of(second)
+
+
+def cfg_of(folder: Path) -> config.Node:
+    cfg = config.defaults()
+    config.merge_file(cfg, folder / "config.yaml")
+    return cfg

@@ -1,0 +1,478 @@
+"""Going on where a run stopped: after kills, signals, damage, and with other options."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TRAINED
+from tests.processes import free_port
+from tests.runs import assert_same_run, cfg_of, load, log_of
+from utils.signals import EXIT_PREEMPTED
+
+# Four steps an epoch of two micro-batches each, and lines of the log that span checkpoints.
+OFTEN = """
+    LOSS.OBJECTIVE cmd SEED 3 PRINT_FREQ 3 TRAIN.ACCUM_STEPS 2 CKPT.EVERY_STEPS 1 CKPT.KEEP_EVERY 2
+    DATA.WORKERS 1 HEAD.USE_BN true
+"""
+ALONE = "TRAIN.BATCH_SIZE_PER_GPU 2"
+TOGETHER = "TRAIN.BATCH_SIZE_PER_GPU 2 TRAIN.ACCUM_STEPS 1 TRAIN.TIMEOUT_MINUTES 1"
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+# Seconds in which a process must have said or done what it is waited for.
+PATIENCE = 120
+
+
+class Lives:
+    """The processes of one command, started together as a launcher would, again and again."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], processes: int) -> None:
+        self.words, self.environment, self.processes = words, environment, processes
+        self.running: list[subprocess.Popen] = []
+
+    def start(self) -> None:
+        port = str(free_port())
+        for rank in range(self.processes):
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.processes}
+            group = {name: str(value) for name, value in places.items()}
+            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = self.environment | (group if self.processes > 1 else {})
+            self.running.append(
+                subprocess.Popen(
+                    self.words,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+
+    def end(self) -> list[tuple[int, str]]:
+        """Exit codes and all that was said, once every process has ended by itself."""
+        running, self.running = self.running, []
+        try:
+            said = [process.communicate(timeout=PATIENCE)[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
+
+    def wait_for_checkpoints(self, folder: Path, number: int) -> bool:
+        """Until `number` more checkpoints have been written; False where a process ends first."""
+        deadline, seen, found = time.monotonic() + PATIENCE, stamp(folder), 0
+        while found < number:
+            if any(process.poll() is not None for process in self.running):
+                return False
+            assert time.monotonic() < deadline
+            now = stamp(folder)
+            found, seen = found + (now != seen), now
+            time.sleep(0.001)
+        return True
+
+
+def stamp(folder: Path) -> tuple[int, int]:
+    """What changes whenever the last checkpoint is written anew."""
+    try:
+        status = (folder / "checkpoint.pth").stat()
+        return status.st_ino, status.st_mtime_ns
+    except FileNotFoundError:
+        return 0, 0
+
+
+@pytest.fixture(scope="module")
+def options(knn_options) -> Callable[[int, int], str]:
+    """The options of a run by so many processes: four images a step, four steps an epoch."""
+
+    def of(processes: int, epochs: int) -> str:
+        size = ALONE if processes == 1 else TOGETHER
+        return f"{OFTEN} {size} TRAIN.EPOCHS {epochs} {knn_options}"
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, command, environment, options) -> Callable[[int, int], Path]:
+    """The folder of an uninterrupted run by so many processes; each is made once."""
+    made: dict[tuple[int, int], Path] = {}
+
+    def run(processes: int, epochs: int = 3) -> Path:
+        if (processes, epochs) not in made:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            lives = Lives(command(folder, options(processes, epochs)), environment, processes)
+            lives.start()
+            for code, said in lives.end():
+                assert code == 0, said
+            made[processes, epochs] = folder
+        return made[processes, epochs]
+
+    return run
+
+
+# Kills
+
+
+def soak(
+    folder: Path, lives: Lives, kills: int, draw: random.Random, steps: int
+) -> tuple[int, list[int]]:
+    """Start and kill at random moments until the run is complete: kills, and where it went on."""
+    done, resumed = 0, []
+    while True:
+        lives.start()
+        victim = draw.choice(lives.running)
+        alive = lives.wait_for_checkpoints(folder, draw.randint(1, steps)) and done < kills
+        if alive:
+            # Within a step, between two, or while a checkpoint is being written.
+            time.sleep(draw.uniform(0, 0.05))
+            victim.send_signal(signal.SIGKILL)
+        ended = lives.end()
+        resumed += [int(step) for step in re.findall(r"at step (\d+)", ended[0][1])[:1]]
+        if all(code == 0 for code, _ in ended):
+            return done, resumed
+        assert alive, ended
+        # The killed one, and nobody is left waiting.
+        assert all(code != 0 for code, _ in ended), ended
+        done += 1
+
+
+@pytest.mark.parametrize(
+    ("processes", "kills", "epochs"),
+    [
+        pytest.param(1, 2, 3, id="one"),
+        pytest.param(2, 1, 3, id="two"),
+        pytest.param(1, 20, 24, id="one-soak", marks=pytest.mark.slow),
+        pytest.param(2, 20, 24, id="two-soak", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_as_the_whole_one(
+    processes, kills, epochs, whole, command, environment, options, tmp_path
+):
+    lives = Lives(command(tmp_path, options(processes, epochs)), environment, processes)
+    done, resumed = soak(tmp_path, lives, kills, random.Random(processes), steps=4)
+    assert done == kills
+    assert len(resumed) == kills
+    assert any(step % 4 for step in resumed)  # in the middle of an epoch
+    assert resumed == sorted(resumed)
+    assert_same_run(whole(processes, epochs), tmp_path)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_run_that_goes_on_from_its_last_checkpoint(
+    whole, command, environment, options, tmp_path
+):
+    lives = Lives(command(tmp_path, options(1, 3)), environment, 1)
+    lives.start()
+    assert lives.wait_for_checkpoints(tmp_path, 2)
+    lives.running[0].send_signal(signal.SIGINT)
+    ((code, said),) = lives.end()
+    assert code == 130
+    assert "interrupted: the same command goes on from the last checkpoint" in said
+    lives.start()
+    assert lives.end()[0][0] == 0
+    assert_same_run(whole(1), tmp_path)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step_it_was_at(
+    number, whole, command, environment, options, tmp_path
+):
+    # No checkpoint is due: the only one is made for the signal.
+    words = f"{options(1, 3)} CKPT.EVERY_STEPS 0 CKPT.EVERY_EPOCHS 3 CKPT.KEEP_EVERY 0 PRINT_FREQ 1"
+    lives = Lives(command(tmp_path, words), environment, 1)
+    lives.start()
+    wait_for_line(tmp_path, 2, lives)
+    lives.running[0].send_signal(number)
+    ((code, said),) = lives.end()
+    assert code == EXIT_PREEMPTED == 75
+    step = load(tmp_path)["step"]
+    assert 2 <= step <= 12
+    last = said.splitlines()[-1]
+    assert last.startswith(f"preempted: stopped by {number.name} after step {step}; {tmp_path} holds a")
+    assert "Traceback" not in said
+    lives.start()
+    ((code, said),) = lives.end()
+    assert code == 0
+    assert f"resuming from {tmp_path}/checkpoint.pth at step {step}" in said
+    assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == list(range(1, 13))
+    first, second = load(whole(1))["student"], load(tmp_path)["student"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def wait_for_line(folder: Path, step: int, lives: Lives) -> None:
+    """Until the log has a line of this step."""
+    deadline = time.monotonic() + PATIENCE
+    while (
+        not (folder / "log.txt").exists()
+        or f'"step": {step},' not in (folder / "log.txt").read_text()
+    ):
+        assert all(process.poll() is None for process in lives.running), lives.end()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_signal_to_one_of_two_stops_both_and_torchrun_goes_on_by_itself(
+    whole, command, environment, options, tmp_path
+):
+    words = command(tmp_path, options(2, 3), launcher=(*TORCHRUN, "--max_restarts", "2"))
+    lives = Lives(words, environment, 1)
+    lives.start()
+    assert lives.wait_for_checkpoints(tmp_path, 2)
+    # The second worker alone: both stop, at the same step.
+    os.kill(workers_of(lives.running[0])[-1], signal.SIGUSR1)
+    ((code, said),) = lives.end()
+    assert code == 0, said
+    assert re.search(r"stopped by SIGUSR1 after step \d+", said)
+    assert len(re.findall("stopped by", said)) == 1
+    assert re.search(r"resuming from .*checkpoint.pth at step \d+", said)
+    assert_same_run(whole(2), tmp_path)
+
+
+def workers_of(launcher: subprocess.Popen) -> list[int]:
+    """The launcher's child processes, as /proc tells; by number."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return sorted(int(child) for child in children)
+
+
+# When checkpoints are written
+
+
+def test_checkpoints_come_by_steps_and_by_the_clock(pretrain, tmp_path):
+    tiny = f"{OFTEN} {ALONE} TRAIN.EPOCHS 2 CKPT.KEEP_EVERY 0 CKPT.EVERY_EPOCHS 2"
+    stamps = {}
+    for name, how in (("steps", "CKPT.EVERY_STEPS 3"), ("clock", "CKPT.EVERY_STEPS 0")):
+        minutes = 1e-6 if name == "clock" else 0
+        pretrain(tmp_path / name, f"{tiny} {how} CKPT.EVERY_MINUTES {minutes}")
+        stamps[name] = load(tmp_path / name, "checkpoint_previous.pth")["step"]
+    # Steps 3 and 6, then the end at 8; every step.
+    assert stamps == {"steps": 6, "clock": 7}
+
+
+# Damage
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_kept(
+    whole, pretrain, options, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole(1), folder)
+    damaged = bytearray((folder / "checkpoint.pth").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "checkpoint.pth").write_bytes(damaged)
+    before = load(folder, "checkpoint_previous.pth")["step"]
+    done = pretrain(folder, options(1, 3))
+    assert f"warning: {folder}/checkpoint.pth is passed over: " in done.stdout
+    assert f"resuming from {folder}/checkpoint_previous.pth at step {before}" in done.stdout
+    assert_same_run(whole(1), folder)
+    assert (folder / "checkpoint.pth.refused").read_bytes() == bytes(damaged)
+
+
+def test_where_no_checkpoint_is_whole_the_run_stops_and_touches_nothing(whole, refuse, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole(1), folder)
+    for path in folder.glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in folder.glob("*.pth")}
+    line = refuse(folder, OFTEN)
+    assert "checkpoint.pth" in line
+    assert "another --output_dir" in line
+    assert {path: path.read_bytes() for path in folder.glob("*.pth")} == before
+
+
+# Another number of processes
+
+
+@pytest.mark.parametrize(
+    ("size", "told", "last"),
+    [
+        # As typed for two: half the images in a step, so twice the steps an epoch.
+        (
+            "TRAIN.BATCH_SIZE_PER_GPU 2 TRAIN.ACCUM_STEPS 1",
+            r"images per step 2 \(was 4\), so the peak learning rate is 0.000391 "
+            r"\(was 0.000781\), and it goes on at the same place of the epoch",
+            24,
+        ),
+        (
+            "TRAIN.BATCH_SIZE_PER_GPU 2 TRAIN.ACCUM_STEPS 2",
+            "images per step stay 4, and so does the learning rate",
+            12,
+        ),
+    ],
+)
+def test_a_run_of_two_goes_on_as_one_and_says_what_changes(
+    size, told, last, whole, pretrain, options, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole(2), folder)
+    # The end of epoch 2, at step 8 of 12.
+    for name in ("checkpoint.pth", "checkpoint_previous.pth"):
+        shutil.copy(folder / "checkpoint0002.pth", folder / name)
+    done = pretrain(folder, f"{options(2, 3)} {size}")
+    start = rf"warning: the run had 2 processes and goes on with 1: {told}"
+    assert re.search(start, done.stdout), done.stdout
+    assert "not bit for bit" in done.stdout
+    state = load(folder)
+    assert (state["step"], state["epoch"]) == (last, 3)
+    assert log_of(folder)[-1]["epoch"] == 3
+
+
+# Repeating
+
+
+def test_the_same_command_twice_gives_the_same_bits(trained, pretrain, knn_options, tmp_path):
+    pretrain(tmp_path, f"{TRAINED} {knn_options}")
+    assert_same_run(trained, tmp_path)
+
+
+def test_a_log_line_after_the_checkpoint_is_cut_and_one_at_it_kept(
+    trained, pretrain, knn_options, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "run")
+    folder = tmp_path / "run"
+    shutil.copy(folder / "checkpoint0002.pth", folder / "checkpoint.pth")
+    with (folder / "log.txt").open("a") as file:
+        file.write('{"step": 9, "los')
+    pretrain(folder, f"{TRAINED} {knn_options}")
+    assert log_of(folder) == log_of(trained)
+
+
+def test_a_finished_run_started_again_trains_nothing(trained, pretrain, knn_options, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    done = pretrain(tmp_path / "run", f"{TRAINED} {knn_options}")
+    assert "resuming from" in done.stdout
+    assert "loss" not in done.stdout
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+    assert log_of(tmp_path / "run") == log_of(trained)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("HEAD.OUT_DIM 32", "HEAD.OUT_DIM (was 64, now 32)"),
+        ("LOSS.TEACHER_TEMP 0.07", "LOSS.TEACHER_TEMP (was 0.04, now 0.07)"),
+        ("SEED 4 MODEL.DROP_PATH 0", "SEED (was 3, now 4), MODEL.DROP_PATH (was 0.1, now 0.0)"),
+        (
+            "TRAIN.BATCH_SIZE_PER_GPU 4",
+            "images per step (was 8, now 4)",
+        ),
+    ],
+)
+def test_a_resume_with_other_options_is_refused_by_name(changed, named, trained, refuse):
+    before = (trained / "config.yaml").read_bytes(), (trained / "checkpoint.pth").read_bytes()
+    line = refuse(trained, f"{TRAINED} {changed}")
+    assert f"is from a run with other options: {named}. Use the old options" in line
+    # Force is no way out where weights change their shape.
+    assert ("--resume force" in line) == ("OUT_DIM" not in changed)
+    assert before[0] == (trained / "config.yaml").read_bytes()
+    assert before[1] == (trained / "checkpoint.pth").read_bytes()
+
+
+def test_a_resume_may_change_length_paths_workers_and_print_frequency(
+    trained, pretrain, images, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(images, tmp_path / "moved")
+    options = f"TRAIN.EPOCHS 5 PRINT_FREQ 2 DATA.WORKERS 1 DATA.PATH {tmp_path / 'moved'}"
+    halved = "TRAIN.BATCH_SIZE_PER_GPU 4 TRAIN.ACCUM_STEPS 2"
+    done = pretrain(tmp_path / "run", f"{TRAINED} {options} {halved}")
+    assert "at step 8" in done.stdout
+    assert "other options" not in done.stdout
+    assert load(tmp_path / "run")["step"] == 10
+
+
+def test_a_forced_resume_goes_on_with_the_new_options_and_says_so(trained, pretrain, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(trained / "checkpoint0003.pth", tmp_path / "run" / "checkpoint.pth")
+    done = pretrain(
+        tmp_path / "run", f"{TRAINED} LOSS.TEACHER_TEMP 0.07", flags=["--resume", "force"]
+    )
+    assert "warning: resuming with other options: LOSS.TEACHER_TEMP (was 0.04, now" in done.stdout
+    assert "at step 6" in done.stdout
+    assert log_of(tmp_path / "run")[-1]["teacher_temp"] == 0.07
+    assert cfg_of(tmp_path / "run").LOSS.TEACHER_TEMP == 0.07
+
+
+def test_a_finished_run_says_so_and_touches_nothing(trained, pretrain):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    done = pretrain(trained, TRAINED)
+    assert "the run is complete (4 epochs); raise --epochs to go on" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_a_forced_resume_with_more_images_goes_on_at_the_same_epoch(
+    trained, pretrain, refuse, images, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(trained / "checkpoint0003.pth", tmp_path / "run" / "checkpoint.pth")
+    for copy in ("one", "two"):
+        shutil.copytree(images, tmp_path / "images" / copy)
+    options = f"{TRAINED} DATA.PATH {tmp_path / 'images'}"
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert "in steps per epoch (was 2, now 4)" in refuse(tmp_path / "run", options)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written
+    done = pretrain(tmp_path / "run", options, flags=["--resume", "force"])
+    assert "at step 12" in done.stdout  # epoch 3 of 4 steps
+    # The log's old lines, up to the checkpoint at step 6 of old, then the new ones.
+    steps = [line["step"] for line in log_of(tmp_path / "run") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 13, 14, 15, 16]
+
+
+def test_a_forced_resume_with_another_optimizer_starts_its_moments_anew(
+    trained, pretrain, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(trained / "checkpoint0003.pth", tmp_path / "run" / "checkpoint.pth")
+    done = pretrain(tmp_path / "run", f"{TRAINED} TRAIN.OPTIMIZER sgd RESUME force")
+    assert "the optimizer starts without its moments" in done.stdout
+    groups = load(tmp_path / "run")["optimizer"]["param_groups"]
+    assert all(group["momentum"] == 0.9 for group in groups)
+
+
+def test_a_run_longer_than_asked_for_keeps_its_files_when_refused(trained, refuse, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    written = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert "raise --epochs" in refuse(tmp_path / "run", f"{TRAINED} TRAIN.EPOCHS 2")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written
+
+
+def test_a_forced_resume_that_cannot_fit_is_one_sentence(trained, refuse, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    line = refuse(tmp_path / "run", f"{TRAINED} HEAD.OUT_DIM 32 RESUME force")
+    assert "does not fit these options" in line
+    assert "size mismatch for head.last_layer.weight_g" in line
+    assert line.endswith("use the old ones, or another --output_dir.")
+
+
+def test_a_resume_beyond_the_runs_end_is_refused(trained, refuse, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    line = refuse(tmp_path / "run", f"{TRAINED} TRAIN.EPOCHS 2")
+    assert "is at step 8, beyond the run of 4 steps: raise --epochs." in line
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (b"no checkpoint", "is not a checkpoint"),
+        ({"teacher": {"w": torch.zeros(1)}}, "is not a checkpoint of this project"),
+        ({"format": 99}, "has checkpoint format 99"),
+    ],
+)
+def test_a_foreign_file_in_the_runs_folder_is_refused_and_kept(contents, words, refuse, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    if isinstance(contents, bytes):
+        path.write_bytes(contents)
+    else:
+        torch.save(contents, path)
+    before = path.read_bytes()
+    assert words in refuse(tmp_path)
+    assert path.read_bytes() == before
