@@ -394,9 +394,8 @@ def plot_tsne(
             "the features hold NaN or infinity, so t-SNE cannot place them: the network that "
             "made them has diverged, take an earlier checkpoint."
         )
-    tsne = TSNE(
-        perplexity=min(30, max(1, (len(subset) - 1) / 3)), init=_start(drawn), random_state=seed
-    )
+    perplexity = min(30, max(1, (len(subset) - 1) / 3))
+    tsne = TSNE(perplexity=perplexity, init=_start(drawn), random_state=seed % 2**32)
     points = tsne.fit_transform(drawn.float().numpy())
     with _drawing(path, 1000, 800, "constrained") as figure:
         axis = figure.add_subplot()

@@ -187,7 +187,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step_it_was_at(
     number, whole, command, environment, options, tmp_path
 ):
     # No checkpoint is due: the only one is made for the signal.
-    words = f"{options(1, 3)} CKPT.EVERY_STEPS 0 CKPT.EVERY_EPOCHS 3 CKPT.KEEP_EVERY 0 PRINT_FREQ 1"
+    seldom = "CKPT.EVERY_STEPS 0 CKPT.EVERY_EPOCHS 3 CKPT.KEEP_EVERY 0 PRINT_FREQ 1"
+    words = f"{options(1, 3)} {seldom}"
     lives = Lives(command(tmp_path, words), environment, 1)
     lives.start()
     wait_for_line(tmp_path, 2, lives)
@@ -197,7 +198,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step_it_was_at(
     step = load(tmp_path)["step"]
     assert 2 <= step <= 12
     last = said.splitlines()[-1]
-    assert last.startswith(f"preempted: stopped by {number.name} after step {step}; {tmp_path} holds a")
+    assert last.startswith(
+        f"preempted: stopped by {number.name} after step {step}; {tmp_path} holds a"
+    )
     assert "Traceback" not in said
     lives.start()
     ((code, said),) = lives.end()

@@ -116,6 +116,11 @@ def _short_of_memory(error: Exception) -> str:
             f"raise TRAIN.ACCUM_STEPS by the same factor, or set TRAIN.CHECKPOINTING true "
             f"({_one_line('. '.join(str(error).split('. ')[:2]))})"
         )
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"this machine's memory is too small for these options: lower "
+            f"TRAIN.BATCH_SIZE_PER_GPU, HEAD.OUT_DIM or DATA.WORKERS ({_one_line(str(error))})"
+        )
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
         return (
             f"a loader process was killed, most often for want of memory: lower DATA.WORKERS "
