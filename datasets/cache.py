@@ -69,7 +69,7 @@ class DecodedImages:
         self.place = f"kept {where}"
         # Where processes cannot share, each keeps a buffer of its own.
         needed = self.bytes * (1 if _CAN_SHARE else world.size)
-        _agreed(_too_large(needed, shorter_side, world.device if on_device else None))
+        _agreed(too_large(needed, shorter_side, world.device if on_device else None))
         logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
 
         first = world.rank - machine.rank  # of this machine's processes
@@ -274,11 +274,11 @@ def _shared_buffer(size: int, machine: World, first: int) -> Iterator[_Buffer]:
             os.close(file)
 
 
-def _too_large(size: int, shorter_side: int, device: torch.device | None) -> str | None:
+def too_large(size: int, shorter_side: int, device: torch.device | None) -> str | None:
     """A sentence where `size` bytes do not fit into memory, or onto the device if one is named."""
     elsewhere = "set DATA.CACHE none and DATA.CROPS device"
     cap = f"now {shorter_side}" if shorter_side else "now none, such as 288"
-    rooms = [(_available(), "of this machine's memory", elsewhere)]
+    rooms = [(available(), "of this machine's memory", elsewhere)]
     if device is not None:
         rooms.append((torch.cuda.mem_get_info(device)[0], f"on {device}", "set DATA.CACHE ram"))
     for free, where, instead in rooms:
@@ -290,7 +290,7 @@ def _too_large(size: int, shorter_side: int, device: torch.device | None) -> str
     return None
 
 
-def _available() -> int:
+def available() -> int:
     """Bytes of memory that programs can still have; unbounded where the system does not tell.
 
     The machine's, or what a container's or job's limit (control group, version 1 or 2) leaves.

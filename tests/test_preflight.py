@@ -18,8 +18,9 @@ from PIL import Image
 import main_cmd
 from datasets.folder import ImageFolder
 from datasets.shards import ImageShards, write_shards
-from engine import build, memory
-from engine.inspection import equal_files, read_headers
+from engine import build
+from engine.preflight import memory
+from engine.preflight.inspection import equal_files, read_headers
 from models import swin
 from tests.conftest import NETWORK, ROOT, save_images
 from tests.processes import found_by_each

@@ -458,6 +458,31 @@ def test_a_network_that_cannot_tell_images_apart_is_warned_about(pretrain, tmp_p
     assert f"step {PATIENCE}/" not in before
 
 
+MADE_TO_COLLAPSE = {
+    # Without centring one prototype takes all; with a teacher as soft as that, none does.
+    "centring off": ("LOSS.CENTER_MOMENTUM 1", 0.0),
+    "sharpening off": ("LOSS.TEACHER_TEMP 1 LOSS.WARMUP_TEACHER_TEMP 1", math.log(64)),
+    "neither": ("", None),
+}
+
+
+@pytest.mark.parametrize("how", MADE_TO_COLLAPSE)
+def test_a_run_made_to_collapse_is_warned_about_and_the_same_with_both_on_is_not(
+    how, pretrain, tmp_path
+):
+    options, entropy = MADE_TO_COLLAPSE[how]
+    fast = "LOSS.OBJECTIVE dino TRAIN.EPOCHS 18 TRAIN.BASE_LR 0.1 TRAIN.MOMENTUM_TEACHER 0.97"
+    done = pretrain(tmp_path, f"{fast} {options} PRINT_FREQ 1 SEED 3")
+    warnings = re.findall(r"^warning: .*", done.stdout, flags=re.MULTILINE)
+    if entropy is None:
+        assert not warnings
+        return
+    (warning,) = warnings
+    assert "the teacher gives all images nearly the same target" in warning
+    assert "Check the teacher temperature and the centring" in warning
+    assert log_of(tmp_path)[-1]["teacher_entropy"] == pytest.approx(entropy, abs=0.05)
+
+
 def test_a_run_that_is_well_is_not_warned_about(trained, pretrain, tmp_path):
     done = pretrain(tmp_path, "TRAIN.EPOCHS 15 PRINT_FREQ 1 TRAIN.BASE_LR 0.001")
     assert "warning" not in done.stdout + done.stderr

@@ -1,20 +1,24 @@
-"""Checkpoint files: written atomically, read without running anything.
+"""Checkpoint files: written atomically, read by their checksums and without running anything.
 
 A run's folder holds
-    checkpoint.pth        the last one; the same command resumes from it
-    checkpoint0040.pth    kept every CKPT.KEEP_EVERY epochs
+    checkpoint.pth            the last one; the same command resumes from it
+    checkpoint_previous.pth   the one before, to fall back to
+    checkpoint0040.pth        kept every CKPT.KEEP_EVERY epochs
+    checkpoint.pth.refused    set aside by a resume that could not use it
 A file is a dict of tensors and plain data: format, step, epoch, student, teacher, optimizer,
 scaler, centres, config, model (what rebuilds the networks) and versions.
 """
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import os
 import pickle
 import re
 import shutil
-import struct
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,72 +26,157 @@ import numpy as np
 import torch
 
 from utils.errors import InputError
-from utils.files import replacing
+from utils.files import replacing, sync_folder
 
 FORMAT = 1
 LAST = "checkpoint.pth"
+PREVIOUS = "checkpoint_previous.pth"
+_KEPT = re.compile(r"checkpoint(\d{4,})\.pth")
+# What a run needs to go on (engine/resume.py).
+_OF_A_RUN = (
+    *("config", "model", "student", "teacher", "step", "steps_per_epoch", "images_per_step"),
+    *("processes", "optimizer", "scaler", "centres", "guard", "window", "watch", "bad_images"),
+)
+_BLOCK = 1 << 20  # bytes that are read at a time
+_FOLDER = 0x10  # in a zip record's attributes
+
+
+class NotIntact(InputError):
+    """A file that is damaged, foreign or malicious: another may be taken in its place.
+
+    `reason` is the sentence without the path and the full stop.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}.")
+        self.reason = reason
+
 
 # torch.load(weights_only=True) runs nothing but what it knows. The reference's files need
 # these besides: their options are an argparse.Namespace, and their optimizer state holds
 # NumPy scalars (learning rates), under NumPy 1's or NumPy 2's module name.
+
+_NUMBERS = {name: np.dtype(name) for name in ("f8", "f4", "i8", "i4", "b1")}
 _SCALAR = np.float64(0).__reduce__()[0]
+
+
+def _dtype(name: str, *_: bool) -> np.dtype:
+    """np.dtype for numbers alone: one of objects takes a file's bytes for addresses."""
+    if name not in _NUMBERS:
+        raise pickle.UnpicklingError(f"Unsupported GLOBAL numpy.dtype:{name}")
+    return _NUMBERS[name]
+
+
+def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
+    if dtype not in _NUMBERS.values():
+        raise pickle.UnpicklingError("Unsupported GLOBAL numpy.scalar of no number")
+    return _SCALAR(dtype, data)
+
+
 _ALLOWED = [
     argparse.Namespace,
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    (_dtype, "numpy.dtype"),
+    *map(type, _NUMBERS.values()),
 ]
 
 
-# What torch.load meets truncated and altered files with.
-_DAMAGED = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    OSError,
-    AttributeError,
-    IndexError,
-    AssertionError,
-    TypeError,
-    struct.error,
-)
+# Reading
 
 
 def load_file(path: str | Path) -> Any:
     """The contents of a torch or safetensors file, on the CPU; only tensors and plain data.
 
-    Raises InputError when the file is missing, is no checkpoint, is damaged, or holds
-    anything beyond tensors, plain data and what the reference's files are known to hold.
+    Raises InputError when the file is missing or cannot be read, and NotIntact when it is no
+    checkpoint, is damaged, or holds anything beyond tensors, plain data and what the
+    reference's files are known to hold. A torch file's checksums (a CRC-32 of every record of
+    the zip) are verified; torch's old format and safetensors have none.
     """
     path = Path(path)
-    if path.is_dir():
-        held = sorted(file.name for file in path.glob("*.pth"))[:4]
-        hint = f"name a file in it ({', '.join(held)})" if held else "name the file"
-        raise InputError(f"{path} is a folder, not a checkpoint: {hint}.")
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint at {path}.")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
+    try:
+        if path.is_dir():
+            held = sorted(file.name for file in path.glob("*.pth"))[:4]
+            hint = f"name a file in it ({', '.join(held)})" if held else "name the file"
+            raise InputError(f"{path} is a folder, not a checkpoint: {hint}.")
+        if not path.is_file():
+            raise InputError(f"there is no checkpoint at {path}.")
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
+        _verify(path)
+        return _unpickle(path)
+    except PermissionError:
+        raise InputError(f"{path} may not be read: check its permissions.") from None
+    except MemoryError:
+        raise InputError(f"{path} does not fit into this machine's memory.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from None
+
+
+def _verify(path: Path) -> None:
+    """Raise NotIntact where a record of a torch zip file does not fit its checksum.
+
+    torch.load does not look at them. What none covers (padding, repeated headers) is not loaded.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # by which torch tells its zip from its old format
+            return
+        record = ""
+        try:
+            with zipfile.ZipFile(file) as archive:
+                records = archive.infolist()
+                if not any(info.CRC for info in records):
+                    return  # torch.serialization.set_crc32_options(False) leaves them out
+                if sum(info.compress_size for info in records) > path.stat().st_size:
+                    raise zipfile.BadZipFile("records overlap")
+                for info in records:
+                    record = info.filename
+                    stored = info.compress_type == zipfile.ZIP_STORED
+                    if stored and info.compress_size != info.file_size:
+                        raise zipfile.BadZipFile("sizes differ")
+                    # Of a folder torch's reader reads nothing, and calls what was there its data.
+                    if info.external_attr & _FOLDER and info.file_size:
+                        raise zipfile.BadZipFile("a folder with contents")
+                    with archive.open(info) as stream:
+                        while stream.read(_BLOCK):
+                            pass
+        except Exception as error:  # whatever altered bytes make the parser do
+            _raise_if_of_the_machine(error)
+            reason = "is not a checkpoint, or is damaged: it is no whole zip file"
+            if record:
+                reason = f"is damaged: its record {record[:80]!r} does not fit its checksum"
+            raise NotIntact(path, reason) from None
+
+
+def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        reason = "is not a checkpoint (it is no torch file)"
         if "Unsupported global" in str(error) or "GLOBAL" in str(error):
-            name = str(error).split("GLOBAL ", 1)[-1].split(" ", 1)[0].rstrip(".,")
-            raise InputError(
-                f"{path} is refused: it wants to run '{name}' while loading, and a checkpoint "
-                f"may hold only tensors and plain data."
-            ) from None
-        raise InputError(f"{path} is not a checkpoint (it is no torch file).") from None
-    except PermissionError:
-        raise InputError(f"{path} may not be read: check its permissions.") from None
-    except _DAMAGED:
-        raise InputError(
-            f"{path} is not a checkpoint, or is damaged (is it a complete torch file?)."
-        ) from None
+            name = "".join(str(error).split("GLOBAL ", 1)[-1].split()[:1]).rstrip(".,")
+            reason = (
+                f"is refused: it wants to run {name[:80]!a} while loading, and a checkpoint may "
+                f"hold only tensors and plain data"
+            )
+        raise NotIntact(path, reason) from None
+    except Exception as error:  # whatever foreign or altered bytes make the unpickler do
+        _raise_if_of_the_machine(error)
+        reason = "is not a checkpoint, or is damaged (is it a complete torch file?)"
+        raise NotIntact(path, reason) from None
+
+
+def _raise_if_of_the_machine(error: Exception) -> None:
+    """Let through what says nothing about the file: no memory, a disk that does not answer."""
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+        raise MemoryError from None
+    # A seek to nowhere, which altered sizes ask for, is EINVAL.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -96,8 +185,9 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     try:
         return load_safetensors(path)
-    except (SafetensorError, OSError):
-        raise InputError(f"{path} is not a safetensors file, or is damaged.") from None
+    except (SafetensorError, OSError) as error:
+        _raise_if_of_the_machine(error)
+        raise NotIntact(path, "is not a safetensors file, or is damaged") from None
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -117,7 +207,7 @@ def sha256(path: str | Path) -> str:
     """The hash of a file's bytes, by which figures name the weights behind them."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
@@ -131,23 +221,76 @@ def load_own(path: str | Path) -> dict:
     """A checkpoint that this project wrote, of a format that it reads; else InputError."""
     contents = load_file(path)
     if not is_own(contents):
-        raise InputError(
-            f"{path} is not a checkpoint of this project: choose another --output_dir."
-        )
+        raise NotIntact(path, "is not a checkpoint of this project")
     check_format(contents, path)
     return contents
 
 
-def check_format(checkpoint: dict, path: str | Path) -> None:
-    """Raise InputError for a checkpoint of ours written by a newer version."""
-    lost = [name for name in ("config", "model", "student", "teacher") if name not in checkpoint]
-    if checkpoint["format"] <= FORMAT and lost:
-        raise InputError(f"{path} is not a whole checkpoint: it lacks {', '.join(lost)}.")
+def check_format(
+    checkpoint: dict,
+    path: str | Path,
+    needed: tuple[str, ...] = ("config", "model", "student", "teacher"),
+) -> None:
+    """Raise InputError for a checkpoint of ours written by a newer version.
+
+    And NotIntact for one that lacks some of the `needed` entries.
+    """
     if checkpoint["format"] > FORMAT:
         raise InputError(
             f"{path} has checkpoint format {checkpoint['format']}; this version reads up to "
             f"{FORMAT}. Update the code to read it."
         )
+    lost = [name for name in needed if name not in checkpoint]
+    if lost:
+        raise NotIntact(path, f"is not a whole checkpoint: it lacks {', '.join(lost)}")
+
+
+def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | None:
+    """The checkpoint to go on from: its path, its contents, and the (path, reason) refused.
+
+    LAST where it is intact, so that normally one file is read; else the one of most steps among
+    PREVIOUS and the newest kept one that is intact. None where the folder holds no checkpoint.
+    Raises InputError when it holds some and none is intact, and at once for one of a newer
+    format and for one that cannot be read: what it holds is not lost.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
+    kept = sorted((int(match[1]), name) for name in names if (match := _KEPT.fullmatch(name)))
+    refused: list[tuple[Path, str]] = []
+    found: list[tuple[Path, dict]] = []
+    for group in ([LAST], [PREVIOUS], [name for _, name in reversed(kept)]):
+        for path in (folder / name for name in group if name in names):
+            try:
+                found.append((path, _load_run(path)))
+                break
+            except NotIntact as error:
+                refused.append((path, error.reason))
+        if found and found[0][0].name == LAST:
+            break
+    if found:
+        path, state = max(found, key=lambda item: item[1]["step"])  # PREVIOUS of equal ones
+        return path, state, refused
+    if not refused:
+        return None
+    tried = "; ".join(f"{path} {reason}" for path, reason in refused)
+    raise InputError(
+        f"no checkpoint in {folder} is intact: {tried}. Nothing was changed: use another "
+        f"--output_dir, or move these files away to start anew.",
+    )
+
+
+def _load_run(path: Path) -> dict:
+    """A whole checkpoint of a training run; raises as `load_own` does."""
+    state = load_own(path)
+    check_format(state, path, _OF_A_RUN)
+    if type(state["step"]) is not int:
+        raise NotIntact(path, "is not a checkpoint of this project")
+    return state
+
+
+# Writing
 
 
 def save(checkpoint: dict, path: str | Path) -> None:
@@ -156,14 +299,70 @@ def save(checkpoint: dict, path: str | Path) -> None:
     Raises InputError when the disk refuses; whatever was at `path` is still there then.
     """
     with replacing(path, "checkpoint") as temporary:
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-        except RuntimeError as error:
-            # A full disk reaches us as a RuntimeError of torch's zip writer; others are bugs.
-            if not re.search("Writer|enforce fail", str(error)):
-                raise
-            raise OSError(str(error)) from None
+        _write(checkpoint, temporary)
+
+
+def save_last(checkpoint: dict, folder: Path, kept_as: str = "") -> None:
+    """Write a run's last checkpoint; the one that was the last becomes PREVIOUS.
+
+    kept_as: a further name for it, which later calls leave alone; a file of this name is
+    replaced. Whatever kills the process, and at any moment, as many whole checkpoints stand under
+    their names as before or more: the new one is complete on the disk before it takes a name,
+    first kept_as, then LAST, and the old LAST is held by a link (a copy, where the file system
+    has none) until it is PREVIOUS. Raises InputError when the disk refuses; LAST and PREVIOUS
+    are what they were then.
+    """
+    last = folder / LAST
+    if kept_as:
+        save(checkpoint, folder / kept_as)
+    with contextlib.ExitStack() as stack:
+        if last.exists():
+            _link(last, stack.enter_context(replacing(folder / PREVIOUS, "checkpoint")))
+        with replacing(last, "checkpoint") as temporary:
+            if kept_as:
+                _link(folder / kept_as, temporary)
+            else:
+                _write(checkpoint, temporary)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a refused file to NAME.refused, .refused2, ..., the first that is free.
+
+    Raises InputError when the disk refuses.
+    """
+    number, target = 1, path.with_name(f"{path.name}.refused")
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{path.name}.refused{number}")
+    try:
+        path.rename(target)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be set aside: {error.strerror}.", everywhere=False
+        ) from None
+    return target
+
+
+def _write(checkpoint: dict, path: Path) -> None:
+    """Raises OSError when the disk refuses."""
+    try:
+        # Through a file: torch's own, by path, was slower and keeps the interpreter no freer.
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        # A full disk reaches us as a RuntimeError of torch's zip writer; others are bugs.
+        if not re.search("Writer|enforce fail", str(error)):
+            raise
+        raise OSError(str(error)) from None
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def save_safetensors(
@@ -178,15 +377,3 @@ def save_safetensors(
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, facts)
         except SafetensorError as error:
             raise OSError(str(error)) from None
-
-
-def link_copy(source: str | Path, target: str | Path) -> None:
-    """Keep `source` under a second name; a hard link where the file system has them.
-
-    Raises InputError when the disk refuses.
-    """
-    with replacing(target, "checkpoint") as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)

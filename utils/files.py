@@ -38,7 +38,7 @@ def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
         temporary.chmod(0o666 & ~_UMASK)  # safetensors writes for the owner alone
         _sync(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise InputError(
             f"the {what} {path} could not be written: {error.strerror or error}.",
@@ -91,7 +91,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable; a file system that cannot is no reason to stop."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -3,23 +3,27 @@
 log.txt holds one JSON object a line: step, epoch and every figure.
 """
 
+import contextlib
 import io
 import json
 import logging
 import math
 import os
+import socket
+import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
-from utils import distributed
 from utils.errors import InputError
+from utils.files import write_text
 
 logger = logging.getLogger("cmd")
 SECONDS_BETWEEN_LINES = 30
@@ -76,42 +80,122 @@ class RunLog:
     """log.txt and TensorBoard of one run's folder; `prefix` sets both names apart.
 
     A resumed run goes on where its checkpoint was written: what was logged after it is cut.
+    go_on: what the disk refuses waits in memory, with one warning, and is written with a later
+    line; else an InputError is raised. Neither file ever holds a torn line or record.
     """
 
-    def __init__(self, folder: Path, first_step: int, prefix: str = "") -> None:
-        path, temporary = folder / f"{prefix}log.txt", folder / f".{prefix}log.txt.tmp"
-        kept = []
+    # TensorBoard's events are written here and now: tensorboardX's own writer does it in a
+    # thread, which a full disk ends with a traceback, and then its queue blocks the training.
+
+    def __init__(
+        self, folder: Path, first_step: int, prefix: str = "", go_on: bool = False
+    ) -> None:
+        path, events = folder / f"{prefix}log.txt", folder / f"{prefix}tensorboard"
+        self._path, self._go_on, self._is_refused = path, go_on, False
         try:
+            kept = []
             if path.exists() and first_step > 0:
-                kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, path)
-            self._file = path.open("a")
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if _step(line) <= first_step]
+            write_text(path, "".join(f"{line}\n" for line in kept), "log")
+            self._lines = _Records(path)
+            events.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+            self._events = _Records(events / name)
+            self._events.add(_framed(Event(wall_time=time.time(), file_version="brain.Event:2")))
+            # Events of an earlier try, beyond the checkpoint or without one, are marked as void.
+            start = SessionLog(status=SessionLog.START)
+            void = Event(wall_time=time.time(), step=first_step + 1, session_log=start)
+            self._events.add(_framed(void))
+            self._events.flush()
         except OSError as error:
-            raise _not_written(path, error) from None
-        # Events of an earlier try, beyond the checkpoint or without one, are marked as void.
-        self._board = SummaryWriter(
-            str(folder / f"{prefix}tensorboard"), purge_step=first_step + 1, flush_secs=30
-        )
+            raise self._refusal(error) from None
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line: `figures` (with the epoch among them) after optimizer step `step`."""
         line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
+        self._lines.add(f"{json.dumps(line)}\n".encode())
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        for value in values:
+            event = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
+            self._events.add(_framed(event))
+        self._try(self._lines.flush, self._events.flush)
+
+    def sync(self) -> None:
+        """Bring log.txt to the disk itself, so that a power cut leaves what was logged."""
+        self._try(self._lines.flush, self._lines.sync)
+
+    def close(self) -> None:
+        """Write what waits, if the disk now takes it, and say what is lost if not."""
+        with contextlib.suppress(OSError):
+            self._lines.flush()
+            self._events.flush()
+        if self._lines.waiting:
+            logger.warning(f"{len(self._lines.waiting)} lines of {self._path} are lost")
+        for records in (self._lines, self._events):
+            with contextlib.suppress(OSError):
+                records.close()
+
+    def _try(self, *actions: Callable[[], None]) -> None:
         try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            for action in actions:
+                action()
         except OSError as error:
-            raise _not_written(self._file.name, error) from None
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+            if not self._go_on:
+                raise self._refusal(error) from None
+            if not self._is_refused:
+                logger.warning(f"{self._refusal(error)} What it lacks is written when it can be.")
+            self._is_refused = True
+            return
+        if self._is_refused and not self._lines.waiting and not self._events.waiting:
+            logger.info(f"the log {self._path} is written again, and whole")
+            self._is_refused = False
+
+    def _refusal(self, error: OSError) -> InputError:
+        return InputError(
+            f"the log {self._path} cannot be written ({error.strerror}).", everywhere=False
+        )
+
+
+class _Records:
+    """A file that grows by whole records; those that the disk refuses wait in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._end = os.fstat(self._file.fileno()).st_size
+        self.waiting: list[bytes] = []
+
+    def add(self, record: bytes) -> None:
+        """For the next `flush`."""
+        self.waiting.append(record)
+
+    def flush(self) -> None:
+        """Write all that waits, or raise OSError and leave the file as it was."""
+        data = b"".join(self.waiting)
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            raise
+        self._end += len(data)
+        self.waiting = []
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
 
 
-def _not_written(path: str | Path, error: OSError) -> InputError:
-    return InputError(f"the log {path} cannot be written ({error.strerror}).", everywhere=False)
+def _framed(event: Event) -> bytes:
+    """An event as TensorBoard's files hold it: its length and itself, each with a checksum."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+    return length + sums[0] + data + sums[1]
 
 
 def _step(line: str) -> float:
@@ -127,34 +211,3 @@ def _short(value: float) -> float | None:
     if not math.isfinite(value):
         return None
     return float(f"{value:.7g}") if isinstance(value, float) else value
-
-
-class Window:
-    """Means of device scalars over the steps since the last log line, without host syncs."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sum: torch.Tensor | None = None
-        self._count = 0
-
-    def add(self, figures: Mapping[str, torch.Tensor]) -> None:
-        """Add one step's figures; the same names every time."""
-        self._names = list(figures)
-        values = torch.stack([value.detach().float() for value in figures.values()])
-        self._sum = values if self._sum is None else self._sum + values
-        self._count += 1
-
-    def fetch(self, extra: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Means over window and processes, and `extra` meant over processes; starts anew.
-
-        The one host sync of a log line.
-        """
-        if self._sum is None:
-            raise RuntimeError("Window.fetch was called before any step was added")
-        names = [*self._names, *extra]
-        values = [self._sum / self._count]
-        if extra:
-            values.append(torch.stack([value.float() for value in extra.values()]))
-        means = distributed.mean(torch.cat(values)).tolist()
-        self._sum, self._count = None, 0
-        return dict(zip(names, means, strict=True))

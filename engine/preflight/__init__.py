@@ -6,10 +6,12 @@ from datasets.fine_grained import build_dataset
 from datasets.folder import LabelledImages
 from datasets.loader import steps_per_epoch
 from datasets.shards import ImageShards
-from engine import build, check_images, check_machine, resume
+from engine import build, resume
 from engine.features import gallery_and_queries
-from engine.findings import Findings
-from engine.inspection import Header, equal_files, read_headers
+from engine.preflight import images as image_findings
+from engine.preflight import machine
+from engine.preflight.findings import Findings
+from engine.preflight.inspection import Header, equal_files, read_headers
 from engine.pretrain import scaled_lr
 from utils import distributed
 from utils.config import Node, crops_on_device
@@ -33,7 +35,7 @@ def run(cfg: Node, world: World) -> None:
     findings.attempt(lambda: build.index_shards(cfg))
     data = cfg.DATA
     images = findings.attempt(lambda: build_dataset(data.DATASET, data.PATH, partial=data.PARTIAL))
-    held_out = findings.attempt(lambda: check_images.validation_images(cfg))
+    held_out = findings.attempt(lambda: image_findings.validation_images(cfg))
     sets = [part for part in (images, held_out) if part is not None]
     distributed.agree(
         {"images for training and validation": [len(part) for part in sets]},
@@ -55,12 +57,12 @@ def _look_and_tell(
     """Fill the findings, tell and write them; InputError where there is a problem."""
     found, kept = None, 0
     if images is not None:
-        kept = check_images.cache_bytes(cfg, headers[0])
+        kept = image_findings.cache_bytes(cfg, headers[0])
         sets = [images] if held_out is None else [images, held_out]
         same = equal_files(sets, headers, build.loader_workers(cfg))
-        findings.images = check_images.training(cfg, images, headers[0], same, findings)
+        findings.images = image_findings.training(cfg, images, headers[0], same, findings)
         if held_out is not None:
-            findings.validation = check_images.validation(
+            findings.validation = image_findings.validation(
                 cfg, images, held_out, headers[1], same, findings
             )
         findings.batch = findings.attempt(lambda: _batch(cfg, world, len(images), findings))
@@ -73,12 +75,12 @@ def _look_and_tell(
         findings.attempt(lambda: gallery_and_queries(*folders, build.eval_size(cfg)))
     findings.crops = _crops(cfg, world)
     findings.memory = findings.attempt(
-        lambda: check_machine.memory_needed(cfg, world, kept, found, findings)
+        lambda: machine.memory_needed(cfg, world, kept, found, findings)
     )
     folder = Path(cfg.OUTPUT_DIR) if cfg.OUTPUT_DIR else None
     if folder and findings.memory:
         size = findings.memory["checkpoint"]
-        findings.disk = check_machine.disk_needed(cfg, folder, size, found, findings)
+        findings.disk = machine.disk_needed(cfg, folder, size, found, findings)
     _tell(findings, folder)
 
 

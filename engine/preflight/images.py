@@ -9,8 +9,8 @@ from datasets.fine_grained import DATASETS, load_splits
 from datasets.folder import ImageFolder, LabelledImages, StoredImages, capped_size
 from datasets.shards import ImageShards
 from engine.features import check_bad
-from engine.findings import Findings
-from engine.inspection import Header, Place
+from engine.preflight.findings import Findings
+from engine.preflight.inspection import Header, Place
 from utils.config import Node, local_crops
 
 LEAST_SIDE = 32  # pixels; shorter is tiny, whatever the crops

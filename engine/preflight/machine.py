@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from datasets import cache
-from engine import build, memory
+from engine import build
 from engine.acceleration import compile_network
-from engine.findings import Findings, in_words
+from engine.preflight import memory
+from engine.preflight.findings import Findings, in_words
 from engine.resume import Found, start_from
 from utils.config import Node, crops_on_device
 from utils.distributed import World
@@ -46,7 +47,7 @@ def memory_needed(
     loader = 0 if crops_on_device(cfg) else BATCHES_AHEAD * build.loader_workers(cfg) * step.crops
     # A checkpoint is written from a copy of the tensors, by one process.
     on_machine = here * (PROGRAM + loader + (0 if on_gpu else step.peak)) + step.checkpoint + kept
-    free_on_machine = cache._available()
+    free_on_machine = cache.available()
     rooms = [("this machine", on_machine, free_on_machine)]
     needed_on_gpu = free_on_gpu = None
     if on_gpu:
@@ -62,7 +63,7 @@ def memory_needed(
             )
     if kept:
         device = world.device if kept_on_gpu else None
-        too_large = cache._too_large(kept, cfg.DATA.CACHE_SIZE, device)
+        too_large = cache.too_large(kept, cfg.DATA.CACHE_SIZE, device)
         findings.problems += [too_large] if too_large else []
     _judge_shared_memory(here * loader, findings)
     return {
