@@ -493,7 +493,7 @@ def test_a_runs_checkpoint_loads_without_any_allowance_and_rebuilds_the_network(
         *("steps_per_epoch", "scaler", "centres", "config", "versions", "model"),
         *("processes", "guard", "window", "watch", "bad_images"),
     }
-    assert state["format"] == checkpoint.FORMAT == 1
+    assert state["format"] == checkpoint.FORMAT == 2
     assert (state["step"], state["epoch"], state["images_per_step"]) == (8, 4, 8)
     assert state["model"]["backbone"]["arch"] == "vit_small"
     assert state["model"]["backbone"]["depths"] == [2]

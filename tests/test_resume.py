@@ -291,6 +291,19 @@ def test_where_no_checkpoint_is_whole_the_run_stops_and_touches_nothing(whole, r
     assert {path: path.read_bytes() for path in folder.glob("*.pth")} == before
 
 
+def test_a_checkpoint_of_the_first_format_goes_on(trained, pretrain, knn_options, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    state = load(folder, "checkpoint0003.pth") | {"format": 1}
+    for name in ("processes", "guard", "window", "watch", "bad_images"):
+        del state[name]
+    state["config"]["EVAL"]["MAX_BAD"] = state["config"]["DATA"].pop("MAX_BAD")
+    torch.save(state, folder / "checkpoint.pth")
+    done = pretrain(folder, f"{TRAINED} {knn_options}")
+    assert f"resuming from {folder}/checkpoint.pth at step 6" in done.stdout
+    assert_same_run(trained, folder)
+
+
 # Another number of processes
 
 

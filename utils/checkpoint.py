@@ -28,15 +28,16 @@ import torch
 from utils.errors import InputError
 from utils.files import replacing, sync_folder
 
-FORMAT = 1
+FORMAT = 2
 LAST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pth")
-# What a run needs to go on (engine/resume.py).
+# What a run needs to go on (engine/resume.py), and what format 2 added to it.
 _OF_A_RUN = (
     *("config", "model", "student", "teacher", "step", "steps_per_epoch", "images_per_step"),
-    *("processes", "optimizer", "scaler", "centres", "guard", "window", "watch", "bad_images"),
+    *("optimizer", "scaler", "centres"),
 )
+_OF_FORMAT_2 = ("processes", "guard", "window", "watch", "bad_images")
 _BLOCK = 1 << 20  # bytes that are read at a time
 _FOLDER = 0x10  # in a zip record's attributes
 
@@ -284,10 +285,25 @@ def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | N
 def _load_run(path: Path) -> dict:
     """A whole checkpoint of a training run; raises as `load_own` does."""
     state = load_own(path)
-    check_format(state, path, _OF_A_RUN)
+    check_format(state, path, _OF_A_RUN if state["format"] == 1 else _OF_A_RUN + _OF_FORMAT_2)
     if type(state["step"]) is not int:
         raise NotIntact(path, "is not a checkpoint of this project")
-    return state
+    return _upgraded(state) if state["format"] == 1 else state
+
+
+def _upgraded(state: dict) -> dict:
+    """A run's state of format 1, with what it does not know at its start."""
+    train = state["config"]["TRAIN"]
+    per_process = train["BATCH_SIZE_PER_GPU"] * train["ACCUM_STEPS"]
+    counts = {name: torch.zeros((), dtype=torch.int64) for name in ("skipped", "row", "longest")}
+    return {
+        **state,
+        "processes": max(1, state["images_per_step"] // per_process),
+        "guard": {**counts, "told": 0},
+        "window": {"names": [], "sums": None},
+        "watch": {},
+        "bad_images": {},
+    }
 
 
 # Writing

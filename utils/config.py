@@ -16,7 +16,7 @@ from yacs.config import CfgNode as Node
 
 from utils.errors import InputError
 from utils.files import write_text
-from utils.options import CHOICES, DEFAULTS, RANGES
+from utils.options import CHOICES, DEFAULTS, RANGES, RENAMED
 
 # Reading YAML takes seconds for each megabyte; all options are 4 kB.
 LARGEST_FILE = 1 << 16  # bytes
@@ -200,7 +200,7 @@ def _merge_tree(cfg: Node, tree: dict, prefix: str, source: str) -> list[str]:
     for key, value in tree.items():
         if not isinstance(key, str):
             raise InputError(f"{source}: {_shown(key)} stands where an option's name should.")
-        name = f"{prefix}{key}"
+        name = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
         is_section = isinstance(DEFAULTS.get(name), Node)
         if is_section and isinstance(value, dict):
             names += _merge_tree(cfg, value, f"{name}.", source)

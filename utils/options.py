@@ -147,6 +147,9 @@ _.LINEAR.NUM_LABELS = 0  # outputs of the classifier; 0: as many as the data has
 
 DEFAULTS = _
 
+# Names of options in files of earlier versions, and what they are called now.
+RENAMED = {"EVAL.MAX_BAD": "DATA.MAX_BAD"}
+
 # Options, and whole sections, that may differ between a checkpoint and the command that resumes.
 RESUME_MAY_DIFFER = (
     "OUTPUT_DIR",
