@@ -453,7 +453,9 @@ CONTENTS = st.recursive(
 def bits_of(tensor: torch.Tensor) -> bytes:
     if not tensor.numel():
         return b""  # whatever its strides
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+    # Of one element any stride counts as contiguous: a copy has the plain one.
+    plain = tensor.clone(memory_format=torch.contiguous_format)
+    return bytes(plain.reshape(-1).view(torch.uint8).tolist())
 
 
 def assert_bits_equal(found: object, wanted: object) -> None:

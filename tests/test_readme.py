@@ -40,6 +40,7 @@ def commands(text: str, script: str = "main_cmd.py") -> list[list[str]]:
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "docs/speed.md",
+    ROOT / "experiments/slurm/README.md",
     *sorted((ROOT / "experiments").rglob("*.yaml")),
 ]
 

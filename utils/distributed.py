@@ -70,7 +70,8 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
             store=dist.PrefixStore(f"attempt {attempt}", store),
             rank=rank,
             world_size=size,
-            timeout=timeout,
+            # Where nccl gives up it aborts without a word; Ballot's gloo is to do so before.
+            timeout=timeout * 1.2 if device == "cuda" else timeout,
             device_id=place if device == "cuda" else None,
         )
         failure.watch(rank, gather_objects)
