@@ -37,11 +37,12 @@ def commands(text: str, script: str = "main_cmd.py") -> list[list[str]]:
     return [line.split(script, 1)[1].split("  #")[0].split() for line in lines]
 
 
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "docs/speed.md",
     ROOT / "experiments/slurm/README.md",
-    *sorted((ROOT / "experiments").rglob("*.yaml")),
+    *EXPERIMENTS,
 ]
 
 
@@ -77,7 +78,7 @@ def test_every_written_evaluation_parses(script, face, source, monkeypatch):
         assert given, arguments
 
 
-@pytest.mark.parametrize("path", DOCUMENTS[2:], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
 def test_every_experiment_is_valid_and_names_itself(path):
     cfg = config.defaults()
     config.merge_file(cfg, path)
