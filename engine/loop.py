@@ -33,7 +33,9 @@ def train(
     """
     cfg, is_main = run.cfg, run.world.is_main
     go_on = cfg.CKPT.ON_ERROR == "go_on"
-    log = RunLog(folder, run.logged_step, go_on=go_on) if is_main else None
+    log = None
+    if is_main:
+        log = RunLog(folder, run.logged_step, go_on=go_on, lines=run.logged_lines)
     bar = tqdm(
         total=run.total_steps,
         initial=run.step,
@@ -165,6 +167,8 @@ class Checkpoints:
                 f"it with a lower learning rate: --lr and --resume force."
             )
         run.bad_images.exchange(self._folder)  # what the checkpoint knows must be told
+        if self._log:
+            run.logged_lines = self._log.lines
         state = run.state()
 
         def hand_over() -> None:

@@ -91,6 +91,7 @@ class Pretraining:
     window: Window = field(default_factory=Window)
     watch: diagnostics.CollapseWatch = field(default_factory=diagnostics.CollapseWatch)
     step: int = 0  # optimizer steps done
+    logged_lines: int | None = None  # of the log, as of the last checkpoint
     logged_step: int = 0  # the step, as the log numbers it, at which a resume goes on
 
     def __post_init__(self) -> None:
@@ -242,6 +243,7 @@ class Pretraining:
             "window": self.window.state_dict(),
             "watch": self.watch.state_dict(),
             "bad_images": dict(self.bad_images.known),
+            "log_lines": self.logged_lines,
             "config": config.to_dict(self.cfg),
             "model": model_description(self.cfg, self.student),
             "versions": {"torch": str(torch.__version__)},

@@ -127,7 +127,7 @@ def resume(run: Pretraining, found: Found) -> None:
     if not found.forced:
         run.window.load_state_dict(state["window"], run.world)
         run.watch.load_state_dict(state["watch"])
-    run.step, run.logged_step = step, state["step"]
+    run.step, run.logged_step, run.logged_lines = step, state["step"], state["log_lines"]
     logger.info(f"resuming from {found.path} at step {run.step}")
 
 

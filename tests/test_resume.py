@@ -16,6 +16,7 @@ import torch
 from tests.conftest import ROOT, TRAINED
 from tests.processes import free_port
 from tests.runs import assert_same_run, cfg_of, load, log_of
+from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
 
 # Four steps an epoch of two micro-batches each, and lines of the log that span checkpoints.
@@ -291,11 +292,24 @@ def test_where_no_checkpoint_is_whole_the_run_stops_and_touches_nothing(whole, r
     assert {path: path.read_bytes() for path in folder.glob("*.pth")} == before
 
 
+def test_lines_of_larger_step_numbers_stay_where_steps_are_numbered_anew(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write(step, {"epoch": step / 10})
+    log.close()
+    # The checkpoint was of step 20, which is step 5 now.
+    log = RunLog(tmp_path, 5, lines=2)
+    log.write(6, {"epoch": 2.4})
+    assert log.lines == 3
+    log.close()
+    assert [line["step"] for line in log_of(tmp_path)] == [10, 20, 6]
+
+
 def test_a_checkpoint_of_the_first_format_goes_on(trained, pretrain, knn_options, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     state = load(folder, "checkpoint0003.pth") | {"format": 1}
-    for name in ("processes", "guard", "window", "watch", "bad_images"):
+    for name in ("processes", "guard", "window", "watch", "bad_images", "log_lines"):
         del state[name]
     state["config"]["EVAL"]["MAX_BAD"] = state["config"]["DATA"].pop("MAX_BAD")
     torch.save(state, folder / "checkpoint.pth")
@@ -339,6 +353,12 @@ def test_a_run_of_two_goes_on_as_one_and_says_what_changes(
     state = load(folder)
     assert (state["step"], state["epoch"]) == (last, 3)
     assert log_of(folder)[-1]["epoch"] == 3
+    # The lines up to epoch 2 are those of two; a further start cuts none, whatever their steps.
+    before = [line for line in log_of(whole(2)) if line["epoch"] <= 2]
+    assert log_of(folder)[: len(before)] == before
+    pretrain(folder, f"{options(2, 4)} {size} TRAIN.EPOCHS 4")
+    assert log_of(folder)[: len(before)] == before
+    assert log_of(folder)[-1]["epoch"] == 4
 
 
 # Repeating

@@ -37,7 +37,7 @@ _OF_A_RUN = (
     *("config", "model", "student", "teacher", "step", "steps_per_epoch", "images_per_step"),
     *("optimizer", "scaler", "centres"),
 )
-_OF_FORMAT_2 = ("processes", "guard", "window", "watch", "bad_images")
+_OF_FORMAT_2 = ("processes", "guard", "window", "watch", "bad_images", "log_lines")
 _BLOCK = 1 << 20  # bytes that are read at a time
 _FOLDER = 0x10  # in a zip record's attributes
 
@@ -303,6 +303,7 @@ def _upgraded(state: dict) -> dict:
         "window": {"names": [], "sums": None},
         "watch": {},
         "bad_images": {},
+        "log_lines": None,
     }
 
 

@@ -79,24 +79,35 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 class RunLog:
     """log.txt and TensorBoard of one run's folder; `prefix` sets both names apart.
 
-    A resumed run goes on where its checkpoint was written: what was logged after it is cut.
-    go_on: what the disk refuses waits in memory, with one warning, and is written with a later
-    line; else an InputError is raised. Neither file ever holds a torn line or record.
+    A resumed run goes on where its checkpoint was written: what was logged after it is cut, that
+    is all but the first `lines` lines, or those of steps up to first_step where `lines` is not
+    known. (Steps are numbered anew where a run goes on with steps of another size.) The attribute
+    `lines` is how many there are. go_on: what the disk refuses waits in memory, with one warning,
+    and is written with a later line; else an InputError is raised. Neither file ever holds a torn
+    line or record.
     """
 
     # TensorBoard's events are written here and now: tensorboardX's own writer does it in a
     # thread, which a full disk ends with a traceback, and then its queue blocks the training.
 
     def __init__(
-        self, folder: Path, first_step: int, prefix: str = "", go_on: bool = False
+        self,
+        folder: Path,
+        first_step: int,
+        prefix: str = "",
+        go_on: bool = False,
+        lines: int | None = None,
     ) -> None:
         path, events = folder / f"{prefix}log.txt", folder / f"{prefix}tensorboard"
         self._path, self._go_on, self._is_refused = path, go_on, False
         try:
             kept = []
             if path.exists() and first_step > 0:
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                kept = [line for line in lines if _step(line) <= first_step]
+                found = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in found if _step(line) <= first_step]
+                if lines is not None:
+                    kept = found[:lines]
+            self.lines = len(kept)
             write_text(path, "".join(f"{line}\n" for line in kept), "log")
             self._lines = _Records(path)
             events.mkdir(exist_ok=True)
@@ -115,6 +126,7 @@ class RunLog:
         """One line: `figures` (with the epoch among them) after optimizer step `step`."""
         line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
         self._lines.add(f"{json.dumps(line)}\n".encode())
+        self.lines += 1
         values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         for value in values:
             event = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
