@@ -59,6 +59,10 @@ class StepGuard:
         self.longest = self.row
         return found
 
+    def forget_row(self) -> None:
+        """Begin a new row of bad steps."""
+        self.row = self.longest = torch.zeros_like(self.row)
+
     def state_dict(self) -> dict[str, Tensor | int]:
         counts = {"skipped": self.skipped, "row": self.row, "longest": self.longest}
         return {**counts, "told": self.told}

@@ -19,7 +19,7 @@ from utils import distributed
 from utils.distributed import Ballot
 from utils.errors import InputError
 from utils.logging import RunLog, logger, on_terminal
-from utils.signals import Preempted, StopSignals
+from utils.signals import Preempted, StopSignals, held
 
 
 def train(
@@ -64,7 +64,9 @@ def _steps(
 ) -> None:
     """The steps from `run.step` to the end, and after each what is due."""
     ballot = Ballot(run.world, run.cfg.TRAIN.TIMEOUT_MINUTES)
-    batches, speed = iter(loader), Speed(run)
+    with held():
+        batches = iter(loader)
+    speed = Speed(run)
     while run.step < run.total_steps:
         epoch_ends = (run.step + 1) % run.steps_per_epoch == 0
         # The very first step too: people want to see that it runs.
@@ -126,7 +128,7 @@ class Checkpoints:
     """When a run's checkpoints are due, and writing them: all processes together, by rank 0."""
 
     def __init__(self, run: Pretraining, folder: Path, log: RunLog | None) -> None:
-        self._run, self._folder, self._log = run, folder, log
+        self._run, self.folder, self._log = run, folder, log
         self._writer = None
         if run.world.is_main:
             self._writer = CheckpointWriter(folder, run.cfg.CKPT.ON_ERROR == "go_on")
@@ -163,10 +165,10 @@ class Checkpoints:
         if not run.is_finite():
             raise InputError(
                 f"the weights after step {run.step} are not finite, so they are not written: a "
-                f"checkpoint in {self._folder}, if there is one, is from before. To go on from "
+                f"checkpoint in {self.folder}, if there is one, is from before. To go on from "
                 f"it with a lower learning rate: --lr and --resume force."
             )
-        run.bad_images.exchange(self._folder)  # what the checkpoint knows must be told
+        run.bad_images.exchange(self.folder)  # what the checkpoint knows must be told
         if self._log:
             run.logged_lines = self._log.lines
         state = run.state()
@@ -247,14 +249,15 @@ def _fetch(run: Pretraining, health: dict[str, Tensor]) -> dict[str, float]:
 def _stop_for_bad_steps(run: Pretraining, row: int, checkpoints: Checkpoints) -> None:
     """Raise InputError on all processes, after a checkpoint of the last good state and a dump."""
     names = [name for name, p in run.student.named_parameters() if p.requires_grad]
-    folder = Path(run.cfg.OUTPUT_DIR)
-    dump = run.guard.dump(folder, names)
+    dump = run.guard.dump(checkpoints.folder, names)
     is_finite = run.is_finite()
     if is_finite:
-        # What was skipped changed nothing, so the state now is that of the last good step.
+        # What was skipped changed nothing, so the state now is that of the last good step. Who
+        # goes on from it begins a new row.
+        run.guard.forget_row()
         checkpoints.save(epoch_ends=False)
         checkpoints.wait()
-    raise guard.stop_sentence(row, folder, dump, is_finite)
+    raise guard.stop_sentence(row, checkpoints.folder, dump, is_finite)
 
 
 def _test_by_knn(run: Pretraining, log: RunLog | None) -> None:

@@ -12,6 +12,7 @@ from utils import checkpoint, config
 from utils.config import Node
 from utils.errors import InputError
 from utils.logging import logger
+from utils.optim import start_momentum
 from utils.options import RESUME_MAY_DIFFER
 
 
@@ -145,6 +146,7 @@ def _restore(run: Pretraining, state: dict) -> None:
             group |= {name: own[name] for name in ("fused", "foreach") if name in own}
         run.optimizer.load_state_dict(saved)
         _lay_out_as_parameters(run.optimizer)
+        start_momentum(run.optimizer)  # format 1 had none for parameters that stood still
     else:
         logger.warning("TRAIN.OPTIMIZER differs: the optimizer starts without its moments")
     if run.scaler.is_enabled() and state["scaler"]:

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import build
+from engine.guard import StepGuard
 from engine.loop import train
 from engine.pretrain import Pretraining
+from engine.resume import Found, resume
 from tests.processes import found_by_each
 from tests.runs import batch_of, pretraining, small_config
 from utils import checkpoint
@@ -210,18 +212,55 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state_and_a_dump(tmp_
     assert steps[5]["gradient_norms"]["backbone.patch_embed.proj.weight"] == "nan"
 
 
+def test_a_run_that_was_stopped_goes_on_with_good_steps_and_keeps_the_dump(tmp_path):
+    with pytest.raises(InputError):
+        run_with(tmp_path, {3, 4, 5}, TRAIN__MAX_BAD_STEPS=3)
+    dump = (tmp_path / "bad_steps.json").read_bytes()
+    path = tmp_path / checkpoint.LAST
+    cfg = small_config(OUTPUT_DIR=str(tmp_path), PRINT_FREQ=2, TRAIN__MAX_BAD_STEPS=3)
+    run = pretraining(cfg)
+    resume(run, Found(path, checkpoint.load_own(path), [], forced=False))
+    train(run, [batch(6), batch(7)], tmp_path)
+    assert run.step == 8
+    assert log_of(tmp_path)[-1]["skipped_steps"] == 3
+    assert (tmp_path / "bad_steps.json").read_bytes() == dump
+
+
+def test_a_resume_takes_up_the_unfinished_line_the_row_and_the_watch(tmp_path):
+    """The state of one run in another, as resume puts it there."""
+    run = pretraining(small_config())
+    for step in range(3):
+        figures, _, good = run.train_step(iter([batch(step, step == 2)]))
+        run.window.add(figures, good)
+    run.watch.update({"teacher_information": 0.0, "feature_rank": 9.0}, 3)
+    again = pretraining(small_config())
+    resume(again, Found(tmp_path, run.state(), [], forced=False))
+    assert again.watch.state_dict() == run.watch.state_dict() == {"information": 1, "rank": 0}
+    for each in (run, again):
+        figures, _, good = each.train_step(iter([batch(3, True)]))
+        each.window.add(figures, good)
+    counts = [{k: v.item() for k, v in each.guard.counts().items()} for each in (run, again)]
+    assert counts[0] == counts[1] == {"skipped_steps": 2, "longest_row": 2}
+    assert run.window.fetch({}) == again.window.fetch({})
+
+
+def judged(world: World, bad_rank: int) -> bool:
+    """What a process finds of a step whose loss is not finite on one process alone."""
+    guard = StepGuard([], world.device)
+    loss = torch.tensor(math.nan if world.rank == bad_rank else 1.0)
+    figures = {"loss": loss, "grad_norm": torch.tensor(1.0)}
+    return guard.judge(0, [], figures, torch.ones(2)).item()
+
+
+def test_a_loss_of_one_process_is_enough_where_gradients_are_finite():
+    assert found_by_each(2, judged, 1) == [False, False]
+    assert found_by_each(2, judged, None) == [True, True]
+
+
 def test_bad_steps_with_good_ones_between_do_not_stop(tmp_path):
     run = run_with(tmp_path, {1, 2, 4, 5, 7}, TRAIN__MAX_BAD_STEPS=3)
     assert run.step == 8
     assert checkpoint.load_own(tmp_path / checkpoint.LAST)["guard"]["skipped"] == 5
-
-
-def test_a_row_that_spans_two_lines_and_a_resume_is_one_row(tmp_path):
-    run = run_with(tmp_path, {6, 7})
-    again = pretraining(small_config(OUTPUT_DIR=str(tmp_path), TRAIN__MAX_BAD_STEPS=3))
-    again.guard.load_state_dict(run.state()["guard"])
-    again.train_step(iter([batch(0, True)]))
-    assert again.guard.counts()["longest_row"] == 3
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(pretrain, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ class Lives:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
+                    start_new_session=True,  # a job of its own
                 )
             )
 
@@ -212,6 +214,24 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step_it_was_at(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_signals_to_the_whole_job_leave_the_loader_at_work(
+    whole, command, environment, options, tmp_path
+):
+    """As Slurm sends them: to loader workers too, and again a little later."""
+    lives = Lives(command(tmp_path, options(1, 3)), environment, 1)
+    lives.start()
+    assert lives.wait_for_checkpoints(tmp_path, 1)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        os.killpg(lives.running[0].pid, number)
+        time.sleep(0.01)
+    ((code, said),) = lives.end()
+    assert code == EXIT_PREEMPTED, said
+    assert said.splitlines()[-1].startswith("preempted: stopped by SIGTERM after step")
+    lives.start()
+    assert lives.end()[0][0] == 0
+    assert_same_run(whole(1), tmp_path)
+
+
 def wait_for_line(folder: Path, step: int, lives: Lives) -> None:
     """Until the log has a line of this step."""
     deadline = time.monotonic() + PATIENCE
@@ -259,6 +279,39 @@ def test_checkpoints_come_by_steps_and_by_the_clock(pretrain, tmp_path):
         stamps[name] = load(tmp_path / name, "checkpoint_previous.pth")["step"]
     # Steps 3 and 6, then the end at 8; every step.
     assert stamps == {"steps": 6, "clock": 7}
+
+
+@pytest.mark.parametrize(
+    ("on_error", "last_step"), [("stop", None), ("go_on", 8)], ids=["stop", "go on"]
+)
+def test_a_checkpoint_that_cannot_be_written_ends_in_a_line_and_keeps_the_one_before(
+    on_error, last_step, command, environment, tmp_path
+):
+    tiny = f"{OFTEN} {ALONE} CKPT.KEEP_EVERY 0 CKPT.ON_ERROR {on_error} PRINT_FREQ 1 TRAIN.EPOCHS"
+    with open(os.devnull, "w") as nowhere:
+        words = command(tmp_path, f"{tiny} 1 CKPT.EVERY_STEPS 0")
+        subprocess.run(words, cwd=ROOT, env=environment, stdout=nowhere, check=True)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    done = subprocess.run(
+        command(tmp_path, f"{tiny} 2"),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        # The log fits, a checkpoint does not.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2),
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: the checkpoint {tmp_path}/checkpoint.pth could not be written")
+    assert "File too large" in line
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    steps = [entry["step"] for entry in log_of(tmp_path) if "loss" in entry]
+    if last_step:
+        assert steps[-1] == last_step
+        assert "warning: the checkpoint" in done.stdout
+    else:
+        assert steps[-1] < 8
 
 
 # Damage

@@ -13,7 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 from tests.conftest import ROOT
 from tests.processes import ended_ranks
 from utils import distributed
-from utils.signals import EXIT_PREEMPTED, STOP_SIGNALS, Preempted, StopSignals, outlive_signals
+from utils.signals import (
+    EXIT_PREEMPTED,
+    STOP_SIGNALS,
+    Preempted,
+    StopSignals,
+    held,
+    outlive_signals,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -108,22 +115,33 @@ class Signalled(Dataset):
         return index
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGUSR1, signal.SIGUSR1]])
-def test_a_loader_worker_goes_on_after_a_signal_to_the_whole_job(numbers):
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 3, [signal.SIGUSR1, signal.SIGUSR1]])
+def test_a_loader_worker_goes_on_after_signals_to_the_whole_job(numbers):
     with StopSignals():
         loader = DataLoader(Signalled(numbers), num_workers=1, worker_init_fn=outlive_signals)
         assert torch.cat(list(loader)).tolist() == list(range(8))
 
 
-def test_a_second_sigterm_ends_a_loader_worker():
+def test_only_its_parents_sigterm_ends_a_loader_worker():
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         outlive_signals(0)
-        send(signal.SIGTERM)
-        send(signal.SIGUSR1)
-        send(signal.SIGTERM)
-        os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        send(signal.SIGTERM, signal.SIGUSR1)
+        os.write(writing, b"alive")
+        signal.pause()
+    assert os.read(reading, 5) == b"alive"
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_a_signal_while_workers_start_comes_after_them():
+    with StopSignals() as signals:
+        signals.defer()
+        with held():
+            send(signal.SIGTERM)
+            assert signals.received is None
+        assert signals.received == "SIGTERM"
 
 
 SCRIPT = """

@@ -371,7 +371,9 @@ def _write(checkpoint: dict, path: Path) -> None:
         # A full disk reaches us as a RuntimeError of torch's zip writer; others are bugs.
         if not re.search("Writer|enforce fail", str(error)):
             raise
-        raise OSError(str(error)) from None
+        # What the disk itself said came before it.
+        cause = error.__context__
+        raise (cause if isinstance(cause, OSError) else OSError(str(error))) from None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -3,8 +3,11 @@
 A batch system that wants its machines back sends one of them some time before it kills. (Ours.)
 """
 
+import contextlib
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -83,16 +86,34 @@ def _in_child(number: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def outlive_signals(worker_id: int) -> None:
-    """A loader's worker_init_fn: a signal to all processes of a job leaves this one alive.
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """In the block no stop signal is taken; one that comes waits for the end of it.
 
-    Slurm signals a job step's every process, and the batches under way are still needed for the
-    steps before the run stops. SIGUSR1 is ignored, and SIGTERM the first time; a second SIGTERM
-    ends the process, so that the loader's own terminate() has its way in the end.
+    Loader workers are to be started in it: none is hit before `outlive_signals` runs in it.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def ignore_once(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, ignore_once)
+def outlive_signals(worker_id: int) -> None:
+    """A loader's worker_init_fn: signals to all processes of a job leave this one alive.
+
+    Slurm signals a job step's every process, some sites twice, and the batches under way are still
+    needed for the steps before the run stops. SIGTERM ends it only where its own parent sends it,
+    as the loader's terminate() does. (macOS does not tell who sends: there SIGTERM ends it.)
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)

@@ -101,14 +101,15 @@ def disk_needed(
     """The section of the disk: checkpoints of `size` bytes in the run's folder."""
     kept = cfg.TRAIN.EPOCHS // cfg.CKPT.KEEP_EVERY if cfg.CKPT.KEEP_EVERY else 0
     # The last two, the one that is being written, and those that stay; some may be there.
-    there = {(s.st_dev, s.st_ino): s.st_size for s in map(Path.stat, folder.glob("*.pth"))}
+    stats = [path.stat() for path in folder.glob("*.pth") if path.is_file()]
+    there = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}
     needed = max(0, (3 + kept) * size - sum(there.values()))
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
         findings.warnings.append(
             f"the checkpoints will take about {in_words(needed)} in {folder}, and {in_words(free)} "
-            "are free: make room, or raise CKPT.KEEP_EVERY"
+            f"are free: make room{', or raise CKPT.KEEP_EVERY' if kept else ''}"
         )
     return {
         "path": str(folder),
