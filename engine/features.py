@@ -88,7 +88,7 @@ def check_bad(bad: Collection[BadImage | str], images: int, share: float) -> Non
         raise InputError(str(next(iter(bad))))
     raise InputError(
         f"{len(bad)} of {images} images cannot be read, more than DATA.MAX_BAD {share:g} allows; "
-        f"for instance: {next(iter(bad))}."
+        f"for instance: {next(iter(bad))} (or raise DATA.MAX_BAD)."
     )
 
 

@@ -59,6 +59,10 @@ class StepGuard:
         self.longest = self.row
         return found
 
+    def in_row(self) -> bool:
+        """Whether the latest two steps at least were bad; waits for the device."""
+        return self.row.item() > 1
+
     def forget_row(self) -> None:
         """Begin a new row of bad steps."""
         self.row = self.longest = torch.zeros_like(self.row)
@@ -143,7 +147,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 def stop_sentence(row: int, folder: Path, dump: Path, saved: bool) -> InputError:
     """What the user reads when too many steps in a row were bad."""
     held = (
-        f"{folder} holds a checkpoint of the last good state"
+        f"{folder} holds a checkpoint of the last finite state (if it stops again, that had gone "
+        f"wrong before: put checkpoint_previous.pth or a kept one in its place)"
         if saved
         else f"the weights are not finite either, so they were not written: a checkpoint in "
         f"{folder}, if there is one, is from before"

@@ -92,7 +92,7 @@ def _steps(
                 run.bad_images.exchange(folder)
             if asked["failed"]:
                 checkpoints.wait()
-            if checkpoints.due(epoch_ends) or asked["clock"] or asked["stop"]:
+            if asked["stop"] or checkpoints.wanted(epoch_ends, bool(asked["clock"])):
                 checkpoints.save(epoch_ends)
             if asked["stop"]:
                 checkpoints.wait()
@@ -148,14 +148,22 @@ class Checkpoints:
         due, self._clock_told = due and not self._clock_told, self._clock_told or due
         return due
 
-    def due(self, epoch_ends: bool) -> bool:
-        """Whether one is due by the number of steps and epochs."""
+    def wanted(self, epoch_ends: bool, clock: bool) -> bool:
+        """Whether to write one: it is due by steps, epochs or the clock.
+
+        Not in a row of bad steps, though, which may not be the run's first sign of going wrong:
+        they would push out what was written before. The run's last one and those kept for good
+        are written even then.
+        """
         run, ckpt = self._run, self._run.cfg.CKPT
-        by_step = ckpt.EVERY_STEPS and run.step % ckpt.EVERY_STEPS == 0
-        epoch = run.step // run.steps_per_epoch
-        by_epoch = epoch_ends and epoch % ckpt.EVERY_EPOCHS == 0
-        is_last = run.step == run.total_steps
-        return bool(by_step or by_epoch or is_last or self._kept_as(epoch_ends))
+        if run.step == run.total_steps or self._kept_as(epoch_ends):
+            return True
+        by_step = ckpt.EVERY_STEPS > 0 and run.step % ckpt.EVERY_STEPS == 0
+        by_epoch = epoch_ends and run.step // run.steps_per_epoch % ckpt.EVERY_EPOCHS == 0
+        if not (by_step or by_epoch or clock):
+            return False
+        self._clock_told = False
+        return not run.guard.in_row()
 
     def save(self, epoch_ends: bool) -> None:
         """Hand the state to the writer, unless this step's was; raises InputError on all."""

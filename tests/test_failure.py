@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -256,3 +257,49 @@ def test_torchrun_starts_a_killed_worker_again_and_the_run_is_complete(
     assert "step 60/60" in said
     state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert state["step"] == 60
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0"}, "MASTER_ADDR is not set: start the processes by torchrun"),
+        ({"RANK": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK 3 of WORLD_SIZE 2"),
+        ({"RANK": "one"}, "RANK is 'one', not a whole number"),
+        (
+            {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"},
+            "MASTER_PORT is 'http', not a whole number",
+        ),
+    ],
+)
+def test_wrong_variables_of_a_launcher_are_one_sentence(variables, words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words):
+        distributed.start("cpu")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 1), (signal.SIGUSR1, 75)]
+)
+def test_a_process_that_waits_for_others_heeds_signals(number, code, environment):
+    script = (
+        "from utils import distributed, signals\nsignals.PATIENCE = 0.1\n"
+        "with signals.StopSignals():\n    distributed.start('cpu', 2)"
+    )
+    port = str(free_port())
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment | group,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr.readline() == f"rank 0 of 2 waits for the others at 127.0.0.1:{port}\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert f"stopped by {number.name} before the first step: nothing was lost" in said

@@ -140,7 +140,7 @@ def test_a_share_too_many_is_refused_with_the_share_and_one_of_them(alone, folde
     assert alone["a share too many"] == (
         "3 of 11 images cannot be read, more than DATA.MAX_BAD 0.25 allows; for instance: the "
         f"image {folder}/broken/00.jpg cannot be read (it is not an image in a known format): "
-        "repair it or remove it."
+        "repair it or remove it (or raise DATA.MAX_BAD)."
     )
 
 

@@ -189,7 +189,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state_and_a_dump(tmp_
         run_with(tmp_path, {3, 4, 5}, TRAIN__MAX_BAD_STEPS=3)
     sentence = str(caught.value)
     assert "was not finite in 3 steps in a row (TRAIN.MAX_BAD_STEPS)" in sentence
-    assert f"{tmp_path} holds a checkpoint of the last good state" in sentence
+    assert f"{tmp_path} holds a checkpoint of the last finite state" in sentence
     assert str(tmp_path / "bad_steps.json") in sentence
 
     state = checkpoint.load_own(tmp_path / checkpoint.LAST)
@@ -210,6 +210,14 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state_and_a_dump(tmp_
     assert {n for n, p in run.student.named_parameters() if p.requires_grad} == set(norms)
     assert norms["pool.score.weight"] > 0
     assert steps[5]["gradient_norms"]["backbone.patch_embed.proj.weight"] == "nan"
+
+
+def test_a_row_of_bad_steps_pushes_out_no_earlier_checkpoint(tmp_path):
+    with pytest.raises(InputError):
+        run_with(tmp_path, {3, 4, 5, 6, 7}, TRAIN__MAX_BAD_STEPS=5, CKPT__EVERY_STEPS=1)
+    # Steps 1 to 4 wrote one each (one bad step is no row yet), the stop after step 8 another.
+    before = checkpoint.load_own(tmp_path / checkpoint.PREVIOUS)
+    assert (before["step"], checkpoint.load_own(tmp_path / checkpoint.LAST)["step"]) == (4, 8)
 
 
 def test_a_run_that_was_stopped_goes_on_with_good_steps_and_keeps_the_dump(tmp_path):

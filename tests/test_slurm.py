@@ -121,9 +121,9 @@ def test_slurm_is_asked_for_a_signal_and_may_requeue(script):
 
 @pytest.mark.parametrize(
     ("codes", "ends", "requeued"),
-    [("0 0", 0, 0), ("75 75", 75, 1), ("1 2", 2, 0), ("75 137", 137, 0), ("130 130", 130, 0)],
+    [("0 0", 0, 0), ("75 75", 75, 1), ("138 75", 138, 1), ("1 2", 2, 0), ("75 137", 137, 0)],
 )
-def test_only_75_is_requeued_and_every_code_is_passed_on(codes, ends, requeued, job):
+def test_only_a_preemption_is_requeued_and_every_code_is_passed_on(codes, ends, requeued, job):
     job = job("one_node")
     started = job.start("--check", "two words", PYTHON=str(job.folder / "task"), CODES=codes)
     assert started.wait(timeout=20) == ends

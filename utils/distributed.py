@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import failure
 from utils.errors import InputError
+from utils.signals import heeded
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that torchrun or torch.distributed.launch describes, if any.
 
     device: auto (a GPU where there is one) | cpu | cuda. nccl on GPUs, gloo on the CPU.
-    Raises InputError when a GPU is asked for and there is none for this process.
+    Raises InputError when a GPU is asked for and there is none for this process, and when the
+    launcher's variables are not as they should be.
     """
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, size, local_rank = _place("RANK", 0), _place("WORLD_SIZE", 1), _place("LOCAL_RANK", 0)
+    if size > 1:
+        _check_places(rank, size)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -62,20 +64,45 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         place = torch.device("cpu")
     if size > 1:
         timeout = timedelta(minutes=timeout_minutes)
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        # torchrun keeps one store over its restarts, with the addresses of those who died.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt {attempt}", store),
-            rank=rank,
-            world_size=size,
-            # Where nccl gives up it aborts without a word; Ballot's gloo is to do so before.
-            timeout=timeout * 1.2 if device == "cuda" else timeout,
-            device_id=place if device == "cuda" else None,
-        )
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        with heeded(f"rank {rank} of {size} waits for the others at {address}"):
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+            # torchrun keeps one store over its restarts, with the addresses of those who died.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo",
+                store=dist.PrefixStore(f"attempt {attempt}", store),
+                rank=rank,
+                world_size=size,
+                # Where nccl gives up it aborts without a word; Ballot's gloo is to do so before.
+                timeout=timeout * 1.2 if device == "cuda" else timeout,
+                device_id=place if device == "cuda" else None,
+            )
         failure.watch(rank, gather_objects)
     return World(rank, size, place)
+
+
+def _place(name: str, alone: int) -> int:
+    """A whole number that a launcher sets; `alone` where there is none."""
+    text = os.environ.get(name, str(alone))
+    if not text.isascii() or not text.isdigit():
+        raise InputError(f"the launcher's variable {name} is '{text}', not a whole number.")
+    return int(text)
+
+
+def _check_places(rank: int, size: int) -> None:
+    if rank >= size:
+        raise InputError(
+            f"the launcher's variables say RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to "
+            f"{size - 1}."
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise InputError(
+                f"WORLD_SIZE is {size} but {name} is not set: start the processes by torchrun, or "
+                f"say where they meet (MASTER_ADDR, MASTER_PORT)."
+            )
+    _place("MASTER_PORT", 0)
 
 
 def wrap(module: nn.Module, world: World) -> nn.Module:

@@ -41,7 +41,8 @@ def run_script(main: Callable[[], None], if_interrupted: str = "nothing was chan
 
     ====  ==========================================================================
        0  done
-       2  bad input (`InputError`): one line on stderr
+       2  the run cannot go on as asked (`InputError`: bad input, a full disk, numbers
+          that went wrong): one line on stderr
       75  preempted (`Preempted`): nothing was lost, the same command goes on
      130  Ctrl-C
        1  anything else: a bug of ours with its traceback, too little memory, or, with

@@ -6,10 +6,13 @@ A batch system that wants its machines back sends one of them some time before i
 import contextlib
 import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
+PATIENCE = 20.0  # seconds after which a wait for other processes is told
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -97,6 +100,51 @@ def held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def heeded(while_waiting: str) -> Iterator[None]:
+    """In the block, where the main thread waits in C code for others, a signal ends the process.
+
+    Python's own handlers would run only after it. SIGUSR1 ends it with `EXIT_PREEMPTED`, Ctrl-C
+    with 130, and SIGTERM, where somebody handles it, with 1: it may be a launcher's. A wait of
+    more than PATIENCE seconds is told: `while_waiting`.
+    """
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    reading.settimeout(PATIENCE)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_heed, args=(reading, while_waiting), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writing.close()
+        thread.join()
+        reading.close()
+
+
+def _heed(reading: socket.socket, while_waiting: str) -> None:
+    codes = {signal.SIGUSR1: EXIT_PREEMPTED, signal.SIGINT: 130, signal.SIGTERM: 1}
+    while True:
+        try:
+            received = reading.recv(1)
+        except TimeoutError:
+            print(while_waiting, file=sys.stderr, flush=True)
+            reading.settimeout(None)
+            continue
+        if not received:
+            return
+        if received[0] in codes:
+            number = signal.Signals(received[0])
+            print(
+                f"{'preempted' if number == signal.SIGUSR1 else 'error'}: stopped by {number.name} "
+                f"before the first step: nothing was lost; the same command starts again.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(codes[number])
 
 
 def outlive_signals(worker_id: int) -> None:

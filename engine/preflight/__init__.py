@@ -31,6 +31,7 @@ def run(cfg: Node, world: World) -> None:
     rest. Nothing is downloaded; an index of shards is made where there is none. Raises
     InputError, on all, where the run could not work; what is only unwise is a warning.
     """
+    distributed.on_main(lambda: machine.check_writable(cfg.OUTPUT_DIR))
     findings = Findings()
     findings.attempt(lambda: build.index_shards(cfg))
     data = cfg.DATA

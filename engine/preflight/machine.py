@@ -15,6 +15,7 @@ from engine.preflight.findings import Findings, in_words
 from engine.resume import Found, start_from
 from utils.config import Node, crops_on_device
 from utils.distributed import World
+from utils.errors import InputError
 
 # Bytes that a process takes besides its tensors. Measured on a CPU: 0.75 GiB for Python, torch and
 # what they load, 0.1 GiB for kernels' own.
@@ -95,6 +96,18 @@ def _judge_shared_memory(needed: int, findings: Findings) -> None:
         )
 
 
+def check_writable(output: str) -> None:
+    """Raise InputError where OUTPUT_DIR, if one is given, cannot be written; makes nothing."""
+    existing = _existing(Path(output)) if output else None
+    if existing and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise InputError(f"--output_dir {output} cannot be written ({existing}): choose another.")
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+
+
 def disk_needed(
     cfg: Node, folder: Path, size: int, found: Found | None, findings: Findings
 ) -> dict:
@@ -104,9 +117,13 @@ def disk_needed(
     stats = [path.stat() for path in folder.glob("*.pth") if path.is_file()]
     there = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}
     needed = max(0, (3 + kept) * size - sum(there.values()))
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
+    free = shutil.disk_usage(_existing(folder)).free
+    if size > free:
+        findings.problems.append(
+            f"a checkpoint takes about {in_words(size)} in {folder}, and {in_words(free)} are "
+            "free: make room"
+        )
+    elif needed > free:
         findings.warnings.append(
             f"the checkpoints will take about {in_words(needed)} in {folder}, and {in_words(free)} "
             f"are free: make room{', or raise CKPT.KEEP_EVERY' if kept else ''}"

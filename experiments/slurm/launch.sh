@@ -18,10 +18,11 @@ code=0
 srun --kill-on-bad-exit=1 --export=ALL bash experiments/slurm/task.sh main_cmd.py "$@" || code=$?
 
 # srun ends with the highest of its processes' codes: 75 says that they stopped for a signal, and
-# that a checkpoint is written; the job goes back into the queue and carries on from it. Whatever
-# else went wrong would go wrong again, and is left to you.
-if [[ $code -eq 75 ]]; then
-    echo "preempted with a checkpoint written: job $SLURM_JOB_ID goes back into the queue"
+# that nothing is lost; the job goes back into the queue and carries on. 138 is USR1 in the first
+# seconds, before Python could answer. Whatever else went wrong would go wrong again, and is left to
+# you.
+if [[ $code -eq 75 || $code -eq 138 ]]; then
+    echo "preempted with nothing lost: job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
