@@ -12,6 +12,15 @@ from engine.pretrain import Pretraining
 from utils import config
 from utils.distributed import ALONE
 
+# Options that make small_config's network a ResNet-50.
+RESNET = {
+    "MODEL__ARCH": "resnet50",
+    "MODEL__EMBED_DIM": 0,
+    "MODEL__DEPTHS": [],
+    "MODEL__NUM_HEADS": [],
+    "MODEL__PATCH_SIZE": 0,
+}
+
 
 def small_config(**options) -> config.Node:
     """A ViT of two blocks; options as SECTION__KEY=value."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.acceleration import compile_network
 from engine.pretrain import Pretraining
 from engine.resume import Found, resume
-from tests.runs import batch_of, pretraining, small_config
+from tests.runs import RESNET, batch_of, pretraining, small_config
 from utils.errors import InputError
 
 SWIN = {
@@ -27,13 +27,6 @@ SWIN = {
     "AUG__GLOBAL_CROPS_SIZE": 48,
     "AUG__LOCAL_CROPS_SIZE": 24,
     "MODEL__IMG_SIZE": 48,
-}
-RESNET = {
-    "MODEL__ARCH": "resnet50",
-    "MODEL__EMBED_DIM": 0,
-    "MODEL__DEPTHS": [],
-    "MODEL__NUM_HEADS": [],
-    "MODEL__PATCH_SIZE": 0,
 }
 ARCHITECTURES = {"vit": {}, "swin": SWIN, "resnet": RESNET}
 OBJECTIVES = {

@@ -16,19 +16,11 @@ from engine.loop import train
 from engine.pretrain import Pretraining
 from engine.resume import Found, resume
 from tests.processes import found_by_each
-from tests.runs import batch_of, pretraining, small_config
+from tests.runs import RESNET, batch_of, pretraining, small_config
 from utils import checkpoint
 from utils.distributed import World
 from utils.errors import InputError
 
-RESNET = {
-    "MODEL__ARCH": "resnet50",
-    "MODEL__EMBED_DIM": 0,
-    "MODEL__DEPTHS": [],
-    "MODEL__NUM_HEADS": [],
-    "MODEL__PATCH_SIZE": 0,
-    "LOSS__OBJECTIVE": "dino",
-}
 BATCH = 3
 
 
@@ -68,7 +60,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         {"HEAD__USE_BN": True, "TRAIN__ACCUM_STEPS": 2},
         {"LOSS__OBJECTIVE": "released", "TRAIN__OPTIMIZER": "sgd"},
         {"TRAIN__PRECISION": "bf16"},
-        RESNET,
+        {**RESNET, "LOSS__OBJECTIVE": "dino"},
     ],
     ids=["cmd", "batchnorm", "released-sgd", "bf16", "resnet"],
 )

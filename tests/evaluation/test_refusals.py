@@ -1,8 +1,6 @@
 """Bad input of the evaluations: one sentence, exit code 2, earlier results untouched."""
 
-import contextlib
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from engine import feature_cache
 from export import export_backbone
+from tests.disk import full_disk
 from tests.evaluation.runs import contents, copy_of, figures, process, refusal, results, works
 from tests.processes import ROOT
 from utils import checkpoint
@@ -105,17 +104,6 @@ def test_what_must_be_given_is_asked_for(name, weights, data):
 @pytest.mark.parametrize("words", ["--nb_knn", "--nb_knn 0", "--nb_knn 1.5", "--temperature 0"])
 def test_bad_figures_are_one_sentence(words, basic):
     assert refusal("knn", basic, words)
-
-
-@contextlib.contextmanager
-def full_disk(limit: int):
-    """No file may grow beyond `limit` bytes, as on a disk with no more room."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
