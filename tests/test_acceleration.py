@@ -76,7 +76,12 @@ def compiled(run: Pretraining, backend: str) -> Pretraining:
 
 @pytest.mark.parametrize(
     ("arch", "objective"),
-    [*itertools.product(["vit"], OBJECTIVES), ("swin", "dino"), ("swin", "cmd"), ("resnet", "cmd")],
+    [
+        *itertools.product(["vit"], OBJECTIVES),
+        ("swin", "cmd"),
+        pytest.param("swin", "dino", marks=pytest.mark.slow),
+        pytest.param("resnet", "cmd", marks=pytest.mark.slow),
+    ],
 )
 def test_graphs_are_whole_made_once_and_compute_the_same(arch, objective, fresh_compiler):
     """fullgraph turns a break into an error; a recompilation shows as one more graph."""

@@ -108,6 +108,7 @@ def test_train_on_drawn_images(measured):
     assert "6 drawn JPEGs of 500 x 375 pixels" in report["what"]
 
 
+@pytest.mark.slow
 def test_scaling(measured, tmp_path):
     axes = "--batch_axis 2 --local_crops_axis --global_size_axis 32 36 --prototypes_axis 65536 64"
     report, said = measured("scaling", f"{axes} --steps 2 {NETWORK} {SMALL}")

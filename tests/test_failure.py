@@ -232,6 +232,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     return [int(word) for word in folder.read_text().split()]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_worker_again_and_the_run_is_complete(
     command, environment, tmp_path
 ):
@@ -286,7 +287,9 @@ def test_wrong_variables_of_a_launcher_are_one_sentence(variables, words, monkey
 )
 def test_a_process_that_waits_for_others_heeds_signals(number, code, environment):
     script = (
-        "from utils import distributed, signals\nsignals.PATIENCE = 0.1\n"
+        "import signal\nfrom utils import distributed, signals\nsignals.PATIENCE = 0.1\n"
+        # A shell's background jobs are started deaf to it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with signals.StopSignals():\n    distributed.start('cpu', 2)"
     )
     port = str(free_port())

@@ -135,13 +135,19 @@ def test_only_its_parents_sigterm_ends_a_loader_worker():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
 
 
-def test_a_signal_while_workers_start_comes_after_them():
-    with StopSignals() as signals:
-        signals.defer()
-        with held():
-            send(signal.SIGTERM)
-            assert signals.received is None
-        assert signals.received == "SIGTERM"
+def test_a_signal_at_the_birth_of_a_loader_worker_does_not_hit_it():
+    reading, writing = os.pipe()
+    with StopSignals() as signals, held():
+        child = os.fork()
+        if child == 0:
+            send(signal.SIGTERM, signal.SIGUSR1)
+            outlive_signals(0)
+            os.write(writing, b"alive")
+            signal.pause()
+    assert os.read(reading, 5) == b"alive"
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert signals.received is None
 
 
 SCRIPT = """

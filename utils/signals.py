@@ -91,9 +91,9 @@ def _in_child(number: int) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """In the block no stop signal is taken; one that comes waits for the end of it.
+    """Processes that are forked in the block are born with the stop signals held back.
 
-    Loader workers are to be started in it: none is hit before `outlive_signals` runs in it.
+    For loader workers: none is hit before `outlive_signals` runs in it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
