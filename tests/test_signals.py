@@ -122,14 +122,21 @@ def test_a_loader_worker_goes_on_after_signals_to_the_whole_job(numbers):
         assert torch.cat(list(loader)).tolist() == list(range(8))
 
 
+def tell_when_taken(writing: int) -> None:
+    """In a child: once its own SIGTERM is taken, with which another would be merged; then wait."""
+    while signal.SIGTERM in signal.sigpending():
+        time.sleep(0.001)
+    os.write(writing, b"alive")
+    signal.pause()
+
+
 def test_only_its_parents_sigterm_ends_a_loader_worker():
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         outlive_signals(0)
         send(signal.SIGTERM, signal.SIGUSR1)
-        os.write(writing, b"alive")
-        signal.pause()
+        tell_when_taken(writing)
     assert os.read(reading, 5) == b"alive"
     os.kill(child, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
@@ -142,8 +149,7 @@ def test_a_signal_at_the_birth_of_a_loader_worker_does_not_hit_it():
         if child == 0:
             send(signal.SIGTERM, signal.SIGUSR1)
             outlive_signals(0)
-            os.write(writing, b"alive")
-            signal.pause()
+            tell_when_taken(writing)
     assert os.read(reading, 5) == b"alive"
     os.kill(child, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
