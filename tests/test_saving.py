@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -29,7 +30,7 @@ from utils.logging import RunLog, logger
 
 
 @pytest.fixture
-def told(monkeypatch) -> list[str]:
+def told(monkeypatch) -> Iterator[list[str]]:
     """What the logger says: "WARNING: ..."."""
     lines: list[str] = []
 
@@ -38,8 +39,10 @@ def told(monkeypatch) -> list[str]:
             lines.append(f"{record.levelname}: {record.getMessage()}")
 
     monkeypatch.setattr(logger, "handlers", [Keeper()])
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    return lines
+    before = logger.level
+    logger.setLevel(logging.INFO)  # not by assignment: the logger remembers what it lets through
+    yield lines
+    logger.setLevel(before)
 
 
 # Snapshots
