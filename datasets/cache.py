@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datasets.batched import Images
 from datasets.folder import BadImage, StoredImages, UnreadableImage, capped_size
-from datasets.loader import decode, pad
+from datasets.loader import decode, pad, read_each
 from utils import distributed
 from utils.distributed import World
 from utils.errors import InputError
-from utils.logging import logger, progress
+from utils.logging import logger
 
 Size = tuple[int, int]  # (height, width), pixels
 GIB = 2**30
@@ -59,7 +59,8 @@ class DecodedImages:
         headers = _Headers(images, shorter_side)
         share = distributed.share(len(images), world)
         readers = workers if len(share) > _FEW_HEADERS else 0
-        by_rank = distributed.gather_objects(_each(headers, share, readers, "reading headers"))
+        found = read_each(headers, share, readers, _IMAGES_AT_ONCE, "reading headers")
+        by_rank = distributed.gather_objects(found)
         expected = [size for sizes in by_rank for size in sizes]
         _some_readable(_bad(expected), len(images))
         areas = [0 if isinstance(size, BadImage) else size[0] * size[1] for size in expected]
@@ -77,7 +78,7 @@ class DecodedImages:
             _agreed(_unmappable(buffer))
             self.share = distributed.share(len(images), machine)
             filling = _Filling(images, shorter_side, expected, self._starts, buffer)
-            found = _each(filling, self.share, workers, "decoding images")
+            found = read_each(filling, self.share, workers, _IMAGES_AT_ONCE, "decoding images")
             pixels = buffer.pixels  # mapped before the process that made it may let it go
             by_rank = distributed.gather_objects(found)
         self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
@@ -171,18 +172,6 @@ class _Filling(Dataset):
         place = self.buffer.pixels[self.starts[index] : self.starts[index + 1]]
         place.copy_(pixels.view(-1, 3))
         return height, width
-
-
-def _each(dataset: Dataset, indices: range, workers: int, what: str) -> list[Size | BadImage]:
-    """dataset[i] for the indices in order, by loader workers."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=BatchSampler(indices, _IMAGES_AT_ONCE, drop_last=False),
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # the global one is left alone
-    )
-    return list(progress((found for batch in loader for found in batch), what, len(indices)))
 
 
 def _bad(sizes: list[Size | BadImage]) -> dict[int, BadImage]:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
 from datasets.folder import BadImage, StoredImages, UnreadableImage
 from datasets.multicrop import sample_seed
 from utils.distributed import World, share
 from utils.errors import InputError
+from utils.logging import progress
 from utils.seeding import ORDER, derive_seed
 from utils.signals import outlive_signals
 
@@ -314,3 +315,18 @@ def build_loader(
         # The loader draws a seed for its workers, by default from the global generator.
         generator=torch.Generator(),
     )
+
+
+def read_each(dataset: Dataset, indices: range, workers: int, at_once: int, what: str) -> list:
+    """dataset[i] for the indices in order, by loader workers that are handed `at_once` of them.
+
+    With progress, in which `what` says what is done.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=BatchSampler(indices, at_once, drop_last=False),
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the global one is left alone
+    )
+    return list(progress((item for batch in loader for item in batch), what, len(indices)))

@@ -31,7 +31,7 @@ class StepGuard:
     def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
         self.statistics = RunningStatistics(networks)
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped, self.row, self.longest = zero, zero.clone(), zero.clone()
+        self.skipped = self.row = self.longest = zero
         self.told = 0
         self._latest: deque[tuple[int, list[Tensor], dict[str, Tensor], Tensor]] = deque(
             maxlen=_REMEMBERED

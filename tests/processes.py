@@ -142,3 +142,9 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def workers_of(launcher: subprocess.Popen) -> list[int]:
+    """The process numbers of what a launcher has started, as /proc tells; rising."""
+    folder = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return sorted(map(int, folder.read_text().split()))

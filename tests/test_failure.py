@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT
-from tests.processes import Ended, ended_ranks, free_port
+from tests.processes import Ended, ended_ranks, free_port, workers_of
 from utils import distributed, failure
 from utils.errors import InputError, run_script
 from utils.signals import Preempted
@@ -224,12 +224,6 @@ def test_a_pretraining_ends_when_one_of_its_processes_is_killed(
     (line,) = [li for li in paths[1 - victim].read_text().splitlines() if "error" in li]
     assert line.startswith(f"error: rank {victim} (")
     assert f"process {processes[victim].pid}) died first" in line
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """The processes that torchrun has started."""
-    folder = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(word) for word in folder.read_text().split()]
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ YAML = [
 ]
 PATHS = [
     *("/nonexistent/x", "/", "/dev/null", "/dev/zero", "/proc/self/mem", "a/" * 3000, "b" * 300),
-    *("~nobody-of-this-name/x", "~\x00/x", "~" * 5000, "~/", ".", "..", "/root/../etc/shadow"),
+    *("~nobody-of-this-name/x", "~\x00/x", "~" * 5000, "~/", ".", "..", "/nowhere/../etc/shadow"),
 ]
 VALUES = [*TEXTS, *NUMBERS, *YAML, *PATHS, *(word for words in CHOICES.values() for word in words)]
 

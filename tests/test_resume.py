@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, TRAINED
-from tests.processes import free_port
+from tests.processes import free_port, workers_of
 from tests.runs import assert_same_run, cfg_of, load, log_of
 from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
@@ -259,12 +259,6 @@ def test_a_signal_to_one_of_two_stops_both_and_torchrun_goes_on_by_itself(
     assert len(re.findall("stopped by", said)) == 1
     assert re.search(r"resuming from .*checkpoint.pth at step \d+", said)
     assert_same_run(whole(2), tmp_path)
-
-
-def workers_of(launcher: subprocess.Popen) -> list[int]:
-    """The launcher's child processes, as /proc tells; by number."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return sorted(int(child) for child in children)
 
 
 # When checkpoints are written

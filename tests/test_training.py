@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from engine import build
 from engine.diagnostics import PATIENCE, CollapseWatch, effective_rank
+from tests.processes import free_port
 from tests.runs import cfg_of, load, log_of, tensors
 from utils import config
 from utils.optim import build_optimizer, clip_each, parameter_groups, set_rates
@@ -264,12 +264,6 @@ def assert_close_runs(first: Path, second: Path) -> None:
     assert min(moved) > 1e-3
     for left, right in zip(log_of(first), log_of(second), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def two_processes(module: str) -> list[str]:

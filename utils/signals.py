@@ -73,10 +73,16 @@ class StopSignals:
             self.received = signal.Signals(number).name
             if not self._deferred:
                 raise Preempted(
-                    f"stopped by {self.received} before the first step: nothing was lost; the "
-                    f"same command starts again.",
+                    _before_the_first_step(number),
                     perhaps_of_launcher=number == signal.SIGTERM,
                 )
+
+
+def _before_the_first_step(number: int) -> str:
+    name = signal.Signals(number).name
+    return (
+        f"stopped by {name} before the first step: nothing was lost; the same command starts again."
+    )
 
 
 def _in_child(number: int) -> None:
@@ -137,14 +143,9 @@ def _heed(reading: socket.socket, while_waiting: str) -> None:
         if not received:
             return
         if received[0] in codes:
-            number = signal.Signals(received[0])
-            print(
-                f"{'preempted' if number == signal.SIGUSR1 else 'error'}: stopped by {number.name} "
-                f"before the first step: nothing was lost; the same command starts again.",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(codes[number])
+            kind = "preempted" if received[0] == signal.SIGUSR1 else "error"
+            print(f"{kind}: {_before_the_first_step(received[0])}", file=sys.stderr, flush=True)
+            os._exit(codes[received[0]])
 
 
 def outlive_signals(worker_id: int) -> None:

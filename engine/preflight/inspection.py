@@ -7,13 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datasets.folder import StoredImages, UnreadableImage, header_size
+from datasets.loader import read_each
 from utils import distributed
 from utils.distributed import World
-from utils.logging import progress
 
 Place = tuple[int, int]  # (which of several data sets, index of the image in it)
 _FILES_AT_ONCE = 64  # that a loader worker is handed
@@ -117,11 +116,5 @@ class _Digests(Dataset):
 
 def _each(dataset: Dataset, indices: range, workers: int, what: str) -> list:
     """dataset[i] for the indices in order, by loader workers where there are many."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=BatchSampler(indices, _FILES_AT_ONCE, drop_last=False),
-        num_workers=workers if len(indices) > _FEW_FILES else 0,
-        collate_fn=list,
-        generator=torch.Generator(),  # the global one is left alone
-    )
-    return list(progress((item for batch in loader for item in batch), what, len(indices)))
+    workers = workers if len(indices) > _FEW_FILES else 0
+    return read_each(dataset, indices, workers, _FILES_AT_ONCE, what)

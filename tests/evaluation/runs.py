@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -34,12 +33,6 @@ class Done(NamedTuple):
     code: int
     out: str
     err: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def call(name: str, *words) -> Done:

@@ -23,14 +23,13 @@ from tests.evaluation.runs import (
     Done,
     copy_of,
     figures,
-    free_port,
     process,
     refusal,
     results,
     works,
     write_data,
 )
-from tests.processes import ROOT
+from tests.processes import ROOT, free_port
 
 ESVIT_YAML = """
 MODEL: {EMBED_DIM: 48, DEPTHS: [2], NUM_HEADS: [3], PATCH_SIZE: 8, IMG_SIZE: 32}
