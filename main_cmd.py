@@ -1,4 +1,4 @@
-"""Self-supervised pretraining: CMD, and EsViT and DINO as its special cases.
+"""Self-supervised pretraining: CMD, EsViT and DINO as its special cases, MoCo v2 and LCR.
 
 One process, on a GPU or the CPU:
     python main_cmd.py --data_path DATA/train --output_dir OUT
@@ -67,7 +67,9 @@ def pretrain(signals: StopSignals) -> None:
     found = resume.find(cfg, len(dataset), images_per_step, world.size)
     if found is None:
         resume.start_from(cfg, student, teacher)
-    if world.size > 1 and world.device.type == "cuda":
+    # Contrast has groups of its own in their place (models/grouped_norm.py).
+    synchronised = not build.objective(cfg).projects
+    if world.size > 1 and world.device.type == "cuda" and synchronised:
         student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
     student, teacher = student.to(world.device), teacher.to(world.device)
 

@@ -16,15 +16,19 @@ from datasets.loader import AugmentedDataset, Batch, DecodedDataset, Draws
 from datasets.multicrop import MultiCrop
 from datasets.shards import ImageShards, ShardOrder
 from datasets.substitutes import FullBatches, full
-from losses.objective import Objective
+from losses.contrastive import KeyQueue
+from losses.objective import Contrastive, Objective
+from losses.targets import Centres
+from models.grouped_norm import group_batch_norm
 from models.network import HeadSpec, Network, make_teacher
 from models.pretrained import load_strictly
-from models.registry import BackboneSpec, build_backbone
+from models.registry import BackboneSpec, build_backbone, resolve
 from utils import config, distributed, seeding
 from utils.config import Node, crops_on_device, local_crops
 from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import logger
+from utils.options import CONTRASTIVE
 from utils.seeding import derive_seed
 
 
@@ -51,11 +55,20 @@ def head_spec(cfg: Node) -> HeadSpec:
         use_bn=cfg.HEAD.USE_BN,
         norm_last_layer=cfg.HEAD.NORM_LAST_LAYER,
         pool_hidden=cfg.HEAD.POOL_HIDDEN,
+        projects=objective(cfg).projects,
     )
 
 
-def objective(cfg: Node) -> Objective:
-    """LOSS.* and CMD.* as the objective."""
+def objective(cfg: Node) -> Objective | Contrastive:
+    """LOSS.*, CMD.*, MOCO.* and LCR.* as the objective."""
+    if cfg.LOSS.OBJECTIVE in CONTRASTIVE:
+        return Contrastive(
+            name=cfg.LOSS.OBJECTIVE,
+            queue=cfg.MOCO.QUEUE,
+            temperature=cfg.MOCO.TEMPERATURE,
+            fitting_weight=cfg.LCR.WEIGHT,
+            fitting_temperature=cfg.LCR.TEMPERATURE,
+        )
     return Objective(
         name=cfg.LOSS.OBJECTIVE,
         lambda1=cfg.CMD.LAMBDA1,
@@ -66,6 +79,14 @@ def objective(cfg: Node) -> Objective:
         region_weight=cfg.CMD.REGION_WEIGHT,
         student_temp=cfg.LOSS.STUDENT_TEMP,
     )
+
+
+def carried(cfg: Node, goal: Objective | Contrastive) -> Centres | KeyQueue:
+    """What the objective carries from one optimizer step to the next, at its beginning."""
+    if isinstance(goal, Contrastive):
+        seed = derive_seed(cfg.SEED, seeding.QUEUE)
+        return goal.make_queue(cfg.HEAD.BOTTLENECK_DIM, seed)
+    return goal.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM)
 
 
 def multicrop(cfg: Node, kind: Callable = MultiCrop) -> MultiCrop | BatchedMultiCrop:
@@ -151,10 +172,15 @@ def networks(cfg: Node) -> tuple[Network, Network]:
     """Student and teacher, freshly initialised from SEED, the same on every process.
 
     Both on the CPU, with equal weights; the teacher out of the gradient, without drop path
-    and without a pooling of its own. Raises InputError for an architecture or a crop size
-    that cannot be.
+    and without a pooling or LCR's branch of its own. A BatchNorm of a contrasting objective has
+    groups. Raises InputError for an architecture or a crop size that cannot be.
     """
     goal, heads, spec = objective(cfg), head_spec(cfg), backbone_spec(cfg)
+    if goal.needs_rationale and resolve(spec)["family"] == "vit":
+        raise InputError(
+            f"LOSS.OBJECTIVE lcr fits a map to GradCAM, which needs an image feature that is the "
+            f"mean of the patches; that of {spec.arch} is its [CLS] token. Take resnet50 or a Swin."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
         student = Network(
@@ -162,9 +188,13 @@ def networks(cfg: Node) -> tuple[Network, Network]:
             heads,
             goal.needs_region_head,
             goal.needs_pooling,
+            cfg.LCR.CHANNELS if goal.needs_rationale else 0,
         )
         teacher = Network(build_backbone(spec), heads, goal.needs_region_head, pooling=False)
     check_crop_sizes(cfg, student.backbone.patch_size)
+    if goal.projects:
+        for network in (student, teacher):
+            group_batch_norm(network, cfg.MOCO.BN_IMAGES)
     if student.pool is not None and not goal.trains_pooling:
         student.pool.requires_grad_(False)
     return student, make_teacher(student, teacher)
@@ -218,7 +248,7 @@ def loader_workers(cfg: Node) -> int:
 
 
 def stored_network(state: dict, key: str, path: str | Path) -> Network:
-    """A network of a checkpoint of ours, with the pooling where the run had one.
+    """A network of a checkpoint of ours, with the pooling or LCR's branch where the run had one.
 
     key: "teacher" or "student". Raises InputError where the weights do not fit.
     """
@@ -228,6 +258,7 @@ def stored_network(state: dict, key: str, path: str | Path) -> Network:
         HeadSpec(**described["heads"]),
         described["region_head"],
         described["pooling"],
+        described.get("rationale", 0),  # earlier versions had none
     )
     load_strictly(network, state[key], f"{path} ({key})")
     return network
@@ -236,6 +267,11 @@ def stored_network(state: dict, key: str, path: str | Path) -> Network:
 def untrained_pooling_seed(cfg: Node) -> int:
     """Seed of the fresh pooling that the report measures attention against."""
     return derive_seed(cfg.SEED, seeding.UNTRAINED_POOLING)
+
+
+def shuffling_seed(cfg: Node, step: int, micro: int) -> int:
+    """Seed of the order of the keys of one micro-batch, the same on all processes."""
+    return derive_seed(cfg.SEED, seeding.SHUFFLING, step, micro)
 
 
 def step_seed(cfg: Node, step: int, micro: int, rank: int) -> int:
@@ -268,4 +304,5 @@ def model_description(cfg: Node, student: Network) -> dict:
         "heads": asdict(head_spec(cfg)),
         "region_head": student.head_dense is not None,
         "pooling": student.pool is not None,
+        "rationale": cfg.LCR.CHANNELS if student.rationale is not None else 0,
     }

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from losses.contrastive import KeyQueue
 from losses.targets import Centres, image_targets
 from utils.views import Views
 
@@ -20,27 +21,33 @@ PATIENCE = 20
 
 @torch.no_grad()
 def measure(
-    teacher: Views, centres: Centres, entropy: Tensor, teacher_temp: float
+    teacher: Views, carried: Centres | KeyQueue, told: Tensor, teacher_temp: float
 ) -> dict[str, Tensor]:
     """Figures of one micro-batch of this process, scalars on the device.
 
-    entropy: of the teacher's image distributions under these centres, as the objective gives it.
+    told: what the objective says of each image beside its loss (losses/objective.py).
+    Of every objective:
+    feature_rank: effective rank of the teacher's image features in the batch: the
+    exponential of the entropy of the normalised singular values after the mean is taken off.
+    Of those that contrast:
+    contrast_accuracy: percent of queries whose own key is nearer than all of the queue.
+    Of those that distil:
     teacher_entropy: mean entropy of the teacher's image distributions, nats.
     teacher_kl_uniform: mean KL of them from the uniform distribution, nats: log K - entropy.
     teacher_information: entropy of their mean minus mean entropy, nats: how much a target
     says about which image it is for; 0 when all images get the same target, at most
     log(2 B).
     centre_norm, region_centre_norm: L2 norms of c_I, c_R.
-    feature_rank: effective rank of the teacher's image features in the batch: the
-    exponential of the entropy of the normalised singular values after the mean is taken off.
     attention_entropy: mean entropy of the teacher-side MIL attention over log N; 1 is uniform.
     """
-    prototypes = len(teacher.image_prototypes)
-    figures = {
+    figures = {"feature_rank": effective_rank(teacher.image_features)}
+    if isinstance(carried, KeyQueue):
+        return figures | {"contrast_accuracy": 100 * told.mean()}
+    centres, entropy = carried, told
+    figures |= {
         "teacher_entropy": entropy.mean(),
-        "teacher_kl_uniform": math.log(prototypes) - entropy.mean(),
+        "teacher_kl_uniform": math.log(len(teacher.image_prototypes)) - entropy.mean(),
         "centre_norm": centres.image.norm(),
-        "feature_rank": effective_rank(teacher.image_features),
     }
     q = image_targets(teacher, centres.image, teacher_temp).log_probabilities().exp()
     marginal = torch.special.entr(q.mean(0)).sum()
@@ -89,20 +96,21 @@ class CollapseWatch:
         return warnings
 
     def _judge(self, f: Mapping[str, float], images: int) -> dict[str, tuple[bool, str]]:
-        most = math.log(2 * images)
         causes = {
-            "information": (
-                f["teacher_information"] < 0.02 * most,
-                "the teacher gives all images nearly the same target "
-                f"(teacher_information {f['teacher_information']:.3g} of at most {most:.3g} "
-                "nats): the run looks collapsed. Check the teacher temperature and the centring.",
-            ),
             "rank": (
                 f["feature_rank"] < 1.5,
                 f"the features of different images lie on a line (feature_rank "
                 f"{f['feature_rank']:.3g}): the run looks collapsed. Lower the learning rate.",
             ),
         }
+        if "teacher_information" in f:
+            most = math.log(2 * images)
+            causes["information"] = (
+                f["teacher_information"] < 0.02 * most,
+                "the teacher gives all images nearly the same target "
+                f"(teacher_information {f['teacher_information']:.3g} of at most {most:.3g} "
+                "nats): the run looks collapsed. Check the teacher temperature and the centring.",
+            )
         if "attention_entropy" in f:
             causes["attention"] = (
                 f["attention_entropy"] < 0.02,

@@ -13,6 +13,7 @@ from models.heads import DINOHead
 from models.mil import GatedAttentionPool
 from models.network import HeadSpec, Network
 from models.pretrained import WeightsFile
+from models.rationale import RationaleBranch, rationale_weights
 from models.registry import ARCHITECTURES, BackboneSpec, build_backbone, resolve
 from utils import checkpoint, config, seeding
 from utils.config import Node
@@ -57,8 +58,8 @@ class Encoder(nn.Module):
 
     pooling: `default`, the features of the last `blocks` blocks concatenated (EsViT's linear
     probe; with one block, the image feature); `mean`, the average of the last stage's normed
-    patch features; `mil`, the same weighted by the MIL attention, so that the two differ in
-    the weights alone (method.md). Those two always take one block.
+    patch features; `mil`, the same weighted by the MIL attention, and `lcr`, by LCR's predicted
+    map, so that the three differ in the weights alone (method.md). They always take one block.
     avgpool_patchtokens: see Backbone.last_blocks.
     """
 
@@ -66,8 +67,9 @@ class Encoder(nn.Module):
         self,
         weights: Weights,
         backbone: Backbone,
-        region_head: DINOHead | None,
-        pool: GatedAttentionPool | None,
+        region_head: DINOHead | None = None,
+        pool: GatedAttentionPool | None = None,
+        rationale: RationaleBranch | None = None,
         pooling: str = "default",
         blocks: int = 1,
         avgpool_patchtokens: bool = False,
@@ -79,6 +81,11 @@ class Encoder(nn.Module):
                 f"the objective cmd of this project have; {weights.path} has none. Use default or "
                 f"mean."
             )
+        if pooling == "lcr" and rationale is None:
+            raise InputError(
+                f"EVAL.POOLING lcr needs LCR's branch, which only runs of the objective lcr of "
+                f"this project have; {weights.path} has none. Use default or mean."
+            )
         self.weights, self.pooling = weights, pooling
         self.blocks = blocks if pooling == "default" else 1
         # The other families' features are such averages already.
@@ -87,6 +94,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         is_mil = pooling == "mil"
         self.region_head, self.pool = (region_head, pool) if is_mil else (None, None)
+        self.rationale = rationale if pooling == "lcr" else None
         self.eval().requires_grad_(False)
 
     def parts(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -99,7 +107,10 @@ class Encoder(nn.Module):
         patches = self.backbone(images)[1]
         if self.pooling == "mean":
             return (patches.float().mean(dim=1),)
-        attention = self.pool(self.region_head(patches)).exp()
+        if self.pooling == "mil":
+            attention = self.pool(self.region_head(patches)).exp()
+        else:
+            attention = rationale_weights(self.rationale(patches))
         return ((attention[..., None] * patches.float()).sum(dim=1),)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -121,6 +132,7 @@ class Source:
     region_head: DINOHead | None = None
     pool: GatedAttentionPool | None = None
     heads: HeadSpec | None = None
+    rationale: RationaleBranch | None = None
 
     def shape(self, pooling: str) -> dict[str, str]:
         """All but the weights that decides the features of this pooling."""
@@ -131,6 +143,8 @@ class Source:
         if pooling == "mil" and self.heads is not None:
             # Prototypes have no part in a feature.
             shape["heads"] = repr(replace(self.heads, out_dim=0))
+        if pooling == "lcr" and self.rationale is not None:
+            shape["channels"] = str(self.rationale.channels)
         return shape
 
     def identity(self, pooling: str) -> dict[str, str]:
@@ -148,6 +162,7 @@ class Source:
             self.backbone,
             self.region_head,
             self.pool,
+            self.rationale,
             cfg.EVAL.POOLING,
             blocks,
             avgpool_patchtokens,
@@ -179,7 +194,7 @@ def load(path: str, cfg: Node, typed: set[str]) -> Source:
     if own and registry.identity(spec) == registry.identity(file.spec):
         network = build.stored_network(own, file.key, path)
         heads = HeadSpec(**own["model"]["heads"])
-        return Source(weights, network.backbone, network.head_dense, network.pool, heads)
+        return Source(weights, *_parts(network), heads, network.rationale)
     try:
         return Source(weights, replace(file, spec=spec).backbone())
     except InputError as error:
@@ -207,12 +222,18 @@ def random_like(source: Source, cfg: Node) -> Source:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
         backbone = build_backbone(spec)
-        if source.pool is None:
+        if source.heads is None:
             return Source(weights, backbone)
         # Prototypes have no part in a feature.
         heads = replace(source.heads, out_dim=2)
-        network = Network(backbone, heads, region_head=True, pooling=True)
-    return Source(weights, backbone, network.head_dense, network.pool, source.heads)
+        channels = source.rationale.channels if source.rationale is not None else 0
+        attends = source.pool is not None
+        network = Network(backbone, heads, attends, attends, channels)
+    return Source(weights, *_parts(network), source.heads, network.rationale)
+
+
+def _parts(network: Network) -> tuple[Backbone, DINOHead | None, GatedAttentionPool | None]:
+    return network.backbone, network.head_dense, network.pool
 
 
 def _chosen_spec(known: BackboneSpec, cfg: Node, typed: set[str]) -> BackboneSpec:

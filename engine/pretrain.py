@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets.folder import ImageFolder
-from datasets.multicrop import GLOBAL_CROPS
 from engine import build, diagnostics
 from engine.acceleration import checkpoint_blocks, compile_network
 from engine.bad_images import BadImages
 from engine.build import autocast, model_description, step_seed
 from engine.guard import StepGuard, all_finite
+from engine.shuffling import shuffled
 from engine.window import Window
-from losses.objective import Objective
+from losses.contrastive import KeyQueue
+from losses.objective import Contrastive, Objective
 from losses.targets import Centres
-from models.network import Network, TeacherEMA
+from models.grouped_norm import GroupedBatchNorm2d
+from models.network import Network, TeacherEMA, student_only
 from utils import checkpoint, config, distributed
 from utils.config import Node
 from utils.distributed import World
@@ -53,7 +55,9 @@ class Schedules:
             weight_decay=cosine(
                 train.WEIGHT_DECAY, train.WEIGHT_DECAY_END, epochs, steps_per_epoch
             ),
-            momentum=cosine(train.MOMENTUM_TEACHER, 1.0, epochs, steps_per_epoch),
+            momentum=cosine(
+                train.MOMENTUM_TEACHER, train.MOMENTUM_TEACHER_END, epochs, steps_per_epoch
+            ),
             teacher_temp=teacher_temperature(
                 cfg.LOSS.WARMUP_TEACHER_TEMP,
                 cfg.LOSS.TEACHER_TEMP,
@@ -77,8 +81,8 @@ class Pretraining:
     student: Network
     wrapped: nn.Module  # the student, in DDP where there are several processes
     teacher: Network
-    objective: Objective
-    centres: Centres
+    objective: Objective | Contrastive
+    carried: Centres | KeyQueue  # from step to step by the objective
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedules: Schedules
@@ -97,6 +101,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         self.ema = TeacherEMA(self.student, self.teacher)
         self.guard = StepGuard([self.student, self.teacher], self.world.device)
+        self.shuffles = any(isinstance(m, GroupedBatchNorm2d) for m in self.teacher.modules())
 
     @classmethod
     def build(
@@ -120,7 +125,6 @@ class Pretraining:
             compile_network(student)
             compile_network(teacher)
         images_per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
-        centres = objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM)
         return cls(
             cfg=cfg,
             world=world,
@@ -128,7 +132,7 @@ class Pretraining:
             wrapped=distributed.wrap(student, world),
             teacher=teacher,
             objective=objective,
-            centres=centres.to(world.device),
+            carried=build.carried(cfg, objective).to(world.device),
             optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student),
             scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
             schedules=Schedules.build(cfg, steps_per_epoch, images_per_step),
@@ -146,14 +150,23 @@ class Pretraining:
         """Mixed precision: of the networks, and of the products in the losses."""
         return autocast(self.precision, self.world.device)
 
-    def forward(self, crops: list[Tensor]) -> tuple[Views, Views]:
-        """Views of the student (all crops) and of the teacher (the two image-level ones)."""
+    def forward(self, crops: list[Tensor], micro: int = 0) -> tuple[Views, Views]:
+        """Views of the student and of the teacher, each of the crops that its objective gives it.
+
+        micro: which micro-batch of the step it is.
+        """
+        seen = crops[self.objective.student_crops]
         with self.autocast():
             with torch.no_grad():
-                teacher = self.teacher(crops[:GLOBAL_CROPS])
+                if self.shuffles:
+                    (keys,) = crops[self.objective.teacher_crops]
+                    seed = build.shuffling_seed(self.cfg, self.step, micro)
+                    teacher = shuffled(self.teacher, keys, seed)
+                else:
+                    teacher = self.teacher(crops[self.objective.teacher_crops])
             if self.student.pool is None:
-                return self.wrapped(crops), teacher
-            return self.wrapped(crops, teacher)
+                return self.wrapped(seen), teacher
+            return self.wrapped(seen, teacher)
 
     def train_step(
         self, batches: Iterator, measure: bool = False
@@ -162,8 +175,8 @@ class Pretraining:
 
         Returns the step's figures, if `measure` the last micro-batch's health (see
         engine/diagnostics.py), and whether the step was good (bool; see engine/guard.py): scalars
-        on the device. The centres are held during the step. A step that was not good changes
-        nothing but the number of steps done.
+        on the device. What the objective carries is held during the step. A step that was not
+        good changes nothing but the number of steps done.
         """
         cfg, step = self.cfg, self.step
         epoch = step // self.steps_per_epoch
@@ -184,16 +197,14 @@ class Pretraining:
             is_last = micro == cfg.TRAIN.ACCUM_STEPS - 1
             synced = is_last or not isinstance(self.wrapped, DistributedDataParallel)
             with contextlib.nullcontext() if synced else self.wrapped.no_sync():
-                student, teacher = self.forward(crops)
+                student, teacher = self.forward(crops, micro)
                 with self.autocast():
-                    total, terms, entropy = self.objective(
-                        student, teacher, self.centres, temperature
-                    )
-                self.centres.collect(teacher)
+                    total, terms, told = self.objective(student, teacher, self.carried, temperature)
+                self.carried.collect(teacher)
                 if measure and is_last:
-                    health = diagnostics.measure(teacher, self.centres, entropy, temperature)
+                    health = diagnostics.measure(teacher, self.carried, told, temperature)
                 # Their memory is wanted for the backward pass and the next forward.
-                del batch, crops, student, teacher, entropy
+                del batch, crops, student, teacher, told
                 self.scaler.scale(total / cfg.TRAIN.ACCUM_STEPS).backward()
             for name, value in {"loss": total.detach(), **terms}.items():
                 share = value / cfg.TRAIN.ACCUM_STEPS
@@ -210,14 +221,14 @@ class Pretraining:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(float(self.schedules.momentum[step]), good)
-        self.centres.update(good)
+        self.carried.update(good)
         self.guard.statistics.keep_if(good, statistics)
         self.step += 1
         return figures, health, good
 
     def is_finite(self) -> bool:
         """Whether all that a checkpoint would keep is; all processes ask together, and wait."""
-        kept = (self.student, self.teacher, self.centres)
+        kept = (self.student, self.teacher, self.carried)
         return all_finite([t for part in kept for t in part.state_dict().values()])
 
     def state(self) -> dict:
@@ -226,7 +237,6 @@ class Pretraining:
         No random state: data order, augmentation and drop path are functions of (SEED, step).
         """
         student = self.student.state_dict()
-        pooling = {name: value for name, value in student.items() if name.startswith("pool.")}
         return {
             "format": checkpoint.FORMAT,
             "step": self.step,
@@ -235,10 +245,10 @@ class Pretraining:
             "images_per_step": self.images_per_step,
             "processes": self.world.size,
             "student": student,
-            "teacher": {**self.teacher.state_dict(), **pooling},
+            "teacher": {**self.teacher.state_dict(), **student_only(student)},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "centres": self.centres.state_dict(),
+            "carried": self.carried.state_dict(),
             "guard": self.guard.state_dict(),
             "window": self.window.state_dict(),
             "watch": self.watch.state_dict(),

@@ -133,10 +133,10 @@ def resume(run: Pretraining, found: Found) -> None:
 
 
 def _restore(run: Pretraining, state: dict) -> None:
-    """Weights, centres and counts; optimizer and scaler, which start fresh where they differ."""
+    """Weights, the objective's state, counts; optimizer and scaler, fresh where they differ."""
     run.student.load_state_dict(state["student"])
     load_shared(run.teacher, state["teacher"])
-    run.centres.load_state_dict(state["centres"])
+    run.carried.load_state_dict(state["carried"])
     run.guard.load_state_dict(state["guard"])
     run.bad_images.known.update(state["bad_images"])
     if state["config"]["TRAIN"]["OPTIMIZER"] == run.cfg.TRAIN.OPTIMIZER:

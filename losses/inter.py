@@ -11,6 +11,7 @@ from utils import distributed
 from utils.views import Views, image_major, in_full_precision
 
 DIVERSE_TEMPERATURE = 0.02
+RESIDUAL_TEMPERATURE = 0.1
 CONTRAST_TEMPERATURE = 0.1
 # Elements of one similarity matrix of diverse density: 2^25 float32 are 128 MiB.
 CHUNK_ELEMENTS = 2**25
@@ -53,7 +54,7 @@ def kl_divergence(log_target: Tensor, log_input: Tensor) -> Tensor:
 
 
 @in_full_precision
-def diverse_density(teacher: Views, k: int) -> Tensor:
+def diverse_density(teacher: Views, k: int, residual: bool = False) -> Tensor:
     """L_T, diverse: attend to patches that recur in some other images and not in all (ours).
 
     After diverse density (Maron & Lozano-Pérez 1998), without labels. For patch n of view i
@@ -63,9 +64,14 @@ def diverse_density(teacher: Views, k: int) -> Tensor:
         L_T = KL( softmax_n(r_n / 0.02) || a_{i,b} ), mean over i and b.
     The target has no gradient; the attention's reaches the pooling alone. 0 where the batch
     has a single image: there is no other bag.
+
+    residual: the same of what a patch has beyond its image (ours). u - the mean of the bag's u,
+    in units of its root mean square over the bag, takes the place of u, and the inner product
+    that of the cosine; temperature 0.1. What all patches of an image share, such as the hue of its
+    background, then recurs nowhere, and a patch that is like its image weighs little.
     """
     (log_attention,) = teacher.log_attention
-    target = diverse_targets(teacher, k)
+    target = diverse_targets(teacher, k, residual)
     if target is None:
         return 0 * log_attention.sum()
     return (target.exp() * (target - log_attention)).sum(-1).mean()
@@ -73,10 +79,14 @@ def diverse_density(teacher: Views, k: int) -> Tensor:
 
 @torch.no_grad()
 @in_full_precision
-def diverse_targets(teacher: Views, k: int) -> Tensor | None:
+def diverse_targets(teacher: Views, k: int, residual: bool = False) -> Tensor | None:
     """log t [I * B, N], crop-major; None where no other image is at hand."""
     (patches,) = teacher.patch_embeddings
-    own = image_major(F.normalize(_float(patches), dim=-1), teacher.batch)  # [B, I, N, d]
+    patches = F.normalize(_float(patches), dim=-1)
+    if residual:
+        patches = _residuals(patches)
+    temperature = RESIDUAL_TEMPERATURE if residual else DIVERSE_TEMPERATURE
+    own = image_major(patches, teacher.batch)  # [B, I, N, d]
     everyone = distributed.gather(own)  # [B', I, N, d]
     total, views, count, _ = everyone.shape
     if total < 2:
@@ -104,7 +114,14 @@ def diverse_targets(teacher: Views, k: int) -> Tensor | None:
         recurrence.append(top - similarity.scatter(-1, itself, 0).sum(-1) / others)
     recurrence = torch.cat(recurrence).unflatten(1, (views, count))
     recurrence = recurrence.transpose(0, 1).flatten(0, 1)
-    return F.log_softmax(recurrence / DIVERSE_TEMPERATURE, dim=-1)
+    return F.log_softmax(recurrence / temperature, dim=-1)
+
+
+def _residuals(patches: Tensor) -> Tensor:
+    """Patches [R, N, d] less their bag's mean, of mean square 1 over the bag, or all 0."""
+    residuals = patches - patches.mean(dim=1, keepdim=True)
+    square = residuals.square().sum(-1).mean(dim=1)[:, None, None]
+    return residuals * square.clamp_min(1e-12).rsqrt()
 
 
 @in_full_precision

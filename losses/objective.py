@@ -1,32 +1,54 @@
-"""The objective: DINO, EsViT and CMD are one weighted sum with terms switched off.
+"""The objectives: weighted sums of terms, by distillation or by contrast.
+
+Distillation: DINO, EsViT and CMD are one sum with terms switched off,
 
     L = w_I L_I + w_R L_R + lambda1 (L_S + L_T)
 
 dino: L_I alone, weight 1. esvit: ½ L_I + ½ L_R. cmd: all of it. released: ½ L_I + ½ L_R +
 lambda1 (T + S), the authors' code as released.
+
+Contrast: moco_v2 is L_C, InfoNCE against a queue of keys; lcr is L_C + weight * L_F, which fits
+a branch to GradCAM.
+
+Both kinds are called in the same way and have the same properties, which say what networks,
+crops and state between steps they need.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from losses import inter
+from losses.contrastive import KeyQueue, info_nce
 from losses.intra import image_loss, region_loss
+from losses.rationale import fitting_loss, gradcam
 from losses.released import released_terms
 from losses.targets import Centres
-from utils.options import CHOICES
+from utils import distributed
+from utils.options import CHOICES, CONTRASTIVE
 from utils.views import Views
+
+EVERY_CROP, GLOBAL_CROPS = slice(None), slice(2)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Which terms are on, and their constants; see the CMD.* and LOSS.* options.
+    """Distillation: which terms are on, and their constants; see the CMD.* and LOSS.* options.
 
     Calling it on student views, teacher views, centres and the teacher's temperature gives
     (total, terms, entropy): a scalar with gradient; each active term by its name (L_I, L_R,
     L_S, L_T; T, S for released), detached and unweighted; the entropy [I * B] of the teacher's
     image distributions in nats.
+
+    student_crops, teacher_crops: which crops of an image they see.
     """
+
+    student_crops: ClassVar[slice] = EVERY_CROP
+    teacher_crops: ClassVar[slice] = GLOBAL_CROPS
+    projects: ClassVar[bool] = False  # whether the head is a plain projection, without prototypes
+    needs_rationale: ClassVar[bool] = False
 
     name: str = "cmd"
     lambda1: float = 0.3
@@ -45,7 +67,7 @@ class Objective:
             "CMD.REGION_WEIGHT": self.region_weight,
         }
         for option, value in named.items():
-            if value not in CHOICES[option]:
+            if value not in CHOICES[option] or value in CONTRASTIVE:
                 raise ValueError(f"{option} must be one of {CHOICES[option]}, not {value!r}")
 
     @property
@@ -102,8 +124,8 @@ class Objective:
         return total, _detached(terms), entropy
 
     def _teacher_term(self, teacher: Views, centres: Centres, teacher_temp: float) -> Tensor:
-        if self.lt == "diverse":
-            return inter.diverse_density(teacher, self.diverse_k)
+        if self.lt in ("diverse", "residual"):
+            return inter.diverse_density(teacher, self.diverse_k, self.lt == "residual")
         if self.lt == "contrast":
             return inter.contrast(teacher)
         if self.lt == "cross":
@@ -111,6 +133,65 @@ class Objective:
                 teacher, centres.image, centres.bag, self.student_temp, teacher_temp
             )
         return inter.same_view(teacher, centres.image, centres.bag, teacher_temp)
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Contrast of one crop of an image with the other; see the MOCO.* and LCR.* options.
+
+    The student's first crop is the query, the teacher's second the key. Calling it on student
+    views, teacher views, the queue and a temperature that it does not read gives (total, terms,
+    hits): L_C, and for lcr L_F, a sum over the images of all processes; hits [B] is 1 where a
+    query's own key is nearer than the queue. lcr wants an image feature that is the mean of the
+    patch features, and their predicted map in the student's views.
+    """
+
+    name: str = "moco_v2"
+    queue: int = 65536
+    temperature: float = 0.2
+    fitting_weight: float = 0.01
+    fitting_temperature: float = 0.4
+
+    student_crops: ClassVar[slice] = slice(1)
+    teacher_crops: ClassVar[slice] = slice(1, 2)
+    projects: ClassVar[bool] = True
+    needs_region_head: ClassVar[bool] = False
+    needs_pooling: ClassVar[bool] = False
+    trains_pooling: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.name not in CONTRASTIVE:
+            raise ValueError(f"LOSS.OBJECTIVE must be one of {CONTRASTIVE}, not {self.name!r}")
+
+    @property
+    def needs_rationale(self) -> bool:
+        return self.name == "lcr"
+
+    def make_queue(self, dim: int, seed: int) -> KeyQueue:
+        """A queue of random keys of width `dim`."""
+        return KeyQueue(self.queue, dim, seed)
+
+    def __call__(
+        self, student: Views, teacher: Views, queue: KeyQueue, teacher_temp: float
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        terms: dict[str, Tensor] = {}
+        terms["L_C"], hits = info_nce(
+            student.image_embeddings, teacher.image_embeddings, queue.keys, self.temperature
+        )
+        if self.name == "moco_v2":
+            return terms["L_C"], _detached(terms), hits.float()
+        # GradCAM is divided by its maximum: the factor, the batch's size, only keeps the gradient
+        # of an image out of half precision's underflow.
+        (gradient,) = torch.autograd.grad(
+            student.batch * terms["L_C"], student.image_features, retain_graph=True
+        )
+        (patches,) = student.patch_features
+        # DistributedDataParallel takes the mean over processes.
+        terms["L_F"] = distributed.size() * fitting_loss(
+            student.predicted_map, gradcam(patches, gradient), self.fitting_temperature
+        )
+        total = terms["L_C"] + self.fitting_weight * terms["L_F"]
+        return total, _detached(terms), hits.float()
 
 
 def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""The projection head of DINO (Caron et al. 2021), embeddings and prototypes apart.
+"""Heads on a backbone's features: DINO's (Caron et al. 2021) and MoCo v2's (Chen et al. 2020).
 
-A caller that needs logits multiplies the two; a loss that can do without never holds them.
+DINO's gives embeddings and prototypes apart: a caller that needs logits multiplies the two; a
+loss that can do without never holds them.
 """
 
 import torch
@@ -45,15 +46,7 @@ class DINOHead(nn.Module):
         norm_last_layer: bool = True,
     ) -> None:
         super().__init__()
-        widths = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
-        modules: list[nn.Module] = []
-        for index in range(layers):
-            modules.append(nn.Linear(widths[index], widths[index + 1]))
-            if index < layers - 1:
-                if use_bn:
-                    modules.append(nn.BatchNorm1d(hidden_dim))
-                modules.append(nn.GELU())
-        self.mlp = nn.Sequential(*modules)
+        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, layers, use_bn, nn.GELU)
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -62,10 +55,54 @@ class DINOHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [..., in_dim] -> embeddings [..., bottleneck] on the unit sphere, float32."""
-        shape = features.shape[:-1]
-        embeddings = self.mlp(features.flatten(0, -2))
-        return F.normalize(embeddings.float(), dim=-1).unflatten(0, shape)
+        return _on_the_sphere(self.mlp, features)
 
     def prototypes(self) -> Tensor:
         """W [K, bottleneck], float32; logits are embeddings @ W.T."""
         return self.last_layer()
+
+
+class ProjectionHead(nn.Module):
+    """MLP in_dim -> hidden -> ... -> out_dim with ReLU, then the unit sphere [MoCo v2].
+
+    layers: linears in the MLP (2 in MoCo v2), with PyTorch's default initialisation; `use_bn` as
+    in DINOHead.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, hidden_dim: int, layers: int, use_bn: bool = False
+    ) -> None:
+        super().__init__()
+        self.mlp = _mlp(in_dim, hidden_dim, out_dim, layers, use_bn, nn.ReLU)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [..., in_dim] -> embeddings [..., out_dim] on the unit sphere, float32."""
+        return _on_the_sphere(self.mlp, features)
+
+    def prototypes(self) -> None:
+        """It has none."""
+
+
+def _mlp(
+    in_dim: int,
+    hidden_dim: int,
+    out_dim: int,
+    layers: int,
+    use_bn: bool,
+    activation: type[nn.Module],
+) -> nn.Sequential:
+    widths = [in_dim] + [hidden_dim] * (layers - 1) + [out_dim]
+    modules: list[nn.Module] = []
+    for index in range(layers):
+        modules.append(nn.Linear(widths[index], widths[index + 1]))
+        if index < layers - 1:
+            if use_bn:
+                modules.append(nn.BatchNorm1d(hidden_dim))
+            modules.append(activation())
+    return nn.Sequential(*modules)
+
+
+def _on_the_sphere(mlp: nn.Module, features: Tensor) -> Tensor:
+    shape = features.shape[:-1]
+    embeddings = mlp(features.flatten(0, -2))
+    return F.normalize(embeddings.float(), dim=-1).unflatten(0, shape)

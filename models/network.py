@@ -7,14 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.heads import DINOHead
+from models.heads import DINOHead, ProjectionHead
 from models.mil import GatedAttentionPool, bag_embedding
+from models.rationale import RationaleBranch
 from utils.views import Views
+
+STUDENT_ONLY = ("pool.", "rationale.")  # parts that the teacher has no average of
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Shape of both heads and of the pooling; see DINOHead and GatedAttentionPool."""
+    """Shape of both heads and of the pooling; see DINOHead and GatedAttentionPool.
+
+    projects: a ProjectionHead in the place of DINO's, without prototypes.
+    """
 
     out_dim: int = 65536
     hidden_dim: int = 2048
@@ -23,9 +29,14 @@ class HeadSpec:
     use_bn: bool = False
     norm_last_layer: bool = True
     pool_hidden: int = 128
+    projects: bool = False
 
-    def build(self, in_dim: int) -> DINOHead:
+    def build(self, in_dim: int) -> DINOHead | ProjectionHead:
         """A freshly initialised head on features of width `in_dim`."""
+        if self.projects:
+            return ProjectionHead(
+                in_dim, self.bottleneck_dim, self.hidden_dim, self.layers, self.use_bn
+            )
         return DINOHead(
             in_dim,
             self.out_dim,
@@ -38,10 +49,11 @@ class HeadSpec:
 
 
 class Network(nn.Module):
-    """Backbone + image head, and where the objective uses them, region head and MIL pooling.
+    """Backbone + image head, and where the objective uses them region head, MIL pooling, or LCR's
+    branch, of so many channels as `rationale` says.
 
     Only what is used may be built: a parameter without gradient breaks DDP.
-    State names: backbone.*, head.*, head_dense.*, pool.* (EsViT's, and ours for the pooling).
+    State names: backbone.*, head.*, head_dense.* (EsViT's), pool.*, rationale.* (ours).
     """
 
     def __init__(
@@ -50,6 +62,7 @@ class Network(nn.Module):
         heads: HeadSpec,
         region_head: bool,
         pooling: bool,
+        rationale: int = 0,
     ) -> None:
         super().__init__()
         if pooling and not region_head:
@@ -58,13 +71,15 @@ class Network(nn.Module):
         self.head = heads.build(backbone.num_features)
         self.head_dense = heads.build(backbone.num_features) if region_head else None
         self.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden) if pooling else None
+        self.rationale = RationaleBranch(backbone.num_features, rationale) if rationale else None
 
     def forward(
         self, crops: Sequence[Tensor], teacher: Views | None = None
     ) -> Views | tuple[Views, Views]:
         """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.
 
-        One backbone forward per run of equally sized crops. With a pooling, attention and
+        One backbone forward per run of equally sized crops. LCR's branch wants one such run. With a
+        pooling, attention and
         bags are added; given the teacher's views too, the pooling is applied to them as well,
         its inputs detached and its parameters not, and both are returned. All parameters are
         used inside this one call, as DDP wants it.
@@ -93,6 +108,9 @@ class Network(nn.Module):
             if teacher is not None:
                 fixed = [patches.detach() for patches in teacher.patch_embeddings]
                 teacher = add_attention(self.pool, replace(teacher, patch_embeddings=fixed))
+        if self.rationale is not None:
+            (patches,) = patch_features
+            views = replace(views, predicted_map=self.rationale(patches))
         return views if teacher is None else (views, teacher)
 
     def _embed_patches(self, patch_features: list[Tensor]) -> list[Tensor]:
@@ -137,8 +155,13 @@ def make_teacher(student: Network, teacher: Network) -> Network:
 
 
 def load_shared(teacher: Network, state: dict[str, Tensor]) -> None:
-    """Load a state of the student's form into a teacher, which has no pooling of its own."""
-    teacher.load_state_dict({k: v for k, v in state.items() if not k.startswith("pool.")})
+    """Load a state of the student's form into a teacher, which lacks the STUDENT_ONLY parts."""
+    teacher.load_state_dict({k: v for k, v in state.items() if not k.startswith(STUDENT_ONLY)})
+
+
+def student_only(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a student's state that the teacher lacks."""
+    return {k: v for k, v in state.items() if k.startswith(STUDENT_ONLY)}
 
 
 @dataclass

@@ -22,7 +22,7 @@ from utils.errors import InputError
 
 BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
 SPEC_IN_METADATA = "cmd_backbone"
-HEADS = r"^(head|head_dense|fc|pool)\."
+HEADS = r"^(head|head_dense|fc|pool|rationale)\."
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
 
 
@@ -241,13 +241,13 @@ def _infer_vit(state: dict[str, Tensor]) -> BackboneSpec:
 def load_pretrained(network: nn.Module, path: str | Path, key: str) -> list[str]:
     """Start a network from someone's weights; returns the names of the parts that were read.
 
-    The backbone must fit. A head, region head or pooling is read too where the file has one
-    of the same shape, and keeps its fresh initialisation otherwise.
+    The backbone must fit. A head, region head, pooling or LCR's branch is read too where the file
+    has one of the same shape, and keeps its fresh initialisation otherwise.
     """
     state = backbone_state(select_state(load_file(path), key, path))
     load_strictly(network.backbone, state, str(path), HEADS)
     read = ["backbone"]
-    for part in ("head", "head_dense", "pool"):
+    for part in ("head", "head_dense", "pool", "rationale"):
         module = getattr(network, part)
         if module is None:
             continue

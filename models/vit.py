@@ -62,12 +62,16 @@ class ViT(Backbone):
         ).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
-    def _block_outputs(self, images: Tensor):
-        """Yield the tokens [B, 1 + N, D] after every block, before the final norm."""
+    def _tokens(self, images: Tensor) -> Tensor:
+        """The tokens [B, 1 + N, D] that enter the first block."""
         self.check_size(images)
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + self._position_embeddings(*self.patch_grid(*images.shape[-2:]))
+        return x + self._position_embeddings(*self.patch_grid(*images.shape[-2:]))
+
+    def _block_outputs(self, images: Tensor):
+        """Yield the tokens [B, 1 + N, D] after every block, before the final norm."""
+        x = self._tokens(images)
         for block in self.blocks:
             x = block(x)
             yield x
@@ -90,3 +94,20 @@ class ViT(Backbone):
         if avgpool_patchtokens:
             features += (outputs[-1][:, 1:].mean(dim=1),)
         return features
+
+    def class_attention(self, images: Tensor) -> Tensor:
+        """The last block's attention from [CLS] to the patches, [B, heads, N] float32.
+
+        What a row lacks to 1, [CLS] gives to itself. Computed beside the forward, whose fused
+        attention keeps no weights.
+        """
+        x = self._tokens(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        block = self.blocks[-1]
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+        query, key, _ = qkv.unbind(2)  # [B, 1 + N, heads, channels]
+        query, key = attention.q_norm(query[:, 0]), attention.k_norm(key)
+        scores = attention.scale * torch.einsum("bhc,bnhc->bhn", query.float(), key.float())
+        return scores.softmax(dim=-1)[..., 1:]

@@ -166,6 +166,7 @@ def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tens
     if goal.name == "cmd" and goal.lt != "none":
         terms["L_T"] = {
             "diverse": lambda: plain.diverse_term(teacher, pool, goal.diverse_k),
+            "residual": lambda: plain.diverse_term(teacher, pool, goal.diverse_k, residual=True),
             "contrast": lambda: plain.contrast_term(teacher, pool),
             "cross": lambda: plain.cross_term(teacher, pool, centre, bag_centre, *temps),
             "same": lambda: plain.same_term(teacher, pool, centre, bag_centre, TEACHER_TEMP),

@@ -163,25 +163,37 @@ def student_term(student: Side, pool, student_temp: float, both: bool = False) -
     return mean(terms)
 
 
-def diverse_term(teacher: Side, pool, k: int) -> Tensor:
-    """L_T, diverse; 0 where there is no other image."""
+def _residuals(patches: Tensor) -> list[Tensor]:
+    """What each patch has beyond the mean of its bag, in units of their root mean square."""
+    unit = [patch / patch.norm() for patch in patches]
+    rest = [patch - mean(unit) for patch in unit]
+    scale = mean([patch @ patch for patch in rest]).sqrt()
+    return [patch / scale for patch in rest]
+
+
+def _cosines(patches: Tensor) -> list[Tensor]:
+    return [patch / patch.norm() for patch in patches]
+
+
+def diverse_term(teacher: Side, pool, k: int, residual: bool = False) -> Tensor:
+    """L_T, diverse or residual; 0 where there is no other image."""
+    form, temperature = (_residuals, 0.1) if residual else (_cosines, 0.02)
     if teacher.batch == 1:
         return 0 * attention(pool, teacher.patches[0][0].detach()).sum()
     terms = []
     for i, b in product(range(2), range(teacher.batch)):
         patches = teacher.patches[i][b].detach()
         recurrence = []
-        for patch in patches:
+        for patch in form(patches):
             best = []
             for j, other in product(range(2), range(teacher.batch)):
                 if other == b:
                     continue
-                theirs = teacher.patches[j][other].detach()
-                cosines = [float(patch @ u / (patch.norm() * u.norm())) for u in theirs]
-                best.append(max(cosines))
+                theirs = form(teacher.patches[j][other].detach())
+                best.append(max(float(patch @ u) for u in theirs))
             top = sorted(best, reverse=True)[:k]
             recurrence.append(sum(top) / len(top) - sum(best) / len(best))
-        log_target = log_softmax(patches.new_tensor(recurrence) / 0.02)
+        log_target = log_softmax(patches.new_tensor(recurrence) / temperature)
         terms.append(kl(log_target.exp(), log_target, attention(pool, patches).log()))
     return mean(terms)
 

@@ -90,7 +90,7 @@ def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, centres and optimizer equal bit for bit, and the log's figures too."""
     states = [load(folder) for folder in (first, second)]
-    for part in ("student", "teacher", "centres", "optimizer"):
+    for part in ("student", "teacher", "carried", "optimizer"):
         left, right = tensors(states[0][part]), tensors(states[1][part])
         assert left.keys() == right.keys()
         for name in left:

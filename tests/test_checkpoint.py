@@ -108,13 +108,13 @@ def whole() -> dict:
 
 
 def at_step(state: dict, step: int) -> dict:
-    return {**state, "step": step, "centres": {"mark": torch.full((1000,), float(step))}}
+    return {**state, "step": step, "carried": {"mark": torch.full((1000,), float(step))}}
 
 
 def steps_in(folder: Path) -> dict[str, int]:
     """The step of every checkpoint that stands under a final name, each of which is intact."""
     found = {path.name: checkpoint.load_own(path) for path in folder.glob("checkpoint*.pth")}
-    assert all((state["centres"]["mark"] == state["step"]).all() for state in found.values())
+    assert all((state["carried"]["mark"] == state["step"]).all() for state in found.values())
     return {name: state["step"] for name, state in found.items()}
 
 
@@ -490,10 +490,10 @@ def test_a_runs_checkpoint_loads_without_any_allowance_and_rebuilds_the_network(
     assert plain({k: v for k, v in state.items() if k not in ("student", "teacher")})
     assert set(state) == {
         *("format", "step", "epoch", "images_per_step", "student", "teacher", "optimizer"),
-        *("steps_per_epoch", "scaler", "centres", "config", "versions", "model"),
+        *("steps_per_epoch", "scaler", "carried", "config", "versions", "model"),
         *("processes", "guard", "window", "watch", "bad_images", "log_lines"),
     }
-    assert state["format"] == checkpoint.FORMAT == 2
+    assert state["format"] == checkpoint.FORMAT == 3
     assert (state["step"], state["epoch"], state["images_per_step"]) == (8, 4, 8)
     assert state["model"]["backbone"]["arch"] == "vit_small"
     assert state["model"]["backbone"]["depths"] == [2]
@@ -502,7 +502,7 @@ def test_a_runs_checkpoint_loads_without_any_allowance_and_rebuilds_the_network(
     assert state["student"]["pool.score.weight"].shape == (1, 8)
     assert state["teacher"].keys() == state["student"].keys()
     assert torch.equal(state["teacher"]["pool.score.weight"], state["student"]["pool.score.weight"])
-    assert set(state["centres"]) == {"image", "region"}
+    assert set(state["carried"]) == {"image", "region"}
     assert state["versions"] == {"torch": torch.__version__}
     stored = config.from_dict(state["config"])
     written = config.defaults()

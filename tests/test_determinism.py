@@ -87,7 +87,7 @@ def test_two_runs_of_a_seed_agree_in_every_bit_with_the_option_and_without(image
         states.append(trained_in_process(cfg, images, 2 * STEPS).state())
     fresh = pretraining(small_config(LOSS__OBJECTIVE=objective, SEED=4)).state()
     assert len(unequal(fresh["student"], states[0]["student"])) > 20
-    for part in ("student", "teacher", "optimizer", "centres"):
+    for part in ("student", "teacher", "optimizer", "carried"):
         assert unequal(states[1][part], states[2][part]) == []
         # On the CPU the option costs nothing and changes nothing.
         assert unequal(states[0][part], states[1][part]) == []
@@ -99,7 +99,7 @@ def test_the_command_takes_the_option_and_says_so(trained, pretrain, tmp_path):
     states = [
         torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (trained, tmp_path)
     ]
-    for part in ("student", "teacher", "optimizer", "centres"):
+    for part in ("student", "teacher", "optimizer", "carried"):
         assert unequal(states[0][part], states[1][part]) == []
 
 

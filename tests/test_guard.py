@@ -41,7 +41,7 @@ def everything(run: Pretraining) -> dict[str, Tensor]:
     parts = {
         "student": run.student.state_dict(),
         "teacher": run.teacher.state_dict(),
-        "centres": run.centres.state_dict(),
+        "carried": run.carried.state_dict(),
         **{f"moments {i}": s for i, s in run.optimizer.state_dict()["state"].items()},
     }
     return {f"{part} {k}": v.clone() for part, values in parts.items() for k, v in values.items()}
@@ -190,7 +190,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state_and_a_dump(tmp_
         run.train_step(iter([batch(step)]))
     assert state["step"] == 6
     wanted = run.state()
-    for part in ("student", "teacher", "centres"):
+    for part in ("student", "teacher", "carried"):
         assert_same(state[part], wanted[part])
 
     steps = json.loads((tmp_path / "bad_steps.json").read_text())["steps"]

@@ -78,6 +78,10 @@ TERMS: dict[str, tuple[Ours, Plain]] = {
         lambda s, t, c: inter.diverse_density(t, DIVERSE_K),
         lambda case: plain.diverse_term(case.teacher, case.pool_parameters, DIVERSE_K),
     ),
+    "L_T residual": (
+        lambda s, t, c: inter.diverse_density(t, DIVERSE_K, residual=True),
+        lambda case: plain.diverse_term(case.teacher, case.pool_parameters, DIVERSE_K, True),
+    ),
     "L_T contrast": (
         lambda s, t, c: inter.contrast(t),
         lambda case: plain.contrast_term(case.teacher, case.pool_parameters),
@@ -124,6 +128,7 @@ GOALS = {
     "cmd 1 mix": goal_of("cmd", lambda1=1.0, region_weight="mix"),
     "cmd 0": goal_of("cmd", lambda1=0.0),
     "cmd both": goal_of("cmd", lambda1=0.1, ls_grad="both"),
+    "cmd residual": goal_of("cmd", lt="residual"),
     "cmd contrast": goal_of("cmd", lambda1=0.7, lt="contrast"),
     "cmd cross": goal_of("cmd", lt="cross"),
     "cmd same": goal_of("cmd", lt="same"),
@@ -350,7 +355,7 @@ def test_gradcheck_of_l_s_through_both_sides():
     assert torch.autograd.gradcheck(loss, (*inputs, *case.pool_parameters.values()))
 
 
-@pytest.mark.parametrize("term", ["L_T diverse", "L_T cross", "L_T same"])
+@pytest.mark.parametrize("term", ["L_T diverse", "L_T residual", "L_T cross", "L_T same"])
 def test_gradcheck_of_l_t(term):
     case = make("no local crops", 2)
     teacher = as_views(case.teacher, case.layout)
@@ -392,6 +397,7 @@ REACHES = {
     "L_S image": {"student.images", "student.W_I"},
     "L_S both": {"student.images", "student.W_I", "student.patches", "student.W_R", "pool"},
     "L_T diverse": {"pool"},
+    "L_T residual": {"pool"},
     "L_T contrast": {"pool"},
     "L_T cross": {"pool"},
     "L_T same": {"pool"},
@@ -431,6 +437,7 @@ MODULES_REACHED = {
     "L_S image": {"backbone", "head"},
     "L_S both": {"backbone", "head", "head_dense", "pool"},
     "L_T diverse": {"pool"},
+    "L_T residual": {"pool"},
     "L_T contrast": {"pool"},
     "L_T cross": {"pool"},
     "L_T same": {"pool"},
@@ -509,7 +516,7 @@ def esvit() -> tuple[Pretraining, list[dict[str, Tensor]]]:
     return trained(LOSS__OBJECTIVE="esvit")
 
 
-@pytest.mark.parametrize("lt", ["diverse", "contrast", "cross", "same", "none"])
+@pytest.mark.parametrize("lt", ["diverse", "residual", "contrast", "cross", "same", "none"])
 def test_without_l_s_the_teacher_term_changes_nothing_but_the_attention(lt, esvit):
     """Bit for bit, over four steps with drop path: only the pooling learns something else."""
     reference, reference_figures = esvit
@@ -518,7 +525,7 @@ def test_without_l_s_the_teacher_term_changes_nothing_but_the_attention(lt, esvi
     assert differing(without_pooling(student), reference.student.state_dict()) == []
     assert differing(teacher, reference.teacher.state_dict()) == []
     for kind in ("image", "region"):
-        assert torch.equal(getattr(run.centres, kind), getattr(reference.centres, kind))
+        assert torch.equal(getattr(run.carried, kind), getattr(reference.carried, kind))
     for ours, theirs in zip(figures, reference_figures, strict=True):
         assert torch.equal(ours["L_I"], theirs["L_I"])
         assert torch.equal(ours["L_R"], theirs["L_R"])
@@ -567,7 +574,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_other(name):
     cfg = small_config(**SETTINGS[name])
     run = pretraining(cfg)
     student, teacher = run.forward(random_crops(cfg.TRAIN.BATCH_SIZE_PER_GPU, seed=5))
-    total, _, _ = run.objective(student, teacher, run.centres, 0.04)
+    total, _, _ = run.objective(student, teacher, run.carried, 0.04)
     total.backward()
     if run.student.pool is not None:
         pooling = [p.requires_grad for p in run.student.pool.parameters()]
@@ -596,13 +603,13 @@ def total_and_gradients(**options) -> tuple[Tensor, dict[str, Tensor], dict[str,
     run = pretraining(small_config(**options))
     torch.manual_seed(7)
     student, teacher = run.forward(random_crops(3, seed=7))
-    total, terms, _ = run.objective(student, teacher, run.centres, 0.04)
+    total, terms, _ = run.objective(student, teacher, run.carried, 0.04)
     total.backward()
     named = dict(run.student.named_parameters())
     return total, terms, {n: p.grad for n, p in named.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("lt", ["diverse", "contrast", "cross", "same"])
+@pytest.mark.parametrize("lt", ["diverse", "residual", "contrast", "cross", "same"])
 def test_lambda1_zero_is_esvit(lt):
     total, terms, found = total_and_gradients(CMD__LAMBDA1=0.0, CMD__LT=lt)
     wanted, wanted_terms, wanted_gradients = total_and_gradients(LOSS__OBJECTIVE="esvit")
@@ -705,7 +712,7 @@ def test_a_training_step_updates_the_centres_once_and_after_the_loss():
     assert_near(figures["loss"], torch.stack(losses).mean(), 1e-6, "loss")
     for kind in ("image", "region", "bag"):
         wanted = 0.1 * (means[0][kind] + means[1][kind]) / 2
-        assert_near(getattr(run.centres, kind), wanted, 1e-5, kind)
+        assert_near(getattr(run.carried, kind), wanted, 1e-5, kind)
 
 
 # --- Precision

@@ -251,7 +251,7 @@ def assert_close_runs(first: Path, second: Path) -> None:
     """Weights and centres equal within float32's rounding, which is far below their change."""
     states = [load(folder) for folder in (first, second)]
     fresh = build.networks(cfg_of(first))[0].state_dict()
-    for part in ("student", "teacher", "centres"):
+    for part in ("student", "teacher", "carried"):
         left, right = tensors(states[0][part]), tensors(states[1][part])
         assert left.keys() == right.keys()
         for name in left:

@@ -6,7 +6,8 @@ A run's folder holds
     checkpoint0040.pth        kept every CKPT.KEEP_EVERY epochs
     checkpoint.pth.refused    set aside by a resume that could not use it
 A file is a dict of tensors and plain data: format, step, epoch, student, teacher, optimizer,
-scaler, centres, config, model (what rebuilds the networks) and versions.
+scaler, carried (what the objective keeps from step to step), config, model (what rebuilds the
+networks) and versions.
 """
 
 import argparse
@@ -28,14 +29,15 @@ import torch
 from utils.errors import InputError
 from utils.files import replacing, sync_folder
 
-FORMAT = 2
+FORMAT = 3
 LAST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pth")
-# What a run needs to go on (engine/resume.py), and what format 2 added to it.
+# What a run needs to go on (engine/resume.py), and what format 2 added to it. Format 3 calls
+# "carried" what were "centres", since objectives came that have none.
 _OF_A_RUN = (
     *("config", "model", "student", "teacher", "step", "steps_per_epoch", "images_per_step"),
-    *("optimizer", "scaler", "centres"),
+    *("optimizer", "scaler"),
 )
 _OF_FORMAT_2 = ("processes", "guard", "window", "watch", "bad_images", "log_lines")
 _BLOCK = 1 << 20  # bytes that are read at a time
@@ -285,13 +287,18 @@ def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | N
 def _load_run(path: Path) -> dict:
     """A whole checkpoint of a training run; raises as `load_own` does."""
     state = load_own(path)
-    check_format(state, path, _OF_A_RUN if state["format"] == 1 else _OF_A_RUN + _OF_FORMAT_2)
+    needed = (*_OF_A_RUN, "carried" if state["format"] > 2 else "centres")
+    check_format(state, path, needed if state["format"] == 1 else needed + _OF_FORMAT_2)
     if type(state["step"]) is not int:
         raise NotIntact(path, "is not a checkpoint of this project")
-    return _upgraded(state) if state["format"] == 1 else state
+    if state["format"] == 1:
+        state = _of_format_2(state)
+    if "carried" not in state:
+        state["carried"] = state.pop("centres")
+    return state
 
 
-def _upgraded(state: dict) -> dict:
+def _of_format_2(state: dict) -> dict:
     """A run's state of format 1, with what it does not know at its start."""
     train = state["config"]["TRAIN"]
     per_process = train["BATCH_SIZE_PER_GPU"] * train["ACCUM_STEPS"]

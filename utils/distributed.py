@@ -135,20 +135,21 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _size() -> int:
+def size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean(tensor: Tensor) -> Tensor:
     """The mean of a tensor over all processes; no gradient."""
-    return total(tensor) / _size()
+    return total(tensor) / size()
 
 
 def gather(tensor: Tensor) -> Tensor:
     """Equally shaped tensors [B, ...] of all processes, concatenated by rank; no gradient."""
-    if _size() == 1:
+    if size() == 1:
         return tensor.detach()
-    parts = [torch.empty_like(tensor) for _ in range(_size())]
+    parts = [torch.empty_like(tensor) for _ in range(size())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
 
@@ -159,7 +160,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
     On the CPU, on every process; no gradient.
     """
     mine = tensor.detach()
-    if _size() == 1:
+    if size() == 1:
         return mine.cpu()
     if dist.get_backend() == "nccl":
         mine = mine.cuda()
@@ -173,9 +174,9 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 def gather_objects(value: object) -> list:
     """Each process's value (plain data, small), by rank, on every process."""
-    if _size() == 1:
+    if size() == 1:
         return [value]
-    values: list = [None] * _size()
+    values: list = [None] * size()
     dist.all_gather_object(values, value)
     return values
 
@@ -183,14 +184,14 @@ def gather_objects(value: object) -> list:
 def total(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes; no gradient."""
     result = tensor.detach().clone()
-    if _size() > 1:
+    if size() > 1:
         dist.all_reduce(result)
     return result
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Give all processes rank 0's values, in place."""
-    if _size() > 1:
+    if size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
@@ -261,4 +262,4 @@ class Ballot:
 
 def position() -> int:
     """This process's rank, which is where its rows stand in what `gather` returns."""
-    return dist.get_rank() if _size() > 1 else 0
+    return dist.get_rank() if size() > 1 else 0

@@ -35,7 +35,7 @@ PRETRAIN = Face(
         "--norm_last_layer": ("HEAD.NORM_LAST_LAYER", "freeze the prototypes' magnitude", {}),
         "--use_bn_in_head": ("HEAD.USE_BN", "BatchNorm in the heads", {}),
         "--momentum_teacher": ("TRAIN.MOMENTUM_TEACHER", "EMA momentum at the start", {}),
-        "--objective": ("LOSS.OBJECTIVE", "dino, esvit, cmd or released", {}),
+        "--objective": ("LOSS.OBJECTIVE", "dino, esvit, cmd, released, moco_v2 or lcr", {}),
         "--warmup_teacher_temp": ("LOSS.WARMUP_TEACHER_TEMP", "teacher temperature at epoch 0", {}),
         "--teacher_temp": ("LOSS.TEACHER_TEMP", "teacher temperature after its warm-up", {}),
         "--warmup_teacher_temp_epochs": ("LOSS.WARMUP_TEACHER_TEMP_EPOCHS", "epochs", {}),

@@ -21,8 +21,8 @@ _.MODEL.IMG_SIZE = 224  # pixels that windows and position embeddings are laid o
 _.MODEL.DROP_PATH = 0.1  # the student's stochastic depth at its last block; the teacher has none
 _.MODEL.NUM_CLASSES = 0  # always 0: backbones have no classifier (EsViT's commands set it)
 
-_.HEAD = Node()  # both DINO heads, and the pooling
-_.HEAD.OUT_DIM = 65536  # K, prototypes
+_.HEAD = Node()  # both DINO heads, and the pooling; the projection of moco_v2 and lcr
+_.HEAD.OUT_DIM = 65536  # K, prototypes (a projection has none)
 _.HEAD.HIDDEN_DIM = 2048  # width of the MLP
 _.HEAD.BOTTLENECK_DIM = 256  # d, width of the embeddings
 _.HEAD.LAYERS = 3  # linears in the MLP
@@ -31,7 +31,7 @@ _.HEAD.NORM_LAST_LAYER = True  # freeze the prototypes' magnitude at 1
 _.HEAD.POOL_HIDDEN = 128  # hidden units of the MIL attention
 
 _.LOSS = Node()  # objective and temperatures
-_.LOSS.OBJECTIVE = "cmd"  # dino | esvit | cmd | released (losses/objective.py)
+_.LOSS.OBJECTIVE = "cmd"  # dino | esvit | cmd | released | moco_v2 | lcr (losses/objective.py)
 _.LOSS.STUDENT_TEMP = 0.1  # temperature of all student distributions
 _.LOSS.WARMUP_TEACHER_TEMP = 0.04  # the teacher's temperature at the first epoch
 _.LOSS.TEACHER_TEMP = 0.04  # and after the warm-up
@@ -42,9 +42,20 @@ _.CMD = Node()  # the inter-level terms; read by the objectives cmd and released
 _.CMD.LAMBDA1 = 0.3  # weight of L_S + L_T
 _.CMD.LS = True  # whether L_S is on
 _.CMD.LS_GRAD = "image"  # where L_S's gradient goes: image | both (image and bag)
-_.CMD.LT = "diverse"  # form of L_T: diverse | contrast | cross | same | none
-_.CMD.DIVERSE_K = 6  # bags in which a patch must recur, for LT diverse
+_.CMD.LT = "diverse"  # form of L_T: diverse | residual | contrast | cross | same | none
+_.CMD.DIVERSE_K = 6  # bags in which a patch must recur, for LT diverse and residual
 _.CMD.REGION_WEIGHT = "uniform"  # weights of patches in L_R: uniform | mix (half attention)
+
+_.MOCO = Node()  # contrast with a queue of keys; read by the objectives moco_v2 and lcr
+_.MOCO.QUEUE = 65536  # keys of other images that a query is compared with
+_.MOCO.TEMPERATURE = 0.2  # of the similarities
+_.MOCO.BN_IMAGES = 32  # images of a process that share BatchNorm's statistics; keys are shuffled
+# among such groups
+
+_.LCR = Node()  # the branch that is fitted to GradCAM; read by the objective lcr
+_.LCR.CHANNELS = 32  # of its convolution
+_.LCR.WEIGHT = 0.01  # of L_F, a sum over the images of a micro-batch on all processes
+_.LCR.TEMPERATURE = 0.4  # of both maps' softmax
 
 _.DATA = Node()  # the images
 _.DATA.DATASET = "folder"  # a name in datasets/fine_grained.py
@@ -82,7 +93,8 @@ _.TRAIN.MIN_LR = 1e-6  # at the end of the cosine
 _.TRAIN.WARMUP_EPOCHS = 10  # linear, from 0
 _.TRAIN.WEIGHT_DECAY = 0.04  # at the start; not on biases and 1-D parameters
 _.TRAIN.WEIGHT_DECAY_END = 0.4  # at the end of its cosine
-_.TRAIN.MOMENTUM_TEACHER = 0.996  # of the EMA at the start; rises to 1 on a cosine
+_.TRAIN.MOMENTUM_TEACHER = 0.996  # of the EMA at the start
+_.TRAIN.MOMENTUM_TEACHER_END = 1.0  # at the end of its cosine
 _.TRAIN.CLIP_GRAD = 3.0  # largest norm of each parameter's gradient on its own; 0: no clipping
 _.TRAIN.FREEZE_LAST_LAYER = 1  # epochs in which the prototypes do not move
 _.TRAIN.PRECISION = "auto"  # auto (bf16 on a GPU that has it, fp16 on another, fp32 on CPU) |
@@ -111,7 +123,7 @@ _.EVAL = Node()  # all evaluations, and the k-NN test during pretraining
 _.EVAL.SIZE = 0  # pixels of the centre crop; 0: those of the checkpoint's global crops, else 224
 _.EVAL.RESIZE = 0  # pixels of the shorter side before that crop; 0: 256/224 of EVAL.SIZE
 _.EVAL.POOLING = "default"  # an image's feature: default (the backbone's) | mean (of its patch
-# features) | mil (their mean weighted by the MIL attention)
+# features) | mil (their mean weighted by the MIL attention) | lcr (by LCR's predicted map)
 _.EVAL.BATCH_SIZE_PER_GPU = 128  # images for each process and forward; the linear probe's batch
 _.EVAL.PRECISION = "fp32"  # of the frozen backbone: fp32 | bf16 | fp16 | auto (as in TRAIN)
 _.EVAL.DUMP_FEATURES = ""  # folder to keep features in; those that fit are used again
@@ -176,20 +188,23 @@ RESUME_MAY_DIFFER = (
     "LINEAR",
 )
 
+# Objectives that contrast a pair of crops; the others distil.
+CONTRASTIVE = ("moco_v2", "lcr")
+
 # The values of options that are names.
 CHOICES = {
     "DEVICE": ("auto", "cpu", "cuda"),
     "RESUME": ("auto", "force"),
-    "LOSS.OBJECTIVE": ("dino", "esvit", "cmd", "released"),
+    "LOSS.OBJECTIVE": ("dino", "esvit", "cmd", "released", *CONTRASTIVE),
     "CMD.LS_GRAD": ("image", "both"),
-    "CMD.LT": ("diverse", "contrast", "cross", "same", "none"),
+    "CMD.LT": ("diverse", "residual", "contrast", "cross", "same", "none"),
     "CMD.REGION_WEIGHT": ("uniform", "mix"),
     "DATA.CACHE": ("none", "ram", "device"),
     "DATA.CROPS": ("auto", "workers", "device"),
     "CKPT.ON_ERROR": ("stop", "go_on"),
     "TRAIN.OPTIMIZER": ("adamw", "sgd"),
     "TRAIN.PRECISION": ("auto", "fp32", "bf16", "fp16"),
-    "EVAL.POOLING": ("default", "mean", "mil"),
+    "EVAL.POOLING": ("default", "mean", "mil", "lcr"),
     "EVAL.PRECISION": ("auto", "fp32", "bf16", "fp16"),
     "RETRIEVAL.SPLIT": ("standard", "ratio"),
     "LINEAR.CLASSIFIER": ("sgd", "logistic"),
@@ -222,6 +237,12 @@ RANGES = {
     "LOSS.CENTER_MOMENTUM": (0, 1),
     "CMD.LAMBDA1": (0, None),
     "CMD.DIVERSE_K": (1, None),
+    "MOCO.QUEUE": (1, 2**24),
+    "MOCO.TEMPERATURE": (1e-4, None),
+    "MOCO.BN_IMAGES": (2, None),
+    "LCR.CHANNELS": (1, 2**16),
+    "LCR.WEIGHT": (0, None),
+    "LCR.TEMPERATURE": (1e-4, None),
     "DATA.WORKERS": (0, None),
     "DATA.MAX_BAD": (0, 1),
     "DATA.CACHE_SIZE": (0, None),
@@ -240,6 +261,7 @@ RANGES = {
     "TRAIN.WEIGHT_DECAY": (0, None),
     "TRAIN.WEIGHT_DECAY_END": (0, None),
     "TRAIN.MOMENTUM_TEACHER": (0, 1),
+    "TRAIN.MOMENTUM_TEACHER_END": (0, 1),
     "TRAIN.CLIP_GRAD": (0, None),
     "TRAIN.FREEZE_LAST_LAYER": (0, None),
     "TRAIN.MAX_BAD_STEPS": (1, None),

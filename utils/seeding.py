@@ -4,7 +4,7 @@ import numpy as np
 
 # First step of every path: what the seed is for.
 ORDER, AUGMENTATION, INITIALISATION, UNTRAINED_POOLING, STEPS = range(5)
-PROBE, LABELS, HELD_OUT, SUBSTITUTES = range(5, 9)
+PROBE, LABELS, HELD_OUT, SUBSTITUTES, QUEUE, SHUFFLING = range(5, 11)
 
 
 def derive_seed(seed: int, *path: int) -> int:

@@ -20,18 +20,20 @@ class Views:
     image_features [V*B, D]; image_embeddings [V*B, d]; image_prototypes [K, d].
     patch_features: [V_g*B, N_g, D]; patch_embeddings: [V_g*B, N_g, d]; region_prototypes [K, d].
     log_attention: [V_g*B, N_g]; bag_embeddings [V*B, d].
+    predicted_map: [V*B, N], LCR's, of crops of one size.
     What the network was not built for is None or empty.
     """
 
     batch: int
     image_embeddings: Tensor
-    image_prototypes: Tensor
+    image_prototypes: Tensor | None = None
     image_features: Tensor | None = None
     patch_features: list[Tensor] = field(default_factory=list)
     patch_embeddings: list[Tensor] = field(default_factory=list)
     region_prototypes: Tensor | None = None
     log_attention: list[Tensor] = field(default_factory=list)
     bag_embeddings: Tensor | None = None
+    predicted_map: Tensor | None = None
 
     @property
     def count(self) -> int:

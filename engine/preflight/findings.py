@@ -146,7 +146,7 @@ def _memory(found: dict) -> list[str]:
     lines = [
         f"memory: a step of {found['micro_batch']} images in {found['precision']} on "
         f"{found['device']} takes about {in_words(found['peak'])} at its peak{compiled}",
-        f"  {', '.join(parts)}, centres {in_words(found['centres'])}",
+        f"  {', '.join(parts)}, the objective's state {in_words(found['carried'])}",
         f"  saved activations {in_words(own)} ({kept} TRAIN.CHECKPOINTING; {told})",
         f"  loss, teacher's views and what else is there at the peak "
         f"{in_words(found['rest_at_peak'])}; gradients {in_words(found['gradients'])}, which "

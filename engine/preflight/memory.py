@@ -12,11 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from datasets.multicrop import GLOBAL_CROPS
 from engine import build
 from engine.acceleration import checkpoint_blocks
 from models import swin
-from models.network import Network
+from models.network import Network, student_only
 from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
@@ -38,7 +37,7 @@ class StepMemory:
     student: int
     teacher: int
     optimizer: int
-    centres: int
+    carried: int
     crops: int
     activations: int
     recomputed: int | None
@@ -48,7 +47,7 @@ class StepMemory:
     def at_peak(self, checkpointing: bool) -> int:
         """Bytes at the peak that no other field names: the loss, the teacher's views, scratch."""
         kept = self.recomputed if checkpointing else self.activations
-        held = self.student + self.teacher + self.optimizer + self.centres + self.crops
+        held = self.student + self.teacher + self.optimizer + self.carried + self.crops
         return max(0, self.peak - held - (kept or 0))
 
 
@@ -80,9 +79,8 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
             "student": _bytes(student.state_dict()),
             "teacher": _bytes(teacher.state_dict()),
             "optimizer": _bytes(step.optimizer.state_dict()),
-            "centres": _bytes(step.centres.state_dict()),
+            "carried": _bytes(step.carried.state_dict()),
         }
-        pooling = {k: v for k, v in student.state_dict().items() if k.startswith("pool.")}
         return StepMemory(
             **sizes,
             peak=peak,
@@ -90,7 +88,7 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
             activations=plain,
             recomputed=recomputed,
             gradients=_bytes(step.trained),
-            checkpoint=sum(sizes.values()) + _bytes(pooling),
+            checkpoint=sum(sizes.values()) + _bytes(student_only(student.state_dict())),
         )
 
 
@@ -106,9 +104,9 @@ class _Step:
             _without_data(network, world.device)
         self.precision = build.precision(cfg, world.device)
         self.objective = build.objective(cfg)
-        centres = self.objective.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM)
-        self.centres = centres.to(world.device)
-        if world.size > 1 and cfg.CMD.LT in ("diverse", "contrast"):
+        self.carried = build.carried(cfg, self.objective).to(world.device)
+        gathers = cfg.CMD.LT in ("diverse", "residual", "contrast")
+        if world.size > 1 and self.objective.needs_pooling and gathers:
             # These terms gather from the other processes, who take no step here; what they hold
             # lasts for themselves alone.
             self.objective = replace(self.objective, lt="none")
@@ -129,7 +127,7 @@ class _Step:
         """Bytes that the student's forward leaves, but for the pooling of the teacher's views."""
         before = self.live.now
         with build.autocast(self.precision, self.device):
-            views = self.student(self.crops)
+            views = self.student(self.crops[self.objective.student_crops])
         kept = self.live.now - before
         del views
         return kept
@@ -142,14 +140,15 @@ class _Step:
         live.peak = live.now
         with build.autocast(self.precision, self.device):
             with torch.no_grad():
-                teacher = self.teacher(self.crops[:GLOBAL_CROPS])
+                teacher = self.teacher(self.crops[self.objective.teacher_crops])
             before = live.now
+            seen = self.crops[self.objective.student_crops]
             if self.student.pool is None:
-                student = self.student(self.crops)
+                student = self.student(seen)
             else:
-                student, teacher = self.student(self.crops, teacher)
+                student, teacher = self.student(seen, teacher)
             kept = live.now - before
-            total, *_ = self.objective(student, teacher, self.centres, self.cfg.LOSS.TEACHER_TEMP)
+            total, *_ = self.objective(student, teacher, self.carried, self.cfg.LOSS.TEACHER_TEMP)
         del student, teacher, _
         total.backward()
         return live.peak, kept
