@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-from datasets import synthetic
 from datasets.benchmarks import labelled_folder
 from datasets.folder import ImageFolder
-from engine import build, report
+from engine import attention, build, pointing, report
 from models.mil import GatedAttentionPool
-from models.network import HeadSpec
+from models.network import HeadSpec, Network
 from models.pretrained import count_parameters
 from utils import checkpoint, config, distributed
 from utils.cli import Parser
@@ -106,27 +105,32 @@ def main() -> None:
             "chance, top-1": 100 / classes,
         }
 
-    # Where the attention points, if the run has attention.
-    if teacher.pool is not None and where.queries:
+    # Where the attention points, if the run trained one.
+    trained_maps = [kind for kind in attention.kinds(teacher) if kind in report.UNTRAINED]
+    if trained_maps and where.queries:
+        (kind,) = trained_maps
+        name = attention.NAMES[kind]
         paths = ImageFolder(where.queries).paths
-        boxes, box_size = part_boxes(where.queries, paths)
-        pictures.append(("MIL attention of the teacher", arguments.output_dir / "attention.png"))
+        boxes, box_size = pointing.part_boxes([where.queries / path for path in paths])
+        pictures.append((f"{name} of the teacher", arguments.output_dir / "attention.png"))
         if boxes:
+            untrained = untrained_network(cfg, state, path, kind).to(device).eval()
             figures, maps = report.pointing_figures(
-                teacher, untrained_pooling(cfg, state).to(device), boxes, box_size, where
+                teacher, untrained, kind, boxes, box_size, where
             )
             results["pointing"] = figures
-            tables["Pointing of the MIL attention at the part, percent of images"] = {
+            zero, zero_in_words = report.UNTRAINED[kind]
+            tables[f"Pointing of the {name} at the part, percent of images"] = {
                 "accuracy: the strongest patch touches the part's box": figures["accuracy"],
                 "zero: a random patch": figures["chance"],
                 "zero: the best fixed patch": figures["best_fixed_cell"],
-                "zero: untrained pooling on the trained network": figures["untrained_pooling"],
+                f"zero: {zero_in_words}": figures[zero],
                 "attention mass on patches that touch the box": figures["attention_mass_on_part"],
             }
         else:
-            (maps,) = report.attention_maps(teacher, [teacher.pool], where)
+            maps = report.attention_maps(teacher, kind, where)
         report.plot_attention(
-            maps, teacher.backbone, size, where.queries, paths, boxes, pictures[1][1]
+            maps, name, teacher.backbone, size, where.queries, paths, boxes, pictures[1][1]
         )
 
     # Printed and written.
@@ -139,27 +143,17 @@ def main() -> None:
     print(f"written: {arguments.output_dir / 'results.json'}, report.html and PNGs beside it")
 
 
-def untrained_pooling(cfg: config.Node, state: dict) -> GatedAttentionPool:
-    """A fresh pooling of the run's shape."""
+def untrained_network(cfg: config.Node, state: dict, path: Path, kind: str) -> Network:
+    """The run's teacher with a fresh pooling, or LCR's branch as the run began with it."""
+    network = build.stored_network(state, "teacher", path)
+    if kind == "lcr":
+        network.rationale = build.networks(cfg)[0].rationale
+        return network
     heads = HeadSpec(**state["model"]["heads"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(build.untrained_pooling_seed(cfg))
-        return GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden)
-
-
-def part_boxes(queries: Path, paths: list[str]) -> tuple[list, int]:
-    """Boxes of the query images and the pixels they refer to; ([], 0) where none are known."""
-    folder = queries.parent
-    if not (folder / synthetic.PARTS_FILE).is_file():
-        return [], 0
-    known = synthetic.read_parts(folder)
-    names = [f"{queries.name}/{path}" for path in paths]
-    if not all(name in known for name in names):
-        raise InputError(
-            f"{folder / synthetic.PARTS_FILE} does not list every image of {queries}: "
-            f"write the set again."
-        )
-    return [known[name] for name in names], synthetic.read_size(folder)
+        network.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden)
+    return network
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Does the MIL attention point at the part that decides the class? A measure with its zeros.
+"""Does a map point at the part that decides the class? A measure with its zeros.
 
 Pointing accuracy: the share of images whose most attended patch touches the part's box.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from datasets import synthetic
+from utils.errors import InputError
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels; x1, y1 exclusive
 
@@ -48,3 +52,25 @@ def best_fixed_cell(touching: Tensor) -> float:
 def mass_on_part(attention: Tensor, touching: Tensor) -> float:
     """Percent of the attention (rows of [n, N] that sum to 1) on cells that touch the box."""
     return 100 * (attention.double() * touching).sum(1).mean().item()
+
+
+def part_boxes(paths: Sequence[Path]) -> tuple[list[Box], int]:
+    """Boxes of image files in a folder made by datasets.synthetic, and the pixels of its images.
+
+    ([], 0) where the files lie in no such folder. Raises InputError where it does not list all.
+    """
+    folders = paths[0].resolve().parents[:3]  # class, split, set
+    root = next((folder for folder in folders if (folder / synthetic.PARTS_FILE).is_file()), None)
+    if root is None:
+        return [], 0
+    known, boxes = synthetic.read_parts(root), []
+    for path in paths:
+        path = path.resolve()
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
+        if name not in known:
+            raise InputError(
+                f"{root / synthetic.PARTS_FILE} does not list {path}: write the set again, or show "
+                f"its images alone."
+            )
+        boxes.append(known[name])
+    return boxes, synthetic.read_size(root)

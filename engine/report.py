@@ -1,9 +1,8 @@
 """What a run came to: figures beside their zeros, and pictures that a person can look at."""
 
-import base64
-import html
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -13,20 +12,34 @@ from torchvision.transforms.functional import center_crop
 
 from datasets.folder import ImageFolder, load_image
 from datasets.multicrop import eval_transform
-from engine import pointing
+from engine import overlays, page, pointing
+from engine.attention import attention_map
 from engine.features import extract, gallery_and_queries
 from engine.knn import knn_accuracy
 from models.backbone import Backbone
-from models.mil import GatedAttentionPool
 from models.network import Network
 from utils.distributed import World
 from utils.errors import InputError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
 
 IMAGES_SHOWN = 24
+# The panels of the curves, at most six of which a run logs.
+CURVES = (
+    ("loss", ("loss", "L_I", "L_R", "L_S", "L_T", "T", "S", "L_C", "L_F")),
+    ("teacher, nats", ("teacher_entropy", "teacher_kl_uniform", "teacher_information")),
+    ("queries nearest to their own key, percent", ("contrast_accuracy",)),
+    ("effective rank of the features", ("feature_rank",)),
+    ("gradient norm", ("grad_norm",)),
+    ("attention entropy (1: uniform)", ("attention_entropy",)),
+    ("learning rate", ("lr",)),
+)
+# The maps that training made, and what a report calls their zero: in JSON, in words.
+UNTRAINED = {
+    "mil": ("untrained_pooling", "untrained pooling on the trained network"),
+    "lcr": ("untrained_branch", "untrained branch on the trained network"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,45 +73,35 @@ def image_knn(backbone: Backbone, where: Evaluation) -> dict[str, float]:
     return {"top1": top1, "top5": top5}
 
 
-def attention_maps(
-    network: Network, pools: list[GatedAttentionPool], where: Evaluation
-) -> list[Tensor]:
-    """MIL attention [n, N] of each pooling over the query images, in their order, in one pass."""
-
-    def attention(images: Tensor) -> Tensor:
-        embeddings = network.head_dense(network.backbone(images)[1])
-        return torch.stack([pool(embeddings).exp() for pool in pools], dim=1)
-
-    maps = extract(
-        attention,
-        ImageFolder(where.queries, eval_transform(where.size, where.size)),
-        where.world,
-        where.batch,
-        where.workers,
-    ).values
-    return list(maps.unbind(1))
+def attention_maps(network: Network, kind: str, where: Evaluation) -> Tensor:
+    """The map `kind` [n, N] of every query image, in their order; see engine/attention.py."""
+    images = ImageFolder(where.queries, eval_transform(where.size, where.size))
+    look = partial(attention_map, network, kind=kind)
+    return extract(look, images, where.world, where.batch, where.workers).values
 
 
 def pointing_figures(
     network: Network,
-    untrained_pool: GatedAttentionPool,
+    untrained: Network,
+    kind: str,
     boxes: list[pointing.Box],
     box_size: int,
     where: Evaluation,
 ) -> tuple[dict[str, float], Tensor]:
-    """Pointing accuracy beside its three zeros, percent; and the attention maps [n, N].
+    """Pointing accuracy beside its three zeros, percent; and the maps `kind` [n, N].
 
+    untrained: the same network but for what makes the map, which is as a run begins.
     boxes: one a query image, in pixels of images of box_size x box_size.
     """
     grid = network.backbone.patch_grid(where.size, where.size)
     cell = network.backbone.stride * box_size / where.size
     touching = pointing.cells_touching(boxes, grid, cell)
-    maps, untrained = attention_maps(network, [network.pool, untrained_pool], where)
+    maps, zero = (attention_maps(one, kind, where) for one in (network, untrained))
     return {
         "accuracy": pointing.pointing(maps, touching),
         "chance": pointing.chance(touching),
         "best_fixed_cell": pointing.best_fixed_cell(touching),
-        "untrained_pooling": pointing.pointing(untrained, touching),
+        UNTRAINED[kind][0]: pointing.pointing(zero, touching),
         "attention_mass_on_part": pointing.mass_on_part(maps, touching),
     }, maps
 
@@ -117,15 +120,8 @@ def read_log(path: Path) -> list[dict]:
 def plot_curves(lines: list[dict], path: Path) -> None:
     """Loss terms, the teacher's health and the schedules over the epochs, as PNG."""
     steps = [line for line in lines if "loss" in line]
-    panels = [
-        ("loss", [n for n in ("loss", "L_I", "L_R", "L_S", "L_T", "T", "S") if n in steps[0]]),
-        ("teacher, nats", ["teacher_entropy", "teacher_kl_uniform", "teacher_information"]),
-        ("effective rank of the features", ["feature_rank"]),
-        ("gradient norm", ["grad_norm"]),
-    ]
-    if "attention_entropy" in steps[0]:
-        panels.append(("attention entropy (1: uniform)", ["attention_entropy"]))
-    panels.append(("learning rate", ["lr"]))
+    logged = [(title, [name for name in names if name in steps[0]]) for title, names in CURVES]
+    panels = [(title, names) for title, names in logged if names]
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     epochs = [line["epoch"] for line in steps]
     for axis in axes.flat[len(panels) :]:
@@ -145,6 +141,7 @@ def plot_curves(lines: list[dict], path: Path) -> None:
 
 def plot_attention(
     maps: Tensor,
+    name: str,
     backbone: Backbone,
     size: int,
     folder: Path,
@@ -152,9 +149,9 @@ def plot_attention(
     boxes: list[pointing.Box] | None,
     path: Path,
 ) -> None:
-    """Query images, each beside its attention map, with the part's box where known, as PNG.
+    """Query images, each beside its map, with the part's box where known, as PNG.
 
-    maps [n, N]: of images shown to the backbone at size x size pixels.
+    maps [n, N]: of images shown to the backbone at size x size pixels. name: what they are.
     """
     grid = backbone.patch_grid(size, size)
     shown = torch.linspace(0, len(paths) - 1, min(IMAGES_SHOWN, len(paths))).long().tolist()
@@ -165,6 +162,7 @@ def plot_attention(
     )
     for axis in axes.flat:
         axis.axis("off")
+    most = maps[shown].max().item()
     for place, index in enumerate(shown):
         row, column = divmod(place, columns)
         image = load_image(folder / paths[index])
@@ -172,26 +170,12 @@ def plot_attention(
         picture, overlay = axes[row, 2 * column], axes[row, 2 * column + 1]
         picture.imshow(image)
         picture.set_title(Path(paths[index]).parent.name, fontsize=6)
-        overlay.imshow(image, alpha=0.45)
-        cell = backbone.stride * image.width / size
-        overlay.imshow(
-            maps[index].view(grid),
-            extent=(0, grid[1] * cell, grid[0] * cell, 0),
-            cmap="inferno",
-            alpha=0.6,
-            interpolation="nearest",
-            vmin=0,
-            vmax=maps[shown].max().item(),
-        )
-        overlay.set(xlim=(0, image.width), ylim=(image.height, 0))
+        overlays.draw_map(overlay, image, maps[index], grid, backbone.stride / size, most)
         if boxes:
-            x0, y0, x1, y1 = boxes[index]
-            overlay.add_patch(
-                Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1)
-            )
+            overlays.draw_box(overlay, boxes[index], "cyan")
     uniform = 100 / maps.shape[1]
     figure.suptitle(
-        f"MIL attention: dark 0 %, bright {100 * maps[shown].max().item():.1f} % on one patch, one "
+        f"{name}: dark 0 %, bright {100 * most:.1f} % on one patch, one "
         f"scale for all (uniform: {uniform:.1f} %)" + ("; box: the part" if boxes else ""),
         fontsize=9,
     )
@@ -201,32 +185,11 @@ def plot_attention(
 
 def write_html(results: dict, pictures: list[tuple[str, Path]], path: Path) -> None:
     """One self-contained page: the figures as tables, the pictures inside."""
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Report of a run</title>",
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:1300px;margin:2em auto;"
-        "padding:0 1em}table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #bbb;"
-        "padding:.3em .8em;text-align:left}td.n{text-align:right}img{max-width:100%}</style>",
-        f"<h1>{html.escape(results['title'])}</h1>",
-        "<table>"
-        + "".join(
-            f"<tr><td>{html.escape(label)}</td><td>{html.escape(str(value))}</td></tr>"
-            for label, value in results["facts"].items()
-        )
-        + "</table>",
-        f"<p>Command: <code>{html.escape(results['command'])}</code></p>",
-    ]
+    parts = [page.table(results["facts"].items()), page.command(results["command"])]
     if results["tables"]:
-        parts.append("<p>Each figure stands beside its zero: what no learning would give.</p>")
+        parts.append(page.paragraph("Each figure stands beside its zero: what no learning gives."))
     for name, table in results["tables"].items():
-        rows = "".join(
-            f"<tr><td>{html.escape(label)}</td><td class='n'>{value:.2f}</td></tr>"
-            for label, value in table.items()
-        )
-        parts.append(f"<h2>{html.escape(name)}</h2><table>{rows}</table>")
-    for caption, picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(
-            f"<h2>{html.escape(caption)}</h2>"
-            f"<img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'>"
-        )
-    path.write_text("\n".join(parts) + "\n</html>\n")
+        parts += [page.heading(name), page.table(table.items())]
+    for name, picture in pictures:
+        parts += [page.heading(name), page.picture(picture, name)]
+    page.write(path, results["title"], parts)

@@ -12,9 +12,13 @@ from PIL import Image
 
 import report
 from datasets import synthetic
+from datasets.folder import load_image
+from datasets.multicrop import eval_transform
 from datasets.synthetic_images import DIFFICULTIES
-from engine import pointing
+from engine import build, pointing
 from tests.processes import run_python
+from tests.runs import cfg_of
+from utils import checkpoint
 from utils.errors import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +135,34 @@ def test_boxes_reach_the_report(environment, tmp_path, pretrain):
     )
     assert figures["chance"] == pytest.approx(pointing.chance(touching))
     assert figures["best_fixed_cell"] == pytest.approx(pointing.best_fixed_cell(touching))
+
+
+def test_a_report_of_lcr_shows_the_branchs_map_and_its_pointing(environment, tmp_path, pretrain):
+    synthetic.write_folder(DIFFICULTIES["easy"], 0, tmp_path / "data", train=16, val=10)
+    data, folder = tmp_path / "data", tmp_path / "run"
+    swin = """MODEL.ARCH swin_tiny MODEL.EMBED_DIM 16 MODEL.DEPTHS [1,1] MODEL.NUM_HEADS [2,2]
+        MODEL.PATCH_SIZE 4 MODEL.WINDOW_SIZE 4 AUG.LOCAL_CROPS_NUMBER []
+        LOSS.OBJECTIVE lcr MOCO.QUEUE 32"""
+    pretrain(folder, f"{swin} DATA.PATH {data}/train TRAIN.EPOCHS 1 SEED 3")
+    arguments = ("--output_dir", folder, "--queries", data / "val", "--size", 64)
+    done = run_python("report.py", *arguments, environment=environment)
+    assert "Pointing of the LCR map at the part" in done.stdout
+    figures = json.loads((folder / "results.json").read_text())["pointing"]
+
+    state = checkpoint.load_own(folder / "checkpoint.pth")
+    teacher = build.stored_network(state, "teacher", folder).eval()
+    boxes = {k: v for k, v in synthetic.read_parts(data).items() if k.startswith("val/")}
+    touching = pointing.cells_touching(list(boxes.values()), (8, 8), 8)
+    look = eval_transform(64, 64)
+    images = torch.stack([look(load_image(data / path)) for path in boxes])
+    accuracies = []
+    for branch in (teacher.rationale, build.networks(cfg_of(folder))[0].eval().rationale):
+        with torch.no_grad():
+            predicted = branch(teacher.backbone(images)[1])
+        accuracies.append(pointing.pointing(predicted, touching))
+    assert [figures["accuracy"], figures["untrained_branch"]] == pytest.approx(accuracies)
+    assert figures["chance"] == pytest.approx(pointing.chance(touching))
+    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 2
 
 
 @pytest.mark.slow
