@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import compare
 from utils import cli, config, flags
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,8 @@ def commands(text: str, script: str = "main_cmd.py") -> list[list[str]]:
     return [line.split(script, 1)[1].split("  #")[0].split() for line in lines]
 
 
-EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "experiments/studies").glob("*.yaml"))
+EXPERIMENTS = sorted(set((ROOT / "experiments").rglob("*.yaml")) - set(STUDIES))
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "docs/speed.md",
@@ -84,6 +86,20 @@ def test_every_experiment_is_valid_and_names_itself(path):
     config.merge_file(cfg, path)
     config.check(cfg)
     assert path.relative_to(ROOT).as_posix() in path.read_text()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_study_opens_with_its_command(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    opening = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    found = commands(opening, "compare.py")
+    assert found, f"{path.name} shows no command"
+    for words in found:
+        monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+        arguments, study = compare.parse()
+        assert arguments.study == path.relative_to(ROOT)
+        needs_folder = any(data.images is None for data in study.data.values())
+        assert (arguments.data_path is not None) == needs_folder
 
 
 def test_the_experiments_hold_esvits_names():
