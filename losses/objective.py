@@ -54,7 +54,7 @@ class Objective:
     lambda1: float = 0.3
     ls: bool = True
     ls_grad: str = "image"
-    lt: str = "diverse"
+    lt: str = "residual"
     diverse_k: int = 6
     region_weight: str = "uniform"
     student_temp: float = 0.1

@@ -42,8 +42,8 @@ _.CMD = Node()  # the inter-level terms; read by the objectives cmd and released
 _.CMD.LAMBDA1 = 0.3  # weight of L_S + L_T
 _.CMD.LS = True  # whether L_S is on
 _.CMD.LS_GRAD = "image"  # where L_S's gradient goes: image | both (image and bag)
-_.CMD.LT = "diverse"  # form of L_T: diverse | residual | contrast | cross | same | none
-_.CMD.DIVERSE_K = 6  # bags in which a patch must recur, for LT diverse and residual
+_.CMD.LT = "residual"  # form of L_T: residual | diverse | contrast | cross | same | none
+_.CMD.DIVERSE_K = 6  # bags in which a patch must recur, for LT residual and diverse
 _.CMD.REGION_WEIGHT = "uniform"  # weights of patches in L_R: uniform | mix (half attention)
 
 _.MOCO = Node()  # contrast with a queue of keys; read by the objectives moco_v2 and lcr
@@ -197,7 +197,7 @@ CHOICES = {
     "RESUME": ("auto", "force"),
     "LOSS.OBJECTIVE": ("dino", "esvit", "cmd", "released", *CONTRASTIVE),
     "CMD.LS_GRAD": ("image", "both"),
-    "CMD.LT": ("diverse", "residual", "contrast", "cross", "same", "none"),
+    "CMD.LT": ("residual", "diverse", "contrast", "cross", "same", "none"),
     "CMD.REGION_WEIGHT": ("uniform", "mix"),
     "DATA.CACHE": ("none", "ram", "device"),
     "DATA.CROPS": ("auto", "workers", "device"),
