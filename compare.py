@@ -67,7 +67,7 @@ def parse() -> tuple[argparse.Namespace, Study]:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time [1]")
     parser.add_argument("--processes", type=int, default=1, help="of each run, by torchrun [1]")
     parser.add_argument("--table", action="store_true", help="write the tables; run nothing")
-    words, pairs = cli._split_pairs(sys.argv[1:], ["--table"])
+    words, pairs = cli.split_pairs(sys.argv[1:], ["--table"])
     arguments = parser.parse_args(words)
     for name in ("jobs", "processes"):
         if getattr(arguments, name) < 1:

@@ -178,7 +178,7 @@ def choose(wanted: Iterable[str], known: Iterable[str], what: str) -> list[str]:
 
 def _read(path: Path) -> object:
     try:
-        return config._read_yaml(path.read_text())
+        return config.read_yaml(path.read_text())
     except OSError as error:
         raise InputError(f"--study: {path} cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

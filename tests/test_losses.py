@@ -223,6 +223,24 @@ def test_diverse_density_points_at_what_recurs_in_some_images_and_not_in_all():
     assert (target[:, 0] > 0.999).all()
 
 
+def test_residuals_point_at_the_part_where_backgrounds_identify_the_image():
+    """Six patches of background in the image's hue, which the body and the part have too.
+
+    Images 0 and 2 have one hue, 1 and 3 another; 0 and 1 one part, 2 and 3 another; all one body.
+    """
+    axes = torch.eye(8, dtype=torch.float64)
+    bags = []
+    for _ in range(2):
+        for hue, part in ((0, 3), (1, 3), (0, 4), (1, 4)):
+            image = 0.8 * axes[hue]
+            bags.append(torch.stack([image] * 6 + [image + axes[2], image + axes[part]]))
+    teacher = Views(4, axes, axes, patch_embeddings=[torch.stack(bags)])
+    plain = inter.diverse_targets(teacher, k=2).exp()[:, -1]
+    residual = inter.diverse_targets(teacher, k=2, residual=True).exp()[:, -1]
+    assert (plain < 1 / 8).all()
+    assert (residual > 0.9).all()
+
+
 def chunks_of(monkeypatch, elements: int) -> None:
     """Let the cross-entropy's chunks have this many elements, however few rows that is."""
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", {"cpu": elements})

@@ -84,7 +84,7 @@ def parse(
     """
     parser = _parser(description, face)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments, pairs = _split_pairs(arguments, face.switches)
+    arguments, pairs = split_pairs(arguments, face.switches)
     known, rest = parser.parse_known_args(arguments)
     words = vars(known)
     if rest:
@@ -130,7 +130,7 @@ def parse(
     return CommandLine(cfg, notes, set(typed), extra, check="--check" in words)
 
 
-def _split_pairs(
+def split_pairs(
     arguments: list[str], switches: Collection[str]
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Take the KEY VALUE pairs out: argparse cannot, a flag with nargs='+' would swallow them.

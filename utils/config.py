@@ -141,7 +141,7 @@ class _Reader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str) -> object:
+def read_yaml(text: str) -> object:
     """The contents of YAML; yaml.YAMLError for whatever is wrong with it."""
     try:
         return yaml.load(text, _Reader)
@@ -156,7 +156,7 @@ def _scalar(text: str) -> object:
     if len(text) > LONGEST_VALUE:
         return text
     try:
-        value = _read_yaml(text)
+        value = read_yaml(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):
@@ -184,7 +184,7 @@ def merge_file(cfg: Node, path: str | Path) -> list[str]:
     if len(contents) > LARGEST_FILE:
         raise InputError(f"{path} is no file of options: it is larger than {LARGEST_FILE} bytes.")
     try:
-        tree = _read_yaml(contents.decode())
+        tree = read_yaml(contents.decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a YAML file: {reason}.") from None
