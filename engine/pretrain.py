@@ -20,7 +20,7 @@ from engine.window import Window
 from losses.contrastive import KeyQueue
 from losses.objective import Contrastive, Objective
 from losses.targets import Centres
-from models.grouped_norm import GroupedBatchNorm2d
+from models.grouped_norm import GroupedBatchNorm
 from models.network import Network, TeacherEMA, student_only
 from utils import checkpoint, config, distributed
 from utils.config import Node
@@ -101,7 +101,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         self.ema = TeacherEMA(self.student, self.teacher)
         self.guard = StepGuard([self.student, self.teacher], self.world.device)
-        self.shuffles = any(isinstance(m, GroupedBatchNorm2d) for m in self.teacher.modules())
+        self.shuffles = any(isinstance(m, GroupedBatchNorm) for m in self.teacher.modules())
 
     @classmethod
     def build(

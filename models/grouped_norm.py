@@ -4,30 +4,33 @@ import torch
 from torch import Tensor, nn
 
 
-class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """In training, consecutive groups of `images` have statistics of their own.
+class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """In training, consecutive groups of at most `images` have statistics of their own.
 
     As on so many GPUs without synchronisation, which MoCo's shuffling counts on; the running
-    statistics follow one group after the other. The last group may be smaller, but not one image.
+    statistics follow one group after the other. Groups are as equal as can be.
     """
 
     images: int = 32
 
+    def _check_input_dim(self, _: Tensor) -> None:
+        """Any [B, C, ...]."""
+
     def forward(self, batch: Tensor) -> Tensor:
         if not self.training or len(batch) <= self.images:
             return super().forward(batch)
-        groups = -(-len(batch) // self.images)
-        # chunk makes the groups as equal as can be
-        return torch.cat([super(GroupedBatchNorm2d, self).forward(g) for g in batch.chunk(groups)])
+        groups = batch.tensor_split(-(-len(batch) // self.images))
+        return torch.cat([super(GroupedBatchNorm, self).forward(group) for group in groups])
 
 
 def group_batch_norm(module: nn.Module, images: int) -> bool:
-    """Make every BatchNorm2d in `module` a grouped one, in place; whether there was any.
+    """Make every BatchNorm in `module` a grouped one, in place; whether there was any.
 
     Parameters, buffers and their names stay.
     """
-    found = [part for part in module.modules() if type(part) is nn.BatchNorm2d]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    found = [part for part in module.modules() if type(part) in kinds]
     for norm in found:
-        norm.__class__ = GroupedBatchNorm2d
+        norm.__class__ = GroupedBatchNorm
         norm.images = images
     return bool(found)
