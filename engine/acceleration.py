@@ -44,6 +44,12 @@ def compile_network(network: Network, backend: str = "inductor") -> None:
     # Here, for every run would pay seconds for it.
     from torch._dynamo import config
 
+    if network.rationale is not None:
+        # GradCAM goes through the head's graph before the backward pass does.
+        from torch._functorch import config as functorch
+
+        functorch.donated_buffer = False
+
     # A graph for each size of crop, of student and teacher.
     config.recompile_limit = max(64, config.recompile_limit)
     for part in (network.backbone, network.head, network.head_dense):

@@ -17,13 +17,12 @@ crops and state between steps they need.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from losses import inter
 from losses.contrastive import KeyQueue, info_nce
 from losses.intra import image_loss, region_loss
-from losses.rationale import fitting_loss, gradcam
+from losses.rationale import fitting_loss, gradcam_of
 from losses.released import released_terms
 from losses.targets import Centres
 from utils import distributed
@@ -54,6 +53,7 @@ class Objective:
     lambda1: float = 0.3
     ls: bool = True
     ls_grad: str = "image"
+    ls_bag: str = "plain"
     lt: str = "residual"
     diverse_k: int = 6
     region_weight: str = "uniform"
@@ -63,6 +63,7 @@ class Objective:
         named = {
             "LOSS.OBJECTIVE": self.name,
             "CMD.LS_GRAD": self.ls_grad,
+            "CMD.LS_BAG": self.ls_bag,
             "CMD.LT": self.lt,
             "CMD.REGION_WEIGHT": self.region_weight,
         }
@@ -86,7 +87,8 @@ class Objective:
 
     @property
     def needs_bag_centre(self) -> bool:
-        return self.needs_pooling and self.lt in ("cross", "same")
+        by_student = self.ls and self.ls_bag == "centred"
+        return self.needs_pooling and (self.lt in ("cross", "same") or by_student)
 
     def make_centres(self, prototypes: int, momentum: float = 0.9) -> Centres:
         """Zero centres of the kinds that this objective reads."""
@@ -115,7 +117,12 @@ class Objective:
             total = total + self.lambda1 * (terms["T"] + terms["S"])
         if self.name == "cmd" and self.ls:
             terms["L_S"] = inter.student_loss(
-                student, teacher.count, self.student_temp, train_bag=self.ls_grad == "both"
+                student,
+                teacher.count,
+                self.student_temp,
+                train_bag=self.ls_grad == "both",
+                bag_centre=centres.bag if self.ls_bag == "centred" else None,
+                bag_temp=teacher_temp if self.ls_bag == "centred" else None,
             )
             total = total + self.lambda1 * terms["L_S"]
         if self.name == "cmd" and self.lt != "none":
@@ -180,15 +187,9 @@ class Contrastive:
         )
         if self.name == "moco_v2":
             return terms["L_C"], _detached(terms), hits.float()
-        # GradCAM is divided by its maximum: the factor, the batch's size, only keeps the gradient
-        # of an image out of half precision's underflow.
-        (gradient,) = torch.autograd.grad(
-            student.batch * terms["L_C"], student.image_features, retain_graph=True
-        )
-        (patches,) = student.patch_features
         # DistributedDataParallel takes the mean over processes.
         terms["L_F"] = distributed.size() * fitting_loss(
-            student.predicted_map, gradcam(patches, gradient), self.fitting_temperature
+            student.predicted_map, gradcam_of(terms["L_C"], student), self.fitting_temperature
         )
         total = terms["L_C"] + self.fitting_weight * terms["L_F"]
         return total, _detached(terms), hits.float()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.views import in_full_precision
+from utils.views import Views, in_full_precision
 
 
 @in_full_precision
@@ -22,8 +22,22 @@ def gradcam(patch_features: Tensor, gradient: Tensor) -> Tensor:
     """
     features, gradient = patch_features.detach().float(), gradient.detach().float()
     cam = torch.einsum("bnd,bd->bn", features, gradient).relu()
-    highest = cam.amax(dim=1, keepdim=True)
-    return torch.where(highest > 0, cam / highest, 0.0)
+    # A smallest positive number, not a comparison, which would hide what is not finite.
+    return cam / cam.amax(dim=1, keepdim=True).clamp_min(1e-30)
+
+
+def gradcam_of(loss: Tensor, student: Views) -> Tensor:
+    """GradCAM [B, N] of a loss that is a mean over the images, of their only crop; no gradient.
+
+    The graph stays, for the backward pass. Wants an image feature that is the mean of its patches.
+    """
+    # A map is divided by its maximum: the factor B only keeps an image's gradient out of half
+    # precision's underflow.
+    (gradient,) = torch.autograd.grad(
+        student.batch * loss, student.image_features, retain_graph=True
+    )
+    (patches,) = student.patch_features
+    return gradcam(patches, gradient)
 
 
 @in_full_precision

@@ -78,7 +78,7 @@ class Network(nn.Module):
     ) -> Views | tuple[Views, Views]:
         """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.
 
-        One backbone forward per run of equally sized crops. LCR's branch wants one such run. With a
+        One backbone forward per run of equally sized crops; LCR's branch wants one such run. With a
         pooling, attention and
         bags are added; given the teacher's views too, the pooling is applied to them as well,
         its inputs detached and its parameters not, and both are returned. All parameters are

@@ -182,6 +182,20 @@ def test_shuffled_keys_are_those_of_another_grouping_in_the_crops_order():
     assert not torch.allclose(found, plain, atol=1e-3)
 
 
+def test_every_micro_batch_is_shuffled_anew():
+    cfg = small_config(**CONTRAST | SWIN)
+    seeds = {build.shuffling_seed(cfg, step, micro) for step in range(3) for micro in range(2)}
+    assert len(seeds) == 6
+
+
+def test_a_batch_of_one_group_is_warned_about(caplog):
+    options = CONTRAST | RESNET | {"TRAIN__BATCH_SIZE_PER_GPU": 4}
+    run_of(**options, MOCO__BN_IMAGES=2)
+    assert not caplog.records
+    run_of(**options, MOCO__BN_IMAGES=4)
+    assert "by which queries can know their keys" in caplog.text
+
+
 def test_no_batch_norm_no_shuffling():
     assert run_of(**CONTRAST | RESNET).shuffles
     assert run_of(**CONTRAST | SWIN, HEAD__USE_BN=True).shuffles  # in the projection
@@ -300,6 +314,11 @@ def test_a_run_from_the_command_line_resumes_bit_for_bit(pretrain, tmp_path):
 def test_an_unknown_contrast_is_refused():
     with pytest.raises(ValueError, match=r"LOSS\.OBJECTIVE"):
         Contrastive("cmd")
+
+
+def test_a_single_image_has_nothing_to_be_told_from():
+    with pytest.raises(InputError, match=r"TRAIN\.BATCH_SIZE_PER_GPU must be at least 2"):
+        small_config(**CONTRAST, TRAIN__BATCH_SIZE_PER_GPU=1)
 
 
 def test_local_crops_are_refused_with_the_recipe():

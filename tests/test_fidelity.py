@@ -96,7 +96,8 @@ def crops_of(seed: int) -> list[Tensor]:
 
 def test_diverse_density_compares_the_images_of_one_micro_batch():
     """The step's L_T is the mean of that of each micro-batch by itself, not the whole batch's."""
-    run = pretraining(small_config(TRAIN__ACCUM_STEPS=2, MODEL__DROP_PATH=0.0))
+    options = {"CMD__LT": "diverse", "CMD__DIVERSE_K": 2}
+    run = pretraining(small_config(TRAIN__ACCUM_STEPS=2, MODEL__DROP_PATH=0.0, **options))
     micro = [crops_of(seed) for seed in (0, 1)]
 
     def term(crops: list[Tensor]) -> Tensor:

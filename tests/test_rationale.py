@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine import build, encoder, resume
 from losses.contrastive import info_nce
-from losses.rationale import fitting_loss, gradcam
+from losses.rationale import fitting_loss, gradcam, gradcam_of
 from models.network import Network
 from models.pretrained import backbone_state
 from models.rationale import RationaleBranch, rationale_weights
@@ -55,7 +55,7 @@ def test_gradcam_is_the_plain_sum():
 
 
 @pytest.mark.parametrize("network", [SWIN, RESNET], ids=["swin", "resnet50"])
-def test_the_target_of_a_step_is_gradcam_by_hooks(network, monkeypatch):
+def test_the_target_of_a_step_is_gradcam_by_hooks(network):
     """Of the contrastive loss, cell by cell: its gradient by the last feature map, which N times
     is that by the mean, read by a hook."""
     run = pretraining(small_config(**LCR | network, MODEL__DROP_PATH=0.0))
@@ -74,15 +74,39 @@ def test_the_target_of_a_step_is_gradcam_by_hooks(network, monkeypatch):
     # GradCAM's weight of a channel: the mean over the cells of the loss's gradient by it.
     wanted = plain_gradcam(patches.detach().double(), count * patches.grad.double().mean(1))
 
-    given = []
-    monkeypatch.setattr(
-        "losses.objective.fitting_loss",
-        lambda predicted, target, temperature: given.append(target) or predicted.sum() * 0,
+    student = run.student([crops[0]])
+    loss, _ = info_nce(student.image_embeddings, key, run.carried.keys, 0.2)
+    found = gradcam_of(loss, student)
+    assert torch.allclose(found.double(), torch.tensor(wanted, dtype=torch.float64), atol=1e-3)
+    assert found.shape == (4, count)
+    assert not found.requires_grad
+    loss.backward()  # the graph is still there
+    assert next(run.student.backbone.parameters()).grad.abs().sum() > 0
+
+    # And it is what the objective fits the branch to.
+    run.student.zero_grad()
+    views = run.student([crops[0]])
+    teacher = run.forward(crops)[1]
+    loss, _ = info_nce(views.image_embeddings, teacher.image_embeddings, run.carried.keys, 0.2)
+    target = gradcam_of(loss, views)
+    _, terms, _ = run.objective(views, teacher, run.carried, 0.04)
+    assert terms["L_F"].item() == fitting_loss(views.predicted_map, target, 0.4).item()
+
+
+@pytest.mark.parametrize("network", [SWIN, RESNET], ids=["swin", "resnet50"])
+def test_under_autocast_map_and_branch_keep_float32(network):
+    features, gradient = draw(2, 6, 32).float(), draw(2, 32, seed=1).float()
+    branch = RationaleBranch(32, 4).eval()
+    plain = gradcam(features, gradient), branch(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gradcam(features, gradient), plain[0])
+        assert torch.equal(branch(features), plain[1])
+    options = LCR | network | {"TRAIN__PRECISION": "bf16"}
+    figures, _, good = pretraining(small_config(**options)).train_step(
+        iter([batch_of(crops_of(1))])
     )
-    run.objective(*run.forward(crops), run.carried, 0.04)
-    assert torch.allclose(given[0].double(), torch.tensor(wanted, dtype=torch.float64), atol=1e-3)
-    assert given[0].shape == (4, count)
-    assert not given[0].requires_grad
+    assert good
+    assert figures["L_F"].dtype == torch.float32
 
 
 # The branch and its loss

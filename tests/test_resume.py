@@ -352,13 +352,19 @@ def test_lines_of_larger_step_numbers_stay_where_steps_are_numbered_anew(tmp_pat
     assert [line["step"] for line in log_of(tmp_path)] == [10, 20, 6]
 
 
-def test_a_checkpoint_of_the_first_format_goes_on(trained, pretrain, knn_options, tmp_path):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_checkpoint_of_an_earlier_format_goes_on(
+    number, trained, pretrain, knn_options, tmp_path
+):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    state = load(folder, "checkpoint0003.pth") | {"format": 1}
-    for name in ("processes", "guard", "window", "watch", "bad_images", "log_lines"):
-        del state[name]
-    state["config"]["EVAL"]["MAX_BAD"] = state["config"]["DATA"].pop("MAX_BAD")
+    state = load(folder, "checkpoint0003.pth") | {"format": number}
+    state["centres"] = state.pop("carried")
+    del state["model"]["rationale"], state["model"]["heads"]["projects"]
+    if number == 1:
+        for name in ("processes", "guard", "window", "watch", "bad_images", "log_lines"):
+            del state[name]
+        state["config"]["EVAL"]["MAX_BAD"] = state["config"]["DATA"].pop("MAX_BAD")
     torch.save(state, folder / "checkpoint.pth")
     done = pretrain(folder, f"{TRAINED} {knn_options}")
     assert f"resuming from {folder}/checkpoint.pth at step 6" in done.stdout

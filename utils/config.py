@@ -16,7 +16,7 @@ from yacs.config import CfgNode as Node
 
 from utils.errors import InputError
 from utils.files import write_text
-from utils.options import CHOICES, CONTRASTIVE, DEFAULTS, RANGES, RENAMED
+from utils.options import CHOICES, COMPARING, CONTRASTIVE, DEFAULTS, RANGES, RENAMED
 
 # Reading YAML takes seconds for each megabyte; all options are 4 kB.
 LARGEST_FILE = 1 << 16  # bytes
@@ -283,11 +283,12 @@ def check(cfg: Node) -> None:
             f"LOSS.OBJECTIVE {cfg.LOSS.OBJECTIVE} contrasts two crops of an image: set "
             f"AUG.LOCAL_CROPS_NUMBER [] (experiments/{cfg.LOSS.OBJECTIVE}.yaml is its recipe)."
         )
-    compares_images = cfg.LOSS.OBJECTIVE == "cmd" and cfg.CMD.LT in (
-        "diverse",
-        "residual",
-        "contrast",
-    )
+    if cfg.LOSS.OBJECTIVE in CONTRASTIVE and cfg.TRAIN.BATCH_SIZE_PER_GPU < 2:
+        raise InputError(
+            f"LOSS.OBJECTIVE {cfg.LOSS.OBJECTIVE} contrasts images: TRAIN.BATCH_SIZE_PER_GPU must "
+            f"be at least 2, not {cfg.TRAIN.BATCH_SIZE_PER_GPU}."
+        )
+    compares_images = cfg.LOSS.OBJECTIVE == "cmd" and cfg.CMD.LT in COMPARING
     if compares_images and cfg.TRAIN.BATCH_SIZE_PER_GPU < 2:
         raise InputError(
             f"CMD.LT {cfg.CMD.LT} compares images of a batch: TRAIN.BATCH_SIZE_PER_GPU "

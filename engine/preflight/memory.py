@@ -20,6 +20,7 @@ from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
 from utils.optim import build_optimizer
+from utils.options import COMPARING
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
     only work out what would come of them. All storages that come and go are counted, so this is
     what the allocator is asked for; its own rounding, kernels' private scratch, and what Python
     and torch take by themselves (about half a GiB, on a GPU as much again) come on top. With
-    TRAIN.COMPILE less is held than this says. (Ours.)
+    TRAIN.COMPILE less is held than this says; shuffled keys (engine/shuffling.py) take one view of
+    all processes' crops on top, twice. (Ours.)
 
     Both networks are given parameters without data: they are of no use afterwards. Raises
     InputError where the backbone cannot do TRAIN.CHECKPOINTING.
@@ -105,7 +107,7 @@ class _Step:
         self.precision = build.precision(cfg, world.device)
         self.objective = build.objective(cfg)
         self.carried = build.carried(cfg, self.objective).to(world.device)
-        gathers = cfg.CMD.LT in ("diverse", "residual", "contrast")
+        gathers = cfg.CMD.LT in COMPARING
         if world.size > 1 and self.objective.needs_pooling and gathers:
             # These terms gather from the other processes, who take no step here; what they hold
             # lasts for themselves alone.
