@@ -24,7 +24,7 @@ def shuffled(network: Network, crops: Tensor, seed: int) -> Views:
     """
     everyone = distributed.gather(crops)
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))
-    order = order.to(crops.device)
+    order = order.to(crops.device, non_blocking=True)
     batch = len(crops)
     first = distributed.position() * batch
     views = network([everyone[order[first : first + batch]]])
