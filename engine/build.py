@@ -74,7 +74,6 @@ def objective(cfg: Node) -> Objective | Contrastive:
         lambda1=cfg.CMD.LAMBDA1,
         ls=cfg.CMD.LS,
         ls_grad=cfg.CMD.LS_GRAD,
-        ls_bag=cfg.CMD.LS_BAG,
         lt=cfg.CMD.LT,
         diverse_k=cfg.CMD.DIVERSE_K,
         region_weight=cfg.CMD.REGION_WEIGHT,

@@ -18,36 +18,25 @@ CHUNK_ELEMENTS = 2**25
 
 
 def student_loss(
-    student: Views,
-    teacher_views: int,
-    student_temp: float,
-    train_bag: bool = False,
-    bag_centre: Tensor | None = None,
-    bag_temp: float | None = None,
+    student: Views, teacher_views: int, student_temp: float, train_bag: bool = False
 ) -> Tensor:
     """L_S = KL(p^B_v || p^I_v), the bag of regions teaches its image.
 
     Averaged over the same pairs as the intra-level terms, so a local crop counts twice and a
     global one once. The bag is fixed (ours; through both sides the attention learns to avoid
     what decides the class) unless train_bag (CMD.LS_GRAD = both).
-
-    bag_centre [K], bag_temp: with them p^B is softmax((z^B - c_B) / bag_temp), a target as the
-    teacher's are (ours, CMD.LS_BAG = centred); without, softmax(z^B / student_temp).
     """
-    bag_temp = student_temp if bag_temp is None else bag_temp
     pairs = pair_weights(teacher_views, student.count, student.image_embeddings)
     weights = pairs.sum(dim=1).repeat_interleave(student.batch) / student.batch  # [V * B]
     if train_bag:
         log_p = _log_softmax(student.image_embeddings, student.image_prototypes, student_temp)
-        log_bag = _log_softmax(
-            student.bag_embeddings, student.region_prototypes, bag_temp, bag_centre
-        )
+        log_bag = _log_softmax(student.bag_embeddings, student.region_prototypes, student_temp)
         return (weights * kl_divergence(log_bag, log_p)).sum()
     cross_entropy, entropy = soft_cross_entropy(
         student.image_embeddings,
         student.image_prototypes,
         student_temp,
-        Targets(student.bag_embeddings, student.region_prototypes, bag_temp, bag_centre),
+        Targets(student.bag_embeddings, student.region_prototypes, student_temp),
         torch.arange(len(weights), device=weights.device)[:, None],
         weights[:, None],
     )
@@ -55,11 +44,8 @@ def student_loss(
 
 
 @in_full_precision
-def _log_softmax(
-    embeddings: Tensor, prototypes: Tensor, temperature: float, centre: Tensor | None = None
-) -> Tensor:
-    logits = embeddings @ prototypes.T
-    return F.log_softmax((logits if centre is None else logits - centre) / temperature, dim=-1)
+def _log_softmax(embeddings: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(embeddings @ prototypes.T / temperature, dim=-1)
 
 
 def kl_divergence(log_target: Tensor, log_input: Tensor) -> Tensor:

@@ -53,7 +53,6 @@ class Objective:
     lambda1: float = 0.3
     ls: bool = True
     ls_grad: str = "image"
-    ls_bag: str = "plain"
     lt: str = "residual"
     diverse_k: int = 6
     region_weight: str = "uniform"
@@ -63,7 +62,6 @@ class Objective:
         named = {
             "LOSS.OBJECTIVE": self.name,
             "CMD.LS_GRAD": self.ls_grad,
-            "CMD.LS_BAG": self.ls_bag,
             "CMD.LT": self.lt,
             "CMD.REGION_WEIGHT": self.region_weight,
         }
@@ -87,8 +85,7 @@ class Objective:
 
     @property
     def needs_bag_centre(self) -> bool:
-        by_student = self.ls and self.ls_bag == "centred"
-        return self.needs_pooling and (self.lt in ("cross", "same") or by_student)
+        return self.needs_pooling and self.lt in ("cross", "same")
 
     def make_centres(self, prototypes: int, momentum: float = 0.9) -> Centres:
         """Zero centres of the kinds that this objective reads."""
@@ -117,12 +114,7 @@ class Objective:
             total = total + self.lambda1 * (terms["T"] + terms["S"])
         if self.name == "cmd" and self.ls:
             terms["L_S"] = inter.student_loss(
-                student,
-                teacher.count,
-                self.student_temp,
-                train_bag=self.ls_grad == "both",
-                bag_centre=centres.bag if self.ls_bag == "centred" else None,
-                bag_temp=teacher_temp if self.ls_bag == "centred" else None,
+                student, teacher.count, self.student_temp, train_bag=self.ls_grad == "both"
             )
             total = total + self.lambda1 * terms["L_S"]
         if self.name == "cmd" and self.lt != "none":

@@ -162,9 +162,7 @@ def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tens
         )
         terms["S"] = plain.released_student_term(student, STUDENT_TEMP)
     if goal.name == "cmd" and goal.ls:
-        target = (bag_centre, TEACHER_TEMP) if goal.ls_bag == "centred" else ()
-        both = goal.ls_grad == "both"
-        terms["L_S"] = plain.student_term(student, pool, STUDENT_TEMP, both, *target)
+        terms["L_S"] = plain.student_term(student, pool, STUDENT_TEMP, goal.ls_grad == "both")
     if goal.name == "cmd" and goal.lt != "none":
         terms["L_T"] = {
             "diverse": lambda: plain.diverse_term(teacher, pool, goal.diverse_k),

@@ -150,16 +150,13 @@ def bag(pool: dict[str, Tensor], patches: Tensor) -> Tensor:
     return total / (total**2).sum().sqrt()
 
 
-def student_term(
-    student: Side, pool, student_temp: float, both: bool = False, bag_centre=0.0, bag_temp=None
-) -> Tensor:
+def student_term(student: Side, pool, student_temp: float, both: bool = False) -> Tensor:
     """L_S."""
     terms = []
-    bag_temp = bag_temp or student_temp
     for _, v in pairs(len(student.images)):
         for b in range(student.batch):
             own_bag = bag(pool, student.patches[v][b])
-            log_bag = log_softmax((student.region_prototypes @ own_bag - bag_centre) / bag_temp)
+            log_bag = log_softmax(student.region_prototypes @ own_bag / student_temp)
             if not both:
                 log_bag = log_bag.detach()
             terms.append(kl(log_bag.exp(), log_bag, image_log_p(student, v, b, student_temp)))

@@ -344,7 +344,6 @@ BAD = {
     "CMD.DIVERSE_K": 0,
     "CMD.REGION_WEIGHT": "full",
     "DATA.WORKERS": -1,
-    "CMD.LS_BAG": "teacher",
     "MOCO.QUEUE": 0,
     "MOCO.TEMPERATURE": 0.0,
     "MOCO.BN_IMAGES": 1,

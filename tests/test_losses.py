@@ -74,18 +74,6 @@ TERMS: dict[str, tuple[Ours, Plain]] = {
         lambda s, t, c: inter.student_loss(s, t.count, STUDENT_TEMP, train_bag=True),
         lambda case: plain.student_term(case.student, case.pool_parameters, STUDENT_TEMP, True),
     ),
-    "L_S centred": (
-        lambda s, t, c: inter.student_loss(
-            s, t.count, STUDENT_TEMP, bag_centre=c.bag, bag_temp=TEACHER_TEMP
-        ),
-        lambda case: plain.student_term(
-            case.student,
-            case.pool_parameters,
-            STUDENT_TEMP,
-            bag_centre=case.centres.bag,
-            bag_temp=TEACHER_TEMP,
-        ),
-    ),
     "L_T diverse": (
         lambda s, t, c: inter.diverse_density(t, DIVERSE_K),
         lambda case: plain.diverse_term(case.teacher, case.pool_parameters, DIVERSE_K),
@@ -141,8 +129,6 @@ GOALS = {
     "cmd 0": goal_of("cmd", lambda1=0.0),
     "cmd both": goal_of("cmd", lambda1=0.1, ls_grad="both"),
     "cmd residual": goal_of("cmd", lt="residual"),
-    "cmd centred": goal_of("cmd", ls_bag="centred"),
-    "cmd centred both": goal_of("cmd", ls_bag="centred", ls_grad="both"),
     "cmd contrast": goal_of("cmd", lambda1=0.7, lt="contrast"),
     "cmd cross": goal_of("cmd", lt="cross"),
     "cmd same": goal_of("cmd", lt="same"),
@@ -428,7 +414,6 @@ REACHES = {
     "L_R mix": {"student.patches", "student.W_R"},
     "L_S image": {"student.images", "student.W_I"},
     "L_S both": {"student.images", "student.W_I", "student.patches", "student.W_R", "pool"},
-    "L_S centred": {"student.images", "student.W_I"},
     "L_T diverse": {"pool"},
     "L_T residual": {"pool"},
     "L_T contrast": {"pool"},
@@ -469,7 +454,6 @@ MODULES_REACHED = {
     "L_R mix": {"backbone", "head_dense"},
     "L_S image": {"backbone", "head"},
     "L_S both": {"backbone", "head", "head_dense", "pool"},
-    "L_S centred": {"backbone", "head"},
     "L_T diverse": {"pool"},
     "L_T residual": {"pool"},
     "L_T contrast": {"pool"},
@@ -720,7 +704,7 @@ def test_an_update_with_nothing_collected_is_refused():
 def test_centres_are_kept_where_the_objective_reads_them(name):
     centres = GOALS[name].make_centres(7)
     wanted = {"image"} if name == "dino" else {"image", "region"}
-    if name in ("cmd cross", "cmd same", "cmd centred", "cmd centred both"):
+    if name in ("cmd cross", "cmd same"):
         wanted.add("bag")
     assert set(centres.state_dict()) == wanted
     assert not any(value.any() for value in centres.state_dict().values())

@@ -42,8 +42,6 @@ _.CMD = Node()  # the inter-level terms; read by the objectives cmd and released
 _.CMD.LAMBDA1 = 0.3  # weight of L_S + L_T
 _.CMD.LS = True  # whether L_S is on
 _.CMD.LS_GRAD = "image"  # where L_S's gradient goes: image | both (image and bag)
-_.CMD.LS_BAG = "plain"  # L_S's target: plain (the student's softmax of its bag) | centred (its bag
-# centred and at the teacher's temperature, as the teacher's targets are)
 _.CMD.LT = "residual"  # form of L_T: residual | diverse | contrast | cross | same | none
 _.CMD.DIVERSE_K = 6  # bags in which a patch must recur, for LT residual and diverse
 _.CMD.REGION_WEIGHT = "uniform"  # weights of patches in L_R: uniform | mix (half attention)
@@ -202,7 +200,6 @@ CHOICES = {
     "RESUME": ("auto", "force"),
     "LOSS.OBJECTIVE": ("dino", "esvit", "cmd", "released", *CONTRASTIVE),
     "CMD.LS_GRAD": ("image", "both"),
-    "CMD.LS_BAG": ("plain", "centred"),
     "CMD.LT": ("residual", "diverse", "contrast", "cross", "same", "none"),
     "CMD.REGION_WEIGHT": ("uniform", "mix"),
     "DATA.CACHE": ("none", "ram", "device"),
