@@ -6,15 +6,16 @@
 KEY VALUE pairs at the end are laid over every cell. Each cell and seed is pretrained by a process
 of main_cmd.py and evaluated here; the same command goes on where it stopped, and what is done is
 not done again. Written into OUT: results.json, table.md and curves.png after every cell, one JSON
-for each in results/, the runs in runs/CELL/seedK, rendered images in data/. engine/study.py says
-what a study's file holds.
+for each in results/, the runs in runs/CELL/seedK, rendered images in data/. Several commands may
+share OUT, each with its own --cells or --seeds; tables are of all that is in results/.
+engine/study.py says what a study's file holds.
 """
 
 import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from engine.evaluation import SPLITS, Evaluation
 from engine.report import read_log
 from engine.study import Study, choose, load
 from engine.study_results import RandomRow
-from engine.study_runs import Run, pretrained, run_of
+from engine.study_runs import LOCK, Run, locked, pretrained, run_of
 from utils import checkpoint, cli, config, distributed, logging
 from utils.config import Node
 from utils.distributed import World
@@ -76,7 +77,7 @@ def parse() -> tuple[argparse.Namespace, Study]:
         raise InputError(f"--seeds must be at least 0, not {arguments.seeds}.")
     study = load(arguments.study).overlaid(pairs)
     cells = [name for word in arguments.cells or study.cells for name in word.split(",") if name]
-    arguments.cells = choose(cells, study.cells, "--cells")
+    arguments.cells = list(dict.fromkeys(choose(cells, study.cells, "--cells")))
     arguments.seeds = list(dict.fromkeys(arguments.seeds or study.seeds))
     arguments.output_dir = arguments.output_dir.expanduser()
     return arguments, study
@@ -86,19 +87,25 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
     logging.setup(is_main=True)
     device = config.get(study.config(next(iter(study.cells))), "DEVICE")
     work = Work(study, arguments.output_dir, arguments.processes, distributed.start(device))
-    seeds = list(dict.fromkeys([*study.seeds, *arguments.seeds]))
-    work.read_finished(seeds)
+    work.read_finished()
     if arguments.table:
         if not work.finished:
             raise InputError(f"{work.output} holds no finished cell of {study.path}.")
-        work.write_tables(seeds)
+        work.write_tables(arguments.seeds)
         return
 
-    # Data, and what of it is done.
+    # Data, and what is done of it: what misfits is refused before anything runs.
     make_folder(work.output)
     for name in {study.cells[cell].data: None for cell in arguments.cells}:
         work.open_data(name, arguments.data_path)
-    work.check_images()
+    work.read_finished()
+    waiting = [
+        work.run(cell, seed)
+        for cell, seed in study.runs(arguments.cells, arguments.seeds)
+        if (cell, seed) not in work.finished
+    ]
+    for run in waiting:
+        run.refuse_other()
 
     # Random networks first: where an evaluation cannot work, hours of training are spared.
     for row in work.random:
@@ -109,24 +116,20 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
                 work.attempt(
                     f"{row.name}-seed{seed}", lambda r=row, s=seed: work.judge_random(r, s)
                 )
-                work.write_tables(seeds)
+                work.write_tables(arguments.seeds)
 
-    waiting = [
-        work.run(cell, seed)
-        for cell, seed in study.runs(arguments.cells, arguments.seeds)
-        if (cell, seed) not in work.finished
-    ]
     total = len(arguments.cells) * len(arguments.seeds)
     logger.info(f"{study.name}: {total} runs, of which {total - len(waiting)} are done")
+    if not waiting:
+        work.write_tables(arguments.seeds)
     with closing(pretrained(waiting, arguments.jobs)) as ended:
         for run, code, seconds in ended:
             if code:
                 work.failed[run.name] = f"exit code {code}, {run.tail()[-1:] or ['no word']}"
                 logger.warning("\n  ".join([f"{run.name}: exit code {code}", *run.tail()]))
-                continue
-            work.attempt(run.name, lambda r=run, s=seconds: work.judge(r, s))
-            work.write_tables(seeds)
-    work.write_tables(seeds)
+            else:
+                work.attempt(run.name, lambda r=run, s=seconds: work.judge(r, s))
+            work.write_tables(arguments.seeds)
     if work.failed:
         listed = "; ".join(f"{name} ({reason})" for name, reason in work.failed.items())
         raise InputError(f"{len(work.failed)} of the study's runs failed: {listed}")
@@ -136,7 +139,8 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
 class Work:
     """A study under way. finished: (cell or random row, seed) -> its result.
 
-    splits: of the data sets that are open; failed: why, by the run's name.
+    splits: of the data sets that are open; failed: why, by the run's name; left_out: the results
+    that misfit and were told.
     """
 
     study: Study
@@ -146,27 +150,49 @@ class Work:
     finished: dict[tuple[str, int], dict] = field(default_factory=dict)
     splits: dict[str, Splits] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    left_out: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.random = study_results.random_rows(self.study)
 
-    def read_finished(self, seeds: Iterable[int]) -> None:
-        """Take up what is done; InputError where it is of other options."""
-        for seed in seeds:
-            for row in self.random:
-                wanted = study_results.random_identity(self.study, row)
-                self._take_up(row.name, seed, wanted)
-            for cell in self.study.cells:
-                cfg = self.study.config(cell, seed)
-                wanted = study_results.identity(self.study, cfg, self.processes)
-                self._take_up(cell, seed, wanted)
+    def read_finished(self, refuse: bool = True) -> None:
+        """Take up what is in results/ and fits: options, and images where the data are open.
 
-    def _take_up(self, name: str, seed: int, wanted: dict) -> None:
-        path = study_results.path_of(self.output, name, seed)
-        found = study_results.read(path)
-        if found is not None:
-            study_results.refuse_misfit(path, found, wanted)
-            self.finished[name, seed] = found
+        InputError for a cell's that misfits; unless `refuse` it is left out, as a random
+        network's always is, which is made again in seconds.
+        """
+        self.finished = {}
+        randoms = [row.name for row in self.random]
+        for name, seed in study_results.written(self.output):
+            if name not in self.study.cells and name not in randoms:
+                continue  # of the study as it was
+            path = study_results.path_of(self.output, name, seed)
+            found = study_results.read(path)
+            if found is None:
+                continue  # just removed
+            misfit = study_results.misfit(found["identity"], self.identity(name, seed), path)
+            if not misfit:
+                self.finished[name, seed] = found
+            elif refuse and name not in randoms:
+                raise InputError(
+                    f"{path} is of another study: {misfit}. Use the study as it was, another "
+                    f"--output_dir, or remove this file (and, if an option of the training "
+                    f"differs, the run's folder) to have it made again."
+                )
+            elif path not in self.left_out:
+                self.left_out.add(path)
+                logger.warning(f"{path} is of another study and left out: {misfit}")
+
+    def identity(self, name: str, seed: int) -> dict:
+        """What decides the figures of a cell or a random row; with the images of open data."""
+        row = next((row for row in self.random if row.name == name), None)
+        data = row.data if row else self.study.cells[name].data
+        images = self.images(data) if data in self.splits else None
+        if row:
+            return study_results.random_identity(self.study, row, images)
+        return study_results.identity(
+            self.study, self.study.config(name, seed), self.processes, images
+        )
 
     def open_data(self, name: str, folder: Path | None) -> None:
         """Render a data set, unless it is there, and list its images."""
@@ -184,15 +210,6 @@ class Work:
         self.splits[name] = load_splits("folder", str(root), False)
         for note in self.splits[name].notes:
             logger.warning(note)
-
-    def check_images(self) -> None:
-        """InputError where what is done was done on other images."""
-        sets = {row.name: row.data for row in self.random}
-        sets |= {cell.name: cell.data for cell in self.study.cells.values()}
-        for (name, seed), found in self.finished.items():
-            if sets[name] in self.splits:
-                path = study_results.path_of(self.output, name, seed)
-                study_results.refuse_misfit(path, found, {"images": self.images(sets[name])})
 
     def images(self, data: str) -> dict[str, str]:
         """Fingerprints of a data set's splits."""
@@ -216,8 +233,7 @@ class Work:
         """Evaluate a randomly initialised network."""
         configs = [self.study.config(cell, seed) for cell in row.cells]
         source = study_evaluation.random_source(configs, seed)
-        wanted = study_results.random_identity(self.study, row, self.images(row.data))
-        self._judge(row.name, seed, row.data, source, configs[0], wanted, {})
+        self._judge(row.name, seed, row.data, source, configs[0], {})
 
     def judge(self, run: Run, seconds: float) -> None:
         """Evaluate the teacher that a run has left."""
@@ -239,10 +255,10 @@ class Work:
             },
             "curve": few([line for line in log if "loss" in line]),
             "checkpoint_sha256": source.weights.sha256,
+            "base": self.study.cells[run.cell].base.name,
             "options": self.study.cells[run.cell].options,
         }
-        wanted = study_results.identity(self.study, cfg, self.processes, self.images(data))
-        self._judge(run.cell, run.seed, data, source, cfg, wanted, about)
+        self._judge(run.cell, run.seed, data, source, cfg, about)
 
     def _judge(
         self,
@@ -251,7 +267,6 @@ class Work:
         data: str,
         source: encoder.Source,
         cfg: Node,
-        wanted: dict,
         about: dict,
     ) -> None:
         splits, own = self.splits[data], cfg.clone()
@@ -270,19 +285,25 @@ class Work:
             "zeros": zeros,
             **{key: provenance[key] for key in known},
             **about,
-            "identity": wanted,
+            "identity": self.identity(name, seed),
         }
         study_results.write(study_results.path_of(self.output, name, seed), result)
-        self.finished[name, seed] = result
         shown = [
             f"{column} {figures[column]:.2f}" for column in study_table.SHORT if column in figures
         ]
         logger.info(f"{name}-seed{seed}: {', '.join(shown)}")
 
-    def write_tables(self, seeds: list[int]) -> None:
-        """results.json, table.md and curves.png of what is done."""
+    def write_tables(self, asked: list[int]) -> None:
+        """results.json, table.md and curves.png of all in results/; asked: this command's seeds.
+
+        One command at a time: others that share the folder may have more results by now.
+        """
         command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
-        study_table.write(self.study, self.random, self.finished, seeds, command, self.output)
+        with locked(self.output / LOCK, wait=True):
+            self.read_finished(refuse=False)
+            there = sorted({seed for _, seed in self.finished})
+            seeds = list(dict.fromkeys([*self.study.seeds, *asked, *there]))
+            study_table.write(self.study, self.random, self.finished, seeds, command, self.output)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ base:       a YAML of options that all cells start from, relative to the reposit
 options:    options laid over it, as SECTION: {KEY: value} or SECTION.KEY: value
 seeds:      [0, 1]: every cell is pretrained with each
 cells:      name -> options of its own; beside them `data` (which set, where there are
-            several) and `title` (its name in the tables)
+            several), `title` (its name in the tables) and `base` (a YAML that this cell starts
+            from in the place of the study's; `options` are laid over that too)
 order:      groups of cells, [[a, b], [c]]: one group after the other, within it all cells
             with the first seed before any with the second; cells not named come last
 evaluate:   poolings (of default, mean, mil, lcr, where the network has them), k, linear,
@@ -56,6 +57,7 @@ class Cell:
     name: str
     title: str
     data: str
+    base: Path
     options: dict[str, Any]
 
 
@@ -84,7 +86,6 @@ class Study:
     """A study as its file says it, checked."""
 
     path: Path
-    base: Path
     data: dict[str, DataSet]
     seeds: tuple[int, ...]
     cells: dict[str, Cell]
@@ -98,7 +99,7 @@ class Study:
     def config(self, cell: str, seed: int = 0) -> Node:
         """A cell's resolved options; InputError for what cannot work, with the cell's name."""
         cfg = config.defaults()
-        config.merge_file(cfg, self.base)
+        config.merge_file(cfg, self.cells[cell].base)
         where = f"{self.path}, cell {cell}"
         for key, value in self.cells[cell].options.items():
             config.put(cfg, key, value, where)
@@ -141,12 +142,10 @@ def load(path: str | Path) -> Study:
     }
     if sum(entry.images is None for entry in data.values()) > 1:
         raise InputError(f"{path}, data: only one set can be the folder of --data_path.")
-    base = ROOT / str(tree["base"])
-    if not base.is_file():
-        raise InputError(f"{path}: base names {base}, and there is no such file.")
+    base = _base(tree["base"], f"{path}")
     shared = _options(tree.get("options"), f"{path}, options")
     cells = {
-        name: _cell(name, entry, data, shared, f"{path}, cell {name}")
+        name: _cell(name, entry, data, base, shared, f"{path}, cell {name}")
         for name, entry in _named(tree["cells"], f"{path}, cells").items()
     }
     seeds = tree.get("seeds", [0])
@@ -154,7 +153,6 @@ def load(path: str | Path) -> Study:
         raise InputError(f"{path}: seeds must be a list of whole numbers from 0, not {seeds}.")
     study = Study(
         path,
-        base,
         data,
         tuple(dict.fromkeys(seeds)),
         cells,
@@ -246,18 +244,32 @@ def _data_set(name: str, entry: object, where: str) -> DataSet:
     return DataSet(name, images, tree.get("seed", 0), tree["train"], tree["val"])
 
 
+def _base(entry: object, where: str) -> Path:
+    path = ROOT / str(entry)
+    if not path.is_file():
+        raise InputError(f"{where}: base names {path}, and there is no such file.")
+    return path
+
+
 def _cell(
-    name: str, entry: object, data: dict[str, DataSet], shared: dict[str, Any], where: str
+    name: str,
+    entry: object,
+    data: dict[str, DataSet],
+    base: Path,
+    shared: dict[str, Any],
+    where: str,
 ) -> Cell:
     tree = dict(_mapping(entry, where))
     title = str(tree.pop("title", name))
     if "|" in title or "\n" in title:
         raise InputError(f"{where}: a title is one line without '|'.")
+    if "base" in tree:
+        base = _base(tree.pop("base"), where)
     where_data = tree.pop("data", None if len(data) > 1 else next(iter(data)))
     if where_data is None:
         raise InputError(f"{where}: `data` must say which of {', '.join(data)} it is on.")
     (chosen,) = choose([where_data], data, f"{where}, data")
-    return Cell(name, title, chosen, shared | _options(tree, where))
+    return Cell(name, title, chosen, base, shared | _options(tree, where))
 
 
 def _order(tree: object, cells: dict[str, Cell], where: str) -> tuple[tuple[str, ...], ...]:

@@ -1,4 +1,8 @@
-"""The figures of one network under a study's protocol: each image through it once a pooling."""
+"""The figures of one network under a study's protocol.
+
+Each image goes through the network once a pooling and, where its parts are known, each test image
+once more a kind of map (engine/attention.py).
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -27,6 +31,8 @@ from utils.config import Node
 from utils.distributed import World
 
 COARSE = "coarse_"  # before the name of a figure on the coarse classes
+# Options that decide figures beside a network's own; see `measure` for those that it sets itself.
+EVALUATION = ("EVAL.PRECISION", "KNN", "RETRIEVAL", "LINEAR")
 
 
 @dataclass
@@ -183,10 +189,24 @@ def _placed(part: torch.nn.Module | None, world: World) -> torch.nn.Module | Non
 
 def network_shape(cfg: Node) -> dict:
     """What decides a random initialisation's figures but its seed and heads; plain data."""
+    judged = [n for n in config.option_names() if n in EVALUATION or n.split(".")[0] in EVALUATION]
     return {
         "backbone": repr(registry.identity(build.backbone_spec(cfg))),
         "size": build.eval_size(cfg),
         "resize": cfg.EVAL.RESIZE,
+        "evaluation": {name: config.get(cfg, name) for name in judged},
+    }
+
+
+def attending_shape(configs: Iterable[Node]) -> dict:
+    """The shapes of the pooling and the branch that `random_source` adds; plain data, or None."""
+    configs = list(configs)
+    pooled = next((cfg for cfg in configs if build.objective(cfg).needs_pooling), None)
+    branched = next((cfg for cfg in configs if build.objective(cfg).needs_rationale), None)
+    return {
+        # Prototypes have no part in a feature.
+        "pooling": pooled and repr(replace(build.head_spec(pooled), out_dim=0)),
+        "branch": branched and branched.LCR.CHANNELS,
     }
 
 

@@ -1,12 +1,14 @@
-"""What is done of a study: one JSON for each network under OUT/results, refused if it misfits."""
+"""What is done of a study: one JSON for each network under OUT/results, and what it is of."""
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.study import RANDOM, Study
-from engine.study_evaluation import network_shape
+from engine.study_evaluation import attending_shape, network_shape
 from utils import config
 from utils.config import Node
 from utils.errors import InputError
@@ -29,6 +31,9 @@ SAME_FIGURES = (
     "EVAL.KNN_K",
     "EVAL.BATCH_SIZE_PER_GPU",
 )
+# And those that change no weights.
+SAME_WEIGHTS = (*SAME_FIGURES, "EVAL", "KNN", "RETRIEVAL", "LINEAR")
+_FILE = re.compile(r"(.+)-seed(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,13 @@ def path_of(output: Path, name: str, seed: int) -> Path:
     return output / "results" / f"{name}-seed{seed}.json"
 
 
+def written(output: Path) -> Iterator[tuple[str, int]]:
+    """(name, seed) of the results that there are, whatever study they are of."""
+    for path in sorted((output / "results").glob("*.json")):
+        if match := _FILE.fullmatch(path.name):
+            yield match[1], int(match[2])
+
+
 def read(path: Path) -> dict | None:
     """A result; None where there is none, InputError where the file is not one."""
     try:
@@ -74,7 +86,8 @@ def read(path: Path) -> dict | None:
         return None
     except (OSError, ValueError):
         contents = None
-    if not isinstance(contents, dict) or not {"figures", "zeros", "identity"} <= contents.keys():
+    parts = ("figures", "zeros", "identity")
+    if not isinstance(contents, dict) or not all(isinstance(contents.get(p), dict) for p in parts):
         raise InputError(f"{path} is not a result of a study: remove it to have it made again.")
     return contents
 
@@ -91,35 +104,38 @@ def identity(study: Study, cfg: Node, processes: int, images: dict | None = None
     return known | _judged(study, images)
 
 
+def training_identity(cfg: Node, processes: int, images: str) -> dict:
+    """What decides a cell's weights; plain data. images: the training split's fingerprint."""
+    return {"options": config.to_dict(cfg), "processes": processes, "images": images}
+
+
 def random_identity(study: Study, row: RandomRow, images: dict | None = None) -> dict:
     """What decides the figures of a random network; plain data."""
-    return {"network": row.shape} | _judged(study, images)
+    added = attending_shape(study.config(cell) for cell in row.cells)
+    return {"network": row.shape | added} | _judged(study, images)
 
 
 def _judged(study: Study, images: dict | None) -> dict:
     return {"evaluate": study.protocol.identity} | ({"images": images} if images else {})
 
 
-def refuse_misfit(path: Path, found: dict, wanted: dict) -> None:
-    """InputError where a finished result is not of this study as it is now."""
-    stored = found["identity"]
+def misfit(stored: dict, wanted: dict, where: Path, ignored: tuple[str, ...] = SAME_FIGURES) -> str:
+    """In what an identity that is stored at `where` differs from the wanted one; "" if it fits.
+
+    ignored: options that may differ.
+    """
     differences = [
         f"{name} (was {_short(stored.get(name))}, now {_short(value)})"
         for name, value in wanted.items()
         if name != "options" and stored.get(name) != value
     ]
     if "options" in wanted:
-        was, now = (config.from_dict(tree.get("options"), str(path)) for tree in (stored, wanted))
+        was, now = (config.from_dict(tree.get("options"), str(where)) for tree in (stored, wanted))
         differences += [
             f"{name} (was {config.get(was, name)}, now {config.get(now, name)})"
-            for name in config.differing(was, now, SAME_FIGURES)
+            for name in config.differing(was, now, ignored)
         ]
-    if differences:
-        raise InputError(
-            f"{path} is of another study: {'; '.join(differences)}. Use the study as it was, "
-            f"another --output_dir, or remove this file (and, if an option of the training "
-            f"differs, the run's folder) to have it made again."
-        )
+    return "; ".join(differences)
 
 
 def _short(value: Any) -> str:

@@ -1,35 +1,44 @@
 """The pretraining runs of a study: child processes of main_cmd.py, so many at a time."""
 
 import fcntl
+import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from datasets.benchmarks import Splits
+from engine import study_results
 from engine.study import ROOT, Study
-from utils.files import make_folder
+from utils.errors import InputError
+from utils.files import make_folder, write_json
 from utils.logging import logger
 
 STDOUT = "stdout.txt"
 LOCK = ".lock"
+IDENTITY = "identity.json"
 SHOWN = 5  # last lines of a failed run
 INTERVAL = 0.1  # seconds between two looks at the children
 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell with one seed. command: the child's. folder: its output."""
+    """One cell with one seed. command: the child's. folder: its output.
+
+    identity: what decides its weights, as study_results.training_identity gives it.
+    """
 
     cell: str
     seed: int
     command: list[str]
     folder: Path
+    identity: dict
 
     @property
     def name(self) -> str:
@@ -41,6 +50,29 @@ class Run:
         words = [word.removeprefix(f"{ROOT}{os.sep}") for word in self.command[1:]]
         return shlex.join(["python", *words])
 
+    def refuse_other(self) -> None:
+        """InputError where the folder holds checkpoints of other options, data or processes."""
+        if not any(self.folder.glob("*.pth")):
+            return  # there is nothing to go on from
+        path = self.folder / IDENTITY
+        remedy = "another --output_dir, or remove this folder to have the run made again."
+        try:
+            stored = json.loads(path.read_text())
+        except (OSError, ValueError):
+            stored = None
+        if not isinstance(stored, dict):
+            # config.yaml does not tell: each start writes it anew, and it knows no images.
+            raise InputError(
+                f"{self.folder} holds a run, but no {IDENTITY} that says what it was trained "
+                f"with: use {remedy}"
+            )
+        ignored = study_results.SAME_WEIGHTS
+        if differences := study_results.misfit(stored, self.identity, path, ignored):
+            raise InputError(
+                f"{self.folder} holds a run of another study: {differences}. Use the study as it "
+                f"was, {remedy}"
+            )
+
     def tail(self) -> list[str]:
         """The last lines that it printed."""
         text = (self.folder / STDOUT).read_text(errors="replace")
@@ -51,10 +83,10 @@ def run_of(
     study: Study, cell: str, seed: int, splits: Splits, output: Path, processes: int = 1
 ) -> Run:
     """The run of a cell. splits: its images, by folders; output: the study's folder."""
-    folder = output / "runs" / cell / f"seed{seed}"
+    folder, base = output / "runs" / cell / f"seed{seed}", study.cells[cell].base
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
     launcher += [] if processes == 1 else [f"--nproc_per_node={processes}"]
-    arguments = ["--cfg", str(study.base), "--output_dir", str(folder)]
+    arguments = ["--cfg", str(base), "--output_dir", str(folder)]
     arguments += ["--data_path", str(splits.train.root)]
     options: dict[str, Any] = {"SEED": seed} | study.cells[cell].options
     if study.protocol.knn_every:
@@ -67,7 +99,9 @@ def run_of(
     for key, value in options.items():
         arguments += [key, _text(value)]
     script = str(ROOT / "main_cmd.py")
-    return Run(cell, seed, [sys.executable, *launcher, script, *arguments], folder)
+    images = splits.train.fingerprint
+    identity = study_results.training_identity(study.config(cell, seed), processes, images)
+    return Run(cell, seed, [sys.executable, *launcher, script, *arguments], folder, identity)
 
 
 def _text(value: Any) -> str:
@@ -89,6 +123,7 @@ def pretrained(runs: Iterable[Run], at_once: int = 1) -> Iterator[tuple[Run, int
     Where the iterator is closed, or its caller's thread is interrupted in it, the children get
     SIGTERM, on which they write a checkpoint, and are waited for. A run in whose folder another
     process still trains, such as one that a killed study left, begins when that has ended.
+    Raises InputError where a folder holds another run (Run.refuse_other) or cannot be locked.
     """
     waiting, children = list(runs), []
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
@@ -128,20 +163,42 @@ def _start(run: Run, environment: dict[str, str]) -> _Child | None:
     of this process. It has a session of its own, so that Ctrl-C reaches it as SIGTERM only.
     """
     make_folder(run.folder)
-    lock = open(run.folder / LOCK, "w")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
+    lock = locked(run.folder / LOCK)
+    if lock is None:
         return None
-    with open(run.folder / STDOUT, "ab") as stdout:
-        process = subprocess.Popen(
-            run.command,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            pass_fds=(lock.fileno(),),
-        )
+    with ExitStack() as stack:
+        stack.callback(lock.close)
+        run.refuse_other()
+        write_json(run.folder / IDENTITY, run.identity)
+        with open(run.folder / STDOUT, "ab") as stdout:
+            process = subprocess.Popen(
+                run.command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=(lock.fileno(),),
+            )
+        stack.pop_all()
     return _Child(run, process, lock)
+
+
+def locked(path: Path, wait: bool = False) -> IO | None:
+    """The file, locked while it is open; None where another process has it, unless `wait`.
+
+    Raises InputError where it cannot be locked, as on some network file systems.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "w"))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be locked ({error.strerror}): choose an --output_dir on a file "
+                f"system that can."
+            ) from None
+        stack.pop_all()
+    return file

@@ -191,10 +191,6 @@ def _table(heading: str, columns, rows: list[Row], k: int, text) -> list[str]:
 
 def _behind(study: Study, results: Results, command: str) -> list[str]:
     """What stands behind the numbers."""
-    options = {
-        cell.title: ", ".join(f"{key} {value}" for key, value in cell.options.items())
-        for cell in study.cells.values()
-    }
     lines = [
         "Percent (`× chance`: a ratio); mean ± standard deviation (n − 1) over the seeds; of "
         "differences the mean and, in brackets, each seed's. The linear probe is a logistic "
@@ -209,8 +205,10 @@ def _behind(study: Study, results: Results, command: str) -> list[str]:
         )
     versions = _distinct(_versions(result) for result in results.values())
     lines.append(f"- versions: {'; '.join(versions)}")
-    lines.append(f"- base: {study.base.name}; the rest of the options by cell:")
-    lines += [f"  - {title}: {text or 'none'}" for title, text in options.items()]
+    lines.append("- cells, each by its base and the options laid over it:")
+    for cell in study.cells.values():
+        options = (f"{key} {value}" for key, value in cell.options.items())
+        lines.append(f"  - {cell.title}: {', '.join((cell.base.name, *options))}")
     for name, seed in sorted(results):
         about = results[name, seed].get("pretraining")
         if about:

@@ -2,6 +2,7 @@
 
 import math
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from utils import config
 from utils.distributed import World
 from utils.errors import InputError
 
+BATCH = 32  # images in one forward
 MOST_SUBJECTS = len(string.ascii_uppercase)
 
 
@@ -161,18 +163,27 @@ def whole_maps(found: list[Subject], images: Tensor) -> dict[str, dict[str, Tens
     maps: dict[str, dict[str, Tensor]] = {kind: {} for kind in attention.NAMES}
     for subject in found:
         for kind in subject.kinds:
-            shown = images.to(subject.device)
-            maps[kind][subject.letter] = attention.attention_map(subject.network, shown, kind).cpu()
+            map_of = partial(attention.attention_map, subject.network, kind=kind)
+            maps[kind][subject.letter] = _in_batches(map_of, images, subject.device)
     return {kind: of_kind for kind, of_kind in maps.items() if of_kind}
 
 
 def whole_heads(found: list[Subject], images: Tensor) -> dict[str, Tensor]:
     """Each head's map [n, heads, N] on the CPU: letter -> maps, of the ViTs."""
     return {
-        subject.letter: attention.head_maps(subject.network, images.to(subject.device)).cpu()
+        subject.letter: _in_batches(
+            partial(attention.head_maps, subject.network), images, subject.device
+        )
         for subject in found
         if "self" in subject.kinds
     }
+
+
+def _in_batches(
+    function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device
+) -> Tensor:
+    """function(images), BATCH of them at a time on the device; the results on the CPU."""
+    return torch.cat([function(part.to(device)).cpu() for part in images.split(BATCH)])
 
 
 def image_features(

@@ -12,6 +12,7 @@ from datasets.batched import BatchedMultiCrop
 from datasets.batched import Images as Pixels
 from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, sample_seed
 from engine.overlays import Place
+from engine.visual import BATCH
 from losses.intra import match_patches
 from models.network import Network
 from utils.views import Views
@@ -99,6 +100,11 @@ def correspondences(network: Network, pairs: Sequence[tuple[View, View]]) -> lis
 
     Both views' features are of this one network, in eval mode.
     """
+    batches = [pairs[first : first + BATCH] for first in range(0, len(pairs), BATCH)]
+    return [one for batch in batches for one in _correspondences(network, batch)]
+
+
+def _correspondences(network: Network, pairs: Sequence[tuple[View, View]]) -> list[Correspondence]:
     backbone = network.backbone
     device = next(backbone.parameters()).device
     student, teacher = (

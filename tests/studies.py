@@ -15,6 +15,7 @@ options:
   TRAIN: {EPOCHS: 5, BATCH_SIZE_PER_GPU: 8, WARMUP_EPOCHS: 0, BASE_LR: 0.05}
   AUG.LOCAL_CROPS_NUMBER: []
   PRINT_FREQ: 1
+  CKPT.KEEP_EVERY: 3
   DEVICE: cpu
 seeds: [0, 1]
 cells:
@@ -23,6 +24,7 @@ cells:
 evaluate: {poolings: [default, mean, mil], k: 5, baseline: esvit}
 """
 TOTAL = 5 * 6  # steps of a run
+MIDDLE = 3 * 6  # of them at its kept checkpoint, checkpoint0003.pth
 
 PLACES = Splits(
     "",

@@ -358,6 +358,21 @@ def test_the_estimate_follows_batch_precision_and_checkpointing():
     assert less.peak < 0.8 * large.peak
 
 
+def test_an_objective_that_contrasts_is_estimated_by_its_own_crops_and_queue():
+    """One crop of each image, in student and teacher; a queue where the centres were."""
+    options = {"MODEL__ARCH": "swin_tiny", "MODEL__DEPTHS": [2, 2], "MODEL__NUM_HEADS": [1, 2]}
+    options |= {"MODEL__EMBED_DIM": 32, "MODEL__PATCH_SIZE": 4, "AUG__LOCAL_CROPS_NUMBER": []}
+    found = {}
+    for objective in ("dino", "moco_v2", "lcr"):
+        cfg = small_config(**options, LOSS__OBJECTIVE=objective, MOCO__QUEUE=1000)
+        found[objective] = memory.of_step(cfg, ALONE, *build.networks(cfg))
+    queue, place = 4 * 1000 * 32, 8  # float32 keys, an int64
+    assert found["moco_v2"].carried == found["lcr"].carried == queue + place
+    assert found["dino"].carried == 4 * 64
+    assert found["moco_v2"].activations == pytest.approx(found["dino"].activations / 2, rel=0.1)
+    assert found["moco_v2"].activations < found["lcr"].activations  # the branch's
+
+
 def test_a_backbone_that_cannot_recompute():
     cfg = small_config(
         MODEL__ARCH="resnet50",

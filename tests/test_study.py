@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,30 +17,40 @@ import torch.nn.functional as F
 
 import compare
 from datasets.fine_grained import load_splits
-from engine import build, encoder, pointing, report
+from engine import build, encoder, pointing, report, study_results, study_runs
 from engine.evaluation import build_evaluation
 from engine.study import ROOT, load
 from engine.study_evaluation import measure, random_source
-from tests.studies import TINY, TOTAL, study_file
+from tests.studies import MIDDLE, TINY, TOTAL, study_file
 from utils import checkpoint
 from utils.distributed import ALONE
 from utils.errors import run_script
+from utils.signals import STOP_SIGNALS
+
+ONE_SEED = TINY.replace("seeds: [0, 1]", "seeds: [0]")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A folder with the study and, in `out`, what one uninterrupted command made of it."""
     folder = tmp_path_factory.mktemp("study")
-    study = study_file(folder)
+    words = ["--study", study_file(folder, ONE_SEED), "--output_dir", folder / "out"]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(
-            sys, "argv", ["compare.py", "--study", str(study), "--output_dir", str(folder / "out")]
-        )
+        patch.setattr(sys, "argv", ["compare.py", *map(str, words)])
         run_script(compare.main)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """The handlers of before, where compare.main has taken a signal in this process."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -75,8 +86,7 @@ def tables(output: Path) -> dict:
 def test_a_study_leaves_every_cell_with_its_zeros_and_where_it_comes_from(finished):
     output = finished / "out"
     found = results(output)
-    cells = [f"{name}-seed{seed}" for name in ("cmd", "esvit", "random") for seed in (0, 1)]
-    assert sorted(found) == sorted(cells)
+    assert sorted(found) == ["cmd-seed0", "esvit-seed0", "random-seed0"]
     for name, result in found.items():
         labelled = {"knn_default", "knn_mean", "linear", "rank1", "map"}
         has = labelled | {f"coarse_{each}" for each in labelled}
@@ -92,8 +102,7 @@ def test_a_study_leaves_every_cell_with_its_zeros_and_where_it_comes_from(finish
             path = output / "runs" / result["name"] / f"seed{result['seed']}" / checkpoint.LAST
             assert result["checkpoint_sha256"] == checkpoint.sha256(path)
             assert result["pretraining"]["steps"] == TOTAL
-    # Pretraining changes figures, and seeds differ.
-    assert found["cmd-seed0"]["figures"] != found["cmd-seed1"]["figures"]
+    # Pretraining changes figures.
     assert found["esvit-seed0"]["figures"]["map"] != found["random-seed0"]["figures"]["map"]
     text = (output / "table.md").read_text()
     for title in ("chance", "random initialisation", "CMD", "esvit", "best fixed patch"):
@@ -102,23 +111,57 @@ def test_a_study_leaves_every_cell_with_its_zeros_and_where_it_comes_from(finish
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_cells_stay_and_a_failing_one_is_told_while_the_others_run(
-    finished, run_here, tmp_path
+def test_finished_cells_stay_a_failing_one_is_told_and_a_random_row_of_other_shape_is_made_again(
+    finished, run_here, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")  # no child comes further than its first line
     output = tmp_path / "out"
     shutil.copytree(finished / "out", output)
-    results_before = {p: p.stat().st_mtime_ns for p in (output / "results").iterdir()}
+    random = output / "results/random-seed0.json"
+    results_before = {p: p.stat().st_mtime_ns for p in (output / "results").glob("[!r]*.json")}
+    # As of a study that had no cell with a pooling yet.
+    kept = json.loads(random.read_text())
+    kept["identity"]["network"]["pooling"] = None
+    del kept["figures"]["knn_mil"]
+    random.write_text(json.dumps(kept))
     checkpoints = {p: p.stat().st_mtime_ns for p in output.rglob("*.pth")}
-    broken = "cells:\n  broken: {INIT.WEIGHTS: /nowhere.pth}\n"
-    study = study_file(tmp_path, TINY.replace("cells:\n", broken))
-    code, out, err = run_here("--study", study, "--output_dir", output, "--seeds", 0)
+    study = study_file(tmp_path, ONE_SEED.replace("cells:\n", "cells:\n  broken: {}\n"))
+    code, out, err = run_here("--study", study, "--output_dir", output)
     assert code == 2
-    assert "broken-seed0: exit code 2" in out
-    assert out.count("/nowhere.pth") == 1  # the child's last lines
+    assert "random-seed0.json is of another study and left out: network (was" in out
+    assert "broken-seed0: exit code 1" in out
+    assert "No module named 'encodings'" in out  # of the child's last lines
     assert err.startswith("error: 1 of the study's runs failed: broken-seed0")
     assert {p: p.stat().st_mtime_ns for p in results_before} == results_before
     assert {p: p.stat().st_mtime_ns for p in checkpoints} == checkpoints
     assert figures(output) == figures(finished / "out")
+
+
+def copied(finished: Path, output: Path, name: str, seed: int, more: float) -> dict:
+    """A result of seed 0 as one of another seed, all figures raised; written and returned."""
+    found = results(finished / "out")[f"{name}-seed0"]
+    found["identity"]["options"]["SEED"] = found["seed"] = seed
+    found["figures"] = {key: value + more for key, value in found["figures"].items()}
+    study_results.write(study_results.path_of(output, name, seed), found)
+    return found
+
+
+def test_tables_are_of_all_in_results_whoever_wrote_it_and_whenever(finished, tmp_path):
+    output, study = tmp_path / "out", load(finished / "tiny.yaml")
+    shutil.copytree(finished / "out/results", output / "results")
+    (esvit := output / "results/esvit-seed0.json").rename(tmp_path / "later.json")
+    work = compare.Work(study, output, 1, ALONE)
+    work.read_finished()
+    assert ("esvit", 0) not in work.finished
+    # Another command ends a cell, and a third one that of a seed that this one was not asked for.
+    (tmp_path / "later.json").rename(esvit)
+    fifth = copied(finished, output, "cmd", 5, 2.0)["figures"]["map"]
+    work.write_tables([0])
+    rows = {row["name"]: row for row in tables(output)["small"]["rows"]}
+    assert rows["cmd"]["seeds"] == [0, 5]
+    assert rows["cmd"]["figures"]["map"]["values"] == [fifth - 2.0, fifth]
+    assert rows["esvit"]["seeds"] == [0]
+    assert "seeds 0, 5" in (output / "table.md").read_text().splitlines()[0]
 
 
 def test_tables_alone_are_those_of_the_run_and_run_nothing(finished, run_here, tmp_path):
@@ -138,13 +181,49 @@ def test_tables_alone_are_those_of_the_run_and_run_nothing(finished, run_here, t
     assert "holds no finished cell" in err
 
 
+def test_a_stopped_study_goes_on_from_the_checkpoint_to_the_same_figures(
+    finished, run_here, tmp_path
+):
+    """As if the child had been stopped in the middle; the next command is, as it starts it."""
+    output = tmp_path / "out"
+    shutil.copytree(finished / "out", output)
+    shutil.rmtree(output / "runs/esvit")
+    for result in (output / "results").glob("[!r]*.json"):
+        result.unlink()
+    run, words = output / "runs/cmd/seed0", ("--study", finished / "tiny.yaml")
+    words += ("--output_dir", output, "--cells", "cmd")
+    (run / checkpoint.PREVIOUS).unlink()
+    (run / "checkpoint0003.pth").rename(run / checkpoint.LAST)
+    (run / study_runs.STDOUT).unlink()
+
+    def stop() -> None:
+        while not (run / study_runs.STDOUT).exists():
+            time.sleep(0.01)
+        time.sleep(0.5)  # in which the child, whose stdout it is, begins
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop, daemon=True)
+    stopping.start()
+    code, _, err = run_here(*words)
+    stopping.join()
+    assert code == 75
+    assert len(err.splitlines()) == 1
+    assert "stopped by SIGTERM: what is done is in" in err
+    assert not (output / "results/cmd-seed0.json").exists()
+    study_runs.locked(run / study_runs.LOCK).close()  # its child is gone
+
+    code, _, err = run_here(*words)
+    assert (code, err) == (0, "")
+    assert f"checkpoint.pth at step {MIDDLE}" in (run / study_runs.STDOUT).read_text()
+    steps = [json.loads(line)["step"] for line in (run / "log.txt").read_text().splitlines()]
+    assert steps == list(range(1, TOTAL + 1))
+    expected = figures(finished / "out")
+    assert figures(output) == {name: expected[name] for name in ("cmd-seed0", "random-seed0")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "code"),
-    [
-        pytest.param(signal.SIGTERM, 75, id="SIGTERM"),
-        pytest.param(signal.SIGINT, 130, id="SIGINT", marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, -9, id="SIGKILL", marks=pytest.mark.slow),
-    ],
+    ("how", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
 )
 def test_a_study_that_is_stopped_goes_on_to_the_same_figures(
     how, code, finished, run_here, environment, tmp_path
@@ -152,7 +231,6 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_figures(
     output = tmp_path / "out"
     shutil.copytree(finished / "out/data", output / "data")
     words = ["--study", finished / "tiny.yaml", "--output_dir", output, "--cells", "cmd"]
-    words += ["--seeds", "0"]
     log = output / "runs/cmd/seed0/log.txt"
     process = subprocess.Popen(
         [sys.executable, "compare.py", *map(str, words)],
@@ -192,11 +270,11 @@ def test_a_changed_study_is_refused_by_what_differs(finished, run_here, tmp_path
     code, _, err = run_here(*words, "TRAIN.BASE_LR", "0.01")
     assert code == 2
     assert "TRAIN.BASE_LR (was 0.05, now 0.01)" in err
-    study = study_file(tmp_path, TINY.replace("k: 5", "k: 7"))
+    study = study_file(tmp_path, ONE_SEED.replace("k: 5", "k: 7"))
     code, _, err = run_here("--study", study, *words[2:])
     assert code == 2
     assert "evaluate (was" in err
-    study = study_file(tmp_path, TINY.replace("class_cue: 0.5", "class_cue: 0.4"))
+    study = study_file(tmp_path, ONE_SEED.replace("class_cue: 0.5", "class_cue: 0.4"))
     code, _, err = run_here("--study", study, *words[2:], "--seeds", 2)
     assert code == 2
     assert "its class_cue differ" in err
@@ -205,13 +283,24 @@ def test_a_changed_study_is_refused_by_what_differs(finished, run_here, tmp_path
     assert "processes (was 1, now 2)" in err
 
 
+def test_a_run_of_other_options_is_refused_before_anything_runs(finished, run_here, tmp_path):
+    """Its result was removed, its folder was not."""
+    output = tmp_path / "out"
+    shutil.copytree(finished / "out", output, ignore=shutil.ignore_patterns("results*"))
+    words = ("--study", finished / "tiny.yaml", "--output_dir", output)
+    code, _, err = run_here(*words, "TRAIN.EPOCHS", 4)
+    assert code == 2
+    assert "runs/cmd/seed0 holds a run of another study: TRAIN.EPOCHS (was 5, now 4)." in err
+    assert not (output / "results").exists()
+
+
 def test_results_on_other_images_are_refused(finished, run_here, tmp_path):
     """A folder whose images changed since: the data are the user's own."""
     data, output = tmp_path / "data", tmp_path / "out"
     shutil.copytree(finished / "out/data/small", data)
     shutil.copytree(finished / "out/results", output / "results")
     before = load_splits("folder", str(data), False).test.fingerprint
-    text = TINY.replace("{synthetic: {train: 48, val: 20, size: 64, class_cue: 0.5}}", "folder")
+    text = ONE_SEED.replace("{synthetic: {train: 48, val: 20, size: 64, class_cue: 0.5}}", "folder")
     study = study_file(tmp_path, text)
     next(data.glob("val/*/*.png")).unlink()
     words = ("--study", study, "--output_dir", output)
@@ -311,21 +400,25 @@ def test_poolings_that_a_network_lacks_are_left_out_and_the_probe_can_be(judged)
     assert "linear" not in zeros
 
 
-def test_the_written_table_says_what_its_json_says(finished):
-    rows = {row["name"]: row for row in tables(finished / "out")["small"]["rows"]}
-    text = (finished / "out/table.md").read_text()
+def test_the_written_table_says_what_its_json_says(finished, run_here, tmp_path):
+    shutil.copytree(finished / "out/results", tmp_path / "out/results")
+    copied(finished, tmp_path / "out", "cmd", 1, 3.0)
+    words = ("--study", finished / "tiny.yaml", "--output_dir", tmp_path / "out", "--table")
+    assert run_here(*words)[0] == 0
+    rows = {row["name"]: row for row in tables(tmp_path / "out")["small"]["rows"]}
+    text = (tmp_path / "out/table.md").read_text()
     fine = text.split("### Fine classes\n")[1].split("###")[0].splitlines()
     heads = [cell.strip() for cell in fine[1].strip("|").split("|")]
     assert heads == ["", "5-NN", "5-NN, mean", "5-NN, mil", "linear", "Rank-1", "mAP"]
     cells = {
         line.split("|")[1].strip(): line.strip("|").split("|")[1:] for line in fine[3:] if line
     }
-    each = figures(finished / "out")
+    each = figures(tmp_path / "out")
     values = [each[f"cmd-seed{seed}"]["map"] for seed in (0, 1)]
     mean, deviation = statistics.fmean(values), statistics.stdev(values)
     assert cells["CMD"][5].strip() == f"{mean:.2f} ± {deviation:.2f}"
     assert rows["cmd"]["figures"]["map"]["values"] == values
-    assert cells["esvit"][2].strip() == "–"
+    assert cells["esvit (seed 0)"][2].strip() == "–"
 
 
 @pytest.mark.parametrize(
@@ -348,16 +441,31 @@ def test_a_typo_on_the_command_line_is_one_sentence(words, sentence, run_here, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cell_that_is_named_twice_runs_once(monkeypatch, tmp_path):
+    words = ["--study", study_file(tmp_path), "--output_dir", tmp_path, "--cells", "cmd,esvit,cmd"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words), "cmd"])
+    assert compare.parse()[0].cells == ["cmd", "esvit"]
+
+
 @pytest.mark.slow
-def test_cells_side_by_side_by_torchrun_and_with_k_nn_curves(run_here, tmp_path, monkeypatch):
+def test_cells_side_by_side_by_torchrun_with_k_nn_curves_and_one_that_fails(
+    run_here, tmp_path, monkeypatch
+):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     text = TINY.replace("k: 5", "k: 5, knn_every: 4")
+    text = text.replace("cells:\n", "cells:\n  broken: {INIT.WEIGHTS: /nowhere.pth}\n")
     words = ("--study", study_file(tmp_path, text), "--output_dir", tmp_path / "out")
-    code, _, err = run_here(*words, "--seeds", 0, "--jobs", 2, "--processes", 2)
-    assert (code, err) == (0, "")
-    for cell in ("cmd", "esvit"):
-        folder = tmp_path / "out/runs" / cell / "seed0"
+    code, out, err = run_here(*words, "--cells", "broken,cmd", "--jobs", 2, "--processes", 2)
+    assert code == 2
+    assert "broken-seed0: exit code 1" in out  # torchrun's
+    told = (tmp_path / "out/runs/broken/seed0" / study_runs.STDOUT).read_text()
+    assert "/nowhere.pth" in told
+    assert err.startswith("error: 2 of the study's runs failed: broken-seed0")
+    found = figures(tmp_path / "out")
+    assert found["cmd-seed0"] != found["cmd-seed1"]
+    for seed in (0, 1):
+        folder = tmp_path / f"out/runs/cmd/seed{seed}"
         assert checkpoint.load_own(folder / checkpoint.LAST)["processes"] == 2
         lines = report.read_log(folder / "log.txt")
         assert [line["epoch"] for line in lines if "knn_top1" in line] == [4, 5]

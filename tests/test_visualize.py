@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 import visualize
 from datasets import synthetic
 from datasets.synthetic_images import DIFFICULTIES
-from engine import build, overlays, page, visual
+from engine import attention, build, overlays, page, visual
 from engine.overlays import Place
 from engine.visual_pictures import brightest
 from engine.visual_views import (
@@ -260,6 +260,23 @@ def test_matches_of_a_view_with_itself_are_exact(options, images):
     # Two views of different places are not.
     (two,) = correspondences(network, [(views[0], views[1])])
     assert correspondence_figures([two])["on_or_beside"] < 100
+
+
+def test_many_images_go_by_the_batch_and_give_the_maps_of_one_forward(images):
+    network = build.networks(small_config())[0].eval()
+    subject = visual.Subject("A", None, network)
+    seen = []
+    network.backbone.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    many = torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = visual.whole_maps([subject], many)["similarity"]["A"]
+        assert max(seen) == visual.BATCH
+        assert torch.allclose(maps, attention.attention_map(network, many, "similarity"), atol=1e-6)
+    square = Image.open(next(images.rglob("*.png")))
+    views = seeded_views([square], 32, 16, 0, 3, plain=False)[0]
+    seen.clear()
+    assert len(correspondences(network, [tuple(views)] * 40)) == 40
+    assert max(seen) <= 2 * visual.BATCH
 
 
 def test_matches_are_the_highest_cosine_in_the_teacher_view(images):
