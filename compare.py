@@ -302,7 +302,8 @@ class Work:
         with locked(self.output / LOCK, wait=True):
             self.read_finished(refuse=False)
             there = sorted({seed for _, seed in self.finished})
-            seeds = list(dict.fromkeys([*self.study.seeds, *asked, *there]))
+            known = dict.fromkeys([*self.study.seeds, *asked, *there])
+            seeds = [seed for seed in known if seed in self.study.seeds or seed in there]
             study_table.write(self.study, self.random, self.finished, seeds, command, self.output)
 
 

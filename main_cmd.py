@@ -13,7 +13,7 @@ from torch import nn
 
 from datasets.fine_grained import build_dataset
 from datasets.loader import StepSampler, build_loader, steps_per_epoch
-from engine import build, preflight, resume
+from engine import advice, build, preflight, resume
 from engine.bad_images import BadImages
 from engine.determinism import explain_refusal, set_deterministic
 from engine.evaluation import join
@@ -60,6 +60,8 @@ def pretrain(signals: StopSignals) -> None:
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     images_per_step = batch * world.size * accumulation
     epoch_steps = steps_per_epoch(len(dataset), batch, world.size, accumulation)
+    for warning in advice.warnings(cfg, world.size, len(dataset)):
+        logger.warning(warning)
     knn_folders = (cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL) if cfg.EVAL.KNN_EVERY else ()
 
     # Networks, the same on every process.

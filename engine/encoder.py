@@ -18,6 +18,8 @@ from models.registry import ARCHITECTURES, BackboneSpec, build_backbone, resolve
 from utils import checkpoint, config, seeding
 from utils.config import Node
 from utils.errors import InputError
+from utils.logging import logger
+from utils.options import CONTRASTIVE
 from utils.seeding import derive_seed
 
 RANDOM = "random initialisation"
@@ -103,7 +105,9 @@ class Encoder(nn.Module):
             try:
                 return self.backbone.last_blocks(images, self.blocks, self.avgpool_patchtokens)
             except ValueError as error:
-                raise InputError(f"LINEAR.N_LAST_BLOCKS or EVAL.SIZE: {error}.") from None
+                raise InputError(
+                    f"LINEAR.N_LAST_BLOCKS (--n_last_blocks) or EVAL.SIZE: {error}."
+                ) from None
         patches = self.backbone(images)[1]
         if self.pooling == "mean":
             return (patches.float().mean(dim=1),)
@@ -191,6 +195,12 @@ def load(path: str, cfg: Node, typed: set[str]) -> Source:
     )
     if _stamp(path) != stamp:
         raise InputError(f"{path} has changed while it was read: is a run writing it? Try again.")
+    of_run = config.from_dict(own["config"], str(path)) if own else cfg
+    if own and of_run.LOSS.OBJECTIVE in CONTRASTIVE and file.key == "teacher":
+        logger.info(
+            f"{path}: this is the teacher, the key encoder; MoCo and LCR evaluate the query "
+            f"encoder (--checkpoint_key student)"
+        )
     if own and registry.identity(spec) == registry.identity(file.spec):
         network = build.stored_network(own, file.key, path)
         heads = HeadSpec(**own["model"]["heads"])

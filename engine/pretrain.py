@@ -67,30 +67,6 @@ class Schedules:
         )
 
 
-def _has_groups(network: Network) -> bool:
-    return any(isinstance(module, GroupedBatchNorm) for module in network.modules())
-
-
-def _of_small_batches(
-    cfg: Node, goal: Objective | Contrastive, processes: int, teacher: Network
-) -> Iterator[str]:
-    """What an objective cannot do with so few images, in sentences."""
-    images = cfg.TRAIN.BATCH_SIZE_PER_GPU
-    bags = 2 * (images * processes - 1)
-    if goal.needs_pooling and goal.lt in ("residual", "diverse") and bags <= goal.diverse_k:
-        yield (
-            f"CMD.LT {goal.lt} compares a patch with {bags} bags of other images, and "
-            f"CMD.DIVERSE_K is {goal.diverse_k}: all patches count alike, and L_T teaches an even "
-            f"attention. Take a larger batch or a smaller CMD.DIVERSE_K."
-        )
-    if _has_groups(teacher) and images * processes <= cfg.MOCO.BN_IMAGES:
-        yield (
-            f"all {images * processes} images of a micro-batch share BatchNorm's statistics, by "
-            f"which queries can know their keys. Take a batch of at least twice MOCO.BN_IMAGES "
-            f"({cfg.MOCO.BN_IMAGES}), a smaller MOCO.BN_IMAGES, or more processes."
-        )
-
-
 def scaled_lr(cfg: Node, images_per_step: int) -> float:
     """The peak learning rate: BASE_LR at 256 images a step, in proportion otherwise."""
     return cfg.TRAIN.BASE_LR * images_per_step / 256
@@ -125,7 +101,7 @@ class Pretraining:
     def __post_init__(self) -> None:
         self.ema = TeacherEMA(self.student, self.teacher)
         self.guard = StepGuard([self.student, self.teacher], self.world.device)
-        self.shuffles = _has_groups(self.teacher)
+        self.shuffles = any(isinstance(m, GroupedBatchNorm) for m in self.teacher.modules())
 
     @classmethod
     def build(
@@ -149,8 +125,6 @@ class Pretraining:
             compile_network(student)
             compile_network(teacher)
         images_per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
-        for warning in _of_small_batches(cfg, objective, world.size, teacher):
-            logger.warning(warning)
         return cls(
             cfg=cfg,
             world=world,

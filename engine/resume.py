@@ -15,6 +15,9 @@ from utils.logging import logger
 from utils.optim import start_momentum
 from utils.options import RESUME_MAY_DIFFER
 
+# Options, and sections, that decide what is in a checkpoint and of which shape.
+_SHAPING = ("MODEL.", "HEAD.", "LOSS.OBJECTIVE", "MOCO.QUEUE", "LCR.CHANNELS")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -63,7 +66,7 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
         reshaped = [
             name
             for name, _, _ in changes
-            if name.startswith(("MODEL.", "HEAD.")) and name != "MODEL.DROP_PATH"
+            if name.startswith(_SHAPING) and name != "MODEL.DROP_PATH"
         ]
         force = ", or --resume force to go on with the new ones"
         raise InputError(

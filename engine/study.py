@@ -11,7 +11,8 @@ cells:      name -> options of its own; beside them `data` (which set, where the
 order:      groups of cells, [[a, b], [c]]: one group after the other, within it all cells
             with the first seed before any with the second; cells not named come last
 evaluate:   poolings (of default, mean, mil, lcr, where the network has them), k, linear,
-            baseline (the cell, or one for each data set, that others are compared with)
+            baseline (the cell, or one for each data set, that others are compared with),
+            knn_every (epochs between the k-NN tests of a run, for its curve)
 """
 
 import difflib

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import build
+from engine import advice, build
 from engine.diagnostics import measure
 from engine.pretrain import Pretraining
 from engine.shuffling import shuffled
@@ -188,12 +188,24 @@ def test_every_micro_batch_is_shuffled_anew():
     assert len(seeds) == 6
 
 
-def test_a_batch_of_one_group_is_warned_about(caplog):
-    options = CONTRAST | RESNET | {"TRAIN__BATCH_SIZE_PER_GPU": 4}
-    run_of(**options, MOCO__BN_IMAGES=2)
-    assert not caplog.records
-    run_of(**options, MOCO__BN_IMAGES=4)
-    assert "by which queries can know their keys" in caplog.text
+@pytest.mark.parametrize(
+    ("options", "processes", "images", "words"),
+    [
+        (RESNET | {"MOCO__BN_IMAGES": 2}, 1, 11, None),
+        (RESNET | {"MOCO__BN_IMAGES": 4}, 1, 11, "by which queries can know their keys"),
+        (RESNET | {"MOCO__BN_IMAGES": 4}, 2, 11, None),
+        (SWIN | {"MOCO__BN_IMAGES": 4}, 1, 11, None),
+        (SWIN | {"HEAD__USE_BN": True}, 1, 11, "by which queries can know their keys"),
+        (SWIN, 1, 10, "MOCO.QUEUE 10 holds a key of each of the 10 images"),
+        ({"LOSS__OBJECTIVE": "cmd"}, 1, 10, "CMD.LT residual compares a patch with 6 bags"),
+        ({"LOSS__OBJECTIVE": "cmd", "CMD__DIVERSE_K": 5}, 1, 10, None),
+        ({"LOSS__OBJECTIVE": "cmd"}, 2, 10, None),
+    ],
+)
+def test_what_is_unwise_is_warned_about(options, processes, images, words):
+    cfg = small_config(**CONTRAST | {"TRAIN__BATCH_SIZE_PER_GPU": 4} | options)
+    found = list(advice.warnings(cfg, processes, images))
+    assert [words in sentence for sentence in found] == ([True] if words else [])
 
 
 def test_no_batch_norm_no_shuffling():
@@ -322,5 +334,5 @@ def test_a_single_image_has_nothing_to_be_told_from():
 
 
 def test_local_crops_are_refused_with_the_recipe():
-    with pytest.raises(InputError, match=r"set AUG\.LOCAL_CROPS_NUMBER \[\].*moco_v2\.yaml"):
+    with pytest.raises(InputError, match=r"no local ones.*--cfg experiments/moco_v2\.yaml"):
         small_config(LOSS__OBJECTIVE="moco_v2")

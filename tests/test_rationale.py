@@ -213,13 +213,15 @@ def test_the_branch_is_in_both_networks_of_a_checkpoint_and_comes_back(tmp_path)
 # Pooling
 
 
-def test_pooling_lcr_is_the_mean_weighted_by_the_predicted_map(tmp_path):
+def test_pooling_lcr_is_the_mean_weighted_by_the_predicted_map(tmp_path, caplog):
     run = pretraining(small_config(**LCR | SWIN))
     run.train_step(iter([batch_of(crops_of(0))]))
     path = tmp_path / "checkpoint.pth"
     checkpoint.save(run.state(), path)
     cfg = small_config(EVAL__POOLING="lcr")
-    source = encoder.load(str(path), cfg, set())
+    with caplog.at_level("INFO", "cmd"):
+        source = encoder.load(str(path), cfg, set())
+    assert "--checkpoint_key student" in caplog.text
     images = crops_of(9)[0]
     found = source.encoder(cfg)(images)
     network = build.stored_network(checkpoint.load_own(path), "teacher", path).eval()

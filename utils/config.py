@@ -280,8 +280,10 @@ def check(cfg: Node) -> None:
     _check_schedules(cfg)
     if cfg.LOSS.OBJECTIVE in CONTRASTIVE and local_crops(cfg):
         raise InputError(
-            f"LOSS.OBJECTIVE {cfg.LOSS.OBJECTIVE} contrasts two crops of an image: set "
-            f"AUG.LOCAL_CROPS_NUMBER [] (experiments/{cfg.LOSS.OBJECTIVE}.yaml is its recipe)."
+            f"LOSS.OBJECTIVE {cfg.LOSS.OBJECTIVE} contrasts two crops of an image and wants no "
+            f"local ones. Its recipe: --cfg experiments/{cfg.LOSS.OBJECTIVE}.yaml; "
+            f"AUG.LOCAL_CROPS_NUMBER [] alone keeps the optimizer, momentum, head and crops of the "
+            f"others."
         )
     if cfg.LOSS.OBJECTIVE in CONTRASTIVE and cfg.TRAIN.BATCH_SIZE_PER_GPU < 2:
         raise InputError(

@@ -6,7 +6,7 @@ from datasets.fine_grained import build_dataset
 from datasets.folder import LabelledImages
 from datasets.loader import steps_per_epoch
 from datasets.shards import ImageShards
-from engine import build, resume
+from engine import advice, build, resume
 from engine.features import gallery_and_queries
 from engine.preflight import images as image_findings
 from engine.preflight import machine
@@ -95,6 +95,7 @@ def _batch(cfg: Node, world: World, images: int, findings: Findings) -> dict:
             f"a step takes {per_step:,} of {images:,} images, so that an epoch has {steps:,} "
             "steps: few for the schedules and the teacher; consider a smaller batch or more epochs"
         )
+    findings.warnings += advice.warnings(cfg, world.size, images)
     return {
         "images_per_step": per_step,
         "batch": train.BATCH_SIZE_PER_GPU,
