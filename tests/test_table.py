@@ -186,7 +186,8 @@ def test_a_table_with_another_checkpoint_keeps_the_rows_it_has(made, checkpoints
     other = checkpoints[0].with_name("checkpoint0002.pth")
     longer = table(folder, [other, *checkpoints], data)
     assert longer.figures[1:] == made.figures
-    assert longer.figures[0] not in made.figures
+    # Its teacher has hardly moved, so its figures may be another's: the file tells.
+    assert longer.rows[0]["weights"]["sha256"] == hashlib.sha256(other.read_bytes()).hexdigest()
     assert longer.done.stdout.count("going on with the probe") == 12
 
 

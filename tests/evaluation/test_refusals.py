@@ -74,7 +74,7 @@ BAD = {
     "size": ("--size 30", "EVAL.SIZE 30 is not a multiple of 8 pixels"),
     "resize": ("EVAL.RESIZE 16", "EVAL.RESIZE 16 is less than the centre crop of 32 pixels"),
     "precision": ("--precision fp16", "EVAL.PRECISION fp16 needs a GPU"),
-    "pooling": ("--pooling max", "EVAL.POOLING must be one of default, mean, mil, not 'max'."),
+    "pooling": ("--pooling max", "EVAL.POOLING must be one of default, mean, mil, lcr, not 'max'."),
     "partial": ("--dataset cub", "cub was not found in "),
     "unknown data set": ("--dataset birds", "there is no data set 'birds'"),
 }
