@@ -133,6 +133,7 @@ print(distributed.start("cpu").device, before == dict(os.environ))
 """
 
 
+@pytest.mark.slow
 def test_the_choice_of_gpus_is_left_to_the_launcher(environment):
     """Neither the script's imports nor joining the processes change what it shows."""
     done = run_python("-c", CHOSEN, environment={**environment, "CUDA_VISIBLE_DEVICES": "7"})
