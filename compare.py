@@ -91,7 +91,7 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
     if arguments.table:
         if not work.finished:
             raise InputError(f"{work.output} holds no finished cell of {study.path}.")
-        work.write_tables(arguments.seeds)
+        work.write_tables()
         return
 
     # Data, and what is done of it: what misfits is refused before anything runs.
@@ -116,12 +116,12 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
                 work.attempt(
                     f"{row.name}-seed{seed}", lambda r=row, s=seed: work.judge_random(r, s)
                 )
-                work.write_tables(arguments.seeds)
+                work.write_tables()
 
     total = len(arguments.cells) * len(arguments.seeds)
     logger.info(f"{study.name}: {total} runs, of which {total - len(waiting)} are done")
     if not waiting:
-        work.write_tables(arguments.seeds)
+        work.write_tables()
     with closing(pretrained(waiting, arguments.jobs)) as ended:
         for run, code, seconds in ended:
             if code:
@@ -129,7 +129,7 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
                 logger.warning("\n  ".join([f"{run.name}: exit code {code}", *run.tail()]))
             else:
                 work.attempt(run.name, lambda r=run, s=seconds: work.judge(r, s))
-            work.write_tables(arguments.seeds)
+            work.write_tables()
     if work.failed:
         listed = "; ".join(f"{name} ({reason})" for name, reason in work.failed.items())
         raise InputError(f"{len(work.failed)} of the study's runs failed: {listed}")
@@ -293,8 +293,8 @@ class Work:
         ]
         logger.info(f"{name}-seed{seed}: {', '.join(shown)}")
 
-    def write_tables(self, asked: list[int]) -> None:
-        """results.json, table.md and curves.png of all in results/; asked: this command's seeds.
+    def write_tables(self) -> None:
+        """results.json, table.md and curves.png of all in results/.
 
         One command at a time: others that share the folder may have more results by now.
         """
@@ -302,8 +302,7 @@ class Work:
         with locked(self.output / LOCK, wait=True):
             self.read_finished(refuse=False)
             there = sorted({seed for _, seed in self.finished})
-            known = dict.fromkeys([*self.study.seeds, *asked, *there])
-            seeds = [seed for seed in known if seed in self.study.seeds or seed in there]
+            seeds = list(dict.fromkeys([*self.study.seeds, *there]))
             study_table.write(self.study, self.random, self.finished, seeds, command, self.output)
 
 

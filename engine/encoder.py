@@ -195,8 +195,8 @@ def load(path: str, cfg: Node, typed: set[str]) -> Source:
     )
     if _stamp(path) != stamp:
         raise InputError(f"{path} has changed while it was read: is a run writing it? Try again.")
-    of_run = config.from_dict(own["config"], str(path)) if own else cfg
-    if own and of_run.LOSS.OBJECTIVE in CONTRASTIVE and file.key == "teacher":
+    objective = config.from_dict(own["config"], str(path)).LOSS.OBJECTIVE if own else ""
+    if objective in CONTRASTIVE and file.key == "teacher":
         logger.info(
             f"{path}: this is the teacher, the key encoder; MoCo and LCR evaluate the query "
             f"encoder (--checkpoint_key student)"

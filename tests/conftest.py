@@ -1,6 +1,7 @@
 """Small images, a network of a few thousand weights, and a run of main_cmd.py with both."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from PIL import Image
 
 import main_cmd
 from utils.errors import run_script
+from utils.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).parent.parent
 TRAINED = "LOSS.OBJECTIVE cmd TRAIN.EPOCHS 4 SEED 3 PRINT_FREQ 1 CKPT.KEEP_EVERY 1"
@@ -39,6 +41,15 @@ def save_images(folder: Path, count: int, seed: int) -> None:
         draw = np.random.default_rng((seed, index))
         pixels = draw.integers(0, 120, (48, 48, 3)) + 135 * np.eye(3, dtype=int)[seed % 3]
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:02d}.png")
+
+
+@pytest.fixture
+def own_handlers():
+    """The handlers of signals as they were, whatever a test has left."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

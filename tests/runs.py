@@ -20,6 +20,15 @@ RESNET = {
     "MODEL__NUM_HEADS": [],
     "MODEL__PATCH_SIZE": 0,
 }
+# And these a Swin of two stages.
+SWIN = {
+    "MODEL__ARCH": "swin_tiny",
+    "MODEL__EMBED_DIM": 16,
+    "MODEL__DEPTHS": [1, 2],
+    "MODEL__NUM_HEADS": [2, 4],
+    "MODEL__PATCH_SIZE": 4,
+    "MODEL__WINDOW_SIZE": 4,
+}
 
 
 def small_config(**options) -> config.Node:

@@ -7,16 +7,8 @@ from engine import build
 from engine.attention import attention_map, head_maps, kinds
 from models.mil import GatedAttentionPool
 from models.network import Network
-from tests.runs import RESNET, small_config
+from tests.runs import RESNET, SWIN, small_config
 
-SWIN = {
-    "MODEL__ARCH": "swin_tiny",
-    "MODEL__EMBED_DIM": 16,
-    "MODEL__DEPTHS": [1, 2],
-    "MODEL__NUM_HEADS": [2, 4],
-    "MODEL__PATCH_SIZE": 4,
-    "MODEL__WINDOW_SIZE": 4,
-}
 FAMILIES = {"vit": {}, "swin": SWIN, "resnet": RESNET}
 CONTRAST = {"LOSS__OBJECTIVE": "lcr", "AUG__LOCAL_CROPS_NUMBER": 0}
 CASES = {

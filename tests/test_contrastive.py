@@ -16,7 +16,7 @@ from losses.contrastive import KeyQueue, info_nce
 from losses.objective import Contrastive
 from models.grouped_norm import GroupedBatchNorm, group_batch_norm
 from tests.processes import found_by_each
-from tests.runs import RESNET, batch_of, load, log_of, small_config, tensors
+from tests.runs import RESNET, SWIN, batch_of, load, log_of, small_config, tensors
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 from utils.views import Views
@@ -31,14 +31,6 @@ CONTRAST = {
 OBJECTIVES = {
     "moco_v2": CONTRAST,
     "lcr": CONTRAST | {"LOSS__OBJECTIVE": "lcr", "LCR__CHANNELS": 4, "LCR__WEIGHT": 1.0},
-}
-SWIN = {
-    "MODEL__ARCH": "swin_tiny",
-    "MODEL__EMBED_DIM": 16,
-    "MODEL__DEPTHS": [1, 1],
-    "MODEL__NUM_HEADS": [1, 2],
-    "MODEL__PATCH_SIZE": 4,
-    "MODEL__WINDOW_SIZE": 4,
 }
 
 

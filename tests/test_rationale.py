@@ -14,8 +14,8 @@ from losses.rationale import fitting_loss, gradcam, gradcam_of
 from models.network import Network
 from models.pretrained import backbone_state
 from models.rationale import RationaleBranch, rationale_weights
-from tests.runs import RESNET, batch_of, pretraining, small_config
-from tests.test_contrastive import OBJECTIVES, SWIN, crops_of
+from tests.runs import RESNET, SWIN, batch_of, pretraining, small_config
+from tests.test_contrastive import OBJECTIVES, crops_of
 from utils import checkpoint
 from utils.errors import InputError
 
@@ -259,7 +259,7 @@ def test_every_objective_starts_from_someones_weights(objective, source, tmp_pat
     options = {"LOSS__OBJECTIVE": objective, "AUG__LOCAL_CROPS_NUMBER": []}
     torch.manual_seed(3)
     if source == "timm's Swin":
-        shape = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+        shape = {"embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4}
         theirs = timm.models.SwinTransformer(img_size=32, patch_size=4, **shape)
         options |= SWIN
     else:

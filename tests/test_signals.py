@@ -22,14 +22,7 @@ from utils.signals import (
     outlive_signals,
 )
 
-
-@pytest.fixture(autouse=True)
-def own_handlers():
-    """The handlers of before, whatever a test has left."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("own_handlers")
 
 
 def send(*numbers: int) -> None:

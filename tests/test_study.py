@@ -25,7 +25,8 @@ from tests.studies import MIDDLE, TINY, TOTAL, study_file
 from utils import checkpoint
 from utils.distributed import ALONE
 from utils.errors import run_script
-from utils.signals import STOP_SIGNALS
+
+pytestmark = pytest.mark.usefixtures("own_handlers")
 
 ONE_SEED = TINY.replace("seeds: [0, 1]", "seeds: [0]")
 
@@ -42,15 +43,6 @@ def finished(tmp_path_factory) -> Path:
         patch.setattr(sys, "argv", ["compare.py", *map(str, words)])
         run_script(compare.main)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def own_handlers():
-    """The handlers of before, where compare.main has taken a signal in this process."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -156,7 +148,7 @@ def test_tables_are_of_all_in_results_whoever_wrote_it_and_whenever(finished, tm
     # Another command ends a cell, and a third one that of a seed that this one was not asked for.
     (tmp_path / "later.json").rename(esvit)
     fifth = copied(finished, output, "cmd", 5, 2.0)["figures"]["map"]
-    work.write_tables([0])
+    work.write_tables()
     rows = {row["name"]: row for row in tables(output)["small"]["rows"]}
     assert rows["cmd"]["seeds"] == [0, 5]
     assert rows["cmd"]["figures"]["map"]["values"] == [fifth - 2.0, fifth]

@@ -29,8 +29,7 @@ from engine.visual_views import (
     seeded_views,
 )
 from models.registry import BackboneSpec, build_backbone
-from tests.runs import small_config
-from tests.test_attention import SWIN
+from tests.runs import SWIN, small_config
 from tests.test_readme import ROOT, commands
 from utils import checkpoint
 from utils.errors import run_script
