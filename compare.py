@@ -8,7 +8,7 @@ of main_cmd.py and evaluated here; the same command goes on where it stopped, an
 not done again. Written into OUT: results.json, table.md and curves.png after every cell, one JSON
 for each in results/, the runs in runs/CELL/seedK, rendered images in data/. Several commands may
 share OUT, each with its own --cells or --seeds; tables are of all that is in results/.
-engine/study.py says what a study's file holds.
+engine/studies/study.py says what a study's file holds.
 """
 
 import argparse
@@ -23,12 +23,13 @@ from pathlib import Path
 from datasets import synthetic
 from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits
-from engine import encoder, study_evaluation, study_results, study_table
-from engine.evaluation import SPLITS, Evaluation
-from engine.report import read_log
-from engine.study import Study, choose, load
-from engine.study_results import RandomRow
-from engine.study_runs import LOCK, Run, locked, pretrained, run_of
+from engine.evaluation import encoder
+from engine.evaluation.evaluation import SPLITS, Evaluation
+from engine.pictures.report import read_log
+from engine.studies import study_evaluation, study_results, study_table
+from engine.studies.study import Study, choose, load
+from engine.studies.study_results import RandomRow
+from engine.studies.study_runs import LOCK, Run, locked, pretrained, run_of
 from utils import checkpoint, cli, config, distributed, logging
 from utils.config import Node
 from utils.distributed import World

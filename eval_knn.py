@@ -11,9 +11,9 @@ accuracy of every class, the pairs most confused) and tsne.png.
 
 from pathlib import Path
 
-from engine import pictures
-from engine.evaluation import Evaluation, join, open_evaluation, results_folder
-from engine.protocols import KnnResult, run_knn
+from engine.evaluation.evaluation import Evaluation, join, open_evaluation, results_folder
+from engine.evaluation.protocols import KnnResult, run_knn
+from engine.pictures import pictures
 from utils import cli, distributed, flags
 from utils.errors import run_script
 from utils.files import write_json

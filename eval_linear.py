@@ -12,8 +12,8 @@ with that part of every class's labels. The same command goes on where it stoppe
 OUT: linear.json, and the heads, linear.pth.
 """
 
-from engine.evaluation import join, open_evaluation, results_folder
-from engine.probing import run_linear, share_folder
+from engine.evaluation.evaluation import join, open_evaluation, results_folder
+from engine.evaluation.probing import run_linear, share_folder
 from utils import cli, distributed, flags
 from utils.errors import InputError, run_script
 from utils.files import write_json

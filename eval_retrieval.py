@@ -11,9 +11,9 @@ the gallery, as the authors' released code does. Written into OUT: retrieval.jso
 
 from pathlib import Path
 
-from engine import pictures
-from engine.evaluation import Evaluation, join, open_evaluation, results_folder
-from engine.protocols import RetrievalResult, run_retrieval
+from engine.evaluation.evaluation import Evaluation, join, open_evaluation, results_folder
+from engine.evaluation.protocols import RetrievalResult, run_retrieval
+from engine.pictures import pictures
 from utils import cli, distributed, flags
 from utils.errors import run_script
 from utils.files import write_json

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from engine import encoder, table
-from engine.evaluation import (
+from engine.evaluation import encoder, table
+from engine.evaluation.evaluation import (
     SPLITS,
     Evaluation,
     build_evaluation,
@@ -24,8 +24,8 @@ from engine.evaluation import (
     open_source,
     open_splits,
 )
-from engine.probing import run_linear, share_folder
-from engine.protocols import run_knn, run_retrieval
+from engine.evaluation.probing import run_linear, share_folder
+from engine.evaluation.protocols import run_knn, run_retrieval
 from utils import cli, config, distributed, flags
 from utils.config import Node
 from utils.errors import InputError, run_script

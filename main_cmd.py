@@ -13,13 +13,15 @@ from torch import nn
 
 from datasets.fine_grained import build_dataset
 from datasets.loader import StepSampler, build_loader, steps_per_epoch
-from engine import advice, build, preflight, resume
-from engine.bad_images import BadImages
-from engine.determinism import explain_refusal, set_deterministic
-from engine.evaluation import join
-from engine.features import gallery_and_queries
-from engine.loop import train
-from engine.pretrain import Pretraining, scaled_lr
+from engine import build, preflight
+from engine.evaluation.evaluation import join
+from engine.evaluation.features import gallery_and_queries
+from engine.preflight import advice
+from engine.training import resume
+from engine.training.bad_images import BadImages
+from engine.training.determinism import explain_refusal, set_deterministic
+from engine.training.loop import train
+from engine.training.pretrain import Pretraining, scaled_lr
 from models.pretrained import count_parameters
 from models.registry import resolve
 from utils import checkpoint, cli, config, distributed

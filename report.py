@@ -19,7 +19,9 @@ import torch
 
 from datasets.benchmarks import labelled_folder
 from datasets.folder import ImageFolder
-from engine import attention, build, pointing, report
+from engine import build
+from engine.evaluation import attention, pointing
+from engine.pictures import report
 from models.mil import GatedAttentionPool
 from models.network import HeadSpec, Network
 from models.pretrained import count_parameters

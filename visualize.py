@@ -12,9 +12,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from engine import attention, page, visual, visual_pictures, visual_views
-from engine.overlays import whole
-from engine.pictures import plot_tsne
+from engine.evaluation import attention
+from engine.pictures import page, visual, visual_pictures, visual_views
+from engine.pictures.overlays import whole
+from engine.pictures.pictures import plot_tsne
 from utils import distributed
 from utils.cli import Parser
 from utils.errors import InputError, run_script

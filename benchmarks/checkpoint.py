@@ -4,7 +4,7 @@ r"""What checkpoints cost a training: written in the loop, and beside it by a th
         --local_size 32 --turns 7 --output benchmarks/results/...
 
 One run takes turns: a step without a checkpoint, one after a checkpoint that was written in the
-loop, and the steps after one that was handed to engine/saving.py's thread, until it is written.
+loop, and the steps after one that was handed to saving.py's thread, until it is written.
 What a checkpoint takes from the training is the time of the call and what those steps take beyond
 the turn's step without; from it follows the time between checkpoints at which that is 1 %.
 """
@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from benchmarks import common, own_step
 from benchmarks.turns import synchronize
-from engine.saving import CheckpointWriter
+from engine.training.saving import CheckpointWriter
 from utils import checkpoint
 from utils.errors import run_script
 

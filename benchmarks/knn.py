@@ -24,8 +24,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from benchmarks.common import device_name, write_report
-from engine import knn, retrieval, similarity
-from engine.similarity import Gallery, searchable, unit
+from engine.evaluation import knn, retrieval, similarity
+from engine.evaluation.similarity import Gallery, searchable, unit
 from utils.errors import run_script
 
 CPU = torch.device("cpu")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine import retrieval
-from engine.knn import knn_accuracy
+from engine.evaluation import retrieval
+from engine.evaluation.knn import knn_accuracy
+from engine.training.schedules import cosine, teacher_temperature
 from losses.objective import Objective
 from losses.targets import Centres
 from models.heads import DINOHead
@@ -32,7 +33,6 @@ from tests.goldens import (
     weights,
 )
 from tests.runs import batch_of, pretraining, small_config
-from utils.schedules import cosine, teacher_temperature
 from utils.views import Views
 
 BACKBONES = read_json("backbone_keys.json")

@@ -33,7 +33,7 @@ FORMAT = 3
 LAST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pth")
-# What a run needs to go on (engine/resume.py), and what format 2 added to it. Format 3 calls
+# What a run needs to go on (resume.py), and what format 2 added to it. Format 3 calls
 # "carried" what were "centres", since objectives came that have none.
 _OF_A_RUN = (
     *("config", "model", "student", "teacher", "step", "steps_per_epoch", "images_per_step"),

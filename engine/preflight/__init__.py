@@ -6,13 +6,14 @@ from datasets.fine_grained import build_dataset
 from datasets.folder import LabelledImages
 from datasets.loader import steps_per_epoch
 from datasets.shards import ImageShards
-from engine import advice, build, resume
-from engine.features import gallery_and_queries
+from engine import build
+from engine.evaluation.features import gallery_and_queries
+from engine.preflight import advice, machine
 from engine.preflight import images as image_findings
-from engine.preflight import machine
 from engine.preflight.findings import Findings
 from engine.preflight.inspection import Header, equal_files, read_headers
-from engine.pretrain import scaled_lr
+from engine.training import resume
+from engine.training.pretrain import scaled_lr
 from utils import distributed
 from utils.config import Node, crops_on_device
 from utils.distributed import World

@@ -8,7 +8,7 @@ from datasets.benchmarks import Benchmark
 from datasets.fine_grained import DATASETS, load_splits
 from datasets.folder import ImageFolder, LabelledImages, StoredImages, capped_size
 from datasets.shards import ImageShards
-from engine.features import check_bad
+from engine.evaluation.features import check_bad
 from engine.preflight.findings import Findings
 from engine.preflight.inspection import Header, Place
 from utils.config import Node, local_crops

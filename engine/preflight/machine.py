@@ -9,10 +9,10 @@ import torch
 
 from datasets import cache
 from engine import build
-from engine.acceleration import compile_network
 from engine.preflight import memory
 from engine.preflight.findings import Findings, in_words
-from engine.resume import Found, start_from
+from engine.training.acceleration import compile_network
+from engine.training.resume import Found, start_from
 from utils.config import Node, crops_on_device
 from utils.distributed import World
 from utils.errors import InputError

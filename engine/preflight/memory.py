@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import build
-from engine.acceleration import checkpoint_blocks
+from engine.training.acceleration import checkpoint_blocks
+from engine.training.optim import build_optimizer
 from models import swin
 from models.network import Network, student_only
 from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
-from utils.optim import build_optimizer
 from utils.options import COMPARING
 
 
@@ -59,7 +59,7 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
     only work out what would come of them. All storages that come and go are counted, so this is
     what the allocator is asked for; its own rounding, kernels' private scratch, and what Python
     and torch take by themselves (about half a GiB, on a GPU as much again) come on top. With
-    TRAIN.COMPILE less is held than this says; shuffled keys (engine/shuffling.py) take one view of
+    TRAIN.COMPILE less is held than this says; shuffled keys (shuffling.py) take one view of
     all processes' crops on top, twice. (Ours.)
 
     Both networks are given parameters without data: they are of no use afterwards. Raises

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import benchmark_trees as trees
+from tests.datasets import benchmark_trees as trees
 from tests.evaluation.runs import copy_of, works, write_data
 from tests.runs import pretraining, small_config
 from utils import checkpoint

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import eval_knn
 import eval_linear
 import eval_retrieval
-from tests import benchmark_trees as trees
+from tests.datasets import benchmark_trees as trees
 from tests.processes import run_python
 from utils.errors import run_script
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import evaluation, feature_cache
+from engine.evaluation import evaluation, feature_cache
 from tests.evaluation.runs import (
     CLASSES,
     TEST,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import feature_cache
+from engine.evaluation import feature_cache
 from export import export_backbone
 from tests.disk import full_disk
 from tests.evaluation.runs import contents, copy_of, figures, process, refusal, results, works

@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from engine import feature_cache
-from tests import benchmark_trees as trees
+from engine.evaluation import feature_cache
+from tests.datasets import benchmark_trees as trees
 from tests.evaluation.runs import (
     CLASSES,
     TEST,

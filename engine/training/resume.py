@@ -1,0 +1,176 @@
+"""Going on from a run's own checkpoint, and starting from someone's weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.training.optim import start_momentum
+from engine.training.pretrain import Pretraining, scaled_lr
+from models.network import Network, load_shared, make_teacher
+from models.pretrained import load_pretrained
+from utils import checkpoint, config
+from utils.config import Node
+from utils.errors import InputError
+from utils.logging import logger
+from utils.options import RESUME_MAY_DIFFER
+
+# Options, and sections, that decide what is in a checkpoint and of which shape.
+_SHAPING = ("MODEL.", "HEAD.", "LOSS.OBJECTIVE", "MOCO.QUEUE", "LCR.CHANNELS")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from.
+
+    refused: newer files that were passed over, and why; forced: whether options or data differ
+    from the stored run's and RESUME force took them.
+    """
+
+    path: Path
+    state: dict
+    refused: list[tuple[Path, str]]
+    forced: bool
+
+
+def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found | None:
+    """The newest intact checkpoint in OUTPUT_DIR, checked against `cfg`; None for a fresh start.
+
+    images: in DATA.PATH. Raises InputError where files are there and none is ours and intact, or
+    when options differ in more than epochs, paths, workers and logging, or the data in number,
+    naming them; RESUME force overrides the latter two. Another number of processes is told.
+    """
+    newest = checkpoint.newest_intact(Path(cfg.OUTPUT_DIR))
+    if newest is None:
+        return None
+    path, state, refused = newest
+    for file, reason in refused:
+        logger.warning(f"{file} is passed over: {reason}")
+    stored = config.from_dict(state["config"], str(path))
+    changes = [
+        (name, config.get(stored, name), config.get(cfg, name))
+        for name in config.differing(cfg, stored, _may_differ(cfg, stored))
+    ]
+    others = state["processes"] != processes
+    per_process = images_per_step // processes
+    if state["images_per_step"] != images_per_step and not (
+        others and state["images_per_step"] == per_process * state["processes"]
+    ):
+        changes.append(("images per step", state["images_per_step"], images_per_step))
+    if state["steps_per_epoch"] != (steps := images // state["images_per_step"]):
+        name = "the number of images in DATA.PATH, in steps per epoch"
+        changes.append((name, state["steps_per_epoch"], steps))
+    text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
+    if changes and cfg.RESUME != "force":
+        # Weights of another shape cannot go on, even by force.
+        reshaped = [
+            name
+            for name, _, _ in changes
+            if name.startswith(_SHAPING) and name != "MODEL.DROP_PATH"
+        ]
+        force = ", or --resume force to go on with the new ones"
+        raise InputError(
+            f"{path} is from a run with other options: {text}. Use the old options, or "
+            f"another --output_dir{'' if reshaped else force}."
+        )
+    if changes:
+        logger.warning(f"resuming with other options: {text}")
+    if others:
+        logger.warning(_other_processes(cfg, state, images_per_step, processes))
+    return Found(path, state, refused, forced=bool(changes))
+
+
+def _other_processes(cfg: Node, state: dict, images_per_step: int, processes: int) -> str:
+    """What changes for a run that goes on with another number of processes."""
+    before = state["images_per_step"]
+    if before == images_per_step:
+        step = f"images per step stay {before}, and so does the learning rate"
+    else:
+        step = (
+            f"images per step {images_per_step} (was {before}), so the peak learning rate is "
+            f"{scaled_lr(cfg, images_per_step):.3g} (was {scaled_lr(cfg, before):.3g}), and it "
+            f"goes on at the same place of the epoch (to keep them, change --batch_size_per_gpu "
+            f"or --accum_steps)"
+        )
+    return (
+        f"the run had {state['processes']} processes and goes on with {processes}: {step}. Drop "
+        f"path, the candidates of L_T and the order of sums depend on the processes, so what "
+        f"follows is not bit for bit what the others would have given"
+    )
+
+
+def _may_differ(cfg: Node, stored: Node) -> tuple[str, ...]:
+    """Options in which the run may differ from the stored one and still be the same run."""
+    on_device = config.crops_on_device(cfg)
+    if on_device != config.crops_on_device(stored):
+        return RESUME_MAY_DIFFER
+    # Where decoded images are kept changes no crop; how large they are, only those from them.
+    where = ("DATA.CACHE", "DATA.CROPS", *(() if on_device else ("DATA.CACHE_SIZE",)))
+    return (*RESUME_MAY_DIFFER, *where)
+
+
+def resume(run: Pretraining, found: Found) -> None:
+    """Put the run where the state was written, and say so."""
+    state = found.state
+    epoch, within = divmod(state["step"], state["steps_per_epoch"])
+    # The same place in the epoch, where its steps are of another size or number.
+    step = epoch * run.steps_per_epoch + within * run.steps_per_epoch // state["steps_per_epoch"]
+    if step > run.total_steps:
+        raise InputError(
+            f"{found.path} is at step {step}, beyond the run of "
+            f"{run.total_steps} steps: raise --epochs."
+        )
+    try:
+        _restore(run, state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{found.path} does not fit these options ({reason} ...): "
+            f"use the old ones, or another --output_dir."
+        ) from None
+    if not found.forced:
+        run.window.load_state_dict(state["window"], run.world)
+        run.watch.load_state_dict(state["watch"])
+    run.step, run.logged_step, run.logged_lines = step, state["step"], state["log_lines"]
+    logger.info(f"resuming from {found.path} at step {run.step}")
+
+
+def _restore(run: Pretraining, state: dict) -> None:
+    """Weights, the objective's state, counts; optimizer and scaler, fresh where they differ."""
+    run.student.load_state_dict(state["student"])
+    load_shared(run.teacher, state["teacher"])
+    run.carried.load_state_dict(state["carried"])
+    run.guard.load_state_dict(state["guard"])
+    run.bad_images.known.update(state["bad_images"])
+    if state["config"]["TRAIN"]["OPTIMIZER"] == run.cfg.TRAIN.OPTIMIZER:
+        saved = state["optimizer"]
+        # How a step is computed belongs to this machine, not to the one that saved.
+        for group, own in zip(saved["param_groups"], run.optimizer.param_groups, strict=True):
+            group |= {name: own[name] for name in ("fused", "foreach") if name in own}
+        run.optimizer.load_state_dict(saved)
+        _lay_out_as_parameters(run.optimizer)
+        start_momentum(run.optimizer)  # format 1 had none for parameters that stood still
+    else:
+        logger.warning("TRAIN.OPTIMIZER differs: the optimizer starts without its moments")
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments their parameters' memory layout, which may have been another when saved.
+
+    The fused kernel walks through both side by side.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def start_from(cfg: Node, student: Network, teacher: Network) -> None:
+    """INIT.WEIGHTS, if given, for student and teacher, at epoch 0; says which parts fitted."""
+    if not cfg.INIT.WEIGHTS:
+        return
+    read = load_pretrained(student, cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY)
+    make_teacher(student, teacher)
+    logger.info(f"starting from {cfg.INIT.WEIGHTS}: {', '.join(read)}")

@@ -1,0 +1,449 @@
+"""Official splits of the fine-grained benchmarks, read from miniatures in their own formats."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+from torchvision.datasets import OxfordIIITPet
+
+from datasets.benchmarks import Counts
+from datasets.fine_grained import DATASETS, build_dataset, download, load_splits
+from tests.datasets import benchmark_trees as trees
+from utils.errors import InputError
+
+NAMES = sorted(trees.BUILDERS)
+# Name of the folder, number of classes, of training images, of test images.
+OFFICIAL = {
+    "cub": ("CUB_200_2011", 200, 5994, 5794),
+    "cars": ("stanford_cars", 196, 8144, 8041),
+    "aircraft": ("fgvc-aircraft-2013b", 100, 6667, 3333),
+    "nabirds": ("nabirds", 555, 23929, 24633),
+    "flowers": ("flowers-102", 102, 2040, 6149),
+    "pets": ("oxford-iiit-pet", 37, 3680, 3669),
+}
+CLASSES = {
+    "cub": ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross"],
+    "cars": ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo 2012"],
+    "aircraft": ["707-320", "Cessna 172", "F-16A/B"],
+    "nabirds": [
+        "Common Goldeneye (Breeding male)",
+        "Common Goldeneye (Female/Eclipse male)",
+        "Bald Eagle (Adult, subadult)",
+    ],
+    "pets": ["Abyssinian", "American Bulldog", "Wheaten Terrier"],
+}
+BIRDS = [f"{n:08x}21dc4d0cbfe14cae3c85c829" for n in range(9)]
+# Two images for training and one for test of each class.
+PATHS = {
+    "cub": (
+        [f"images/{c}/{c[4:]}_{i:04d}.jpg" for c in CLASSES["cub"] for i in (0, 1)],
+        [f"images/{c}/{c[4:]}_0002.jpg" for c in CLASSES["cub"]],
+    ),
+    "cars": (
+        [f"cars_train/{n:05d}.jpg" for n in range(1, 7)],
+        [f"cars_test/{n:05d}.jpg" for n in range(1, 4)],
+    ),
+    "aircraft": (
+        [f"data/images/{34958 + 17 * n:07d}.jpg" for n in (0, 1, 3, 4, 6, 7)],
+        [f"data/images/{34958 + 17 * n:07d}.jpg" for n in (2, 5, 8)],
+    ),
+    "nabirds": (
+        [
+            f"images/{leaf}/{BIRDS[n]}.jpg"
+            for leaf, first in (("0295", 0), ("0817", 3), ("1010", 6))
+            for n in (first, first + 1)
+        ],
+        [
+            f"images/0295/{BIRDS[2]}.jpg",
+            f"images/0817/{BIRDS[5]}.jpg",
+            f"images/1010/{BIRDS[8]}.jpg",
+        ],
+    ),
+    "flowers": (
+        [f"jpg/image_{n:05d}.jpg" for n in (1, 2, 4, 5, 7, 8)],
+        [f"jpg/image_{n:05d}.jpg" for n in (3, 6, 9)],
+    ),
+    "pets": (
+        [
+            f"images/{breed}_{n}.jpg"
+            for breed in ("Abyssinian", "american_bulldog", "wheaten_terrier")
+            for n in (1, 2)
+        ],
+        [
+            "images/Abyssinian_3.jpg",
+            "images/american_bulldog_3.jpg",
+            "images/wheaten_terrier_3.jpg",
+        ],
+    ),
+}
+
+
+def error(name: str, root: Path, partial: bool = True) -> str:
+    with pytest.raises(InputError) as caught:
+        load_splits(name, root, partial)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_official_splits_with_labels_and_names(name, tmp_path):
+    trees.BUILDERS[name](tmp_path, train=2, test=1)
+    splits = load_splits(name, tmp_path, partial=True)
+    numbers = (0, 1, 101) if name == "flowers" else (0, 1, 2)
+    assert splits.name == name
+    assert (splits.train.paths, splits.test.paths) == PATHS[name]
+    assert splits.train.labels == [n for n in numbers for _ in range(2)]
+    assert splits.test.labels == list(numbers)
+    assert splits.train.classes == splits.test.classes
+    if name == "flowers":
+        assert len(splits.test.classes) == 102
+        assert [splits.test.classes[n] for n in numbers] == [
+            "pink primrose",
+            "hard-leaved pocket orchid",
+            "blackberry lily",
+        ]
+    else:
+        assert splits.test.classes == CLASSES[name]
+    for images in (splits.train, splits.test):
+        assert {type(label) for label in images.labels} == {int}
+        for image, label in (images[i] for i in range(len(images))):
+            hue = np.asarray(image).mean(axis=(0, 1)).argmax()
+            assert label == numbers[hue]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_official_folder_may_be_named_itself(name, tmp_path, monkeypatch):
+    folder = trees.BUILDERS[name](tmp_path)
+    assert folder.name == OFFICIAL[name][0]
+    outer = load_splits(name, tmp_path, partial=True)
+    inner = load_splits(name, str(folder), partial=True)
+    monkeypatch.chdir(folder)
+    here = load_splits(name, ".", partial=True)
+    for other in (inner, here):
+        assert other.test.paths == outer.test.paths
+        assert other.test.root == outer.test.root == other.train.root == folder
+
+
+@pytest.mark.parametrize("name", ["cub", "nabirds", "flowers", "pets"])
+def test_the_official_folder_may_have_another_name(name, tmp_path):
+    folder = trees.BUILDERS[name](tmp_path).rename(tmp_path / "renamed")
+    assert len(load_splits(name, folder, partial=True).train) == 9
+
+
+@pytest.mark.parametrize("name", ["cars", "aircraft"])
+def test_torchvisions_folders_keep_their_names(name, tmp_path):
+    folder = trees.BUILDERS[name](tmp_path).rename(tmp_path / "renamed")
+    assert f"{folder} must be named {OFFICIAL[name][0]}: rename" in error(name, folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_checked_against_the_official_ones(name, tmp_path):
+    trees.BUILDERS[name](tmp_path)
+    _, classes, training, test = OFFICIAL[name]
+    parts = [
+        f"3 classes, the official data set has {classes} ({classes - 3} fewer)",
+        f"9 training images, the official split has {training:,} ({training - 9:,} fewer)",
+        f"6 test images, the official split has {test:,} ({test - 6:,} fewer)",
+    ]
+    difference = f"{name} in {tmp_path} has " + "; ".join(parts[name == "flowers" :])
+    assert error(name, tmp_path, partial=False) == (
+        f"{difference}: complete it, or set DATA.PARTIAL true to use it as it is"
+    )
+    assert load_splits(name, tmp_path, partial=True).notes == [difference]
+
+
+def test_the_difference_names_only_what_differs(tmp_path):
+    trees.cub(tmp_path)
+    whole = replace(DATASETS["cub"], counts=Counts(3, 9, 6))
+    assert whole.splits("cub", tmp_path, partial=False).notes == []
+    more = replace(whole, counts=Counts(3, 8, 6))
+    with pytest.raises(InputError, match=r"has 9 training images, .* has 8 \(1 more\): complete"):
+        more.splits("cub", tmp_path, partial=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pretraining_takes_the_training_split_alone(name, tmp_path):
+    trees.BUILDERS[name](tmp_path, train=2, test=1)
+    dataset = build_dataset(name, tmp_path, lambda image: image.size, partial=True)
+    assert dataset.paths == PATHS[name][0]
+    assert dataset[0] == ((32, 32), 0)
+    with pytest.raises(InputError, match="fewer"):
+        build_dataset(name, tmp_path)
+
+
+def test_pets_are_what_torchvision_reads(tmp_path):
+    folder = trees.pets(tmp_path)
+    splits = load_splits("pets", folder, partial=True)
+    for ours, split in ((splits.train, "trainval"), (splits.test, "test")):
+        theirs = OxfordIIITPet(tmp_path, split=split)
+        assert ours.classes == theirs.classes
+        assert len(ours) == len(theirs) > 0
+        for (image, label), (expected, target) in zip(ours, theirs, strict=True):
+            assert label == target
+            assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+# What is missing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_absent_benchmark_is_described(name, tmp_path):
+    text = error(name, tmp_path)
+    assert (
+        f"{name} was not found in {tmp_path}: expected {OFFICIAL[name][0]} in it, or this" in text
+    )
+    assert "lacks" not in text
+    fetched = "DATA.DOWNLOAD true downloads it" in text
+    assert fetched == (name in ("aircraft", "flowers", "pets"))
+    # Every file that the error names is in a complete tree, and needed.
+    folder = trees.BUILDERS[name](tmp_path)
+    for file in DATASETS[name].files:
+        assert file in text
+        (folder / file).rename(tmp_path / "away")
+        assert f"; {folder} lacks {file}. " in error(name, tmp_path)
+        (tmp_path / "away").rename(folder / file)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_listed_images_must_be_there_unless_partial(name, tmp_path):
+    folder = trees.BUILDERS[name](tmp_path)
+    whole = load_splits(name, folder, partial=True)
+    for path in (whole.train.paths[4], whole.test.paths[0]):
+        (folder / path).unlink()
+    lacks = (
+        f"{name} in {folder} lacks 2 of the 15 images that it lists "
+        f"(the first is {whole.train.paths[4]})"
+    )
+    assert error(name, folder, partial=False).startswith(f"{lacks}: unpack its images again, or ")
+    part = load_splits(name, folder, partial=True)
+    assert part.notes[0] == f"{lacks}: they are left out"
+    assert "8 training images, the official" in part.notes[1]
+    assert part.test.paths == whole.test.paths[1:]
+    assert part.train.labels == whole.train.labels[:4] + whole.train.labels[5:]
+    assert part.train.classes == whole.train.classes
+
+
+def test_a_split_without_images_is_refused(tmp_path):
+    folder = trees.cars(tmp_path)
+    for image in (folder / "cars_test").iterdir():
+        image.unlink()
+    assert f"cars in {folder} has no test images: unpack" in error("cars", tmp_path)
+
+
+# Broken metadata
+
+
+@pytest.mark.parametrize("name", ["cub", "nabirds"])
+@pytest.mark.parametrize(
+    ("file", "line", "content", "expected"),
+    [
+        ("images.txt", 2, "{key}", "line 2: it has 1 of 2 fields"),
+        ("classes.txt", 3, "3", "line 3: it has 1 of 2 fields"),
+        ("images.txt", 2, "other a.jpg", "line 2: there is no image '{key}' in images.txt"),
+        ("image_class_labels.txt", 2, "", "line 2: image '{key}' has no line in image_class_la"),
+        ("image_class_labels.txt", 2, "{key} 77", "line 2: there is no class '77' in classes.txt"),
+        ("train_test_split.txt", 2, "{key} 2", "line 2: '2' should be 1 (training) or 0 (test)"),
+        ("train_test_split.txt", 3, "{key} 1", "line 3: '{key}' stands in line 2 already"),
+    ],
+)
+def test_broken_lines_are_named(name, file, line, content, expected, tmp_path):
+    folder = trees.BUILDERS[name](tmp_path)
+    key = (folder / "images.txt").read_text().split("\n")[1].split()[0]
+    lines = (folder / file).read_text().split("\n")
+    lines[line - 1] = content.format(key=key)
+    (folder / file).write_text("\n".join(lines))
+    text = error(name, tmp_path)
+    # Where one file lacks what another has, the line is the other's.
+    other = {"there is no image": "image_class_labels.txt", "has no line": "images.txt"}
+    where = next((blamed for part, blamed in other.items() if part in expected), file)
+    assert text.startswith(f"{folder / where}, {expected.format(key=key)}")
+    assert text.endswith("; restore the official file")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("Abyssinian_2 1 1", "line 2: it has 3 of 4 fields"),
+        ("Abyssinian_2 one 1 1", "line 2: 'one' is not the number of a class"),
+        ("Beagle_2 1 1 1", "line 2: class 1 is 'Beagle' here and 'Abyssinian' elsewhere"),
+    ],
+)
+def test_broken_lines_of_pets_are_named(content, expected, tmp_path):
+    file = trees.pets(tmp_path) / "annotations" / "test.txt"
+    lines = file.read_text().split("\n")
+    trees.write_lines(file, [lines[0], content, *lines[2:]])
+    assert error("pets", tmp_path).startswith(f"{file}, {expected}; restore")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    file = trees.cub(tmp_path) / "classes.txt"
+    file.unlink()
+    file.mkdir()
+    assert f"{file} cannot be read (Is a directory): restore" in error("cub", tmp_path)
+
+
+def test_an_image_in_both_splits_is_refused(tmp_path):
+    folder = trees.pets(tmp_path)
+    with open(folder / "annotations" / "test.txt", "a") as file:
+        file.write("Abyssinian_1 1 1 1\n")
+    text = error("pets", tmp_path)
+    assert "lists 1 images for training and for test (the first is images/Abyssinian_1" in text
+
+
+def broken_aircraft(folder: Path, line: str) -> None:
+    with open(folder / "data" / "images_variant_test.txt", "a") as file:
+        file.write(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "reason"),
+    [
+        ("cars", lambda f: (f / "devkit/cars_meta.mat").write_bytes(b"x" * 200), "mat file"),
+        ("cars", lambda f: savemat(f / "devkit/cars_meta.mat", {"a": 1}), "there is no 'class_na"),
+        ("flowers", lambda f: (f / "setid.mat").write_bytes(b"x" * 200), "mat file"),
+        ("flowers", lambda f: savemat(f / "setid.mat", {"trnid": [1]}), "there is no 'valid'"),
+        (
+            "flowers",
+            lambda f: savemat(f / "setid.mat", {"trnid": [1], "valid": [99], "tstid": [2]}),
+            "setid.mat names images beyond the 15 labelled ones",
+        ),
+        (
+            "flowers",
+            lambda f: savemat(f / "imagelabels.mat", {"labels": [103] * 15}),
+            "jpg/image_00001.jpg has class 103, there are 102 classes",
+        ),
+        ("aircraft", lambda f: broken_aircraft(f, "0000001 Concorde\n"), "there is no 'Concorde'"),
+        ("aircraft", lambda f: broken_aircraft(f, "0000001\n"), "not enough values"),
+    ],
+)
+def test_other_broken_metadata_are_one_sentence(name, spoil, reason, tmp_path):
+    folder = trees.BUILDERS[name](tmp_path)
+    spoil(folder)
+    text = error(name, tmp_path)
+    assert text.startswith(f"the metadata in {folder} cannot be read (")
+    assert reason in text
+    assert text.endswith("): restore the official files")
+
+
+# Downloads
+
+ASK = """
+import sys
+from datasets.fine_grained import download
+from utils.errors import InputError
+for name in ("aircraft", "flowers", "pets", "cub", "cars"):
+    try:
+        download(name, sys.argv[1])
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_a_download_that_fails_is_one_sentence(tmp_path):
+    # A proxy that refuses: no request leaves this machine.
+    proxies = {key: "http://127.0.0.1:9" for key in ("http_proxy", "https_proxy")}
+    kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, str(tmp_path / "new")],
+        cwd=Path(__file__).parents[2],
+        env={**kept, **proxies, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 5
+    for name, line in zip(("aircraft", "flowers", "pets"), lines, strict=False):
+        assert line.startswith(f"{name} could not be downloaded to {tmp_path}/new (")
+        assert "Connection refused" in line
+        assert f"put the official folder {OFFICIAL[name][0]} there yourself" in line
+    assert "Download it from https://www.vision.caltech.edu" in lines[3]
+    assert "Its official address is gone: use a copy" in lines[4]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_there_is_not_downloaded(name, tmp_path):
+    trees.BUILDERS[name](tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    download(name, tmp_path)
+    assert len(load_splits(name, tmp_path, partial=True).train) == 9
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", ["folder", "imagenet1k"])
+@pytest.mark.parametrize("second", ["val", "test"])
+def test_folder_with_two_splits(name, second, tmp_path):
+    trees.folders(tmp_path, second=second)
+    splits = load_splits(name, tmp_path)
+    assert (splits.name, splits.notes) == (name, [])
+    assert splits.train.root == tmp_path / "train"
+    assert splits.test.root == tmp_path / second
+    assert splits.train.paths[:4] == ["auk/0.jpg", "auk/1.jpg", "auk/2.jpg", "owl/0.jpg"]
+    assert splits.test.paths == [f"{c}/{i}.jpg" for c in ("auk", "owl", "wren") for i in (3, 4)]
+    assert splits.train.classes == splits.test.classes == ["auk", "owl", "wren"]
+    assert splits.test.labels == [0, 0, 1, 1, 2, 2]
+    assert splits.test.through(lambda image: image.size)[5] == ((32, 32), 2)
+
+
+def test_pretraining_on_a_folder_takes_all_that_is_below_it(tmp_path):
+    dataset = build_dataset("folder", trees.folders(tmp_path))
+    assert len(dataset) == 15
+    assert dataset.classes == ["train", "val"]
+
+
+def test_val_goes_before_test(tmp_path):
+    trees.folders(tmp_path)
+    trees.folders(tmp_path, second="test")
+    splits = load_splits("folder", tmp_path)
+    assert splits.test.root == tmp_path / "val"
+    assert splits.notes == [f"{tmp_path} has both val and test: val is used"]
+
+
+def test_classes_that_the_test_split_lacks_are_noted_and_keep_trains_numbers(tmp_path):
+    trees.folders(tmp_path)
+    (tmp_path / "val" / "owl").rename(tmp_path / "away")
+    splits = load_splits("folder", tmp_path)
+    assert splits.test.labels == [0, 0, 2, 2]
+    assert splits.test.classes == ["auk", "owl", "wren"]
+    assert splits.notes == [f"{tmp_path}/val has no images of 1 of the 3 classes: owl"]
+
+
+def test_classes_that_train_lacks_are_refused(tmp_path):
+    trees.folders(tmp_path)
+    for n in range(7):
+        trees.save_image(tmp_path / "val" / f"new{n}" / "x.jpg", 0, n)
+    text = error("folder", tmp_path)
+    assert f"{tmp_path}/val has classes that {tmp_path}/train lacks: new0, new1, new2, new3" in text
+    assert "new4 and 2 more. Both must use the same names" in text
+    assert "new5" not in text
+
+
+def test_folders_without_their_splits_are_described(tmp_path):
+    assert "has no train folder: " in error("folder", tmp_path)
+    assert error("folder", tmp_path).endswith("it holds nothing")
+    for n in range(7):
+        (tmp_path / f"class{n}").mkdir()
+    text = error("folder", tmp_path)
+    assert f"{tmp_path} has no train folder: expected train and val (or test) in it" in text
+    assert text.endswith("it holds class0, class1, class2, class3, class4 and 2 more")
+    (tmp_path / "train").mkdir()
+    assert f"{tmp_path} has no val or test folder: " in error("folder", tmp_path)
+    assert f"{tmp_path}/none does not exist: give" in error("folder", tmp_path / "none")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_outside_class_folders_are_refused(split, tmp_path):
+    trees.folders(tmp_path)
+    trees.save_image(tmp_path / split / "stray.jpg", 0, 0)
+    text = error("folder", tmp_path)
+    assert f"{tmp_path}/{split} has images outside class subfolders: an evaluation needs" in text

@@ -1,0 +1,448 @@
+"""Features of all images in order by any number of processes; and on the disk, used or refused."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from datasets.folder import LabelledImages
+from datasets.multicrop import eval_transform
+from engine.evaluation import feature_cache
+from engine.evaluation.feature_cache import Features
+from engine.evaluation.features import extract
+from models.registry import BackboneSpec, build_backbone
+from tests.datasets.benchmark_trees import save_image
+from tests.processes import found_by_each
+from utils.distributed import ALONE, World
+from utils.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+IMAGES, TIMEOUT_SECONDS = 11, 60
+BROKEN = (0, 4, 10)
+# (number of images, batch): full and uneven last batches, fewer batches than processes, one image.
+SIZES = [(11, 4), (8, 4), (11, 11), (11, 1), (1, 4)]
+
+
+def write_images(folder: Path, broken=()) -> LabelledImages:
+    """Eleven images; those of `broken` are no images."""
+    paths = [f"{n:02d}.jpg" for n in range(IMAGES)]
+    for n, path in enumerate(paths):
+        save_image(folder / path, n % 3, n)
+        if n in broken:
+            (folder / path).write_text("no image")
+    return LabelledImages(folder, paths, [2 - n % 3 for n in range(IMAGES)], ["a", "b", "c"])
+
+
+def network() -> Callable[[Tensor], Tensor]:
+    torch.manual_seed(0)
+    spec = BackboneSpec("deit_tiny", 48, (2,), (3,), patch_size=8, img_size=32)
+    backbone = build_backbone(spec).eval()
+    return lambda images: backbone(images)[0]
+
+
+def run(dataset: LabelledImages, world: World, batch: int, **how) -> dict | str:
+    """What `extract` finds, or the words of its refusal."""
+    images = dataset.through(eval_transform(32, 32))
+    try:
+        return vars(extract(network(), images, world, batch, **how))
+    except InputError as error:
+        return str(error)
+
+
+def found_by(world: World, folder: Path) -> dict:
+    """Every case of these tests on the images in folder/whole and folder/broken."""
+    names = [f"{n:02d}.jpg" for n in range(IMAGES)]
+    labels = [2 - n % 3 for n in range(IMAGES)]
+    whole, broken = (
+        LabelledImages(folder / name, names, labels, ["a", "b", "c"])
+        for name in ("whole", "broken")
+    )
+    found = {size: run(whole.subset(range(size[0])), world, size[1]) for size in SIZES}
+    found["left out"] = run(broken, world, 2, max_bad=0.3)
+    found["whole batches left out"] = run(broken, world, 1, max_bad=0.3)
+    found["a share too many"] = run(broken, world, 2, max_bad=0.25)
+    found["all"] = run(broken.subset(BROKEN), world, 2, max_bad=1.0)
+    found["several values"] = vars(
+        extract(lambda x: x[:, :2, :3, :1], whole.through(eval_transform(32, 32)), world, 4)
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("extract")
+    write_images(folder / "whole")
+    write_images(folder / "broken", BROKEN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict:
+    return found_by(ALONE, folder)
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> dict[int, list[dict]]:
+    """What each process of two and of three found."""
+    return {size: found_by_each(size, found_by, folder) for size in (2, 3)}
+
+
+def one_by_one(dataset: LabelledImages, places) -> Tensor:
+    images = dataset.through(eval_transform(32, 32))
+    function = network()
+    with torch.no_grad():
+        return torch.cat([function(images[place][0][None]) for place in places])
+
+
+# One process
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_image_comes_once_in_order_with_its_label(alone, folder, size):
+    found, count = alone[size], size[0]
+    assert found["places"] == list(range(count))
+    assert found["labels"].tolist() == [2 - n % 3 for n in range(count)]
+    assert found["labels"].dtype == torch.int64
+    assert found["bad"] == []
+    dataset = write_images(folder / "whole")
+    torch.testing.assert_close(found["values"], one_by_one(dataset, range(count)))
+    assert found["values"].dtype == torch.float32
+
+
+def test_values_of_any_shape_are_gathered(alone, folder):
+    images = write_images(folder / "whole").through(eval_transform(32, 32))
+    wanted = torch.stack([images[n][0][:2, :3, :1] for n in range(IMAGES)])
+    assert torch.equal(alone["several values"]["values"], wanted)
+
+
+@pytest.mark.parametrize("case", ["left out", "whole batches left out"])
+def test_unreadable_images_are_left_out_and_listed(alone, folder, case):
+    found = alone[case]
+    kept = [n for n in range(IMAGES) if n not in BROKEN]
+    assert found["places"] == kept
+    assert found["labels"].tolist() == [2 - n % 3 for n in kept]
+    dataset = write_images(folder / "broken", BROKEN)
+    torch.testing.assert_close(found["values"], one_by_one(dataset, kept))
+    assert [bad.path for bad in found["bad"]] == [f"{folder}/broken/{n:02d}.jpg" for n in BROKEN]
+    assert {bad.reason for bad in found["bad"]} == {"it is not an image in a known format"}
+
+
+def test_a_share_too_many_is_refused_with_the_share_and_one_of_them(alone, folder):
+    assert alone["a share too many"] == (
+        "3 of 11 images cannot be read, more than DATA.MAX_BAD 0.25 allows; for instance: the "
+        f"image {folder}/broken/00.jpg cannot be read (it is not an image in a known format): "
+        "repair it or remove it (or raise DATA.MAX_BAD)."
+    )
+
+
+def test_nothing_but_unreadable_images_are_refused_whatever_is_allowed(alone):
+    assert alone["all"].startswith("3 of 3 images cannot be read")
+
+
+def test_with_no_share_allowed_the_first_unreadable_image_is_named(folder):
+    dataset = write_images(folder / "broken", BROKEN)
+    text = run(dataset.subset(range(1, IMAGES)), ALONE, 4)
+    assert text.startswith(f"the image {folder}/broken/04.jpg cannot be read")
+
+
+def test_loader_processes_change_nothing(alone, folder):
+    found = run(write_images(folder / "broken", BROKEN), ALONE, 2, max_bad=0.3, workers=2)
+    assert torch.equal(found["values"], alone["left out"]["values"])
+    assert found["places"] == alone["left out"]["places"]
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_finds_the_same_bits(alone, ranks, processes):
+    for found in ranks[processes]:
+        assert found.keys() == alone.keys()
+        for case, wanted in alone.items():
+            if isinstance(wanted, str):
+                continue
+            assert torch.equal(found[case]["values"], wanted["values"]), case
+            assert torch.equal(found[case]["labels"], wanted["labels"]), case
+            assert found[case]["places"] == wanted["places"], case
+            assert found[case]["bad"] == wanted["bad"], case
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_process_stops_at_too_many_unreadable_images(ranks, processes):
+    for found in ranks[processes]:
+        assert (
+            "3 of 11 images cannot be read, more than DATA.MAX_BAD 0.25"
+            in (found["a share too many"])
+        )
+        assert found["all"].startswith("3 of 3 images cannot be read")
+
+
+# The file
+
+MADE_BY = {
+    "weights": "ab" * 32,
+    "checkpoint_key": "teacher",
+    "backbone": "vit",
+    "pooling": "default",
+    "size": "224",
+    "resize": "256",
+    "precision": "fp32",
+    "images": "12",
+}
+
+
+def kept(avgpool: bool = False) -> Features:
+    """Five images' features of three parts, and perhaps the patches' mean."""
+    widths = [2, 3, 4] + [4] * avgpool
+    draw = torch.Generator().manual_seed(0)
+    return Features(
+        values=torch.randn(5, sum(widths), generator=draw),
+        labels=torch.tensor([0, 1, 2, 0, 1]),
+        paths=[
+            "a b/ü.jpg",
+            "日本/x.png",
+            "line\nbreak.jpg",
+            os.fsdecode(b"latin\xe9.jpg"),
+            "e.jpg",
+        ],
+        classes=["a b", "日本", os.fsdecode(b"caf\xe9")],
+        root="/data/é",
+        widths=widths,
+        avgpool_patchtokens=avgpool,
+        bad=["the image f.jpg cannot be read", "中"],
+        made_by=MADE_BY,
+    )
+
+
+def assert_same(first: Features, second: Features) -> None:
+    assert vars(first).keys() == vars(second).keys()
+    for name, value in vars(first).items():
+        other = getattr(second, name)
+        assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, name
+
+
+@pytest.mark.parametrize("avgpool", [True, False])
+def test_a_file_gives_back_what_was_written(tmp_path, avgpool):
+    path = tmp_path / "new" / "folder" / "train.safetensors"
+    feature_cache.save(kept(avgpool), path)
+    assert_same(feature_cache.load(path), kept(avgpool))
+    assert os.listdir(path.parent) == ["train.safetensors"]
+
+
+def test_who_may_read_a_file_is_the_users_choice(tmp_path):
+    """As for every other file: others who share the folder want the features too."""
+    (tmp_path / "plain").write_text("x")
+    feature_cache.save(kept(), tmp_path / "f")
+    assert (tmp_path / "f").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+WRITE = """
+import sys
+from utils.files import replacing
+with replacing(sys.argv[1]) as temporary:
+    temporary.write_text(sys.argv[2])
+    print("written", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_two_evaluations_may_keep_the_same_features_at_once(tmp_path):
+    """The one that is done first takes nothing from the other, which replaces its file."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "f")]
+    writers = [
+        subprocess.Popen([*command, text], cwd=ROOT, text=True, **pipes) for text in ("1", "2")
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "written\n"
+    for writer, text in zip(writers, ("1", "2"), strict=True):
+        _, errors = writer.communicate("\n", timeout=60)
+        assert writer.returncode == 0, errors
+        assert (tmp_path / "f").read_text() == text
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_file_without_unreadable_images_and_of_one_class(tmp_path):
+    one = replace(kept(), classes=["only"], labels=torch.zeros(5, dtype=torch.int64), bad=[])
+    feature_cache.save(one, tmp_path / "f")
+    assert_same(feature_cache.load(tmp_path / "f"), one)
+
+
+def test_a_view_of_some_columns_is_written_as_such(tmp_path):
+    feature_cache.save(kept().narrowed(2), tmp_path / "f")
+    assert_same(feature_cache.load(tmp_path / "f"), kept().narrowed(2))
+
+
+@pytest.mark.parametrize("root", [b"/data/caf\xe9", b"/data/two\nlines"])
+def test_the_root_may_have_any_name(tmp_path, root):
+    features = replace(kept(), root=os.fsdecode(root))
+    feature_cache.save(features, tmp_path / "f")
+    assert_same(feature_cache.load(tmp_path / "f"), features)
+
+
+@pytest.mark.parametrize(
+    ("held", "blocks", "avgpool", "columns"),
+    [
+        (False, 1, False, slice(5, 9)),
+        (False, 2, False, slice(2, 9)),
+        (False, 3, False, slice(0, 9)),
+        (True, 1, False, slice(5, 9)),
+        (True, 3, False, slice(0, 9)),
+        (True, 1, True, slice(5, 13)),
+        (True, 2, True, slice(2, 13)),
+        (True, 3, True, slice(0, 13)),
+    ],
+)
+def test_narrowed_features_are_the_last_blocks_columns(held, blocks, avgpool, columns):
+    whole = kept(held)
+    narrow = whole.narrowed(blocks, avgpool)
+    assert torch.equal(narrow.values, whole.values[:, columns])
+    assert sum(narrow.widths) == narrow.values.shape[1]
+    assert len(narrow.widths) == blocks + avgpool
+    assert narrow.avgpool_patchtokens is avgpool
+    assert_same(narrow.narrowed(1), whole.narrowed(1))
+    assert (narrow.paths, narrow.made_by) == (whole.paths, whole.made_by)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("weights", "they come from another checkpoint (sha256 abababababab, not other)"),
+        ("checkpoint_key", "their checkpoint_key is teacher, not other"),
+        ("pooling", "their pooling is default, not other"),
+        ("backbone", "their backbone is vit, not other"),
+        ("size", "their size is 224, not other"),
+        ("resize", "their resize is 256, not other"),
+        ("precision", "their precision is fp32, not other"),
+        ("images", "the images have changed since: their names, sizes, number or labels"),
+    ],
+)
+def test_features_made_by_something_else_do_not_fit(name, words):
+    assert kept().misfit(MADE_BY, 1, False) == ""
+    assert kept().misfit(MADE_BY | {name: "other"}, 1, False) == words
+    unknown = replace(kept(), made_by={k: v for k, v in MADE_BY.items() if k != name})
+    assert unknown.misfit(MADE_BY, 1, False), "what is not recorded cannot be said to fit"
+    # What the command does not know is not compared.
+    assert kept().misfit({k: v for k, v in MADE_BY.items() if k != name}, 1, False) == ""
+
+
+def test_features_of_too_few_blocks_do_not_fit():
+    assert kept().misfit(MADE_BY, 3, False) == ""
+    assert (
+        kept().misfit(MADE_BY, 4, False)
+        == "they hold the last 3 blocks, not 4 (--n_last_blocks 3 takes these)"
+    )
+    assert kept(True).misfit(MADE_BY, 3, True) == ""
+    assert (
+        kept(True).misfit(MADE_BY, 4, True)
+        == "they hold the last 3 blocks, not 4 (--n_last_blocks 3 takes these)"
+    )
+    assert kept().misfit(MADE_BY, 1, True) == "they lack the mean of the patches"
+
+
+def test_the_fingerprint_changes_with_names_sizes_number_labels_and_classes(tmp_path):
+    dataset = write_images(tmp_path)
+    first = dataset.subset(range(len(dataset))).fingerprint
+    assert write_images(tmp_path / "copy").fingerprint == first
+
+    def other(**changes) -> LabelledImages:
+        parts = {"paths": dataset.paths, "labels": dataset.labels, "classes": dataset.classes}
+        return LabelledImages(tmp_path, **parts | changes)
+
+    renamed = [*dataset.paths[:-1], "other.jpg"]
+    os.link(tmp_path / "10.jpg", tmp_path / "other.jpg")
+    prints = {
+        "same": first,
+        "fewer": dataset.subset(range(10)).fingerprint,
+        "order": dataset.subset(reversed(range(11))).fingerprint,
+        "name": other(paths=renamed).fingerprint,
+        "label": other(labels=[0, *dataset.labels[1:]]).fingerprint,
+        "classes": other(classes=["a", "b", "d"]).fingerprint,
+    }
+    with open(tmp_path / "05.jpg", "ab") as file:
+        file.write(b"x")
+    prints["size"] = dataset.subset(range(len(dataset))).fingerprint
+    (tmp_path / "05.jpg").unlink()
+    prints["gone"] = dataset.subset(range(len(dataset))).fingerprint
+    assert len(set(prints.values())) == len(prints), prints
+
+
+def test_the_fingerprint_takes_names_of_any_bytes(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    save_image(tmp_path / name / f"{name}.jpg", 0, 0)
+    dataset = LabelledImages(tmp_path, [f"{name}/{name}.jpg"], [0], [name])
+    assert len(dataset.subset(range(len(dataset))).fingerprint) == 64
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        feature_cache.load(path)
+    return str(caught.value)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    path = tmp_path / "f"
+    feature_cache.save(kept(), path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        assert refusal(path) == f"{path} is not a feature file, or is damaged."
+
+
+def metadata_of(path: Path) -> tuple[dict, dict]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def test_safetensors_of_others_are_refused(tmp_path):
+    path = tmp_path / "f"
+    for metadata in (None, {"format": "pt"}, {"format": feature_cache.FORMAT}):
+        save_file({"weight": torch.zeros(3)}, path, metadata)
+        assert refusal(path) == f"{path} holds no features that this version wrote."
+    feature_cache.save(kept(), path)
+    tensors, metadata = metadata_of(path)
+    save_file(tensors, path, metadata | {"format": "0"})
+    assert refusal(path) == f"{path} holds no features that this version wrote."
+
+
+@pytest.mark.parametrize("lost", ["values", "labels", "paths", "classes", "bad"])
+def test_a_file_that_lacks_a_part_is_refused(tmp_path, lost):
+    feature_cache.save(kept(), tmp_path / "f")
+    tensors, metadata = metadata_of(tmp_path / "f")
+    del tensors[lost]
+    save_file(tensors, tmp_path / "f", metadata)
+    assert "is not a feature file, or is damaged" in refusal(tmp_path / "f")
+
+
+@pytest.mark.parametrize("name", ["widths", "made_by", "avgpool_patchtokens"])
+def test_broken_metadata_are_refused(tmp_path, name):
+    feature_cache.save(kept(), tmp_path / "f")
+    tensors, metadata = metadata_of(tmp_path / "f")
+    assert json.loads(metadata[name]) == getattr(kept(), name)
+    save_file(tensors, tmp_path / "f", metadata | {name: "{"})
+    assert "is not a feature file, or is damaged" in refusal(tmp_path / "f")
+
+
+def test_no_file_a_folder_and_text_are_refused(tmp_path):
+    assert refusal(tmp_path / "none") == f"there are no features at {tmp_path}/none."
+    assert refusal(tmp_path) == f"there are no features at {tmp_path}."
+    (tmp_path / "text").write_text("hello\n")
+    assert "is not a feature file" in refusal(tmp_path / "text")
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"--dump_features .*/file/sub cannot be written"):
+        feature_cache.save(kept(), tmp_path / "file" / "sub" / "f")

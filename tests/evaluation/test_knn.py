@@ -1,0 +1,216 @@
+"""k-NN against scikit-learn and plain loops, its ties, and labels of both folders alike."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from engine.evaluation import knn, similarity
+from engine.evaluation.features import gallery_and_queries
+from engine.evaluation.similarity import Gallery, RoundedGallery, searchable, unit
+from utils.errors import InputError
+
+
+def features(seed: int, n: int, classes: int = 7, width: int = 12):
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, classes, n)
+    centres = np.random.default_rng(0).standard_normal((classes, width))
+    return centres[labels] + 1.5 * draw.standard_normal((n, width)), labels
+
+
+@pytest.mark.parametrize("block", [1, 1000, 2**24])
+def test_top1_is_scikit_learns(block, monkeypatch):
+    monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
+    gallery, gallery_labels = features(1, 300)
+    queries, query_labels = features(2, 80)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (gallery, queries)]
+    for k in (1, 5, 50, 300):
+        # On the sphere the squared distance is 2 - 2 cos.
+        theirs = KNeighborsClassifier(
+            k, algorithm="brute", weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)
+        ).fit(unit[0], gallery_labels)
+        ours = knn.knn_accuracy(
+            *map(torch.from_numpy, (gallery, gallery_labels, queries, query_labels)), [k]
+        )
+        expected = 100 * (theirs.predict(unit[1]) == query_labels).mean()
+        assert ours[k][0] == pytest.approx(expected)
+
+
+def test_a_k_above_the_gallery_and_fewer_than_five_classes_work():
+    gallery, labels = features(1, 6, classes=2)
+    inputs = (torch.from_numpy(gallery), torch.from_numpy(labels))
+    accuracy = knn.knn_accuracy(*inputs, *inputs, [1, 1000])
+    assert accuracy[1] == (100, 100)
+    assert accuracy[1000] == knn.knn_accuracy(*inputs, *inputs, [6])[6]
+
+
+def test_equal_neighbours_come_in_gallery_order():
+    draw = np.random.default_rng(0)
+    cosines = torch.from_numpy(draw.integers(0, 4, (200, 30)).astype(np.float32))
+    for k in (1, 7, 30):
+        values, places = similarity.nearest(cosines, k)
+        whole = cosines.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(values, whole.values[:, :k])
+        assert torch.equal(places, whole.indices[:, :k])
+
+
+CPU = torch.device("cpu")
+
+
+def signs(seed: int, n: int, width: int = 16) -> torch.Tensor:
+    """Features whose cosines are exact in float32, and mostly tied."""
+    draw = np.random.default_rng(seed)
+    return torch.from_numpy(draw.choice([-1.0, 1.0], (n, width)).astype(np.float32))
+
+
+def leaning(seed: int, n: int, width: int = 64) -> torch.Tensor:
+    """Classes about a strong common direction, as networks give them."""
+    draw = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).standard_normal((20, width))
+    noise = 0.7 * draw.standard_normal((n, width))
+    return torch.from_numpy(3 + centres[draw.integers(0, 20, n)] + noise).float()
+
+
+def slow_ranking(gallery, labels, queries, k: int, classes: int, temperature: float) -> list:
+    """Five best classes by plain loops; exact for `signs`."""
+    found = []
+    for query in queries:
+        cosines = [float(query @ image) / 16 for image in gallery]
+        order = sorted(range(len(gallery)), key=lambda place: (-cosines[place], place))
+        votes = [torch.tensor(0.0) for _ in range(classes)]
+        for place in order[:k]:
+            vote = torch.exp(torch.tensor(cosines[place] - cosines[order[0]]) / temperature)
+            votes[labels[place]] = votes[labels[place]] + vote
+        ranking = sorted(range(classes), key=lambda index: (-float(votes[index]), index))
+        found.append(ranking[:5])
+    return found
+
+
+@pytest.mark.parametrize("block", [1, 333, 2**24])
+@pytest.mark.parametrize("classes", [1, 2, 9])
+def test_rankings_of_tied_features_are_those_of_plain_loops(block, classes, monkeypatch):
+    monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
+    gallery, queries = signs(1, 60), signs(2, 12)
+    labels = torch.from_numpy(np.random.default_rng(3).integers(0, classes, 60))
+    ks = [1, 4, 20, 60, 99]
+    ranked = knn.rankings(gallery, labels, queries, ks, temperature=0.5, classes=classes)
+    for k in ks:
+        assert ranked[k].dtype == torch.int64
+        assert ranked[k].tolist() == slow_ranking(gallery, labels, queries, k, classes, 0.5)
+        one = knn.rankings(gallery, labels, queries[:1], [k], temperature=0.5, classes=classes)
+        assert torch.equal(one[k], ranked[k][:1])
+
+
+def test_a_small_temperature_is_the_nearest_neighbour():
+    gallery, labels = features(1, 300)
+    queries, _ = features(2, 40)
+    gallery, queries = torch.from_numpy(gallery), torch.from_numpy(queries)
+    ranked = knn.rankings(gallery, torch.from_numpy(labels), queries, [1, 200], temperature=1e-3)
+    assert torch.equal(ranked[200][:, 0], ranked[1][:, 0])
+
+
+def test_classes_without_a_vote_follow_by_index():
+    gallery = torch.eye(3)
+    labels = torch.tensor([4, 2, 6])
+    ranked = knn.rankings(gallery, labels, gallery[1:2], [1, 2], classes=8)
+    assert ranked[1].tolist() == [[2, 0, 1, 3, 4]]
+    assert ranked[2].tolist() == [[2, 4, 0, 1, 3]]
+
+
+@pytest.mark.parametrize("k", [1, 20, 77])
+@pytest.mark.parametrize("make", [signs, leaning])
+def test_the_rounded_search_finds_what_float32_finds(make, k):
+    gallery, queries = unit(make(1, 1500), CPU), unit(make(2, 90), CPU)
+    gallery = torch.cat([gallery, gallery[200:400]])
+    rounded = RoundedGallery(gallery)
+    if make is leaning:
+        assert len(rounded.candidates(queries, k)[0]) < 0.25 * len(queries) * len(gallery)
+    values, places = rounded.nearest(queries, k)
+    truth = queries.double() @ gallery.double().T
+    assert torch.allclose(values.double(), truth.topk(k, dim=1).values, atol=1e-6)
+    assert torch.allclose(values.double(), truth.gather(1, places), atol=1e-6)
+    # Copies are equal to the last bit, so the first of them comes first.
+    same = values[:, 1:] == values[:, :-1]
+    assert (places[:, 1:] > places[:, :-1])[same].all()
+    assert all(len(set(row)) == k for row in places.tolist())
+    if make is signs:
+        plain = Gallery(gallery).nearest(queries, k)
+        assert torch.equal(values, plain[0])
+        assert torch.equal(places, plain[1])
+
+
+def test_the_rounded_search_leaves_out_no_neighbour_that_rounding_hides():
+    # Cosines about 1e-6 apart, where bfloat16 keeps 4e-3: its order tells nothing.
+    angle = torch.linspace(0.5, 0.501, 1000)[torch.randperm(1000)]
+    gallery = torch.stack([angle.cos(), angle.sin()], dim=1)
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    _, places = RoundedGallery(gallery).nearest(queries, 5)
+    assert angle[places[0]].max() < 0.500006
+    assert angle[places[1]].min() > 0.500994
+
+
+def test_features_that_rounding_cannot_tell_apart_are_searched_plainly():
+    gallery = leaning(1, 3000)
+    assert type(searchable(gallery, leaning(2, 50), 1000, CPU)) is Gallery
+
+
+def test_copies_in_the_gallery_are_neighbours_in_its_order():
+    image = leaning(1, 1)
+    gallery = torch.cat([leaning(2, 300), image, leaning(3, 500), image.repeat(3, 1)])
+    values, places = knn.neighbours(gallery, 5 * image, 4)
+    assert places.tolist() == [[300, 801, 802, 803]]
+    assert torch.allclose(values, torch.ones(1, 4))
+
+
+def test_half_precision_features_rank_as_their_float32_values():
+    gallery, queries = leaning(1, 200).half(), leaning(2, 30).half()
+    half = knn.neighbours(gallery, queries, 9)
+    assert torch.equal(half[1], knn.neighbours(gallery.float(), queries.float(), 9)[1])
+    assert half[0].dtype == torch.float32
+
+
+def test_the_features_given_stay_as_they_are():
+    gallery, queries = leaning(1, 50), leaning(2, 5)
+    before = gallery.clone(), queries.clone()
+    knn.neighbours(gallery, queries, 3)
+    assert torch.equal(gallery, before[0])
+    assert torch.equal(queries, before[1])
+
+
+@pytest.mark.parametrize(
+    ("gallery", "labels", "queries", "message"),
+    [
+        (torch.ones(4, 3), torch.zeros(4).long(), torch.ones(2, 5), "same D"),
+        (torch.ones(4, 3), torch.zeros(3).long(), torch.ones(2, 3), "labels"),
+        (torch.ones(4, 3), torch.zeros(4).long(), torch.ones(0, 3), "no image"),
+        (torch.full((4, 3), torch.nan), torch.zeros(4).long(), torch.ones(2, 3), "infinite"),
+        (torch.ones(4, 3), torch.zeros(4).long(), torch.full((2, 3), torch.inf), "infinite"),
+    ],
+)
+def test_features_that_cannot_be_compared_are_errors(gallery, labels, queries, message):
+    with pytest.raises(InputError, match=message):
+        knn.rankings(gallery, labels, queries, [1])
+
+
+def folder(root, classes):
+    for place, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (80 * place, 90, 200)).save(root / name / "0.png")
+    return root
+
+
+def test_queries_are_numbered_by_the_gallerys_classes(tmp_path):
+    gallery = folder(tmp_path / "gallery", ["ant", "bee", "cat"])
+    queries = folder(tmp_path / "queries", ["bee", "cat"])
+    first, second = gallery_and_queries(gallery, queries, 16)
+    assert first.labels == [0, 1, 2]
+    assert second.labels == [1, 2]
+    assert [label for _, label in second] == [1, 2]
+
+
+def test_a_class_that_the_gallery_lacks_is_an_error(tmp_path):
+    gallery = folder(tmp_path / "gallery", ["ant", "bee"])
+    queries = folder(tmp_path / "queries", ["bee", "cat"])
+    with pytest.raises(InputError, match="lacks: cat"):
+        gallery_and_queries(gallery, queries, 16)

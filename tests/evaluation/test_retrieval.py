@@ -1,0 +1,222 @@
+"""Retrieval against scikit-learn and plain loops; k-NN and retrieval by several processes and
+in bounded memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from engine.evaluation import knn, retrieval, similarity
+from tests.processes import found_by_each
+from utils.distributed import ALONE, World
+from utils.errors import InputError
+
+FIGURES = ("rank1", "rank5", "map", "map_at_100_released", "queries_without_positives")
+
+
+def features(seed: int, n: int, classes: int = 7, width: int = 12):
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, classes, n)
+    centres = np.random.default_rng(0).standard_normal((classes, width))
+    values = centres[labels] + 1.5 * draw.standard_normal((n, width))
+    return torch.from_numpy(values).float(), torch.from_numpy(labels)
+
+
+def tied_features(seed: int, n: int, classes: int = 4):
+    """Cosines are exact in float32 and mostly tied."""
+    draw = np.random.default_rng(seed)
+    values = draw.choice([-1.0, 1.0], (n, 16)).astype(np.float32)
+    return torch.from_numpy(values), torch.from_numpy(draw.integers(0, classes, n))
+
+
+def slow_measure(gallery, gallery_labels, queries, query_labels, first: int = 10) -> dict:
+    """The definitions by plain loops; exact for `tied_features`."""
+    rank1, rank5, whole, released, without, places = [], [], [], [], 0, []
+    for query, target in zip(queries, query_labels, strict=True):
+        cosines = [float(query @ image) for image in gallery]
+        order = sorted(range(len(gallery)), key=lambda place: (-cosines[place], place))
+        hits = [bool(gallery_labels[place] == target) for place in order]
+        precision = [sum(hits[: rank + 1]) / (rank + 1) for rank in range(len(hits)) if hits[rank]]
+        early = precision[: sum(hits[:100])]
+        rank1.append(any(hits[:1]))
+        rank5.append(any(hits[:5]))
+        whole.append(sum(precision) / len(precision) if precision else 0.0)
+        released.append(sum(early) / len(early) if early else 0.0)
+        without += not any(hits)
+        places.append(order[:first])
+    return {
+        "rank1": 100 * np.mean(rank1),
+        "rank5": 100 * np.mean(rank5),
+        "map": 100 * np.mean(whole),
+        "map_at_100_released": 100 * np.mean(released),
+        "queries_without_positives": without,
+        "average_precision": whole,
+        "first": places,
+    }
+
+
+def assert_is(ours: retrieval.Retrieval, expected: dict) -> None:
+    for name in FIGURES:
+        assert getattr(ours, name) == pytest.approx(expected[name], rel=1e-12), name
+    assert ours.average_precision.dtype == torch.float64
+    assert ours.average_precision.tolist() == pytest.approx(expected["average_precision"])
+    assert ours.first.tolist() == expected["first"]
+
+
+def test_average_precision_is_scikit_learns():
+    gallery, gallery_labels = features(1, 120)
+    queries, query_labels = features(2, 30)
+    ours = retrieval.measure(gallery, gallery_labels, queries, query_labels)
+    unit = [x.double() / x.double().norm(dim=1, keepdim=True) for x in (gallery, queries)]
+    # No two cosines that float32 could take for each other.
+    assert (unit[1] @ unit[0].T).sort(dim=1).values.diff(dim=1).min() > 3e-7
+    theirs = [
+        average_precision_score(gallery_labels == label, unit[0] @ query)
+        for query, label in zip(unit[1], query_labels, strict=True)
+    ]
+    assert 20 < ours.map < 80
+    assert ours.average_precision.tolist() == pytest.approx(theirs, abs=1e-9)
+    assert ours.map == pytest.approx(100 * np.mean(theirs))
+
+
+@pytest.mark.parametrize("block", [1, 1001, 2**24])
+@pytest.mark.parametrize("images", [1, 3, 7, 150])
+def test_tied_features_are_measured_as_by_plain_loops(images, block, monkeypatch):
+    monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(retrieval, "SORTED_ELEMENTS", max(1, block // 2))
+    gallery, queries = tied_features(1, images), tied_features(2, 20, classes=6)
+    ours = retrieval.measure(*gallery, *queries)
+    assert ours.queries_without_positives > 0
+    assert_is(ours, slow_measure(*gallery, *queries))
+
+
+def test_one_query_of_one_class_in_half_precision():
+    gallery, queries = tied_features(1, 40, classes=1), tied_features(2, 1, classes=1)
+    ours = retrieval.measure(gallery[0].half(), gallery[1], queries[0].half(), queries[1], first=3)
+    assert_is(ours, slow_measure(*gallery, *queries, first=3))
+    assert ours.map == 100
+
+
+def test_copies_in_the_gallery_come_in_its_order():
+    image = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
+    gallery, _ = features(1, 50, width=8)
+    gallery[[7, 30, 31]] = image
+    ours = retrieval.measure(gallery, torch.arange(50), 3 * image, torch.tensor([31]), first=3)
+    assert ours.first.tolist() == [[7, 30, 31]]
+    assert ours.map == pytest.approx(100 / 3)
+    assert (ours.rank1, ours.rank5) == (0, 100)
+
+
+def test_a_cosine_of_minus_zero_ties_with_zero():
+    similarity_row = torch.tensor([[0.0, -0.0, 0.5, -0.5, -0.0, 1e-40, -1e-40]])
+    order = retrieval.order_keys(similarity_row).argsort(dim=1)
+    assert order.tolist() == [[2, 5, 0, 1, 4, 6, 3]]
+
+
+def test_a_query_without_positives_counts_as_zero():
+    gallery, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    ours = retrieval.measure(gallery, labels, gallery[:2], torch.tensor([0, 9]))
+    assert ours.queries_without_positives == 1
+    assert ours.average_precision.tolist() == [1, 0]
+    assert [ours.rank1, ours.rank5, ours.map, ours.map_at_100_released] == [50, 50, 50, 50]
+
+
+def test_the_released_figure_leaves_out_what_comes_after_100_places():
+    # The query's positives are at ranks 1 and 201.
+    angle = torch.linspace(0, 1, 201)
+    gallery = torch.stack([angle.cos(), angle.sin()], dim=1)
+    labels = torch.zeros(201).long()
+    labels[[0, 200]] = 1
+    ours = retrieval.measure(gallery, labels, gallery[:1], torch.tensor([1]))
+    assert ours.map_at_100_released == 100
+    assert ours.map == pytest.approx(100 * (1 + 2 / 201) / 2)
+
+
+def test_the_ratio_split_takes_every_ninth_test_image():
+    gallery, queries = retrieval.ratio_split(5, 20)
+    assert queries.tolist() == [5, 14, 23]
+    assert gallery.tolist() == [n for n in range(25) if n not in (5, 14, 23)]
+
+
+def test_labels_that_do_not_fit_are_an_error():
+    with pytest.raises(InputError, match="labels"):
+        retrieval.measure(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(2))
+
+
+def found_by(world: World) -> dict:
+    """All results on features in 9 blocks, and on 2 queries, which are one block."""
+    similarity.BLOCK_ELEMENTS, before = 700 * 23, similarity.BLOCK_ELEMENTS
+    gallery, queries = features(1, 700, width=96), features(2, 200, width=96)
+    found = {}
+    try:
+        for count in (200, 2):
+            some = queries[0][:count], queries[1][:count]
+            found["rankings", count] = knn.rankings(*gallery, some[0], [1, 20, 200], world=world)
+            found["accuracy", count] = knn.knn_accuracy(*gallery, *some, [20], world=world)
+            found["cosines", count] = knn.neighbours(gallery[0], some[0], 20, world=world)
+            found["retrieval", count] = vars(retrieval.measure(*gallery, *some, world=world))
+    finally:
+        similarity.BLOCK_ELEMENTS = before
+    return found
+
+
+def assert_same_bits(first, second) -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for name in first:
+            assert_same_bits(first[name], second[name])
+    elif isinstance(first, tuple):
+        for one, other in zip(first, second, strict=True):
+            assert_same_bits(one, other)
+    else:
+        assert first == second
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_processes_finds_the_same_bits(size):
+    processes = found_by_each(size, found_by)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = found_by(ALONE)
+    torch.set_num_threads(threads)
+    assert len(alone["rankings", 200][20]) == 200
+    for found in processes:
+        assert_same_bits(found, alone)
+
+
+MEASURED = """
+import resource, sys, torch
+from engine.evaluation import knn, retrieval
+draw = torch.Generator().manual_seed(0)
+gallery, queries = (torch.randn(n, 16, generator=draw) for n in (20000, int(sys.argv[2])))
+labels = torch.arange(20000) % 100
+few = queries[:10], labels[:10]
+run = {
+    "knn": lambda q, y: knn.knn_accuracy(gallery, labels, q, y, [20]),
+    "retrieval": lambda q, y: retrieval.measure(gallery, labels, q, y),
+}[sys.argv[1]]
+run(*few)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(queries, labels[: len(queries)])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize(("what", "queries"), [("knn", 20000), ("retrieval", 8000)])
+def test_memory_is_that_of_a_block(what, queries):
+    """All similarities at once would be 1.6 GB and 640 MB of float32."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, what, str(queries)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert int(done.stdout) < 300 * 1024

@@ -1,0 +1,294 @@
+"""evaluate.py: its table against the three evaluation scripts run one by one."""
+
+import hashlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_knn
+import eval_linear
+import eval_retrieval
+import evaluate
+from models.registry import BackboneSpec, build_backbone
+from tests.conftest import ROOT
+from tests.datasets import benchmark_trees as trees
+from tests.evaluation.test_probing import Done, run
+from tests.training.test_training import two_processes
+from utils.config import defaults
+
+COMMON = "--device cpu --num_workers 0 --batch_size_per_gpu 16"
+PROBE = "--n_last_blocks 2 --epochs 3 --lr 0.1"
+PROTOCOLS = f"{COMMON} {PROBE} --nb_knn 3 5 --label_shares 0.5 1"
+OPTIONS = f"{PROTOCOLS} --seed 3 --seeds 2"
+HEADINGS = [
+    "network",
+    "3-NN top-1",
+    "linear top-1",
+    "linear top-1, 50 % of labels",
+    "Rank-1",
+    "Rank-5",
+    "mAP",
+]
+KEYS = ["knn_3", "linear_1", "linear_0.5", "rank1", "rank5", "map"]
+
+
+class Table:
+    """What evaluate.py wrote."""
+
+    def __init__(self, done: Done) -> None:
+        self.done = done
+        self.text = (done.folder / "table.md").read_text()
+        self.results = json.loads((done.folder / "results.json").read_text())
+        self.rows = self.results["rows"]
+        lines = [line for line in self.text.splitlines() if line.startswith("|")]
+        cells = [line.replace("\\|", "PIPE").strip("|").split("|") for line in lines]
+        cells = [[cell.strip().replace("PIPE", "|") for cell in line] for line in cells]
+        self.headings, self.cells = cells[0], cells[2:]
+
+    @property
+    def figures(self) -> list[dict]:
+        return [row["figures"] for row in self.rows]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Three classes; a third of the images have the hue of the next class."""
+    root = tmp_path_factory.mktemp("data")
+    for label, name in enumerate(("auk", "owl", "wren")):
+        for index in range(15):
+            split = "train" if index < 8 else "val"
+            hue = (label + (index % 3 == 0)) % 3
+            trees.save_image(root / split / name / f"{index}.jpg", hue, 100 * label + index)
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoints(trained, tmp_path_factory) -> list[Path]:
+    """The end of a run, and its first epoch under a name that a table cannot hold as it is."""
+    early = tmp_path_factory.mktemp("early") / "first|epoch.pth"
+    shutil.copy(trained / "checkpoint0001.pth", early)
+    return [trained / "checkpoint.pth", early]
+
+
+def table(folder: Path, checkpoints: list[Path], data: Path, options: str = OPTIONS) -> Table:
+    words = ["--checkpoint", *checkpoints, "--data_path", data, *options.split()]
+    return Table(run(evaluate, folder, *words))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, checkpoints, data) -> Table:
+    return table(tmp_path_factory.mktemp("table"), checkpoints, data)
+
+
+def test_every_checkpoint_and_a_random_network_have_a_row(made, checkpoints):
+    assert made.headings == HEADINGS
+    names = [*map(str, checkpoints), "random initialisation (vit_small, 32 px)"]
+    assert [line[0] for line in made.cells] == names
+    assert [row["name"] for row in made.rows] == names
+    assert "first\\|epoch.pth" in made.text
+
+
+def test_the_cells_are_means_and_deviations_of_the_values(made):
+    for line, figures in zip(made.cells, made.figures, strict=True):
+        for cell, key in zip(line[1:], KEYS, strict=True):
+            values = figures[key]["values"]
+            expected = f"{statistics.fmean(values):.2f}"
+            if len(values) > 1:
+                expected += f" ± {statistics.stdev(values):.2f}"
+                assert figures[key]["std"] == pytest.approx(statistics.stdev(values))
+            assert cell == expected
+            assert figures[key]["mean"] == pytest.approx(statistics.fmean(values))
+    shown = {cell for line in made.cells for cell in line[1:]}
+    assert len(shown) > 8, "figures that hardly differ show nothing"
+
+
+def test_only_what_a_seed_decides_has_a_deviation(made):
+    *of_checkpoints, of_random = made.figures
+    for figures in of_checkpoints:
+        for key, figure in figures.items():
+            is_probe = key.startswith("linear")
+            assert len(figure["values"]) == (2 if is_probe else 1), key
+            assert (figure["std"] is None) != is_probe, key
+    for key, figure in of_random.items():
+        assert len(figure["values"]) == 2, key
+        assert figure["std"] is not None
+    assert len(set(of_random["map"]["values"])) == 2, "each seed has a network of its own"
+
+
+def test_the_scripts_one_by_one_give_the_same_figures(made, checkpoints, data, tmp_path):
+    for checkpoint, figures in zip(checkpoints, made.figures, strict=False):
+        words = ["--pretrained_weights", checkpoint, "--data_path", data, *COMMON.split()]
+        out = tmp_path / checkpoint.stem
+        run(eval_knn, out, *words, "--nb_knn", 3, 5, "EVAL.PICTURES", "false")
+        knn = json.loads((out / "knn.json").read_text())["k"]
+        for k in (3, 5):
+            assert figures[f"knn_{k}"]["values"] == [knn[str(k)]["top1"]]
+            assert figures[f"knn_{k}_top5"]["values"] == [knn[str(k)]["top5"]]
+        run(eval_retrieval, out, *words, "EVAL.PICTURES", "false")
+        retrieval = json.loads((out / "retrieval.json").read_text())
+        for name in ("rank1", "rank5", "map", "map_at_100_released"):
+            assert figures[name]["values"] == [retrieval[name]]
+        for place, seed in enumerate((3, 4)):
+            words_of_probe = [*PROBE.split(), "--seed", seed, "--label_shares", "0.5", "1"]
+            done = run(eval_linear, out / str(seed), *words, *words_of_probe)
+            half, whole = done.written["results"]
+            assert figures["linear_0.5"]["values"][place] == half["top1"]
+            assert figures["linear_1"]["values"][place] == whole["top1"]
+
+
+def test_the_table_says_what_stands_behind_it(made, checkpoints):
+    command = made.text.split("- command: `")[1].split("`")[0]
+    assert command.startswith("python evaluate.py --checkpoint ")
+    assert str(checkpoints[0]) in command
+    commit = made.results["commit"]
+    assert f"- commit: {commit or 'unknown'}" in made.text
+    assert f"torch {torch.__version__}" in made.text
+    for checkpoint, row in zip(checkpoints, made.rows, strict=False):
+        digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        assert row["weights"]["sha256"] == digest
+        assert f"sha256 {digest}" in made.text
+    assert "teacher, epoch 4, " in made.text
+    assert "teacher, epoch 1, " in made.text
+    assert "32 px of 37" in made.text
+    assert "3 classes, 24 training and 21 test images" in made.text
+    changed = made.text.split("- options that are not the defaults: ")[1].splitlines()[0]
+    assert "EVAL.SEEDS 2" in changed
+    assert "LINEAR.EPOCHS 3" in changed
+    assert "LINEAR.CLASSIFIER" not in changed
+    assert made.results["config"]["LINEAR"]["EPOCHS"] == 3
+    assert made.rows[0]["weights"]["run_config"]["SEED"] == 3
+
+
+def test_the_same_command_takes_up_what_is_there(made, checkpoints, data, tmp_path):
+    folder = Path(shutil.copytree(made.done.folder, tmp_path / "copy"))
+    kept = sorted([*folder.rglob("*.safetensors"), *folder.rglob("linear.pth")])
+    # Two checkpoints and two random networks: two splits, two seeds, two shares.
+    assert len(list(folder.rglob("*.safetensors"))) == 2 * 4
+    assert len(list(folder.rglob("linear.pth"))) == 2 * 2 * 2 + 2 * 2
+    before = [path.stat().st_mtime_ns for path in kept]
+    again = table(folder, checkpoints, data)
+    assert again.done.stdout.count("features of the test split: from") == 4
+    assert again.done.stdout.count("features of the train split: from") == 4
+    assert again.done.stdout.count("going on with the probe") == 12
+    assert again.figures == made.figures
+    assert again.cells == made.cells
+    assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_a_table_with_another_checkpoint_keeps_the_rows_it_has(made, checkpoints, data, tmp_path):
+    folder = Path(shutil.copytree(made.done.folder, tmp_path / "copy"))
+    other = checkpoints[0].with_name("checkpoint0002.pth")
+    longer = table(folder, [other, *checkpoints], data)
+    assert longer.figures[1:] == made.figures
+    # Its teacher has hardly moved, so its figures may be another's: the file tells.
+    assert longer.rows[0]["weights"]["sha256"] == hashlib.sha256(other.read_bytes()).hexdigest()
+    assert longer.done.stdout.count("going on with the probe") == 12
+
+
+def test_cached_features_and_the_student_and_one_seed(made, checkpoints, data, tmp_path):
+    options = f"{PROTOCOLS} --seed 3 --seeds 1 --features cached --checkpoint_key student"
+    short = table(tmp_path / "table", checkpoints[:1], data, options)
+    assert short.cells[0][0] == f"{checkpoints[0]} (student)"
+    assert all(figure["std"] is None for row in short.figures for figure in row.values())
+    assert "±" not in "".join(cell for line in short.cells for cell in line)
+    assert short.figures[0]["map"] != made.figures[0]["map"]
+    # The zero of every figure is that of the teacher's table, for the same seed.
+    assert short.figures[1]["map"]["values"] == made.figures[2]["map"]["values"][:1]
+    words = ["--pretrained_weights", checkpoints[0], "--data_path", data, "--seed", 3]
+    words += [*f"{COMMON} {PROBE} --features cached --checkpoint_key student".split()]
+    alone = run(eval_linear, tmp_path / "probe", *words)
+    assert short.figures[0]["linear_1"]["values"] == [alone.result["top1"]]
+
+
+def test_other_classifiers_and_splits_say_so(checkpoints, data, tmp_path):
+    options = f"{COMMON} --n_last_blocks 2 --nb_knn 20 3 --seeds 1 --classifier logistic"
+    other = table(tmp_path / "table", checkpoints[:1], data, f"{options} --split ratio")
+    assert other.headings[1:] == [
+        "20-NN top-1",
+        "logistic top-1",
+        "Rank-1 (ratio split)",
+        "Rank-5 (ratio split)",
+        "mAP (ratio split)",
+    ]
+    words = ["--pretrained_weights", checkpoints[0], "--data_path", data, *COMMON.split()]
+    run(eval_retrieval, tmp_path, *words, "--split", "ratio", "EVAL.PICTURES", "false")
+    retrieval = json.loads((tmp_path / "retrieval.json").read_text())
+    assert retrieval["queries"] == 3
+    assert other.figures[0]["map"]["values"] == [retrieval["map"]]
+    done = run(eval_linear, tmp_path, *words, "--n_last_blocks", 2, "--classifier", "logistic")
+    assert other.figures[0]["linear_1"]["values"] == [done.result["top1"]]
+    assert f"{done.result['top1']:.2f}" == other.cells[0][2]
+
+
+def refused(folder: Path, *words) -> str:
+    """The sentence of a command that must stop before any work."""
+    done = run(evaluate, folder, *words, *OPTIONS.split(), fails=True)
+    assert not (folder / "results.json").exists()
+    assert not (folder / "features").exists()
+    assert not (folder / "probes").exists()
+    return done.stderr
+
+
+def test_a_missing_checkpoint_is_told_before_any_work(checkpoints, data, tmp_path):
+    missing = tmp_path / "missing.pth"
+    words = ["--checkpoint", checkpoints[0], missing, "--data_path", data]
+    assert str(missing) in refused(tmp_path, *words)
+
+
+def test_a_pooling_that_one_network_lacks_is_told_before_any_work(checkpoints, data, tmp_path):
+    plain = plain_network(tmp_path / "plain.pth", depth=2)
+    words = ["--checkpoint", checkpoints[0], plain, "--data_path", data, "--pooling", "mil"]
+    assert str(plain) in refused(tmp_path, *words)
+
+
+def test_a_network_of_too_few_blocks_is_told_before_any_work(checkpoints, data, tmp_path):
+    shallow = plain_network(tmp_path / "shallow.pth", depth=1)
+    words = ["--checkpoint", checkpoints[0], shallow, "--data_path", data, "--size", 32]
+    assert "LINEAR.N_LAST_BLOCKS" in refused(tmp_path, *words)
+
+
+def plain_network(path: Path, depth: int) -> Path:
+    """A file of weights that another project could have written."""
+    spec = BackboneSpec(
+        "vit_small",
+        64,
+        (depth,),
+        (1,),
+        patch_size=8,
+        img_size=32,
+    )
+    torch.save({"teacher": build_backbone(spec).state_dict()}, path)
+    return path
+
+
+def test_what_is_not_given_is_asked_for(checkpoints, data, tmp_path):
+    assert "--checkpoint" in refused(tmp_path, "--data_path", data)
+    assert "--data_path" in refused(tmp_path, "--checkpoint", checkpoints[0])
+    words = ["--checkpoint", checkpoints[0], "--data_path", data]
+    done = run(evaluate, Path(""), *words, "OUTPUT_DIR", defaults().OUTPUT_DIR, fails=True)
+    assert "--output_dir" in done.stderr
+
+
+def test_two_processes_make_the_same_table(made, checkpoints, data, tmp_path, environment):
+    options = OPTIONS.replace("--batch_size_per_gpu 16", "--batch_size_per_gpu 8")
+    launcher = [sys.executable, *two_processes("torch.distributed.run")]
+    words = ["--checkpoint", *checkpoints, "--data_path", data, "--output_dir", tmp_path]
+    done = subprocess.run(
+        [*launcher, "evaluate.py", *map(str, words), *options.split()],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    both = Table(Done(0, done.stdout, done.stderr, tmp_path))
+    assert both.results["processes"] == 2
+    assert both.cells == made.cells
+    assert done.stdout.count(f"{checkpoints[0]}: vit_small, 32 px of 37, teacher, epoch") == 1

@@ -1,0 +1,212 @@
+"""Random inputs of the losses, as plain lists for plain_losses and as Views for losses/."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.objective import Objective
+from losses.targets import Centres
+from models.mil import GatedAttentionPool
+from models.network import add_attention
+from tests.losses import plain_losses as plain
+from tests.losses.plain_losses import Side
+from utils.views import Views
+
+# Not the defaults, so that a constant in the wrong place shows.
+STUDENT_TEMP, TEACHER_TEMP = 0.12, 0.05
+DIVERSE_K = 2
+
+# Runs of equally sized crops, as the student sees them: (views, patches a view).
+LAYOUTS = {
+    "no local crops": [(2, 6)],
+    "local crops": [(2, 6), (3, 4)],
+    "two local sizes": [(2, 6), (2, 4), (3, 1)],
+    "local as large as global": [(4, 6)],
+}
+
+
+@dataclass
+class Case:
+    """Inputs of one loss; embeddings and prototypes want gradients, of the teacher too."""
+
+    layout: list[tuple[int, int]]
+    student: Side
+    teacher: Side
+    pool: GatedAttentionPool
+    centres: Centres
+
+    @property
+    def pool_parameters(self) -> dict[str, Tensor]:
+        return dict(self.pool.named_parameters())
+
+    def leaves(self, *parts: str) -> dict[str, Tensor]:
+        """All that a gradient might reach, by name; of some of student, teacher and pool."""
+        found = {
+            "student": self.student.leaves(),
+            "teacher": self.teacher.leaves(),
+            "pool": self.pool_parameters,
+        }
+        return {
+            f"{part}.{name}": leaf for part in parts or found for name, leaf in found[part].items()
+        }
+
+    def to(self, dtype: torch.dtype, images: slice = slice(None)) -> "Case":
+        """Fresh leaves of another type, of some images only."""
+        pool = GatedAttentionPool(self.pool.tanh.in_features, self.pool.tanh.out_features)
+        pool.load_state_dict(self.pool.state_dict())
+        centres = Centres(len(self.centres.image), region=True, bag=True)
+        centres.load_state_dict(self.centres.state_dict())
+        return replace(
+            self,
+            student=_leaves_of(self.student, dtype, images),
+            teacher=_leaves_of(self.teacher, dtype, images),
+            pool=pool.to(dtype),
+            centres=centres.to(dtype),
+        )
+
+    def views(self) -> tuple[Views, Views]:
+        """Student and teacher as the networks hand them over: bags from detached teacher patches.
+
+        What else the teacher hands over wants a gradient here, so that a loss that lets one
+        through is seen.
+        """
+        student = add_attention(self.pool, as_views(self.student, self.layout))
+        teacher = as_views(self.teacher, [(2, self.layout[0][1])])
+        (patches,) = teacher.patch_embeddings
+        pooled = add_attention(self.pool, replace(teacher, patch_embeddings=[patches.detach()]))
+        return student, replace(pooled, patch_embeddings=[patches])
+
+
+def make(layout: str, batch: int, seed: int = 0, prototypes: int = 7) -> Case:
+    """A float64 case whose numbers float32 holds exactly."""
+    generator = torch.Generator().manual_seed(1000 * batch + seed)
+    runs = LAYOUTS[layout]
+    counts = [count for views, count in runs for _ in range(views)]
+    width, features = 5, 6
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def side(counts: list[int]) -> Side:
+        return Side(
+            [F.normalize(normal(batch, width), dim=-1) for _ in counts],
+            [F.normalize(normal(batch, count, width), dim=-1) for count in counts],
+            [normal(batch, count, features) for count in counts],
+            normal(prototypes, width) / 2,
+            normal(prototypes, width) / 2,
+        )
+
+    pool = GatedAttentionPool(width, hidden=4)
+    with torch.no_grad():
+        for parameter in pool.parameters():
+            parameter.copy_(normal(*parameter.shape))
+    centres = Centres(prototypes, region=True, bag=True)
+    for centre in (centres.image, centres.region, centres.bag):
+        centre.copy_(normal(prototypes) / 5)
+    case = Case(runs, side(counts), side(counts[:2]), pool, centres)
+    return case.to(torch.float64)
+
+
+def _leaves_of(side: Side, dtype: torch.dtype, images: slice) -> Side:
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().to(dtype).requires_grad_()
+
+    return Side(
+        [leaf(view[images]) for view in side.images],
+        [leaf(view[images]) for view in side.patches],
+        [leaf(view[images]) for view in side.features],
+        leaf(side.image_prototypes),
+        leaf(side.region_prototypes),
+    )
+
+
+def as_views(side: Side, layout: list[tuple[int, int]]) -> Views:
+    """Crop-major Views of a network without pooling."""
+    patches, features, first = [], [], 0
+    for views, _ in layout:
+        patches.append(torch.cat(side.patches[first : first + views]))
+        features.append(torch.cat(side.features[first : first + views]))
+        first += views
+    return Views(
+        batch=side.batch,
+        image_embeddings=torch.cat(side.images),
+        image_prototypes=side.image_prototypes,
+        image_features=torch.cat(side.images),
+        patch_features=features,
+        patch_embeddings=patches,
+        region_prototypes=side.region_prototypes,
+    )
+
+
+def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    """Total and terms of the objective, by plain_losses."""
+    student, teacher, pool = case.student, case.teacher, case.pool_parameters
+    centre, region_centre, bag_centre = (
+        case.centres.image,
+        case.centres.region,
+        case.centres.bag,
+    )
+    temps = (STUDENT_TEMP, TEACHER_TEMP)
+    terms = {"L_I": plain.image_term(student, teacher, centre, *temps)}
+    if goal.name == "dino":
+        return terms["L_I"], terms
+    mix = pool if goal.name == "cmd" and goal.region_weight == "mix" else None
+    terms["L_R"] = plain.region_term(student, teacher, region_centre, *temps, mix_pool=mix)
+    total = terms["L_I"] / 2 + terms["L_R"] / 2
+    if goal.name == "released":
+        views = len(student.images)
+        terms["T"] = plain.released_teacher_term(
+            teacher, views, centre, region_centre, TEACHER_TEMP
+        )
+        terms["S"] = plain.released_student_term(student, STUDENT_TEMP)
+    if goal.name == "cmd" and goal.ls:
+        terms["L_S"] = plain.student_term(student, pool, STUDENT_TEMP, goal.ls_grad == "both")
+    if goal.name == "cmd" and goal.lt != "none":
+        terms["L_T"] = {
+            "diverse": lambda: plain.diverse_term(teacher, pool, goal.diverse_k),
+            "residual": lambda: plain.diverse_term(teacher, pool, goal.diverse_k, residual=True),
+            "contrast": lambda: plain.contrast_term(teacher, pool),
+            "cross": lambda: plain.cross_term(teacher, pool, centre, bag_centre, *temps),
+            "same": lambda: plain.same_term(teacher, pool, centre, bag_centre, TEACHER_TEMP),
+        }[goal.lt]()
+    for name in ("T", "S", "L_S", "L_T"):
+        if name in terms:
+            total = total + goal.lambda1 * terms[name]
+    return total, terms
+
+
+def gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """d value / d leaf by name; None where there is no way from one to the other."""
+    if not value.requires_grad:
+        return dict.fromkeys(leaves)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def assert_near(ours: Tensor, wanted: Tensor, tolerance: float, name: str, scale: float = 0.0):
+    """max |ours - wanted| <= tolerance * the larger of max |wanted| and scale."""
+    assert ours.shape == wanted.shape, f"{name}: shape {tuple(ours.shape)}"
+    difference = float((ours.double() - wanted.double()).abs().max())
+    limit = tolerance * max(float(wanted.abs().max()), scale)
+    assert difference <= limit, f"{name}: differs by {difference:.3g}, limit {limit:.3g}"
+
+
+def assert_same_gradients(
+    ours: dict[str, Tensor | None], wanted: dict[str, Tensor | None], tolerance: float
+):
+    """Equal by name; None stands for exactly zero.
+
+    Rounding counts against the largest gradient of all in float32, a hundredth of it in float64:
+    the score's bias has a gradient of zero that no arithmetic finds exactly.
+    """
+    largest = max((float(g.abs().max()) for g in wanted.values() if g is not None), default=0.0)
+    for name, gradient in wanted.items():
+        if gradient is None:
+            assert ours[name] is None or not ours[name].any(), f"{name} got a gradient"
+        elif ours[name] is None:
+            assert not gradient.any(), f"{name} got no gradient"
+        else:
+            scale = largest if ours[name].dtype == torch.float32 else largest / 100
+            assert_near(ours[name], gradient, tolerance, f"d/d {name}", scale)

@@ -1,0 +1,259 @@
+"""Two processes with half of the images each give what one process with all of them gives.
+
+One pair of gloo processes computes every case and writes it down; the tests read.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from losses import cross_entropy, inter
+from losses.objective import Objective
+from losses.targets import Centres
+from models.network import HeadSpec, Network
+from models.registry import BackboneSpec, build_backbone
+from tests.losses.loss_cases import (
+    DIVERSE_K,
+    STUDENT_TEMP,
+    TEACHER_TEMP,
+    Case,
+    assert_near,
+    assert_same_gradients,
+    gradients,
+    make,
+)
+from tests.processes import found_by_each
+from utils import distributed
+from utils.distributed import World
+from utils.errors import InputError
+
+WORLD, BATCH = 2, 6
+
+
+def goal_of(name: str, **options) -> Objective:
+    return Objective(name, diverse_k=DIVERSE_K, student_temp=STUDENT_TEMP, **options)
+
+
+GOALS = {
+    "dino": goal_of("dino"),
+    "esvit": goal_of("esvit"),
+    "released": goal_of("released"),
+    "cmd": goal_of("cmd"),
+    "cmd contrast": goal_of("cmd", lt="contrast"),
+    "cmd cross": goal_of("cmd", lt="cross"),
+    "cmd same": goal_of("cmd", lt="same"),
+    "cmd none": goal_of("cmd", lt="none"),
+    "cmd both": goal_of("cmd", ls_grad="both", lt="none"),
+    "cmd mix": goal_of("cmd", region_weight="mix", ls=False),
+    "cmd mix alone": goal_of("cmd", region_weight="mix", ls=False, lt="none"),
+}
+DTYPES = (torch.float64, torch.float32)
+# float32 diverse density divides cosines by 0.02: its target is coarser than the rest.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
+SHARED = ("student.W_I", "student.W_R")
+
+
+def case_of(dtype: torch.dtype, images: slice) -> Case:
+    return make("two local sizes", BATCH, seed=11).to(dtype, images)
+
+
+def evaluate(case: Case, goal: Objective) -> dict:
+    """Total, terms, entropies and gradients of one process, before any exchange of gradients."""
+    total, terms, entropy = goal(*case.views(), case.centres, TEACHER_TEMP)
+    found = gradients(total, case.leaves("student", "pool"))
+    return {"total": total.detach(), "terms": terms, "entropy": entropy, "gradients": found}
+
+
+def centres_after_two_updates(dtype: torch.dtype, images: slice, micro: int) -> dict[str, Tensor]:
+    """Centres fed with two batches, each in micro-batches of `micro` images."""
+    centres = Centres(7, region=True, bag=True).to(dtype)
+    for seed in (11, 12):
+        for first in range(images.start, images.stop, micro):
+            case = make("two local sizes", BATCH, seed).to(dtype, slice(first, first + micro))
+            centres.collect(case.views()[1])
+        centres.update()
+    return {name: value.clone() for name, value in centres.state_dict().items()}
+
+
+def small_networks(goal: Objective) -> tuple[Network, Network]:
+    """The same on every process; a pooling that nothing trains is out of the gradient."""
+    torch.manual_seed(0)
+    spec = BackboneSpec("vit_small", 48, (2,), (3,), patch_size=8, img_size=32)
+    heads = HeadSpec(out_dim=64, hidden_dim=96, bottleneck_dim=32, pool_hidden=16)
+    student = Network(build_backbone(spec), heads, goal.needs_region_head, goal.needs_pooling)
+    if student.pool is not None and not goal.trains_pooling:
+        student.pool.requires_grad_(False)
+    torch.manual_seed(1)
+    teacher = Network(build_backbone(spec), heads, goal.needs_region_head, False)
+    return student, teacher.requires_grad_(False)
+
+
+def network_gradients(goal: Objective, images: slice, wrap: bool) -> dict[str, Tensor]:
+    """Gradients after a second backward pass, through DDP where `wrap`: it refuses unused
+    parameters there."""
+    student, teacher = small_networks(goal)
+    module: nn.Module = DistributedDataParallel(student) if wrap else student
+    centres = goal.make_centres(64)
+    for seed in (3, 4):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = (32, 32, 16, 16)
+        crops = [torch.randn(4, 3, size, size, generator=generator)[images] for size in sizes]
+        student.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            teacher_views = teacher(crops[:2])
+        if student.pool is None:
+            views = module(crops), teacher_views
+        else:
+            views = module(crops, teacher_views)
+        total, _, _ = goal(*views, centres, TEACHER_TEMP)
+        total.backward()
+        centres.collect(views[1])
+        centres.update()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in student.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def found_by(world: World) -> dict:
+    """Everything, on one process's share of the images."""
+    rank = world.rank
+    share = BATCH // WORLD
+    own = slice(rank * share, (rank + 1) * share)
+    found: dict = {}
+    for name, dtype in itertools.product(GOALS, DTYPES):
+        found["losses", name, dtype] = evaluate(case_of(dtype, own), GOALS[name])
+    defaults = cross_entropy.CHUNK_ELEMENTS, cross_entropy.LEAST_ROWS, inter.CHUNK_ELEMENTS
+    cross_entropy.CHUNK_ELEMENTS, cross_entropy.LEAST_ROWS = {"cpu": 1}, 1
+    inter.CHUNK_ELEMENTS = 1
+    found["chunked"] = evaluate(case_of(torch.float64, own), GOALS["cmd"])
+    cross_entropy.CHUNK_ELEMENTS, cross_entropy.LEAST_ROWS, inter.CHUNK_ELEMENTS = defaults
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in ("dino", "esvit", "cmd"):
+            found["autocast", name] = evaluate(case_of(torch.float32, own), GOALS[name])
+    single = slice(rank, rank + 1)
+    found["single image"] = {
+        name: evaluate(case_of(torch.float64, single), GOALS[name])
+        for name in ("cmd", "cmd contrast")
+    }
+    for dtype, micro in itertools.product(DTYPES, (share, 1)):
+        found["centres", dtype, micro] = centres_after_two_updates(dtype, own, micro)
+    for name in GOALS:
+        halves = slice(2 * rank, 2 * rank + 2)
+        found["network", name] = network_gradients(GOALS[name], halves, wrap=True)
+    rows = torch.arange(6.0).reshape(2, 3) + 100 * rank
+    found["gather"] = distributed.gather(rows.T)
+    found["mean"] = distributed.mean(rows.requires_grad_())
+    found["position"] = distributed.position()
+    try:
+        distributed.agree({"images": 8, "step": rank}, "share them")
+    except InputError as error:
+        found["agree"] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict]:
+    """What each process found."""
+    return found_by_each(WORLD, found_by)
+
+
+def averaged(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean(0)
+
+
+def assert_ranks_make_up(parts: list[dict], whole: dict, tolerance: float) -> None:
+    """Means over ranks of total, terms and shared gradients; rows of images rank after rank."""
+    assert_near(averaged([p["total"] for p in parts]), whole["total"], tolerance, "total")
+    assert parts[0]["terms"].keys() == whole["terms"].keys()
+    for term, value in whole["terms"].items():
+        assert_near(averaged([p["terms"][term] for p in parts]), value, tolerance, term)
+    entropies = torch.cat([p["entropy"].unflatten(0, (2, -1)) for p in parts], dim=1)
+    assert_near(entropies.flatten(), whole["entropy"], tolerance, "entropy")
+    joined = {}
+    for name in whole["gradients"]:
+        found = [p["gradients"][name] for p in parts]
+        if any(gradient is None for gradient in found):
+            assert all(gradient is None for gradient in found), name
+            joined[name] = None
+        elif name in SHARED or name.startswith("pool."):
+            joined[name] = averaged(found)
+        else:
+            joined[name] = torch.cat(found) / len(parts)
+    assert_same_gradients(joined, whole["gradients"], tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GOALS)
+def test_two_processes_find_the_loss_and_gradients_of_one(ranks, name, dtype):
+    whole = evaluate(case_of(dtype, slice(None)), GOALS[name])
+    parts = [found["losses", name, dtype] for found in ranks]
+    assert not torch.equal(parts[0]["total"], parts[1]["total"]), "the ranks see other images"
+    assert_ranks_make_up(parts, whole, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ["dino", "esvit", "cmd"])
+def test_two_processes_under_autocast_are_within_a_hundredth_of_one_in_float32(ranks, name):
+    whole = evaluate(case_of(torch.float32, slice(None)), GOALS[name])
+    assert_ranks_make_up([found["autocast", name] for found in ranks], whole, 1e-2)
+
+
+def test_chunks_of_one_image_know_their_place_among_the_processes(ranks):
+    whole = evaluate(case_of(torch.float64, slice(None)), GOALS["cmd"])
+    assert_ranks_make_up([found["chunked"] for found in ranks], whole, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["cmd", "cmd contrast"])
+def test_a_single_image_a_process_is_compared_with_the_other_process_s(ranks, name):
+    whole = evaluate(case_of(torch.float64, slice(0, WORLD)), GOALS[name])
+    assert whole["terms"]["L_T"] > 0
+    assert_ranks_make_up([found["single image"][name] for found in ranks], whole, 1e-10)
+
+
+@pytest.mark.parametrize("micro", [BATCH // WORLD, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_processes_keep_the_centres_of_the_whole_batch(ranks, dtype, micro):
+    whole = centres_after_two_updates(dtype, slice(0, BATCH), BATCH)
+    parts = [found["centres", dtype, micro] for found in ranks]
+    assert set(whole) == {"image", "region", "bag"}
+    for kind, value in whole.items():
+        assert torch.equal(parts[0][kind], parts[1][kind])
+        assert_near(parts[0][kind], value, TOLERANCE[dtype] / 10, kind)
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_ddp_finds_the_gradients_of_the_whole_batch(ranks, name):
+    """Two steps with their centres, every trainable parameter used, all ranks alike."""
+    whole = network_gradients(GOALS[name], slice(None), wrap=False)
+    parts = [found["network", name] for found in ranks]
+    for parameter, gradient in parts[0].items():
+        assert torch.equal(gradient, parts[1][parameter]), parameter
+    assert parts[0].keys() == whole.keys()
+    assert_same_gradients(parts[0], whole, tolerance=1e-5)
+
+
+def test_gather_is_by_rank_and_mean_has_no_gradient(ranks):
+    rows = torch.arange(6.0).reshape(2, 3)
+    for rank, found in enumerate(ranks):
+        assert found["position"] == rank
+        assert torch.equal(found["gather"], torch.cat([rows.T, (rows + 100).T]))
+        assert torch.equal(found["mean"], rows + 50)
+        assert not found["mean"].requires_grad
+
+
+def test_in_one_process_collectives_are_the_identity_without_gradient():
+    rows = torch.arange(6.0).reshape(2, 3).requires_grad_()
+    for collective in (distributed.gather, distributed.mean):
+        out = collective(rows)
+        assert torch.equal(out, rows)
+        assert not out.requires_grad
+    assert distributed.position() == 0
+
+
+def test_processes_that_see_different_files_are_told(ranks):
+    for found in ranks:
+        assert found["agree"] == "the processes differ in step ([0, 1]): share them."

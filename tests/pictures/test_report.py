@@ -1,0 +1,185 @@
+"""Pointing and its zeros on known maps; report.py on real runs; the demo as a whole (slow)."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import report
+from datasets import synthetic
+from datasets.folder import load_image
+from datasets.multicrop import eval_transform
+from datasets.synthetic_images import DIFFICULTIES
+from engine import build
+from engine.evaluation import pointing
+from tests.processes import run_python
+from tests.runs import cfg_of
+from utils import checkpoint
+from utils.errors import run_script
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_cells_touch_a_box_where_they_overlap_it():
+    # A grid of 2 x 4 cells of 16 pixels.
+    boxes = [(0, 0, 16, 16), (0, 0, 17, 17), (63, 31, 64, 32), (20, 10, 40, 15)]
+    touching = pointing.cells_touching(boxes, (2, 4), 16).int().tolist()
+    assert touching == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],
+        [0, 1, 1, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_pointing_and_its_zeros_on_known_maps():
+    touching = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]).bool()
+    attention = torch.tensor(
+        [[0.1, 0.6, 0.2, 0.1], [0.2, 0.3, 0.3, 0.2], [0.0, 0.0, 0.0, 1.0], [0.7, 0.1, 0.1, 0.1]]
+    )
+    assert pointing.pointing(attention, touching) == 75  # misses the second
+    assert pointing.chance(touching) == pytest.approx(100 * 5 / 16)
+    assert pointing.best_fixed_cell(touching) == 75  # the first cell
+    assert pointing.mass_on_part(attention, touching) == pytest.approx(
+        100 * (0.7 + 0.2 + 1 + 0.7) / 4
+    )
+
+
+def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("checkpoint.pth", "log.txt"):
+        (folder / name).symlink_to(trained / name)
+    arguments = ("--output_dir", folder, "--gallery", images, "--queries", images, "--k", 3)
+    done = run_python("report.py", *arguments, environment=environment)
+    results = json.loads((folder / "results.json").read_text())
+    # Queries are the gallery: each image is its own nearest neighbour, and votes most.
+    assert results["knn"]["trained"]["top1"] > 50
+    assert "pointing" not in results  # nobody knows the parts
+    assert f"{results['knn']['random_initialisation']['top1']:.2f}" in done.stdout
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in re.sub(r"base64,[^']*", "", page)  # self-contained
+    for name in ("loss_curves.png", "attention.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_a_report_of_images_without_labels_has_attention_and_no_knn(
+    trained, images, environment, tmp_path
+):
+    folder, flat = tmp_path / "run", tmp_path / "flat"
+    folder.mkdir()
+    flat.mkdir()
+    for name in ("checkpoint.pth", "log.txt"):
+        (folder / name).symlink_to(trained / name)
+    for path in images.rglob("*.png"):
+        (flat / f"{path.parent.name}{path.name}").symlink_to(path)
+    run_python("report.py", "--output_dir", folder, "--queries", flat, environment=environment)
+    results = json.loads((folder / "results.json").read_text())
+    assert "knn" not in results
+    assert results["facts"]["optimizer steps"] == 8
+    assert (folder / "attention.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--k 0", "--k must be at least 1, not 0"),
+        ("--size -8", "--size must be at least 1"),
+        ("--num_workers -1", "--num_workers must be at least 0"),
+    ],
+)
+def test_a_report_refuses_bad_figures(flags, words, trained, images, monkeypatch, capsys):
+    arguments = f"--output_dir {trained} --gallery {images} --queries {images} {flags}"
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
+        run_script(report.main)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_report_names_what_is_missing(images, environment, tmp_path):
+    arguments = ("--output_dir", tmp_path, "--gallery", images, "--queries", images)
+    done = run_python("report.py", *arguments, environment=environment, code=2)
+    assert done.stderr.startswith("error: there is no checkpoint at")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_random_network_of_a_report_is_the_one_the_run_began_with(
+    trained, images, environment, tmp_path, pretrain
+):
+    """A run whose learning rate is 0 ends where it began."""
+    pretrain(tmp_path / "still", "TRAIN.EPOCHS 1 TRAIN.BASE_LR 0 TRAIN.MIN_LR 0 SEED 3")
+    arguments = ("--output_dir", tmp_path / "still", "--gallery", images, "--queries", images)
+    run_python("report.py", *arguments, "--k", 3, environment=environment)
+    knn = json.loads((tmp_path / "still" / "results.json").read_text())["knn"]
+    assert knn["trained"] == knn["random_initialisation"]
+
+
+def test_boxes_reach_the_report(environment, tmp_path, pretrain):
+    config = DIFFICULTIES["easy"]
+    synthetic.write_folder(config, 0, tmp_path / "data", train=20, val=10)
+    data, folder = tmp_path / "data", tmp_path / "run"
+    pretrain(folder, f"DATA.PATH {data}/train TRAIN.EPOCHS 1 SEED 3")
+    arguments = ("--gallery", data / "train", "--queries", data / "val", "--size", 64)
+    run_python("report.py", "--output_dir", folder, *arguments, environment=environment)
+    figures = json.loads((folder / "results.json").read_text())["pointing"]
+    boxes = synthetic.read_parts(data)
+    touching = pointing.cells_touching(
+        [box for path, box in boxes.items() if path.startswith("val/")], (8, 8), 8
+    )
+    assert figures["chance"] == pytest.approx(pointing.chance(touching))
+    assert figures["best_fixed_cell"] == pytest.approx(pointing.best_fixed_cell(touching))
+
+
+def test_a_report_of_lcr_shows_the_branchs_map_and_its_pointing(environment, tmp_path, pretrain):
+    synthetic.write_folder(DIFFICULTIES["easy"], 0, tmp_path / "data", train=16, val=10)
+    data, folder = tmp_path / "data", tmp_path / "run"
+    swin = """MODEL.ARCH swin_tiny MODEL.EMBED_DIM 16 MODEL.DEPTHS [1,1] MODEL.NUM_HEADS [2,2]
+        MODEL.PATCH_SIZE 4 MODEL.WINDOW_SIZE 4 AUG.LOCAL_CROPS_NUMBER []
+        LOSS.OBJECTIVE lcr MOCO.QUEUE 32"""
+    pretrain(folder, f"{swin} DATA.PATH {data}/train TRAIN.EPOCHS 1 SEED 3")
+    arguments = ("--output_dir", folder, "--queries", data / "val", "--size", 64)
+    done = run_python("report.py", *arguments, environment=environment)
+    assert "Pointing of the LCR map at the part" in done.stdout
+    figures = json.loads((folder / "results.json").read_text())["pointing"]
+
+    state = checkpoint.load_own(folder / "checkpoint.pth")
+    teacher = build.stored_network(state, "teacher", folder).eval()
+    boxes = {k: v for k, v in synthetic.read_parts(data).items() if k.startswith("val/")}
+    touching = pointing.cells_touching(list(boxes.values()), (8, 8), 8)
+    look = eval_transform(64, 64)
+    images = torch.stack([look(load_image(data / path)) for path in boxes])
+    accuracies = []
+    for branch in (teacher.rationale, build.networks(cfg_of(folder))[0].eval().rationale):
+        with torch.no_grad():
+            predicted = branch(teacher.backbone(images)[1])
+        accuracies.append(pointing.pointing(predicted, touching))
+    assert [figures["accuracy"], figures["untrained_branch"]] == pytest.approx(accuracies)
+    assert figures["chance"] == pytest.approx(pointing.chance(touching))
+    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 2
+
+
+@pytest.mark.slow
+def test_the_demo_learns(environment, tmp_path):
+    """The Makefile's three commands, elsewhere: +10 points of k-NN over random initialisation."""
+    recipe = re.search(r"^demo: env\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    recipe = recipe.replace("\\\n", " ").replace("$(DEMO)", str(tmp_path))
+    lines = [line.split("$(BIN)/python", 1)[1] for line in recipe.splitlines() if "$(BIN)" in line]
+    assert len(lines) == 3
+    for line in lines:
+        run_python(*shlex.split(line), environment=environment)
+    results = json.loads((tmp_path / "results.json").read_text())
+    gain = results["knn"]["trained"]["top1"] - results["knn"]["random_initialisation"]["top1"]
+    assert gain >= 10
+    assert results["pointing"]["accuracy"] > results["pointing"]["chance"]
+    assert results["pointing"]["accuracy"] > results["pointing"]["untrained_pooling"]
+    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["teacher_information"] > 0.5  # targets still tell images apart

@@ -1,0 +1,40 @@
+"""A tiny study of real runs, and places for its images."""
+
+from pathlib import Path
+
+from datasets.benchmarks import Splits
+from datasets.folder import LabelledImages
+from engine.studies.study import ROOT
+
+STUDIES = sorted((ROOT / "experiments/studies").glob("*.yaml"))
+TINY = """
+data:
+  small: {synthetic: {train: 48, val: 20, size: 64, class_cue: 0.5}}
+base: experiments/smoke.yaml
+options:
+  TRAIN: {EPOCHS: 5, BATCH_SIZE_PER_GPU: 8, WARMUP_EPOCHS: 0, BASE_LR: 0.05}
+  AUG.LOCAL_CROPS_NUMBER: []
+  PRINT_FREQ: 1
+  CKPT.KEEP_EVERY: 3
+  DEVICE: cpu
+seeds: [0, 1]
+cells:
+  cmd: {title: CMD}
+  esvit: {LOSS.OBJECTIVE: esvit}
+evaluate: {poolings: [default, mean, mil], k: 5, baseline: esvit}
+"""
+TOTAL = 5 * 6  # steps of a run
+MIDDLE = 3 * 6  # of them at its kept checkpoint, checkpoint0003.pth
+
+PLACES = Splits(
+    "",
+    LabelledImages("/data/train", [], [], []),
+    LabelledImages("/data/val", [], [], []),
+    [],
+)
+
+
+def study_file(folder: Path, text: str = TINY, name: str = "tiny.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path

@@ -1,0 +1,466 @@
+"""compare.py: a study of real runs, its resumption, its figures beside plain ones, its tables."""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import compare
+from datasets.fine_grained import load_splits
+from engine import build
+from engine.evaluation import encoder, pointing
+from engine.evaluation.evaluation import build_evaluation
+from engine.pictures import report
+from engine.studies import study_results, study_runs
+from engine.studies.study import ROOT, load
+from engine.studies.study_evaluation import measure, random_source
+from tests.studies.studies import MIDDLE, TINY, TOTAL, study_file
+from utils import checkpoint
+from utils.distributed import ALONE
+from utils.errors import run_script
+
+pytestmark = pytest.mark.usefixtures("own_handlers")
+
+ONE_SEED = TINY.replace("seeds: [0, 1]", "seeds: [0]")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with the study and, in `out`, what one uninterrupted command made of it."""
+    folder = tmp_path_factory.mktemp("study")
+    words = ["--study", study_file(folder, ONE_SEED), "--output_dir", folder / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+        run_script(compare.main)
+    return folder
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """compare.py in this process: its exit code, what it told and its line on stderr."""
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        code = 0
+        try:
+            run_script(compare.main)
+        except SystemExit as end:
+            code = end.code
+        told = capfd.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+def results(output: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in (output / "results").iterdir()}
+
+
+def figures(output: Path) -> dict[str, dict[str, float]]:
+    return {name: result["figures"] for name, result in results(output).items()}
+
+
+def tables(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())["figures"]
+
+
+def test_a_study_leaves_every_cell_with_its_zeros_and_where_it_comes_from(finished):
+    output = finished / "out"
+    found = results(output)
+    assert sorted(found) == ["cmd-seed0", "esvit-seed0", "random-seed0"]
+    for name, result in found.items():
+        labelled = {"knn_default", "knn_mean", "linear", "rank1", "map"}
+        has = labelled | {f"coarse_{each}" for each in labelled}
+        has |= {f"{each}_similarity" for each in ("pointing", "mass", "ratio")}
+        if not name.startswith("esvit"):
+            has |= {"knn_mil", "coarse_knn_mil", "pointing_mil", "mass_mil", "ratio_mil"}
+        assert set(result["figures"]) == has, name
+        assert set(result["zeros"]) >= has, name
+        assert result["zeros"]["knn_default"] == 10
+        assert result["zeros"]["coarse_linear"] == 50
+        assert result["versions"]["torch"] == str(torch.__version__)
+        if not name.startswith("random"):
+            path = output / "runs" / result["name"] / f"seed{result['seed']}" / checkpoint.LAST
+            assert result["checkpoint_sha256"] == checkpoint.sha256(path)
+            assert result["pretraining"]["steps"] == TOTAL
+    # Pretraining changes figures.
+    assert found["esvit-seed0"]["figures"]["map"] != found["random-seed0"]["figures"]["map"]
+    text = (output / "table.md").read_text()
+    for title in ("chance", "random initialisation", "CMD", "esvit", "best fixed patch"):
+        assert f"\n| {title} |" in text
+    assert "difference to esvit" in text
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_cells_stay_a_failing_one_is_told_and_a_random_row_of_other_shape_is_made_again(
+    finished, run_here, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")  # no child comes further than its first line
+    output = tmp_path / "out"
+    shutil.copytree(finished / "out", output)
+    random = output / "results/random-seed0.json"
+    results_before = {p: p.stat().st_mtime_ns for p in (output / "results").glob("[!r]*.json")}
+    # As of a study that had no cell with a pooling yet.
+    kept = json.loads(random.read_text())
+    kept["identity"]["network"]["pooling"] = None
+    del kept["figures"]["knn_mil"]
+    random.write_text(json.dumps(kept))
+    checkpoints = {p: p.stat().st_mtime_ns for p in output.rglob("*.pth")}
+    study = study_file(tmp_path, ONE_SEED.replace("cells:\n", "cells:\n  broken: {}\n"))
+    code, out, err = run_here("--study", study, "--output_dir", output)
+    assert code == 2
+    assert "random-seed0.json is of another study and left out: network (was" in out
+    assert "broken-seed0: exit code 1" in out
+    assert "No module named 'encodings'" in out  # of the child's last lines
+    assert err.startswith("error: 1 of the study's runs failed: broken-seed0")
+    assert {p: p.stat().st_mtime_ns for p in results_before} == results_before
+    assert {p: p.stat().st_mtime_ns for p in checkpoints} == checkpoints
+    assert figures(output) == figures(finished / "out")
+
+
+def copied(finished: Path, output: Path, name: str, seed: int, more: float) -> dict:
+    """A result of seed 0 as one of another seed, all figures raised; written and returned."""
+    found = results(finished / "out")[f"{name}-seed0"]
+    found["identity"]["options"]["SEED"] = found["seed"] = seed
+    found["figures"] = {key: value + more for key, value in found["figures"].items()}
+    study_results.write(study_results.path_of(output, name, seed), found)
+    return found
+
+
+def test_tables_are_of_all_in_results_whoever_wrote_it_and_whenever(finished, tmp_path):
+    output, study = tmp_path / "out", load(finished / "tiny.yaml")
+    shutil.copytree(finished / "out/results", output / "results")
+    (esvit := output / "results/esvit-seed0.json").rename(tmp_path / "later.json")
+    work = compare.Work(study, output, 1, ALONE)
+    work.read_finished()
+    assert ("esvit", 0) not in work.finished
+    # Another command ends a cell, and a third one that of a seed that this one was not asked for.
+    (tmp_path / "later.json").rename(esvit)
+    fifth = copied(finished, output, "cmd", 5, 2.0)["figures"]["map"]
+    work.write_tables()
+    rows = {row["name"]: row for row in tables(output)["small"]["rows"]}
+    assert rows["cmd"]["seeds"] == [0, 5]
+    assert rows["cmd"]["figures"]["map"]["values"] == [fifth - 2.0, fifth]
+    assert rows["esvit"]["seeds"] == [0]
+    assert "seeds 0, 5" in (output / "table.md").read_text().splitlines()[0]
+
+
+def test_tables_alone_are_those_of_the_run_and_run_nothing(finished, run_here, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished / "out", output, ignore=shutil.ignore_patterns("data", "*.pth"))
+    for name in ("results.json", "table.md", "curves.png"):
+        (output / name).unlink()
+    code, _, err = run_here("--study", finished / "tiny.yaml", "--output_dir", output, "--table")
+    assert (code, err) == (0, "")
+    assert tables(output) == tables(finished / "out")
+    assert (output / "curves.png").exists()
+    assert not (output / "data").exists()
+    code, _, err = run_here(
+        "--study", finished / "tiny.yaml", "--output_dir", tmp_path / "empty", "--table"
+    )
+    assert code == 2
+    assert "holds no finished cell" in err
+
+
+def test_a_stopped_study_goes_on_from_the_checkpoint_to_the_same_figures(
+    finished, run_here, tmp_path
+):
+    """As if the child had been stopped in the middle; the next command is, as it starts it."""
+    output = tmp_path / "out"
+    shutil.copytree(finished / "out", output)
+    shutil.rmtree(output / "runs/esvit")
+    for result in (output / "results").glob("[!r]*.json"):
+        result.unlink()
+    run, words = output / "runs/cmd/seed0", ("--study", finished / "tiny.yaml")
+    words += ("--output_dir", output, "--cells", "cmd")
+    (run / checkpoint.PREVIOUS).unlink()
+    (run / "checkpoint0003.pth").rename(run / checkpoint.LAST)
+    (run / study_runs.STDOUT).unlink()
+
+    def stop() -> None:
+        while not (run / study_runs.STDOUT).exists():
+            time.sleep(0.01)
+        time.sleep(0.5)  # in which the child, whose stdout it is, begins
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop, daemon=True)
+    stopping.start()
+    code, _, err = run_here(*words)
+    stopping.join()
+    assert code == 75
+    assert len(err.splitlines()) == 1
+    assert "stopped by SIGTERM: what is done is in" in err
+    assert not (output / "results/cmd-seed0.json").exists()
+    study_runs.locked(run / study_runs.LOCK).close()  # its child is gone
+
+    code, _, err = run_here(*words)
+    assert (code, err) == (0, "")
+    assert f"checkpoint.pth at step {MIDDLE}" in (run / study_runs.STDOUT).read_text()
+    steps = [json.loads(line)["step"] for line in (run / "log.txt").read_text().splitlines()]
+    assert steps == list(range(1, TOTAL + 1))
+    expected = figures(finished / "out")
+    assert figures(output) == {name: expected[name] for name in ("cmd-seed0", "random-seed0")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_a_study_that_is_stopped_goes_on_to_the_same_figures(
+    how, code, finished, run_here, environment, tmp_path
+):
+    output = tmp_path / "out"
+    shutil.copytree(finished / "out/data", output / "data")
+    words = ["--study", finished / "tiny.yaml", "--output_dir", output, "--cells", "cmd"]
+    log = output / "runs/cmd/seed0/log.txt"
+    process = subprocess.Popen(
+        [sys.executable, "compare.py", *map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline, "it does not train"
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, how)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == code, told
+    assert not (output / "results/cmd-seed0.json").exists()
+    if how != signal.SIGKILL:
+        # The child is gone, and left a checkpoint in the middle.
+        state = checkpoint.load_own(log.parent / checkpoint.LAST)
+        assert 0 < state["step"] < TOTAL
+        assert len(told.splitlines()) == 1
+    # After SIGKILL the child still trains: the second command waits for it, and trains no second.
+    again, out, err = run_here(*words)
+    assert (again, err) == (0, "")
+    if how == signal.SIGKILL:
+        assert "another process still trains" in out
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, TOTAL + 1))
+    expected = figures(finished / "out")
+    assert figures(output) == {name: expected[name] for name in ("cmd-seed0", "random-seed0")}
+
+
+def test_a_changed_study_is_refused_by_what_differs(finished, run_here, tmp_path):
+    words = ("--study", finished / "tiny.yaml", "--output_dir", finished / "out")
+    code, _, err = run_here(*words, "TRAIN.BASE_LR", "0.01")
+    assert code == 2
+    assert "TRAIN.BASE_LR (was 0.05, now 0.01)" in err
+    study = study_file(tmp_path, ONE_SEED.replace("k: 5", "k: 7"))
+    code, _, err = run_here("--study", study, *words[2:])
+    assert code == 2
+    assert "evaluate (was" in err
+    study = study_file(tmp_path, ONE_SEED.replace("class_cue: 0.5", "class_cue: 0.4"))
+    code, _, err = run_here("--study", study, *words[2:], "--seeds", 2)
+    assert code == 2
+    assert "its class_cue differ" in err
+    code, _, err = run_here(*words, "--processes", 2)
+    assert code == 2
+    assert "processes (was 1, now 2)" in err
+
+
+def test_a_run_of_other_options_is_refused_before_anything_runs(finished, run_here, tmp_path):
+    """Its result was removed, its folder was not."""
+    output = tmp_path / "out"
+    shutil.copytree(finished / "out", output, ignore=shutil.ignore_patterns("results*"))
+    words = ("--study", finished / "tiny.yaml", "--output_dir", output)
+    code, _, err = run_here(*words, "TRAIN.EPOCHS", 4)
+    assert code == 2
+    assert "runs/cmd/seed0 holds a run of another study: TRAIN.EPOCHS (was 5, now 4)." in err
+    assert not (output / "results").exists()
+
+
+def test_results_on_other_images_are_refused(finished, run_here, tmp_path):
+    """A folder whose images changed since: the data are the user's own."""
+    data, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(finished / "out/data/small", data)
+    shutil.copytree(finished / "out/results", output / "results")
+    before = load_splits("folder", str(data), False).test.fingerprint
+    text = ONE_SEED.replace("{synthetic: {train: 48, val: 20, size: 64, class_cue: 0.5}}", "folder")
+    study = study_file(tmp_path, text)
+    next(data.glob("val/*/*.png")).unlink()
+    words = ("--study", study, "--output_dir", output)
+    code, _, err = run_here(*words, "--data_path", data)
+    assert code == 2
+    assert "images (was" in err
+    assert before[:20] in err
+    code, _, err = run_here(*words)
+    assert code == 2
+    assert "give --data_path" in err
+
+
+# --- figures --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(finished):
+    """What stands behind cmd-seed0: its source, options and splits; and its figures."""
+    root, study = finished / "out/data/small", load(finished / "tiny.yaml")
+    cfg = study.config("cmd", 0)
+    cfg.DATA.PATH = str(root)
+    path = finished / "out/runs/cmd/seed0" / checkpoint.LAST
+    splits = load_splits("folder", str(root), False)
+    return path, encoder.load(str(path), cfg, set()), cfg, splits, study
+
+
+def plain_knn(gallery, gallery_labels, queries, query_labels, k: int, t: float = 0.07) -> float:
+    """Percent: a vote of exp(cosine / t) from each of the k nearest; the first of equals."""
+    gallery, queries = F.normalize(gallery, dim=1), F.normalize(queries, dim=1)
+    hits = 0
+    for query, label in zip(queries, query_labels, strict=True):
+        cosines = gallery @ query
+        votes: dict[str, float] = {}
+        for place in cosines.argsort(descending=True, stable=True)[:k].tolist():
+            name = gallery_labels[place]
+            votes[name] = votes.get(name, 0) + float((cosines[place] / t).exp())
+        hits += max(sorted(votes), key=votes.get) == label
+    return 100 * hits / len(query_labels)
+
+
+@pytest.mark.parametrize("pooling", ["default", "mean", "mil"])
+def test_fine_and_coarse_figures_are_those_of_plain_code_on_the_same_features(
+    pooling, judged, finished
+):
+    _, source, cfg, splits, _ = judged
+    own = cfg.clone()
+    own.EVAL.POOLING = pooling
+    evaluation = build_evaluation(own, ALONE, source, splits, None)
+    train, test = evaluation.features("train"), evaluation.features("test")
+    expected = figures(finished / "out")["cmd-seed0"]
+    for prefix, name_of in (
+        ("", lambda p: p.split("/")[0]),
+        ("coarse_", lambda p: p.split("_")[0]),
+    ):
+        labels = [[name_of(path) for path in split.paths] for split in (train, test)]
+        found = plain_knn(train.values, labels[0], test.values, labels[1], 5)
+        assert found == pytest.approx(expected[f"{prefix}knn_{pooling}"])
+        if pooling == "default":
+            nearest = plain_knn(train.values, labels[0], test.values, labels[1], 1)
+            assert nearest == pytest.approx(expected[f"{prefix}rank1"])
+
+
+def test_pointing_figures_are_those_of_a_report(judged, finished):
+    path, _, cfg, splits, _ = judged
+    network = build.stored_network(checkpoint.load_own(path), "teacher", path).eval()
+    files = [splits.test.root / name for name in splits.test.paths]
+    boxes, size = pointing.part_boxes(files)
+    where = report.Evaluation(None, splits.test.root, cfg.AUG.GLOBAL_CROPS_SIZE, 5, ALONE)
+    expected, _ = report.pointing_figures(network, network, "mil", boxes, size, where)
+    found = results(finished / "out")["cmd-seed0"]
+    assert found["figures"]["pointing_mil"] == expected["accuracy"]
+    assert found["figures"]["mass_mil"] == pytest.approx(expected["attention_mass_on_part"])
+    assert found["zeros"]["pointing_mil"] == expected["chance"]
+    assert found["zeros"]["fixed_mil"] == expected["best_fixed_cell"]
+    ratio = expected["attention_mass_on_part"] / expected["chance"]
+    assert found["figures"]["ratio_mil"] == pytest.approx(ratio)
+
+
+def test_a_random_row_is_the_network_that_the_runs_begin_with(judged):
+    *_, study = judged
+    for seed in (0, 1):
+        configs = [study.config(cell, seed) for cell in ("esvit", "cmd")]
+        source = random_source(configs, seed)
+        start = build.networks(configs[0])[1].backbone.state_dict()
+        own = source.backbone.state_dict()
+        assert all(torch.equal(own[name], value) for name, value in start.items())
+        assert source.pool is not None  # cmd's: its attention has a zero too
+
+
+def test_poolings_that_a_network_lacks_are_left_out_and_the_probe_can_be(judged):
+    _, source, cfg, splits, study = judged
+    protocol = load(study.path).protocol
+    protocol = type(protocol)(("default", "mil", "lcr"), 3, False, {})
+    found, zeros = measure(source, cfg, protocol, splits, ALONE)
+    assert {"knn_default", "knn_mil"} <= set(found)
+    assert not {"knn_lcr", "knn_mean", "linear"} & set(found)
+    assert "linear" not in zeros
+
+
+def test_the_written_table_says_what_its_json_says(finished, run_here, tmp_path):
+    shutil.copytree(finished / "out/results", tmp_path / "out/results")
+    copied(finished, tmp_path / "out", "cmd", 1, 3.0)
+    words = ("--study", finished / "tiny.yaml", "--output_dir", tmp_path / "out", "--table")
+    assert run_here(*words)[0] == 0
+    rows = {row["name"]: row for row in tables(tmp_path / "out")["small"]["rows"]}
+    text = (tmp_path / "out/table.md").read_text()
+    fine = text.split("### Fine classes\n")[1].split("###")[0].splitlines()
+    heads = [cell.strip() for cell in fine[1].strip("|").split("|")]
+    assert heads == ["", "5-NN", "5-NN, mean", "5-NN, mil", "linear", "Rank-1", "mAP"]
+    cells = {
+        line.split("|")[1].strip(): line.strip("|").split("|")[1:] for line in fine[3:] if line
+    }
+    each = figures(tmp_path / "out")
+    values = [each[f"cmd-seed{seed}"]["map"] for seed in (0, 1)]
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    assert cells["CMD"][5].strip() == f"{mean:.2f} ± {deviation:.2f}"
+    assert rows["cmd"]["figures"]["map"]["values"] == values
+    assert cells["esvit (seed 0)"][2].strip() == "–"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--cells", "cmd,esvt"], "--cells: there is no 'esvt'. Did you mean esvit?"),
+        (["TRAIN.EPOHCS", "3"], "Did you mean TRAIN.EPOCHS?"),
+        (["TRAIN.EPOCHS", "0"], "cell cmd: TRAIN.EPOCHS must be at least 1"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--tabel"], "--tabel"),
+    ],
+)
+def test_a_typo_on_the_command_line_is_one_sentence(words, sentence, run_here, tmp_path):
+    code, _, err = run_here(
+        "--study", study_file(tmp_path), "--output_dir", tmp_path / "out", *words
+    )
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert sentence in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_is_named_twice_runs_once(monkeypatch, tmp_path):
+    words = ["--study", study_file(tmp_path), "--output_dir", tmp_path, "--cells", "cmd,esvit,cmd"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words), "cmd"])
+    assert compare.parse()[0].cells == ["cmd", "esvit"]
+
+
+@pytest.mark.slow
+def test_cells_side_by_side_by_torchrun_with_k_nn_curves_and_one_that_fails(
+    run_here, tmp_path, monkeypatch
+):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    text = TINY.replace("k: 5", "k: 5, knn_every: 4")
+    text = text.replace("cells:\n", "cells:\n  broken: {INIT.WEIGHTS: /nowhere.pth}\n")
+    words = ("--study", study_file(tmp_path, text), "--output_dir", tmp_path / "out")
+    code, out, err = run_here(*words, "--cells", "broken,cmd", "--jobs", 2, "--processes", 2)
+    assert code == 2
+    assert "broken-seed0: exit code 1" in out  # torchrun's
+    told = (tmp_path / "out/runs/broken/seed0" / study_runs.STDOUT).read_text()
+    assert "/nowhere.pth" in told
+    assert err.startswith("error: 2 of the study's runs failed: broken-seed0")
+    found = figures(tmp_path / "out")
+    assert found["cmd-seed0"] != found["cmd-seed1"]
+    for seed in (0, 1):
+        folder = tmp_path / f"out/runs/cmd/seed{seed}"
+        assert checkpoint.load_own(folder / checkpoint.LAST)["processes"] == 2
+        lines = report.read_log(folder / "log.txt")
+        assert [line["epoch"] for line in lines if "knn_top1" in line] == [4, 5]

@@ -1,0 +1,250 @@
+"""Compiled and checkpointed steps; what a step costs in operator calls and host syncs."""
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.training.acceleration import compile_network
+from engine.training.pretrain import Pretraining
+from engine.training.resume import Found, resume
+from tests.runs import RESNET, batch_of, pretraining, small_config
+from utils.errors import InputError
+
+SWIN = {
+    "MODEL__ARCH": "swin_tiny",
+    "MODEL__EMBED_DIM": 24,
+    "MODEL__DEPTHS": [2, 2],
+    "MODEL__NUM_HEADS": [2, 4],
+    "MODEL__PATCH_SIZE": 4,
+    "MODEL__WINDOW_SIZE": 4,
+    # A map of 12: the second stage's 6 is padded to the window.
+    "AUG__GLOBAL_CROPS_SIZE": 48,
+    "AUG__LOCAL_CROPS_SIZE": 24,
+    "MODEL__IMG_SIZE": 48,
+}
+ARCHITECTURES = {"vit": {}, "swin": SWIN, "resnet": RESNET}
+OBJECTIVES = {
+    "dino": {"LOSS__OBJECTIVE": "dino"},
+    "esvit": {"LOSS__OBJECTIVE": "esvit"},
+    "released": {"LOSS__OBJECTIVE": "released"},
+    "cmd": {},
+    "cmd contrast": {"CMD__LT": "contrast"},
+    "cmd cross": {"CMD__LT": "cross", "CMD__LS_GRAD": "both"},
+    "lcr": {"LOSS__OBJECTIVE": "lcr", "AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8},
+    "cmd mix": {"CMD__REGION_WEIGHT": "mix", "HEAD__USE_BN": True},
+}
+
+
+def crops_for(run: Pretraining, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    aug, batch = run.cfg.AUG, run.cfg.TRAIN.BATCH_SIZE_PER_GPU
+    sizes = [aug.GLOBAL_CROPS_SIZE] * 2
+    if aug.LOCAL_CROPS_NUMBER:
+        sizes += aug.LOCAL_CROPS_SIZE * aug.LOCAL_CROPS_NUMBER[0]
+    return [torch.randn(batch, 3, size, size, generator=generator) for size in sizes]
+
+
+def step(run: Pretraining, seed: int = 0, **options) -> dict[str, Tensor]:
+    return run.train_step(iter([batch_of(crops_for(run, seed))]), **options)[0]
+
+
+def assert_same_run(found: Pretraining, wanted: Pretraining, tolerance: float) -> None:
+    for name, value in wanted.student.state_dict().items():
+        error = (found.student.state_dict()[name] - value).abs().max()
+        assert error <= tolerance * (value.abs().max() + 1e-4), f"{name}: differs by {error}"
+
+
+# torch.compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(run: Pretraining, backend: str) -> Pretraining:
+    compile_network(run.student, backend)
+    compile_network(run.teacher, backend)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arch", "objective"),
+    [
+        *itertools.product(["vit"], sorted(set(OBJECTIVES) - {"lcr"})),
+        ("swin", "lcr"),
+        ("swin", "cmd"),
+        pytest.param("swin", "dino", marks=pytest.mark.slow),
+        pytest.param("resnet", "cmd", marks=pytest.mark.slow),
+    ],
+)
+def test_graphs_are_whole_made_once_and_compute_the_same(arch, objective, fresh_compiler):
+    """fullgraph turns a break into an error; a recompilation shows as one more graph."""
+    options = {**ARCHITECTURES[arch], **OBJECTIVES[objective], "MODEL__DROP_PATH": 0.0}
+    # Adam would blow up the rounding in gradients that are zero, such as those of key biases.
+    options["TRAIN__OPTIMIZER"] = "sgd"
+    plain, run = (pretraining(small_config(**options)) for _ in range(2))
+    compiled(run, backend="aot_eager")
+    for index in range(3):
+        figures = step(run, seed=index)
+        wanted = step(plain, seed=index)
+        for name, value in wanted.items():
+            torch.testing.assert_close(figures[name], value, rtol=1e-4, atol=1e-5)
+        if index == 0:
+            graphs = counters["stats"]["unique_graphs"]
+    # Each size of crop through the student's backbone, one through the teacher's; the heads,
+    # which share a graph where images and patches are equally many. lcr: one crop each.
+    least, most = (3, 4) if objective == "lcr" else (5, 5 if objective == "dino" else 7)
+    assert least <= graphs <= most
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    assert_same_run(run, plain, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["vit", "swin"])
+def test_inductor_s_step_is_the_plain_one(arch, fresh_compiler):
+    options = {**ARCHITECTURES[arch], "MODEL__DROP_PATH": 0.0, "TRAIN__OPTIMIZER": "sgd"}
+    plain = pretraining(small_config(**options))
+    run = pretraining(small_config(**options, TRAIN__COMPILE=True))
+    for index in range(2):
+        figures, wanted = step(run, seed=index), step(plain, seed=index)
+        torch.testing.assert_close(figures["loss"], wanted["loss"], rtol=1e-4, atol=1e-4)
+    assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
+    assert_same_run(run, plain, 1e-3)
+
+
+def test_without_a_compiler_a_sentence_says_so(monkeypatch):
+    for variable in ("CXX", "CC"):
+        monkeypatch.setenv(variable, "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match=r"TRAIN\.COMPILE.*C\+\+ compiler"):
+        pretraining(small_config(TRAIN__COMPILE=True))
+
+
+# Activation checkpointing
+
+
+@pytest.mark.parametrize("arch", ["vit", "swin"])
+def test_checkpointing_changes_no_bit(arch):
+    """Drop path is drawn again as it was."""
+    options = {**ARCHITECTURES[arch], "MODEL__DROP_PATH": 0.5}
+    plain = pretraining(small_config(**options))
+    run = pretraining(small_config(**options, TRAIN__CHECKPOINTING=True))
+    for index in range(2):
+        assert torch.equal(step(run, index)["loss"], step(plain, index)["loss"])
+    assert_same_run(run, plain, 0.0)
+    assert list(run.state()["student"]) == list(plain.state()["student"])
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass():
+    kept = {}
+    for on in (False, True):
+        run = pretraining(small_config(MODEL__DEPTHS=[8], TRAIN__CHECKPOINTING=on))
+        sizes = []
+
+        def note(tensor: Tensor, sizes: list = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            run.student.backbone(torch.randn(4, 3, 32, 32))
+        kept[on] = sum(sizes)
+    assert kept[True] < kept[False] / 4
+
+
+def test_checkpointing_a_network_with_batchnorm_is_refused():
+    with pytest.raises(InputError, match="BatchNorm"):
+        pretraining(small_config(**RESNET, TRAIN__CHECKPOINTING=True))
+
+
+# Moments of a run whose parameters had another memory layout
+
+
+def test_moments_of_another_layout_go_on_as_they_were():
+    """A ResNet's weights are channels last; in a checkpoint from elsewhere they may not be."""
+    options = {**RESNET, "LOSS__OBJECTIVE": "dino", "TRAIN__BATCH_SIZE_PER_GPU": 2}
+    run, other = (pretraining(small_config(**options)) for _ in range(2))
+    step(run)
+    state = copy.deepcopy(run.state())
+    for moments in state["optimizer"]["state"].values():
+        for name, value in moments.items():
+            moments[name] = value.clone(memory_format=torch.contiguous_format)
+    resume(other, Found(Path("run"), state, [], forced=False))
+    step(run, seed=1)
+    step(other, seed=1)
+    assert_same_run(other, run, 1e-6)
+
+
+# What a step costs
+
+# Operators that hand a tensor's value to the host; on a GPU each would wait for it.
+SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+
+
+class Calls(TorchDispatchMode):
+    """Counts operator calls by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(**options) -> list[str]:
+    run = pretraining(small_config(**options))
+    step(run)  # the first one makes masks and optimizer state
+    batches = iter([batch_of(crops_for(run, seed=1))])
+    with Calls() as mode:
+        run.train_step(batches)
+    return mode.names
+
+
+@pytest.mark.parametrize(
+    ("arch", "objective"),
+    [pair for pair in itertools.product(ARCHITECTURES, OBJECTIVES) if pair != ("vit", "lcr")],
+)
+def test_a_step_fetches_nothing_to_the_host(arch, objective):
+    calls = calls_of_a_step(**ARCHITECTURES[arch], **OBJECTIVES[objective])
+    assert not [name for name in calls if name in SYNCS]
+
+
+# Operator calls of one step, measured, with a tenth to spare: a loop over parameters, views or
+# pairs of views where one call did before shows here.
+MOST_CALLS = {("vit", "cmd"): 1500, ("swin", "cmd"): 2850, ("vit", "dino"): 820}
+
+
+@pytest.mark.parametrize(("arch", "objective"), MOST_CALLS)
+def test_a_step_takes_no_more_operator_calls_than_it_did(arch, objective):
+    calls = calls_of_a_step(**ARCHITECTURES[arch], **OBJECTIVES[objective])
+    assert len(calls) <= MOST_CALLS[arch, objective]
+
+
+def test_calls_do_not_grow_with_the_number_of_crops_of_a_size():
+    few, many = (calls_of_a_step(AUG__LOCAL_CROPS_NUMBER=[number]) for number in (2, 6))
+    assert len(many) == len(few)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the syncs of a GPU")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_never_waits_for_the_gpu(objective):
+    arch = SWIN if objective == "lcr" else {}
+    run = pretraining(small_config(**arch, **OBJECTIVES[objective], DEVICE="cuda"))
+    step(run)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(run, seed=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

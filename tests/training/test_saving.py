@@ -1,0 +1,369 @@
+"""Checkpoints written beside the training, and the log, also on a disk that is full."""
+
+import json
+import logging
+import os
+import pickle
+import signal
+import statistics
+import struct
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+
+from engine.training.saving import CheckpointWriter, Snapshots
+from tests.disk import forked, full_disk, small_disk
+from tests.processes import run_python
+from tests.runs import pretraining, small_config
+from utils import checkpoint
+from utils.checkpoint import LAST, PREVIOUS
+from utils.errors import InputError
+from utils.logging import RunLog, logger
+
+
+@pytest.fixture
+def told(monkeypatch) -> Iterator[list[str]]:
+    """What the logger says: "WARNING: ..."."""
+    lines: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(f"{record.levelname}: {record.getMessage()}")
+
+    monkeypatch.setattr(logger, "handlers", [Keeper()])
+    before = logger.level
+    logger.setLevel(logging.INFO)  # not by assignment: the logger remembers what it lets through
+    yield lines
+    logger.setLevel(before)
+
+
+# Snapshots
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on():
+    tensor, numbers = torch.arange(6.0), [1, 2]
+    state = {"a": tensor, "b": [tensor[2:4], {"c": numbers}], "d": (1, "x", None)}
+    taken = Snapshots().take(state)
+    tensor.zero_()
+    numbers.append(3)
+    state["b"].append(4)
+    assert torch.equal(taken["a"], torch.arange(6.0))
+    assert torch.equal(taken["b"][0], torch.tensor([2.0, 3.0]))
+    assert (taken["b"][1], len(taken["b"]), taken["d"]) == ({"c": [1, 2]}, 2, (1, "x", None))
+
+
+def test_tensors_that_share_memory_share_it_in_a_snapshot():
+    rows = torch.randn(4, 3)
+    taken = Snapshots().take({"rows": rows, "columns": rows.t(), "last": rows[3]})
+    assert taken["columns"].stride() == (1, 3)
+    taken["rows"][3, 1] = 7
+    assert taken["columns"][1, 3] == taken["last"][1] == 7
+    assert rows[3, 1] != 7
+
+
+def test_a_snapshots_memory_serves_the_next_one_and_another_shape_gets_its_own():
+    snapshots = Snapshots()
+    first = snapshots.take({"w": torch.ones(1000), "n": torch.ones(3)})
+    place = first["w"].data_ptr()
+    second = snapshots.take({"w": torch.full((1000,), 2.0), "n": torch.zeros(5)})
+    assert second["w"].data_ptr() == place
+    assert torch.equal(second["w"], torch.full((1000,), 2.0))
+    assert torch.equal(second["n"], torch.zeros(5))
+
+
+def test_a_runs_snapshot_is_written_as_the_run_itself_would_be(tmp_path):
+    state = pretraining(small_config()).state()
+    for name, written in (("itself", state), ("snapshot", Snapshots().take(state))):
+        (tmp_path / name).mkdir()
+        checkpoint.save(written, tmp_path / name / LAST)
+    first, second = (tmp_path / name / LAST for name in ("itself", "snapshot"))
+    # The same tensors in the same order, those that are shared but once.
+    assert tensors_in(first) == tensors_in(second)
+    first, second = (torch.load(path, weights_only=True) for path in (first, second))
+    assert first["student"]._metadata == second["student"]._metadata
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    assert [first[name] for name in ("config", "model")] == [second["config"], second["model"]]
+
+
+def tensors_in(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and checksums of a torch file's tensors."""
+    with zipfile.ZipFile(path) as archive:
+        records = [info for info in archive.infolist() if "/data/" in info.filename]
+        return [(info.filename, info.file_size, info.CRC) for info in records]
+
+
+# The writer
+
+
+def test_the_file_holds_the_moment_of_the_call(tmp_path):
+    weights = torch.ones(200_000)
+    writer = CheckpointWriter(tmp_path, go_on=False)
+    for step in range(1, 6):
+        writer.save({"step": step, "w": weights}, "checkpoint0002.pth" if step == 2 else "")
+        weights += 1  # training goes on in place while the file is written
+    writer.wait()
+    for name, step in ((LAST, 5), (PREVIOUS, 4), ("checkpoint0002.pth", 2)):
+        state = checkpoint.load_file(tmp_path / name)
+        assert state["step"] == step
+        assert (state["w"] == step).all()
+    writer.close()
+    assert sorted(os.listdir(tmp_path)) == sorted([LAST, PREVIOUS, "checkpoint0002.pth"])
+
+
+def test_the_call_returns_before_the_file_is_written_and_the_next_one_waits(tmp_path):
+    weights = torch.ones(50_000_000)
+    writer = CheckpointWriter(tmp_path, go_on=False)
+    writer.save({"step": 1, "w": weights})
+    assert not (tmp_path / LAST).exists()
+    writer.save({"step": 2, "w": weights[:10]})
+    assert (tmp_path / LAST).stat().st_size > 200_000_000 or (tmp_path / PREVIOUS).exists()
+    writer.wait()
+    assert checkpoint.load_file(tmp_path / LAST)["step"] == 2
+    assert checkpoint.load_file(tmp_path / PREVIOUS)["step"] == 1
+
+
+def until_written(writer: CheckpointWriter) -> None:
+    """Without asking the writer, who would tell."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(60)
+
+
+@pytest.mark.parametrize("kept_as", ["", "checkpoint0001.pth"])
+def test_a_full_disk_stops_the_run_at_the_next_call(tmp_path, told, kept_as):
+    with small_disk(tmp_path / "disk", 4_000_000) as fill:
+        folder = tmp_path / "disk"
+        checkpoint.save_last({"step": 1}, folder)
+        checkpoint.save_last({"step": 2}, folder)
+        writer = CheckpointWriter(folder, go_on=False)
+        with fill(leaving=100_000):
+            writer.save({"step": 3, "w": torch.zeros(100_000)}, kept_as)
+            until_written(writer)
+            assert writer.failed
+            with pytest.raises(InputError, match=r"the checkpoint .* could not be written"):
+                writer.save({"step": 4}, kept_as)
+            assert not writer.failed
+        writer.wait()
+        assert sorted(os.listdir(folder)) == [LAST, PREVIOUS]
+        assert checkpoint.load_file(folder / LAST) == {"step": 2}
+        assert checkpoint.load_file(folder / PREVIOUS) == {"step": 1}
+        with fill(leaving=100_000):
+            writer.save({"step": 3, "w": torch.zeros(100_000)}, kept_as)
+            with pytest.raises(InputError, match=r"could not be written"):
+                writer.wait()
+        writer.close()
+    assert told == []
+
+
+def test_a_full_disk_is_a_warning_with_go_on_and_the_next_write_succeeds(tmp_path, told):
+    with small_disk(tmp_path / "disk", 4_000_000) as fill:
+        folder = tmp_path / "disk"
+        checkpoint.save_last({"step": 1}, folder)
+        writer = CheckpointWriter(folder, go_on=True)
+        with fill(leaving=100_000):
+            for _ in range(2):
+                writer.save({"step": 2, "w": torch.zeros(100_000)})
+            until_written(writer)
+        assert not writer.failed
+        assert checkpoint.load_file(folder / LAST) == {"step": 1}
+        assert [line.split(" could ")[0] for line in told] == [
+            f"WARNING: the checkpoint {folder / LAST}"
+        ] * 2
+        assert "The run goes on" in told[0]
+        writer.save({"step": 3})
+        writer.wait()
+        assert checkpoint.load_file(folder / LAST) == {"step": 3}
+        assert checkpoint.load_file(folder / PREVIOUS) == {"step": 1}
+        assert len(told) == 2
+        # Of the last write of all, a warning is not enough.
+        with fill(leaving=100_000):
+            writer.save({"step": 4, "w": torch.zeros(100_000)})
+            with pytest.raises(InputError, match=r"could not be written"):
+                writer.wait()
+        assert sorted(os.listdir(folder)) == [LAST, PREVIOUS]
+        writer.close()
+
+
+def test_a_failure_that_nobody_asked_for_is_told_at_the_end(tmp_path, told):
+    writer = CheckpointWriter(tmp_path / "none", go_on=False)
+    writer.save({"step": 1})
+    writer.close()
+    (line,) = told
+    assert line.startswith(f"WARNING: the checkpoint {tmp_path}/none/{LAST} could not be written")
+
+
+def test_an_error_of_ours_is_no_warning(tmp_path, told):
+    writer = CheckpointWriter(tmp_path, go_on=True)
+    writer.save({"step": 1, "not plain": lambda: None})
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        writer.save({"step": 2})
+    assert (told, os.listdir(tmp_path)) == ([], [])
+
+
+def test_the_process_ending_at_once_leaves_the_old_file(tmp_path):
+    """By os._exit, as where several processes end, while the next one is being written."""
+    checkpoint.save_last({"step": 1}, tmp_path)
+
+    def work(told: TextIO) -> None:
+        writer = CheckpointWriter(tmp_path, go_on=False)
+        writer.save({"step": 2, "w": torch.ones(50_000_000)})
+        while not any(file.stat().st_size for file in tmp_path.glob(f".{LAST}.*")):
+            time.sleep(0.001)
+        print("begun", file=told)
+
+    with forked(work) as (_, told):
+        assert told.read() == "begun\n"
+    assert checkpoint.load_file(tmp_path / LAST) == {"step": 1}
+
+
+END_EARLY = """
+import sys, torch
+from pathlib import Path
+from engine.training.saving import CheckpointWriter
+from utils.errors import InputError, run_script
+def main():
+    CheckpointWriter(Path(sys.argv[1]), False).save({"step": 1, "w": torch.ones(20_000_000)})
+    raise InputError("something else is wrong.")
+run_script(main)
+"""
+
+
+def test_a_process_that_ends_by_an_error_finishes_the_file_first(tmp_path, environment):
+    done = run_python("-c", END_EARLY, tmp_path, environment=environment, code=2)
+    assert done.stderr == "error: something else is wrong.\n"
+    assert checkpoint.load_file(tmp_path / LAST)["step"] == 1
+    assert os.listdir(tmp_path) == [LAST]
+
+
+# The log
+
+
+def lines_of(folder: Path) -> list[int]:
+    """The steps of log.txt; every line must be whole."""
+    text = (folder / "log.txt").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line)["step"] for line in text.splitlines()]
+
+
+def events_of(folder: Path) -> list[int]:
+    """The steps of TensorBoard's scalars; every record must be whole, by its checksums."""
+    steps = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length, sum_of_length) = struct.unpack_from("<QI", data, place)
+            assert masked_crc32c(data[place : place + 8]) == sum_of_length
+            held = data[place + 12 : place + 12 + length]
+            (sum_of_data,) = struct.unpack_from("<I", data, place + 12 + length)
+            assert masked_crc32c(held) == sum_of_data
+            place += 16 + length
+            steps += [Event.FromString(held).step] * len(Event.FromString(held).summary.value)
+    return steps
+
+
+@pytest.mark.parametrize("leaving", [0, 4096])
+def test_a_log_on_a_full_disk_waits_and_is_whole_afterwards(tmp_path, told, leaving):
+    figures = {"loss": 1.0, "a figure of a long name" * 20: 2.0}
+    with small_disk(tmp_path / "disk", 1_000_000) as fill:
+        folder = tmp_path / "disk"
+        log = RunLog(folder, 0, go_on=True)
+        with fill(leaving=leaving):
+            for step in range(1, 201):
+                log.write(step, figures)
+                log.sync()
+            before = lines_of(folder)
+            assert before == list(range(1, len(before) + 1))
+            assert len(before) < 200
+            assert set(events_of(folder)) <= set(range(1, 201))
+        (warning,) = told
+        assert warning.startswith(f"WARNING: the log {folder / 'log.txt'} cannot be written (")
+        log.write(201, figures)
+        assert lines_of(folder) == list(range(1, 202))
+        assert events_of(folder) == [step for step in range(1, 202) for _ in figures]
+        assert told[1:] == [f"INFO: the log {folder / 'log.txt'} is written again, and whole"]
+        log.close()
+        assert len(told) == 2
+
+
+def test_a_log_on_a_full_disk_stops_the_run_without_go_on(tmp_path, told):
+    log = RunLog(tmp_path, 0)
+    log.write(1, {"loss": 1.0})
+    size = (tmp_path / "log.txt").stat().st_size
+    with (
+        full_disk(size + 10),
+        pytest.raises(InputError, match=r"the log .*/log.txt cannot be written \(File too large"),
+    ):
+        log.write(2, {"loss": 2.0})
+    assert lines_of(tmp_path) == [1]
+    log.close()
+    assert told == []
+
+
+def test_lines_that_never_found_room_are_counted(tmp_path, told):
+    log = RunLog(tmp_path, 0, go_on=True)
+    with full_disk(0):
+        for step in range(3):
+            log.write(step, {"loss": 1.0})
+        log.close()
+    assert told[1:] == [f"WARNING: 3 lines of {tmp_path / 'log.txt'} are lost"]
+
+
+def test_a_log_that_is_damaged_is_cut_where_it_goes_on(tmp_path):
+    whole = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 6)]
+    damaged = "\n".join([*whole[:2], '{"step": 3, "lo', *whole[2:4], whole[4][:9]]).encode()
+    (tmp_path / "log.txt").write_bytes(damaged + b"\xff\xfe\n")
+    log = RunLog(tmp_path, 4)
+    log.write(5, {"loss": 1.0})
+    log.close()
+    assert lines_of(tmp_path) == [1, 2, 3, 4, 5]
+    assert os.listdir(tmp_path / "tensorboard")
+
+
+def test_every_line_and_event_is_with_the_system_when_write_returns(tmp_path):
+    """A process that is killed loses none."""
+
+    def work(told: TextIO) -> None:
+        log = RunLog(tmp_path, 0)
+        for step in range(1, 6):
+            log.write(step, {"loss": 1.0})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with forked(work) as (_, told):
+        assert told.read() == ""
+    assert lines_of(tmp_path) == events_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+# Their cost
+
+
+def test_the_measurement_of_checkpoints_cost_fits_together(tmp_path, environment):
+    words = f"""
+        --output {tmp_path}/report.json --folder {tmp_path} --batch 2 --global_size 32
+        --local_crops 2 --local_size 16 --threads 1 --arch vit_small --prototypes 64 --turns 3
+        MODEL.EMBED_DIM 32 MODEL.DEPTHS [2] MODEL.NUM_HEADS [2] MODEL.PATCH_SIZE 8
+        MODEL.IMG_SIZE 32 HEAD.HIDDEN_DIM 48 HEAD.BOTTLENECK_DIM 32 HEAD.POOL_HIDDEN 8
+    """
+    done = run_python("-m", "benchmarks.checkpoint", *words.split(), environment=environment)
+    report = json.loads((tmp_path / "report.json").read_text())
+    figures = report["figures"]
+    assert list(figures) == ["none", "in the loop", "by a thread"]
+    for name in ("in the loop", "by a thread"):
+        found = figures[name]
+        parts = (found[f"all_seconds_of_{part}"] for part in ("the_call", "steps_beyond"))
+        taken = [sum(pair) for pair in zip(*parts, strict=True)]
+        assert len(taken) == 3
+        assert found["seconds_taken"] == pytest.approx(statistics.median(taken))
+        minutes = max(0, found["seconds_taken"]) * 100 / 60
+        assert found["minutes_between_for_1_percent"] == pytest.approx(minutes)
+        assert 1e5 < found["gib"] * 2**30 < 1e7
+        assert f"{name}: a checkpoint of {found['gib']:.2f} GiB takes" in done.stdout
+    # The measurement leaves nothing behind.
+    assert os.listdir(tmp_path) == ["report.json"]
