@@ -21,7 +21,7 @@ from engine.training import resume
 from engine.training.bad_images import BadImages
 from engine.training.determinism import explain_refusal, set_deterministic
 from engine.training.loop import train
-from engine.training.pretrain import Pretraining, scaled_lr
+from engine.training.step import Pretraining, scaled_lr
 from models.pretrained import count_parameters
 from models.registry import resolve
 from utils import checkpoint, cli, config, distributed

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import turns
 from datasets.loader import Batch
 from engine import build
-from engine.training.pretrain import Pretraining
+from engine.training.step import Pretraining
 from utils import config
 from utils.distributed import ALONE, World
 from utils.errors import run_script

@@ -23,7 +23,7 @@ from benchmarks.feeding import (
     window,
 )
 from engine import build
-from engine.training.pretrain import Pretraining
+from engine.training.step import Pretraining
 from utils.errors import run_script
 
 STEP_ALONE = "step alone"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasets.loader import Batch
 from engine import build
-from engine.training.pretrain import Pretraining
+from engine.training.step import Pretraining
 from utils import config
 from utils.distributed import ALONE
 

@@ -13,7 +13,7 @@ from engine.build import loader_workers
 from engine.evaluation.features import extract
 from engine.evaluation.knn import knn_accuracy
 from engine.training import guard
-from engine.training.pretrain import Pretraining
+from engine.training.step import Pretraining
 from engine.training.saving import CheckpointWriter
 from utils import distributed
 from utils.distributed import Ballot

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from engine.training.optim import start_momentum
-from engine.training.pretrain import Pretraining, scaled_lr
+from engine.training.step import Pretraining, scaled_lr
 from models.network import Network, load_shared, make_teacher
 from models.pretrained import load_pretrained
 from utils import checkpoint, config

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from engine import build
 from engine.preflight import advice
-from engine.training.diagnostics import measure
-from engine.training.pretrain import Pretraining
+from engine.training.health import measure
+from engine.training.step import Pretraining
 from engine.training.shuffling import shuffled
 from losses.contrastive import KeyQueue, info_nce
 from losses.objective import Contrastive

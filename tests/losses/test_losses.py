@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import build
-from engine.training.pretrain import Pretraining
+from engine.training.step import Pretraining
 from losses import cross_entropy, inter, intra, released
 from losses.cross_entropy import Targets, soft_cross_entropy
 from losses.objective import Objective

@@ -11,7 +11,7 @@ from datasets.folder import ImageFolder
 from datasets.loader import Batch, StepSampler, build_loader, epoch_order
 from engine import build
 from engine.training.determinism import explain_refusal, set_deterministic
-from engine.training.pretrain import Pretraining
+from engine.training.step import Pretraining
 from tests.conftest import TRAINED
 from tests.runs import pretraining, small_config
 from utils.config import Node

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from torch import nn
 
 from engine import build
-from engine.training.diagnostics import PATIENCE, CollapseWatch, effective_rank
+from engine.training.health import PATIENCE, CollapseWatch, effective_rank
 from engine.training.optim import build_optimizer, clip_each, parameter_groups, set_rates
 from tests.processes import free_port
 from tests.runs import cfg_of, load, log_of, tensors

@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.folder import ImageFolder
 from engine import build
 from engine.build import autocast, model_description, step_seed
-from engine.training import diagnostics
 from engine.training.acceleration import checkpoint_blocks, compile_network
 from engine.training.bad_images import BadImages
 from engine.training.guard import StepGuard, all_finite
+from engine.training.health import CollapseWatch
+from engine.training.health import measure as measure_health
 from engine.training.optim import build_optimizer, cancel_last_layer, clip_each, set_rates, step_if
 from engine.training.schedules import cosine, teacher_temperature
 from engine.training.shuffling import shuffled
@@ -94,7 +95,7 @@ class Pretraining:
     bad_images: BadImages = field(default_factory=lambda: BadImages(0, 0.0))
     make_crops: build.MakeCrops = build.loaded_crops  # from what the loader brings
     window: Window = field(default_factory=Window)
-    watch: diagnostics.CollapseWatch = field(default_factory=diagnostics.CollapseWatch)
+    watch: CollapseWatch = field(default_factory=diagnostics.CollapseWatch)
     step: int = 0  # optimizer steps done
     logged_lines: int | None = None  # of the log, as of the last checkpoint
     logged_step: int = 0  # the step, as the log numbers it, at which a resume goes on
@@ -175,7 +176,7 @@ class Pretraining:
         """One optimizer step over TRAIN.ACCUM_STEPS micro-batches from `batches`.
 
         Returns the step's figures, if `measure` the last micro-batch's health (see
-        diagnostics.py), and whether the step was good (bool; see guard.py): scalars
+        health.py), and whether the step was good (bool; see guard.py): scalars
         on the device. What the objective carries is held during the step. A step that was not
         good changes nothing but the number of steps done.
         """
@@ -203,7 +204,7 @@ class Pretraining:
                     total, terms, told = self.objective(student, teacher, self.carried, temperature)
                 self.carried.collect(teacher)
                 if measure and is_last:
-                    health = diagnostics.measure(teacher, self.carried, told, temperature)
+                    health = measure_health(teacher, self.carried, told, temperature)
                 # Their memory is wanted for the backward pass and the next forward.
                 del batch, crops, student, teacher, told
                 self.scaler.scale(total / cfg.TRAIN.ACCUM_STEPS).backward()
