@@ -13,8 +13,8 @@ from engine.build import loader_workers
 from engine.evaluation.features import extract
 from engine.evaluation.knn import knn_accuracy
 from engine.training import guard
-from engine.training.step import Pretraining
 from engine.training.saving import CheckpointWriter
+from engine.training.step import Pretraining
 from utils import distributed
 from utils.distributed import Ballot
 from utils.errors import InputError

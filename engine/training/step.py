@@ -95,7 +95,7 @@ class Pretraining:
     bad_images: BadImages = field(default_factory=lambda: BadImages(0, 0.0))
     make_crops: build.MakeCrops = build.loaded_crops  # from what the loader brings
     window: Window = field(default_factory=Window)
-    watch: CollapseWatch = field(default_factory=diagnostics.CollapseWatch)
+    watch: CollapseWatch = field(default_factory=CollapseWatch)
     step: int = 0  # optimizer steps done
     logged_lines: int | None = None  # of the log, as of the last checkpoint
     logged_step: int = 0  # the step, as the log numbers it, at which a resume goes on

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from engine import build
 from engine.preflight import advice
 from engine.training.health import measure
-from engine.training.step import Pretraining
 from engine.training.shuffling import shuffled
+from engine.training.step import Pretraining
 from losses.contrastive import KeyQueue, info_nce
 from losses.objective import Contrastive
 from models.grouped_norm import GroupedBatchNorm, group_batch_norm

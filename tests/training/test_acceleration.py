@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.training.acceleration import compile_network
-from engine.training.step import Pretraining
 from engine.training.resume import Found, resume
+from engine.training.step import Pretraining
 from tests.runs import RESNET, batch_of, pretraining, small_config
 from utils.errors import InputError
 

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import build
 from engine.training.guard import StepGuard
 from engine.training.loop import train
-from engine.training.step import Pretraining
 from engine.training.resume import Found, resume
+from engine.training.step import Pretraining
 from tests.processes import found_by_each
 from tests.runs import RESNET, batch_of, pretraining, small_config
 from utils import checkpoint
