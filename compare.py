@@ -23,8 +23,8 @@ from pathlib import Path
 from datasets import synthetic
 from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits
-from engine.evaluation import encoder
-from engine.evaluation.evaluation import SPLITS, Evaluation
+from engine.evaluation.provenance import SPLITS, provenance
+from engine.evaluation.source import Source, load_source
 from engine.pictures.report import read_log
 from engine.studies import study_evaluation, study_results, study_table
 from engine.studies.study import Study, choose, load
@@ -241,7 +241,7 @@ class Work:
         data = self.study.cells[run.cell].data
         cfg = self.study.config(run.cell, run.seed)
         path = run.folder / checkpoint.LAST
-        source = encoder.load(str(path), cfg, set())
+        source = load_source(path, cfg.INIT.CHECKPOINT_KEY)
         state = checkpoint.load_own(path)
         log = read_log(run.folder / "log.txt")
         about = {
@@ -266,7 +266,7 @@ class Work:
         name: str,
         seed: int,
         data: str,
-        source: encoder.Source,
+        source: Source,
         cfg: Node,
         about: dict,
     ) -> None:
@@ -275,7 +275,7 @@ class Work:
         protocol = self.study.protocol
         with quiet():
             figures, zeros = study_evaluation.measure(source, own, protocol, splits, self.world)
-        provenance = Evaluation(own, self.world, source, splits, 0, 0).provenance()
+        behind = provenance(own, self.world, source, splits)
         known = ("command", "date", "commit", "versions", "device", "data")
         result = {
             "study": self.study.name,
@@ -284,7 +284,7 @@ class Work:
             "data_set": data,
             "figures": figures,
             "zeros": zeros,
-            **{key: provenance[key] for key in known},
+            **{key: behind[key] for key in known},
             **about,
             "identity": self.identity(name, seed),
         }

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from engine.evaluation import encoder, table
+from engine.evaluation import table
 from engine.evaluation.evaluation import (
     SPLITS,
     Evaluation,
@@ -26,6 +26,7 @@ from engine.evaluation.evaluation import (
 )
 from engine.evaluation.probing import run_linear, share_folder
 from engine.evaluation.protocols import run_knn, run_retrieval
+from engine.evaluation.source import NO_KEY, RANDOM, random_like
 from utils import cli, config, distributed, flags
 from utils.config import Node
 from utils.errors import InputError, run_script
@@ -106,15 +107,12 @@ def networks(evaluation: Evaluation, folder: Path) -> Iterator[tuple[Evaluation,
 
     A random initialisation is drawn anew for every seed. Features are kept in the table's folder.
     """
-    cfg = evaluation.cfg
+    cfg, source = evaluation.cfg, evaluation.source
     network = kept(evaluation, folder)
     for index, seed in enumerate(range(cfg.SEED, cfg.SEED + cfg.EVAL.SEEDS)):
-        if is_random(evaluation):
-            own: Node = cfg.clone()
-            own.SEED = seed
-            drawn = encoder.random_like(evaluation.source, own)
-            network = kept(replace(evaluation, source=drawn), folder)
-        yield network, seed, index == 0 or is_random(evaluation)
+        if source.weights.is_random:
+            network = kept(replace(evaluation, source=random_like(source, seed)), folder)
+        yield network, seed, index == 0 or source.weights.is_random
 
 
 def protocols(evaluation: Evaluation) -> dict[str, dict]:
@@ -145,7 +143,7 @@ def zeros(evaluations: list[Evaluation]) -> list[Evaluation]:
     for evaluation in evaluations:
         shape = (repr(evaluation.source.shape(evaluation.cfg.EVAL.POOLING)), evaluation.size)
         if shape not in found:
-            source = encoder.random_like(evaluation.source, evaluation.cfg)
+            source = random_like(evaluation.source, evaluation.cfg.SEED)
             found[shape] = replace(evaluation, source=source)
     return list(found.values())
 
@@ -178,16 +176,12 @@ def digest(contents: list) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_random(evaluation: Evaluation) -> bool:
-    return evaluation.source.weights.path == encoder.RANDOM
-
-
 def row_name(evaluation: Evaluation) -> str:
     """The checkpoint's path, with the key where it is not the teacher; or what is random."""
     weights = evaluation.source.weights
-    if is_random(evaluation):
-        return f"{encoder.RANDOM} ({weights.arch}, {evaluation.size} px)"
-    is_usual = weights.key in ("teacher", encoder.NO_KEY)
+    if weights.is_random:
+        return f"{RANDOM} ({weights.arch}, {evaluation.size} px)"
+    is_usual = weights.key in ("teacher", NO_KEY)
     return weights.path if is_usual else f"{weights.path} ({weights.key})"
 
 

@@ -8,6 +8,7 @@ A DATA folder made by `python -m datasets.synthetic` knows each part's box (DATA
 """
 
 import argparse
+import copy
 import datetime
 import json
 import platform
@@ -21,9 +22,10 @@ from datasets.benchmarks import labelled_folder
 from datasets.folder import ImageFolder
 from engine import build
 from engine.evaluation import attention, pointing
+from engine.evaluation.source import load_source
 from engine.pictures import report
 from models.mil import GatedAttentionPool
-from models.network import HeadSpec, Network
+from models.network import Network
 from models.pretrained import count_parameters
 from utils import checkpoint, config, distributed
 from utils.cli import Parser
@@ -54,10 +56,10 @@ def main() -> None:
     path = arguments.output_dir / checkpoint.LAST
     state = checkpoint.load_own(path)
     cfg = config.from_dict(state["config"], str(path))
-    teacher = build.stored_network(state, "teacher", path).to(device).eval()
+    teacher = load_source(path).network.to(device)
     start = build.networks(cfg)[1].to(device).eval()
     size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
-    where = report.Evaluation(
+    where = report.Setting(
         arguments.gallery and arguments.gallery.resolve(),
         arguments.queries and arguments.queries.resolve(),
         size,
@@ -116,7 +118,7 @@ def main() -> None:
         boxes, box_size = pointing.part_boxes([where.queries / path for path in paths])
         pictures.append((f"{name} of the teacher", arguments.output_dir / "attention.png"))
         if boxes:
-            untrained = untrained_network(cfg, state, path, kind).to(device).eval()
+            untrained = untrained_network(cfg, teacher, kind).to(device).eval()
             figures, maps = report.pointing_figures(
                 teacher, untrained, kind, boxes, box_size, where
             )
@@ -145,13 +147,13 @@ def main() -> None:
     print(f"written: {arguments.output_dir / 'results.json'}, report.html and PNGs beside it")
 
 
-def untrained_network(cfg: config.Node, state: dict, path: Path, kind: str) -> Network:
+def untrained_network(cfg: config.Node, teacher: Network, kind: str) -> Network:
     """The run's teacher with a fresh pooling, or LCR's branch as the run began with it."""
-    network = build.stored_network(state, "teacher", path)
+    network = copy.deepcopy(teacher)
     if kind == "lcr":
         network.rationale = build.networks(cfg)[0].rationale
         return network
-    heads = HeadSpec(**state["model"]["heads"])
+    heads = network.head_spec
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(build.untrained_pooling_seed(cfg))
         network.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden)

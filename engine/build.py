@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from losses.objective import Contrastive, Objective
 from losses.targets import Centres
 from models.grouped_norm import group_batch_norm
 from models.network import HeadSpec, Network, make_teacher
-from models.pretrained import load_strictly
 from models.registry import BackboneSpec, build_backbone, resolve
 from utils import config, distributed, seeding
 from utils.config import Node, crops_on_device, local_crops
@@ -245,23 +243,6 @@ def loader_workers(cfg: Node) -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(cfg.DATA.WORKERS, len(os.sched_getaffinity(0)))
     return min(cfg.DATA.WORKERS, os.cpu_count() or 1)
-
-
-def stored_network(state: dict, key: str, path: str | Path) -> Network:
-    """A network of a checkpoint of ours, with the pooling or LCR's branch where the run had one.
-
-    key: "teacher" or "student". Raises InputError where the weights do not fit.
-    """
-    described = state["model"]
-    network = Network(
-        build_backbone(BackboneSpec.from_dict(described["backbone"])),
-        HeadSpec(**described["heads"]),
-        described["region_head"],
-        described["pooling"],
-        described.get("rationale", 0),  # earlier versions had none
-    )
-    load_strictly(network, state[key], f"{path} ({key})")
-    return network
 
 
 def untrained_pooling_seed(cfg: Node) -> int:

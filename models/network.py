@@ -52,23 +52,27 @@ class Network(nn.Module):
     """Backbone + image head, and where the objective uses them region head, MIL pooling, or LCR's
     branch, of so many channels as `rationale` says.
 
-    Only what is used may be built: a parameter without gradient breaks DDP.
+    heads: None for a backbone alone, as files of others hold it: it has features and no
+    embeddings, and is not called as a whole. Only what is used may be built: a parameter without
+    gradient breaks DDP.
     State names: backbone.*, head.*, head_dense.* (EsViT's), pool.*, rationale.* (ours).
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        heads: HeadSpec,
-        region_head: bool,
-        pooling: bool,
+        heads: HeadSpec | None = None,
+        region_head: bool = False,
+        pooling: bool = False,
         rationale: int = 0,
     ) -> None:
         super().__init__()
         if pooling and not region_head:
             raise ValueError("the pooling reads region embeddings: it needs the region head")
-        self.backbone = backbone
-        self.head = heads.build(backbone.num_features)
+        if region_head and heads is None:
+            raise ValueError("a region head needs the shape of the heads")
+        self.backbone, self.head_spec = backbone, heads
+        self.head = heads.build(backbone.num_features) if heads else None
         self.head_dense = heads.build(backbone.num_features) if region_head else None
         self.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden) if pooling else None
         self.rationale = RationaleBranch(backbone.num_features, rationale) if rationale else None

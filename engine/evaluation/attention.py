@@ -51,11 +51,16 @@ def attention_map(network: Network, images: Tensor, kind: str) -> Tensor:
         maps = head_maps(network, images).mean(dim=1)
         return maps / maps.sum(dim=1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
     image_feature, patch_features = network.backbone(images)
+    if kind == "similarity":
+        return similarity(image_feature, patch_features)
+    return over_patches(network, patch_features, kind).float()
+
+
+def over_patches(network: Network, patch_features: Tensor, kind: str) -> Tensor:
+    """The map `mil` or `lcr` over patch features [B, N, D]: [B, N], rows sum to 1."""
     if kind == "mil":
-        return network.pool(network.head_dense(patch_features)).exp().float()
-    if kind == "lcr":
-        return rationale_weights(network.rationale(patch_features))
-    return similarity(image_feature, patch_features)
+        return network.pool(network.head_dense(patch_features)).exp()
+    return rationale_weights(network.rationale(patch_features))
 
 
 @torch.no_grad()

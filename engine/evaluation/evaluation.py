@@ -1,16 +1,9 @@
 """What every evaluation script opens: the network, the two splits, and their features."""
 
-import datetime
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-import torchvision
 from torch import Tensor
 
 from datasets.benchmarks import Splits
@@ -18,11 +11,12 @@ from datasets.fine_grained import load_splits
 from datasets.folder import LabelledImages
 from datasets.multicrop import default_resize, eval_transform
 from engine import build
-from engine.evaluation import encoder, feature_cache
-from engine.evaluation.encoder import Encoder, Source
+from engine.evaluation import feature_cache
 from engine.evaluation.feature_cache import Features
-from engine.evaluation.features import Extracted, check_bad, extract
-from utils import config, distributed, logging
+from engine.evaluation.features import Encoder, Extracted, check_bad, extract
+from engine.evaluation.provenance import SPLITS, provenance
+from engine.evaluation.source import NO_KEY, Source, image_size, load_source
+from utils import distributed, logging
 from utils.cli import CommandLine
 from utils.config import Node
 from utils.distributed import World
@@ -30,7 +24,6 @@ from utils.errors import InputError
 from utils.files import make_folder
 from utils.logging import logger
 
-SPLITS = ("train", "test")
 BAD_SHOWN = 5
 
 
@@ -58,7 +51,7 @@ class Evaluation:
         """The encoder that the options ask for; InputError where no checkpoint was given."""
         if self.source is None:
             raise InputError("no network: give --pretrained_weights.")
-        return self.source.encoder(self.cfg, blocks, avgpool_patchtokens).to(self.world.device)
+        return Encoder(self.source, self.cfg.EVAL.POOLING, blocks, avgpool_patchtokens)
 
     def function(self, network: Encoder) -> Callable[[Tensor], Tensor]:
         """Images on the device -> features, in EVAL.PRECISION."""
@@ -239,43 +232,17 @@ class Evaluation:
         """Architecture, image size, key and age of the network."""
         weights = self.source.weights
         parts = [weights.arch, f"{self.size} px of {self.resize}"]
-        if weights.key != encoder.NO_KEY:
+        if weights.key != NO_KEY:
             parts.append(weights.key)
-        if weights.epoch is not None and weights.path != encoder.RANDOM:
+        if weights.epoch is not None and not weights.is_random:
             parts.append(f"epoch {weights.epoch}")
         return ", ".join(parts)
 
     def provenance(self) -> dict:
-        """What stands behind a figure: command, code, versions, device, weights, data, options."""
-        known = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "torchvision": str(torchvision.__version__),
-            },
-            "device": device_name(self.world.device),
-            "processes": self.world.size,
-            "config": config.to_dict(self.cfg),
-        }
+        """What stands behind a figure."""
+        known = provenance(self.cfg, self.world, self.source, self.splits)
         if self.source is not None:
-            known["weights"] = asdict(self.source.weights)
             known["image_size"] = {"crop": self.size, "resize": self.resize}
-        if self.splits is not None:
-            known["data"] = {
-                "name": self.splits.name,
-                "classes": len(self.splits.train.classes),
-                **{
-                    split: {
-                        "root": str(self.dataset(split).root),
-                        "images": len(self.dataset(split)),
-                    }
-                    for split in SPLITS
-                },
-                "notes": self.splits.notes,
-            }
         if self._held:
             known["features"] = {
                 split: {"images": len(held.labels), "made_by": held.made_by}
@@ -358,7 +325,7 @@ def open_evaluation(command: CommandLine, world: World) -> Evaluation:
 
 def open_source(path: str, command: CommandLine) -> Source:
     """The network at `path`, the same for all processes."""
-    source = encoder.load(path, command.cfg, command.typed)
+    source = load_source(path, command.cfg.INIT.CHECKPOINT_KEY, command.cfg, command.typed)
     distributed.agree(
         {f"the contents of {path}": source.weights.sha256},
         "wait until nothing writes it, and give all of them the same file",
@@ -375,7 +342,7 @@ def build_evaluation(
     must_fit: bool = False,
 ) -> Evaluation:
     """An evaluation at the size of the source's run, unless EVAL.SIZE says another."""
-    size = encoder.image_size(source, cfg) if source is not None else 0
+    size = image_size(source, cfg.EVAL.SIZE) if source is not None else 0
     resize = cfg.EVAL.RESIZE or default_resize(size)
     if size and resize < size:
         raise InputError(
@@ -383,27 +350,6 @@ def build_evaluation(
         )
     made = Evaluation(cfg, world, source, splits, size, resize, folder, must_fit)
     if source is not None:
+        source.network.to(world.device)
         made.encoder()  # a pooling that the network lacks is told before any work
     return made
-
-
-def commit() -> str | None:
-    """The commit of this code, with "+changes" where files differ from it; None outside git."""
-    root = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the kind and number of threads of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -1,4 +1,4 @@
-"""Features of labelled images, in order, each image once, by all processes together."""
+"""Features of a frozen network: one an image, of labelled images, by all processes together."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -11,10 +11,73 @@ from datasets.benchmarks import labelled_folder, same_classes
 from datasets.folder import LabelledImages
 from datasets.loader import BadImage, IndexedDataset, build_loader
 from datasets.multicrop import eval_transform
+from engine.evaluation import attention
+from engine.evaluation.source import Source
+from models.vit import ViT
 from utils import distributed
 from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import progress
+
+NEEDS = {
+    "mil": "mil needs the region head and the MIL pooling, which only runs of the objective cmd",
+    "lcr": "lcr needs LCR's branch, which only runs of the objective lcr",
+}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Images [B, 3, S, S] -> features [B, D], float32, by a frozen network.
+
+    pooling: `default`, the features of the last `blocks` blocks concatenated (EsViT's linear
+    probe; with one block, the image feature); `mean`, the average of the last stage's normed
+    patch features; `mil`, the same weighted by the MIL attention, and `lcr`, by LCR's predicted
+    map, so that the three differ in the weights alone (method.md). They always take one block.
+    avgpool_patchtokens: see Backbone.last_blocks; of ViTs alone, since the other families'
+    features are such averages already. Raises InputError for a pooling that the network lacks.
+    """
+
+    source: Source
+    pooling: str = "default"
+    blocks: int = 1
+    avgpool_patchtokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pooling not in self.source.poolings():
+            raise InputError(
+                f"EVAL.POOLING {NEEDS[self.pooling]} of this project have; "
+                f"{self.source.weights.path} has none. Use default or mean."
+            )
+        is_vit = isinstance(self.source.network.backbone, ViT)
+        is_default = self.pooling == "default"
+        object.__setattr__(self, "blocks", self.blocks if is_default else 1)
+        averages = self.avgpool_patchtokens and is_default and is_vit
+        object.__setattr__(self, "avgpool_patchtokens", averages)
+
+    @torch.no_grad()
+    def parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The features before they are concatenated, one [B, D_i] for each block."""
+        network = self.source.network
+        if self.pooling == "default":
+            try:
+                return network.backbone.last_blocks(images, self.blocks, self.avgpool_patchtokens)
+            except ValueError as error:
+                raise InputError(
+                    f"LINEAR.N_LAST_BLOCKS (--n_last_blocks) or EVAL.SIZE: {error}."
+                ) from None
+        patches = network.backbone(images)[1]
+        if self.pooling == "mean":
+            return (patches.float().mean(dim=1),)
+        weights = attention.over_patches(network, patches, self.pooling)
+        return ((weights[..., None] * patches.float()).sum(dim=1),)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.cat([part.float() for part in self.parts(images)], dim=1)
+
+    def widths(self, size: int) -> list[int]:
+        """D_i of each part, for images of `size` pixels; raises InputError if they cannot be."""
+        device = next(self.source.network.parameters()).device
+        return [part.shape[1] for part in self.parts(torch.zeros(1, 3, size, size, device=device))]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from datasets.loader import AugmentedDataset, BadImage, EpochSampler, build_load
 from datasets.multicrop import RandomCrop
 from engine import build
 from engine.evaluation import linear
-from engine.evaluation.encoder import Encoder
 from engine.evaluation.evaluation import Evaluation
 from engine.evaluation.feature_cache import Features
-from engine.evaluation.features import check_bad
+from engine.evaluation.features import Encoder, check_bad
 from utils import checkpoint, distributed
 from utils.errors import InputError
 from utils.files import make_folder

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.evaluation import encoder
+from engine.evaluation.source import RANDOM
 from utils import config
 from utils.config import Node
 
@@ -90,7 +90,7 @@ def markdown(rows: list[dict], provenance: dict, cfg: Node) -> str:
     ]
     for row in rows:
         line = f"- {_escape(row['name'])}: {row['network']}, {pooling}"
-        if row["weights"]["path"] != encoder.RANDOM:
+        if row["weights"]["path"] != RANDOM:
             line += f", sha256 {row['weights']['sha256']}"
         for split, images in sorted(row["unreadable_images"].items()):
             line += f"; {len(images)} unreadable images of the {split} split are left out"

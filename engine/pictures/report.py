@@ -44,7 +44,7 @@ UNTRAINED = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Setting:
     """Where and how a report measures.
 
     gallery, queries: folders, for the k-NN with class subfolders; None for none. size: pixels of
@@ -61,7 +61,7 @@ class Evaluation:
     workers: int = 0
 
 
-def image_knn(backbone: Backbone, where: Evaluation) -> dict[str, float]:
+def image_knn(backbone: Backbone, where: Setting) -> dict[str, float]:
     """k-NN of the image features, of resized centre crops as in eval_knn.py: percent."""
     folders = gallery_and_queries(where.gallery, where.queries, where.size)
     gallery, queries = (
@@ -74,7 +74,7 @@ def image_knn(backbone: Backbone, where: Evaluation) -> dict[str, float]:
     return {"top1": top1, "top5": top5}
 
 
-def attention_maps(network: Network, kind: str, where: Evaluation) -> Tensor:
+def attention_maps(network: Network, kind: str, where: Setting) -> Tensor:
     """The map `kind` [n, N] of every query image, in their order; see attention.py."""
     images = ImageFolder(where.queries, eval_transform(where.size, where.size))
     look = partial(attention_map, network, kind=kind)
@@ -87,7 +87,7 @@ def pointing_figures(
     kind: str,
     boxes: list[pointing.Box],
     box_size: int,
-    where: Evaluation,
+    where: Setting,
 ) -> tuple[dict[str, float], Tensor]:
     """Pointing accuracy beside its three zeros, percent; and the maps `kind` [n, N].
 

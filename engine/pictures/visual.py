@@ -15,12 +15,11 @@ from torchvision.transforms.functional import center_crop
 from datasets import synthetic
 from datasets.folder import ImageFolder, LabelledImages, load_image
 from datasets.multicrop import eval_transform
-from engine.evaluation import attention, encoder, pointing
-from engine.evaluation.encoder import Source
+from engine.evaluation import attention, pointing
 from engine.evaluation.features import Extracted, extract
+from engine.evaluation.source import Source, image_size, load_source
 from engine.pictures.pictures import stratified_subset
-from models.network import HeadSpec, Network
-from utils import config
+from models.network import Network
 from utils.distributed import World
 from utils.errors import InputError
 
@@ -34,7 +33,10 @@ class Subject:
 
     letter: str
     source: Source
-    network: Network
+
+    @property
+    def network(self) -> Network:
+        return self.source.network
 
     @property
     def kinds(self) -> list[str]:
@@ -66,22 +68,10 @@ def subjects(paths: list[str], key: str, device: torch.device) -> list[Subject]:
     """The networks of files of weights, ours or others'; InputError for what cannot be read."""
     if len(paths) > MOST_SUBJECTS:
         raise InputError(f"--checkpoint has {len(paths)} files: give at most {MOST_SUBJECTS}.")
-    cfg = config.defaults()
-    config.put(cfg, "INIT.CHECKPOINT_KEY", key, "--checkpoint_key")
-    sources = [encoder.load(path, cfg, set()) for path in paths]
-    return [
-        Subject(letter, source, as_network(source).to(device).eval().requires_grad_(False))
-        for letter, source in zip(string.ascii_uppercase, sources, strict=False)
-    ]
-
-
-def as_network(source: Source) -> Network:
-    """The parts that maps come from, as a network; its image head, which has none, is a stub."""
-    stub = HeadSpec(out_dim=1, hidden_dim=1, bottleneck_dim=1)
-    network = Network(source.backbone, stub, region_head=False, pooling=False)
-    network.head_dense, network.pool = source.region_head, source.pool
-    network.rationale = source.rationale
-    return network
+    sources = [load_source(path, key) for path in paths]
+    for source in sources:
+        source.network.to(device)
+    return [Subject(*pair) for pair in zip(string.ascii_uppercase, sources, strict=False)]
 
 
 def common_size(found: list[Subject], size: int | None) -> tuple[int, int]:
@@ -90,7 +80,7 @@ def common_size(found: list[Subject], size: int | None) -> tuple[int, int]:
     size: as asked for, or None for that of the first network's own run, else 224.
     Raises InputError where a network cannot take it.
     """
-    size = size or encoder.image_size(found[0].source, config.defaults())
+    size = size or image_size(found[0].source)
     for subject in found:
         multiple = subject.network.backbone.patch_size
         if size % multiple:
@@ -102,7 +92,7 @@ def common_size(found: list[Subject], size: int | None) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Images:
+class ShownImages:
     """The images that are shown, each as its centre square.
 
     names: relative to their folder. boxes: the parts', one an image, in pixels of images of
@@ -129,7 +119,7 @@ class Images:
         return torch.stack([transform(square) for square in self.squares])
 
 
-def open_images(given: list[Path], count: int) -> Images:
+def open_images(given: list[Path], count: int) -> ShownImages:
     """`count` images spread evenly over a folder, or over the files that are named.
 
     Of a folder that datasets.synthetic made the validation images are taken. Raises InputError
@@ -155,7 +145,7 @@ def open_images(given: list[Path], count: int) -> Images:
         image = load_image(paths[index])
         squares.append(center_crop(image, min(image.size)))
     boxes, box_size = pointing.part_boxes([paths[index] for index in chosen])
-    return Images([names[index] for index in chosen], squares, boxes, box_size, folder)
+    return ShownImages([names[index] for index in chosen], squares, boxes, box_size, folder)
 
 
 def whole_maps(found: list[Subject], images: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -187,7 +177,7 @@ def _in_batches(
 
 
 def image_features(
-    found: list[Subject], images: Images, size: int, most: int, seed: int, world: World
+    found: list[Subject], images: ShownImages, size: int, most: int, seed: int, world: World
 ) -> dict[str, Extracted]:
     """Image features of at most `most` images of a folder with classes; letter -> features.
 
@@ -209,7 +199,7 @@ def _image_feature(network: Network, images: Tensor) -> Tensor:
 
 
 def pointing_rows(
-    found: list[Subject], maps: dict[str, dict[str, Tensor]], images: Images, size: int
+    found: list[Subject], maps: dict[str, dict[str, Tensor]], images: ShownImages, size: int
 ) -> list[dict]:
     """Pointing of each map of each network over the images shown, percent; [] without boxes."""
     rows = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.evaluation import attention
 from engine.pictures.overlays import CELL, GAP, Place, draw_box, draw_map, sheet
 from engine.pictures.pictures import RIGHT, WRONG
-from engine.pictures.visual import Images, Subject
+from engine.pictures.visual import ShownImages, Subject
 from engine.pictures.visual_views import Correspondence, View
 
 PER_LINE = 4  # images, of pictures with one column an image
@@ -28,7 +28,7 @@ BRIGHT = 0.98
 
 def maps_picture(
     path: Path,
-    images: Images,
+    images: ShownImages,
     found: Sequence[Subject],
     maps: dict[str, Tensor],
     kind: str,
@@ -59,7 +59,7 @@ def maps_picture(
 
 def crops_picture(
     path: Path,
-    images: Images,
+    images: ShownImages,
     found: Sequence[Subject],
     views: Sequence[Sequence[View]],
 ) -> str:
@@ -101,7 +101,7 @@ def crops_picture(
 
 
 def heads_picture(
-    path: Path, images: Images, found: Sequence[Subject], heads: dict[str, Tensor], size: int
+    path: Path, images: ShownImages, found: Sequence[Subject], heads: dict[str, Tensor], size: int
 ) -> str:
     """Each head's map of the last block, for each image; heads: letter -> [n, heads, N]."""
     shown = [subject for subject in found if subject.letter in heads]
@@ -168,7 +168,7 @@ def _scale(most: float) -> str:
     )
 
 
-def _part(images: Images) -> str:
+def _part(images: ShownImages) -> str:
     return " Cyan box: the part." if images.boxes else ""
 
 
@@ -182,7 +182,7 @@ def _maps_of_views(subject: Subject, views: Sequence[View]) -> list[Tensor]:
     ]
 
 
-def _draw_image(axis: Axes, images: Images, index: int) -> None:
+def _draw_image(axis: Axes, images: ShownImages, index: int) -> None:
     square = images.squares[index]
     axis.imshow(square)
     axis.set(xlim=(0, square.width), ylim=(square.height, 0))
@@ -190,7 +190,13 @@ def _draw_image(axis: Axes, images: Images, index: int) -> None:
 
 
 def _draw_relative(
-    axis: Axes, images: Images, index: int, subject: Subject, values: Tensor, size: int, most: float
+    axis: Axes,
+    images: ShownImages,
+    index: int,
+    subject: Subject,
+    values: Tensor,
+    size: int,
+    most: float,
 ) -> None:
     """A map [N] of the whole image, as multiples of the uniform share."""
     grid = subject.network.backbone.patch_grid(size, size)
@@ -200,7 +206,7 @@ def _draw_relative(
 
 
 def _mark_strongest(
-    axis: Axes, images: Images, index: int, subject: Subject, values: Tensor, size: int
+    axis: Axes, images: ShownImages, index: int, subject: Subject, values: Tensor, size: int
 ) -> None:
     _, columns = subject.network.backbone.patch_grid(size, size)
     row, column = divmod(int(values.argmax()), columns)
@@ -209,7 +215,7 @@ def _mark_strongest(
     draw_box(axis, box, STRONGEST, 1.5)
 
 
-def _draw_part(axis: Axes, images: Images, index: int) -> None:
+def _draw_part(axis: Axes, images: ShownImages, index: int) -> None:
     if (box := images.box(index)) is not None:
         draw_box(axis, box, PART)
 

@@ -8,8 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from datasets.batched import BatchedMultiCrop
-from datasets.batched import Images as Pixels
+from datasets.batched import BatchedMultiCrop, Images
 from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, sample_seed
 from engine.pictures.overlays import Place
 from engine.pictures.visual import BATCH
@@ -65,7 +64,7 @@ def seeded_views(
         sides = [(square.height, square.width)]
         draws = augment.draw(sample_seed(seed, 0, index))[None]
         cuts = augment.parameters(sides, draws)
-        crops = augment(Pixels(pil_to_tensor(square)[None], sides), draws)
+        crops = augment(Images(pil_to_tensor(square)[None], sides), draws)
         columns = [getattr(cuts, name)[0] for name in ("left", "top", "width", "height", "flipped")]
         places = [Place(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
         views = zip((crop[0] for crop in crops), places, strict=True)

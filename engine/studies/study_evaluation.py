@@ -7,7 +7,6 @@ once more a kind of map (engine/evaluation/attention.py).
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -18,13 +17,13 @@ from datasets.folder import LabelledImages
 from datasets.multicrop import eval_transform
 from datasets.synthetic_images import COARSE_NAMES
 from engine import build
-from engine.evaluation import attention, encoder, pointing
-from engine.evaluation.encoder import NO_KEY, RANDOM, Source, Weights
+from engine.evaluation import attention, pointing
 from engine.evaluation.evaluation import SPLITS, Evaluation, build_evaluation
 from engine.evaluation.feature_cache import Features
 from engine.evaluation.features import extract
 from engine.evaluation.probing import run_linear
 from engine.evaluation.protocols import run_knn, run_retrieval
+from engine.evaluation.source import Source, image_size, random_from_options
 from engine.studies.study import Protocol
 from models import registry
 from utils import config
@@ -75,12 +74,12 @@ def measure(
     options.KNN.KS = [protocol.k]
     options.EVAL.POOLING = "default"
     options.LINEAR.CLASSIFIER = "logistic"
-    blocks = min(options.LINEAR.N_LAST_BLOCKS, len(source.backbone.all_blocks()))
+    blocks = min(options.LINEAR.N_LAST_BLOCKS, len(source.network.backbone.all_blocks()))
     options.LINEAR.N_LAST_BLOCKS = blocks
     knows_parts = (Path(cfg.DATA.PATH) / synthetic.PARTS_FILE).is_file()
 
     figures: dict[str, float] = {}
-    for pooling in available(source, protocol.poolings):
+    for pooling in [name for name in protocol.poolings if name in source.poolings()]:
         own = options.clone()
         own.EVAL.POOLING = pooling
         fine = build_evaluation(own, world, source, splits, None)
@@ -105,12 +104,6 @@ def measure(
         figures |= seen
         zeros |= guessed
     return figures, zeros
-
-
-def available(source: Source, poolings: Iterable[str]) -> list[str]:
-    """Those of these poolings that the network has."""
-    lacks = {"mil": source.pool is None, "lcr": source.rationale is None}
-    return [pooling for pooling in poolings if not lacks.get(pooling, False)]
 
 
 def guessing(splits: Splits, names: Iterable[str], knows_coarse: bool) -> dict[str, float]:
@@ -150,14 +143,8 @@ def _attention(
     source: Source, cfg: Node, test: LabelledImages, world: World
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Where each kind of map looks on whole test images, and the zeros of that."""
-    # What engine/evaluation/attention.py reads of a network; a random one has no more.
-    network = SimpleNamespace(
-        backbone=source.backbone.to(world.device).eval(),
-        head_dense=_placed(source.region_head, world),
-        pool=_placed(source.pool, world),
-        rationale=_placed(source.rationale, world),
-    )
-    size, kinds = encoder.image_size(source, cfg), attention.kinds(network)
+    network = source.network.to(world.device)
+    size, kinds = image_size(source, cfg.EVAL.SIZE), attention.kinds(network)
 
     def maps_of(images: Tensor) -> Tensor:
         return torch.stack([attention.attention_map(network, images, k) for k in kinds], dim=1)
@@ -170,8 +157,8 @@ def _attention(
         build.loader_workers(cfg),
     ).values
     boxes, box_size = pointing.part_boxes([test.root / path for path in test.paths])
-    cell = source.backbone.stride * box_size / size
-    touching = pointing.cells_touching(boxes, source.backbone.patch_grid(size, size), cell)
+    cell = network.backbone.stride * box_size / size
+    touching = pointing.cells_touching(boxes, network.backbone.patch_grid(size, size), cell)
     figures, zeros = {}, {}
     chance = pointing.chance(touching)
     for place, kind in enumerate(kinds):
@@ -182,10 +169,6 @@ def _attention(
         zeros |= {f"pointing_{kind}": chance, f"mass_{kind}": chance, f"ratio_{kind}": 1.0}
         zeros[f"fixed_{kind}"] = pointing.best_fixed_cell(touching)
     return figures, zeros
-
-
-def _placed(part: torch.nn.Module | None, world: World) -> torch.nn.Module | None:
-    return None if part is None else part.to(world.device).eval()
 
 
 def network_shape(cfg: Node) -> dict:
@@ -217,30 +200,12 @@ def random_source(configs: Iterable[Node], seed: int) -> Source:
     The pooling and the rationale branch are those of the first that has one, so that their
     attention too has its zero; the backbone is the same for all.
     """
-    sources = []
-    for cfg in configs:
-        own = cfg.clone()
-        own.SEED = seed
-        own.HEAD.OUT_DIM = 2  # prototypes have no part in a feature
-        sources.append(encoder.random_like(_untrained(own), own))
-    made = sources[0]
-    pooled = next((source for source in sources if source.pool is not None), None)
-    if pooled is not None:
-        made = replace(made, region_head=pooled.region_head, pool=pooled.pool, heads=pooled.heads)
-    branched = next((source for source in sources if source.rationale is not None), None)
-    return made if branched is None else replace(made, rationale=branched.rationale)
-
-
-def _untrained(cfg: Node) -> Source:
-    """The network that a run of these options begins with."""
-    student = build.networks(cfg)[0]
-    spec, tree = build.backbone_spec(cfg), config.to_dict(cfg)
-    weights = Weights(RANDOM, "", NO_KEY, spec.arch, spec.to_dict(), 0, tree)
-    return Source(
-        weights,
-        student.backbone,
-        student.head_dense,
-        student.pool,
-        build.head_spec(cfg),
-        rationale=student.rationale,
-    )
+    sources = [random_from_options(cfg, seed) for cfg in configs]
+    network = sources[0].network
+    for other in (source.network for source in sources[1:]):
+        if network.pool is None and other.pool is not None:
+            network.head_dense, network.pool = other.head_dense, other.pool
+            network.head_spec = other.head_spec
+        if network.rationale is None:
+            network.rationale = other.rationale
+    return sources[0]

@@ -144,7 +144,7 @@ def test_features_of_the_last_blocks_serve_knn_and_retrieval(
         assert results(tmp_path / "out", "retrieval")[name] == wanted
     assert all(contents(tmp_path)[name] == value for name, value in before.items())
     # But what it lacks is made again.
-    more = opened.source.encoder(command.cfg, 2)
+    more = opened.encoder(2)
     assert torch.equal(
         opened.features("test", blocks=2).values, opened.extract(more, opened.splits.test).values
     )

@@ -9,7 +9,8 @@ import torchvision
 from torch import Tensor
 
 from engine import build
-from engine.evaluation import encoder
+from engine.evaluation.features import Encoder
+from engine.evaluation.source import load_source, random_like
 from engine.training import resume
 from losses.contrastive import info_nce
 from losses.rationale import fitting_loss, gradcam, gradcam_of
@@ -208,7 +209,7 @@ def test_the_branch_is_in_both_networks_of_a_checkpoint_and_comes_back(tmp_path)
     patches = draw(2, 4, 32).float()
     wanted = run.student.rationale.eval()(patches)
     for key in ("teacher", "student"):
-        network = build.stored_network(state, key, "path").eval()
+        network = load_source(tmp_path / "checkpoint.pth", key).network
         assert torch.equal(network.rationale(patches), wanted)
 
 
@@ -222,11 +223,11 @@ def test_pooling_lcr_is_the_mean_weighted_by_the_predicted_map(tmp_path, caplog)
     checkpoint.save(run.state(), path)
     cfg = small_config(EVAL__POOLING="lcr")
     with caplog.at_level("INFO", "cmd"):
-        source = encoder.load(str(path), cfg, set())
+        source = load_source(path)
     assert "--checkpoint_key student" in caplog.text
     images = crops_of(9)[0]
-    found = source.encoder(cfg)(images)
-    network = build.stored_network(checkpoint.load_own(path), "teacher", path).eval()
+    found = Encoder(source, "lcr")(images)
+    network = source.network
     with torch.no_grad():
         _, patches = network.backbone(images)
         for image, feature in zip(patches, found, strict=True):
@@ -236,19 +237,18 @@ def test_pooling_lcr_is_the_mean_weighted_by_the_predicted_map(tmp_path, caplog)
             assert torch.allclose(feature, weighed, atol=1e-5)
             assert not torch.allclose(feature, image.mean(0), atol=1e-3)
     # A random network of its shape has a branch of its own, and its features depend on it.
-    random = encoder.random_like(source, cfg)
-    assert random.rationale.channels == 4
-    assert random.encoder(cfg)(images).shape == found.shape
+    random = random_like(source, cfg.SEED)
+    assert random.network.rationale.channels == 4
+    assert Encoder(random, "lcr")(images).shape == found.shape
     assert source.shape("lcr") != source.shape("mean") | {"pooling": "lcr"}
 
 
 def test_pooling_lcr_is_refused_where_there_is_no_branch(tmp_path):
     run = pretraining(small_config())
     checkpoint.save(run.state(), tmp_path / "checkpoint.pth")
-    cfg = small_config(EVAL__POOLING="lcr")
-    source = encoder.load(str(tmp_path / "checkpoint.pth"), cfg, set())
+    source = load_source(tmp_path / "checkpoint.pth")
     with pytest.raises(InputError, match=r"EVAL\.POOLING lcr needs LCR's branch"):
-        source.encoder(cfg)
+        Encoder(source, "lcr")
 
 
 # Starting weights

@@ -17,9 +17,9 @@ from datasets.multicrop import eval_transform
 from datasets.synthetic_images import DIFFICULTIES
 from engine import build
 from engine.evaluation import pointing
+from engine.evaluation.source import load_source
 from tests.processes import run_python
 from tests.runs import cfg_of
-from utils import checkpoint
 from utils.errors import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -150,8 +150,7 @@ def test_a_report_of_lcr_shows_the_branchs_map_and_its_pointing(environment, tmp
     assert "Pointing of the LCR map at the part" in done.stdout
     figures = json.loads((folder / "results.json").read_text())["pointing"]
 
-    state = checkpoint.load_own(folder / "checkpoint.pth")
-    teacher = build.stored_network(state, "teacher", folder).eval()
+    teacher = load_source(folder / "checkpoint.pth").network
     boxes = {k: v for k, v in synthetic.read_parts(data).items() if k.startswith("val/")}
     touching = pointing.cells_touching(list(boxes.values()), (8, 8), 8)
     look = eval_transform(64, 64)

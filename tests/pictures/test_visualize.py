@@ -20,6 +20,7 @@ from datasets import synthetic
 from datasets.synthetic_images import DIFFICULTIES
 from engine import build
 from engine.evaluation import attention
+from engine.evaluation.source import Source
 from engine.pictures import overlays, page, visual
 from engine.pictures.overlays import Place
 from engine.pictures.visual_pictures import brightest
@@ -265,7 +266,7 @@ def test_matches_of_a_view_with_itself_are_exact(options, images):
 
 def test_many_images_go_by_the_batch_and_give_the_maps_of_one_forward(images):
     network = build.networks(small_config())[0].eval()
-    subject = visual.Subject("A", None, network)
+    subject = visual.Subject("A", Source(None, network))
     seen = []
     network.backbone.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     many = torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(0))

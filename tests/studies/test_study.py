@@ -18,8 +18,9 @@ import torch.nn.functional as F
 import compare
 from datasets.fine_grained import load_splits
 from engine import build
-from engine.evaluation import encoder, pointing
+from engine.evaluation import pointing
 from engine.evaluation.evaluation import build_evaluation
+from engine.evaluation.source import load_source
 from engine.pictures import report
 from engine.studies import study_results, study_runs
 from engine.studies.study import ROOT, load
@@ -319,7 +320,7 @@ def judged(finished):
     cfg.DATA.PATH = str(root)
     path = finished / "out/runs/cmd/seed0" / checkpoint.LAST
     splits = load_splits("folder", str(root), False)
-    return path, encoder.load(str(path), cfg, set()), cfg, splits, study
+    return path, load_source(path), cfg, splits, study
 
 
 def plain_knn(gallery, gallery_labels, queries, query_labels, k: int, t: float = 0.07) -> float:
@@ -360,10 +361,10 @@ def test_fine_and_coarse_figures_are_those_of_plain_code_on_the_same_features(
 
 def test_pointing_figures_are_those_of_a_report(judged, finished):
     path, _, cfg, splits, _ = judged
-    network = build.stored_network(checkpoint.load_own(path), "teacher", path).eval()
+    network = load_source(path).network
     files = [splits.test.root / name for name in splits.test.paths]
     boxes, size = pointing.part_boxes(files)
-    where = report.Evaluation(None, splits.test.root, cfg.AUG.GLOBAL_CROPS_SIZE, 5, ALONE)
+    where = report.Setting(None, splits.test.root, cfg.AUG.GLOBAL_CROPS_SIZE, 5, ALONE)
     expected, _ = report.pointing_figures(network, network, "mil", boxes, size, where)
     found = results(finished / "out")["cmd-seed0"]
     assert found["figures"]["pointing_mil"] == expected["accuracy"]
@@ -380,9 +381,9 @@ def test_a_random_row_is_the_network_that_the_runs_begin_with(judged):
         configs = [study.config(cell, seed) for cell in ("esvit", "cmd")]
         source = random_source(configs, seed)
         start = build.networks(configs[0])[1].backbone.state_dict()
-        own = source.backbone.state_dict()
+        own = source.network.backbone.state_dict()
         assert all(torch.equal(own[name], value) for name, value in start.items())
-        assert source.pool is not None  # cmd's: its attention has a zero too
+        assert source.network.pool is not None  # cmd's: its attention has a zero too
 
 
 def test_poolings_that_a_network_lacks_are_left_out_and_the_probe_can_be(judged):

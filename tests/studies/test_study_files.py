@@ -17,7 +17,7 @@ import compare
 from datasets.benchmarks import Splits
 from datasets.folder import LabelledImages
 from engine import build
-from engine.studies import study_evaluation, study_results, study_table
+from engine.studies import study_results, study_table
 from engine.studies.study import ROOT, load
 from engine.studies.study_evaluation import guessing, random_source
 from engine.studies.study_runs import IDENTITY, LOCK, Run, locked, pretrained, run_of
@@ -206,15 +206,11 @@ def test_a_random_row_has_the_branch_of_a_cell_that_has_one(tmp_path):
     text = TINY.replace("  esvit: {", "  lcr: {LOSS.OBJECTIVE: lcr, LCR.CHANNELS: 7}\n  esvit: {")
     study = load(study_file(tmp_path, text))
     source = random_source([study.config(cell) for cell in ("esvit", "cmd", "lcr")], 0)
-    assert source.rationale.channels == 7
-    assert source.pool is not None
-    assert study_evaluation.available(source, ["default", "mil", "lcr"]) == [
-        "default",
-        "mil",
-        "lcr",
-    ]
+    assert source.network.rationale.channels == 7
+    assert source.network.pool is not None
+    assert source.poolings() == ["default", "mean", "mil", "lcr"]
     without = random_source([study.config(cell) for cell in ("esvit", "cmd")], 0)
-    assert study_evaluation.available(without, ["default", "mil", "lcr"]) == ["default", "mil"]
+    assert without.poolings() == ["default", "mean", "mil"]
 
 
 # --- runs -----------------------------------------------------------------------------

@@ -12,8 +12,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.evaluation import encoder
-from engine.evaluation.encoder import Encoder, Source, Weights
+from engine.evaluation.features import Encoder
+from engine.evaluation.source import (
+    NO_KEY,
+    RANDOM,
+    Source,
+    Weights,
+    image_size,
+    load_source,
+    random_like,
+)
+from models.network import Network
 from models.registry import BackboneSpec, build_backbone
 from tests.runs import pretraining, small_config
 from utils import checkpoint, cli, flags
@@ -61,12 +70,13 @@ def cmd_run(tmp_path_factory) -> tuple[Path, dict]:
 def load(path, words: str = "") -> tuple[Source, cli.CommandLine]:
     """The network as the scripts read it from a command line."""
     command = cli.parse("", ["--pretrained_weights", str(path), *words.split()], flags.KNN)
-    return encoder.load(command.cfg.INIT.WEIGHTS, command.cfg, command.typed), command
+    cfg = command.cfg
+    return load_source(cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY, cfg, command.typed), command
 
 
 def features(path, words: str = "", size: int = 32, **how) -> Tensor:
     source, command = load(path, words)
-    return source.encoder(command.cfg, **how)(images(size))
+    return Encoder(source, command.cfg.EVAL.POOLING, **how)(images(size))
 
 
 def refusal(path, words: str) -> str:
@@ -128,7 +138,7 @@ def test_mean_and_mil_take_one_block_and_no_mean_of_patches(cmd_run):
     for pooling in ("mean", "mil"):
         words = f"--pooling {pooling}"
         source, command = load(cmd_run[0], words)
-        network = source.encoder(command.cfg, blocks=2, avgpool_patchtokens=True)
+        network = Encoder(source, command.cfg.EVAL.POOLING, blocks=2, avgpool_patchtokens=True)
         assert (network.blocks, network.avgpool_patchtokens) == (1, False)
         assert network.widths(32) == [48]
         assert torch.equal(network(images()), features(cmd_run[0], words))
@@ -146,9 +156,9 @@ def test_mil_is_refused_where_there_is_no_pooling(tmp_path, objective):
 @pytest.mark.parametrize("pooling", ["default", "mean", "mil"])
 def test_features_are_float32_without_gradient_and_in_eval_mode(cmd_run, pooling):
     source, command = load(cmd_run[0], f"--pooling {pooling}")
-    network = source.encoder(command.cfg)
-    assert not any(module.training for module in network.modules())
-    assert not any(parameter.requires_grad for parameter in network.parameters())
+    network = Encoder(source, command.cfg.EVAL.POOLING)
+    assert not any(module.training for module in source.network.modules())
+    assert not any(parameter.requires_grad for parameter in source.network.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = network(images())
     assert found.dtype == torch.float32
@@ -170,9 +180,8 @@ def test_even_attention_is_the_mean(tmp_path, precision):
 
 
 def encoder_of(network, spec: BackboneSpec, **how) -> Encoder:
-    return Encoder(
-        Weights("here", "0", "teacher", spec.arch, spec.to_dict()), network, None, None, **how
-    )
+    weights = Weights("here", "0", "teacher", spec.arch, spec.to_dict())
+    return Encoder(Source(weights, Network(network)), **how)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +298,7 @@ def test_a_real_architecture_may_be_named_over_another_of_its_shape(tmp_path):
     for arch in ("deit_small", "vit_small"):
         source, _ = load(tmp_path / "vit.pth", f"--arch {arch}")
         assert source.weights.arch == arch
-        assert source.backbone.blocks[0].attn.num_heads == 6
+        assert source.network.backbone.blocks[0].attn.num_heads == 6
     message = refusal(tmp_path / "vit.pth", "--arch vit_base")
     assert "cls_token is [1, 1, 384] in the file, [1, 1, 768] here" in message
 
@@ -306,7 +315,7 @@ def test_heads_that_no_shape_tells_can_be_typed(tmp_path):
 def test_a_window_is_read_off_the_file_and_another_is_refused(tmp_path):
     state = backbone(BackboneSpec("swin_tiny", 16, (1, 1, 2, 1), (1, 2, 4, 8), 14)).state_dict()
     torch.save(state, tmp_path / "swin.pth")
-    assert load(tmp_path / "swin.pth")[0].backbone.window_size == 14
+    assert load(tmp_path / "swin.pth")[0].network.backbone.window_size == 14
     assert torch.equal(
         features(tmp_path / "swin.pth", "MODEL.WINDOW_SIZE 14", 64),
         features(tmp_path / "swin.pth", "", 64),
@@ -336,7 +345,7 @@ def test_options_that_do_not_fit_the_weights_are_told(cmd_run, words, expected):
 def test_options_that_repeat_the_checkpoint_change_nothing(cmd_run, words):
     source, _ = load(cmd_run[0], words)
     assert source.weights == load(cmd_run[0])[0].weights
-    assert source.pool is not None
+    assert source.network.pool is not None
     torch.testing.assert_close(
         features(cmd_run[0], f"{words} --pooling mil"), features(cmd_run[0], "--pooling mil")
     )
@@ -376,23 +385,23 @@ def test_an_option_of_another_family_changes_nothing(cmd_run):
 def test_the_size_is_evals_else_the_runs(tmp_path, run, words, expected):
     save_run(tmp_path / "run.pth", **run)
     source, command = load(tmp_path / "run.pth", words)
-    assert encoder.image_size(source, command.cfg) == expected
+    assert image_size(source, command.cfg.EVAL.SIZE) == expected
 
 
 def test_the_size_of_a_foreign_file_is_224(tmp_path):
     torch.save(backbone(VIT).state_dict(), tmp_path / "vit.pth")
     source, command = load(tmp_path / "vit.pth")
-    assert encoder.image_size(source, command.cfg) == 224
+    assert image_size(source, command.cfg.EVAL.SIZE) == 224
 
 
 @pytest.mark.parametrize(("size", "fits"), [(24, True), (30, False)])
 def test_the_size_must_be_a_multiple_of_the_patch(cmd_run, size, fits):
     source, command = load(cmd_run[0], f"--size {size}")
     if fits:
-        assert encoder.image_size(source, command.cfg) == size
+        assert image_size(source, command.cfg.EVAL.SIZE) == size
         return
     with pytest.raises(InputError) as caught:
-        encoder.image_size(source, command.cfg)
+        image_size(source, command.cfg.EVAL.SIZE)
     assert str(caught.value) == (
         "EVAL.SIZE 30 is not a multiple of 8 pixels, the patch size of vit_small."
     )
@@ -405,44 +414,44 @@ def test_the_size_must_be_a_multiple_of_the_patch(cmd_run, size, fits):
 def test_a_random_network_has_the_shape_of_its_source(tmp_path, options):
     save_run(tmp_path / "run.pth", **options)
     source, command = load(tmp_path / "run.pth", "--pooling mil")
-    random = encoder.random_like(source, command.cfg)
-    for name in ("backbone", "region_head", "pool"):
-        own, other = (getattr(s, name).state_dict() for s in (source, random))
+    random = random_like(source, command.cfg.SEED)
+    for name in ("backbone", "head_dense", "pool"):
+        own, other = (getattr(s.network, name).state_dict() for s in (source, random))
         # The number of prototypes does not reach a feature.
         shapes = [
             {k: v.shape for k, v in state.items() if not k.startswith(("prototypes", "last_layer"))}
             for state in (own, other)
         ]
         assert shapes[0] == shapes[1], name
-    found = random.encoder(command.cfg)(images())
+    found = Encoder(random, command.cfg.EVAL.POOLING)(images())
     assert found.shape == (2, 48)
-    assert not torch.allclose(found, source.encoder(command.cfg)(images()), atol=1e-3)
+    assert not torch.allclose(found, Encoder(source, command.cfg.EVAL.POOLING)(images()), atol=1e-3)
 
 
 def test_a_random_network_is_its_seeds(cmd_run):
     def random(seed: int, pooling: str = "default") -> tuple[Source, Tensor]:
         source, command = load(cmd_run[0], f"--seed {seed} --pooling {pooling}")
         before = torch.get_rng_state()
-        made = encoder.random_like(source, command.cfg)
+        made = random_like(source, command.cfg.SEED)
         assert torch.equal(torch.get_rng_state(), before)
-        return made, made.encoder(command.cfg)(images())
+        return made, Encoder(made, command.cfg.EVAL.POOLING)(images())
 
     first, found = random(1)
     assert torch.equal(found, random(1)[1])
     assert torch.equal(random(1, "mil")[1], random(1, "mil")[1])
     assert not torch.allclose(found, random(2)[1], atol=1e-3)
     weights = first.weights
-    assert (weights.path, weights.sha256, weights.key) == (encoder.RANDOM, "seed 1", "none")
+    assert (weights.path, weights.sha256, weights.key) == (RANDOM, "seed 1", "none")
     assert weights.epoch == 0
 
 
 def test_a_random_network_lacks_a_pooling_where_its_source_does(tmp_path):
     torch.save(backbone(VIT).state_dict(), tmp_path / "vit.pth")
     source, command = load(tmp_path / "vit.pth", "--pooling mil")
-    random = encoder.random_like(source, command.cfg)
-    assert random.pool is None
+    random = random_like(source, command.cfg.SEED)
+    assert random.network.pool is None
     with pytest.raises(InputError, match=r"mil needs"):
-        random.encoder(command.cfg)
+        Encoder(random, command.cfg.EVAL.POOLING)
 
 
 # What kept features are compared by
@@ -472,7 +481,7 @@ def test_a_random_networks_mil_features_depend_on_its_heads_too(cmd_run, tmp_pat
     save_run(tmp_path / "wide.pth", HEAD__HIDDEN_DIM=64)
     for pooling, same in (("mil", False), ("mean", True)):
         found = [
-            encoder.random_like(source, command.cfg).identity(pooling)
+            random_like(source, command.cfg.SEED).identity(pooling)
             for source, command in map(load, (cmd_run[0], tmp_path / "wide.pth"))
         ]
         assert (found[0] == found[1]) is same
@@ -488,7 +497,7 @@ def test_a_file_of_one_network_has_no_key_but_may_be_asked_for_one(cmd_run, tmp_
     assert "it has: ema, notes" in refusal(one, "")
     plain = tmp_path / "plain.pth"
     torch.save(backbone(VIT).state_dict(), plain)
-    assert load(plain, "--checkpoint_key student")[0].weights.key == encoder.NO_KEY
+    assert load(plain, "--checkpoint_key student")[0].weights.key == NO_KEY
 
 
 def test_a_folder_is_no_checkpoint_but_may_hold_one(cmd_run):

@@ -1,0 +1,251 @@
+"""Where figures come from: a whole network, and a record of whose weights it has."""
+
+import os
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine import build
+from models import registry
+from models.network import HeadSpec, Network
+from models.pretrained import WeightsFile, load_strictly
+from models.registry import ARCHITECTURES, BackboneSpec, build_backbone, resolve
+from utils import checkpoint, config, seeding
+from utils.config import Node
+from utils.errors import InputError
+from utils.logging import logger
+from utils.options import CONTRASTIVE
+from utils.seeding import derive_seed
+
+RANDOM = "random initialisation"
+NO_KEY = "none"  # of a file that holds one network alone
+# MODEL.* options that a user may type over what a checkpoint says, and the spec's names.
+_SPEC_OPTIONS = {
+    "MODEL.EMBED_DIM": "embed_dim",
+    "MODEL.DEPTHS": "depths",
+    "MODEL.NUM_HEADS": "num_heads",
+    "MODEL.WINDOW_SIZE": "window_size",
+    "MODEL.PATCH_SIZE": "patch_size",
+    "MODEL.IMG_SIZE": "img_size",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a network's weights come from; written beside every figure.
+
+    sha256: of the file, or the seed of a random initialisation. epoch: epochs it was trained
+    for, where known. run_config: the options of the run that made it, if it is ours; of a random
+    initialisation, those of the network that it is the zero of. image_size: pixels, where the
+    file says them beside its weights (see export.py); else 0.
+    """
+
+    path: str
+    sha256: str
+    key: str
+    arch: str
+    backbone: dict
+    epoch: int | None = None
+    run_config: dict | None = None
+    image_size: int = 0
+
+    @property
+    def is_random(self) -> bool:
+        return self.path == RANDOM
+
+
+@dataclass(frozen=True)
+class Source:
+    """A frozen network, in eval mode, and where its weights come from.
+
+    A file that is not a checkpoint of ours gives a network without heads. weights: None for a
+    network in memory, whose features cannot be kept.
+    """
+
+    weights: Weights | None
+    network: Network
+
+    def poolings(self) -> list[str]:
+        """The values of EVAL.POOLING that this network can do."""
+        has = {
+            "default": True,
+            "mean": True,
+            "mil": self.network.pool is not None,
+            "lcr": self.network.rationale is not None,
+        }
+        return [pooling for pooling in has if has[pooling]]
+
+    def shape(self, pooling: str) -> dict[str, str]:
+        """All but the weights that decides the features of this pooling."""
+        network = self.network
+        shape = {
+            "backbone": repr(registry.identity(BackboneSpec.from_dict(self.weights.backbone))),
+            "pooling": pooling,
+        }
+        if pooling == "mil" and network.head_spec is not None:
+            # Prototypes have no part in a feature.
+            shape["heads"] = repr(replace(network.head_spec, out_dim=0))
+        if pooling == "lcr" and network.rationale is not None:
+            shape["channels"] = str(network.rationale.channels)
+        return shape
+
+    def identity(self, pooling: str) -> dict[str, str]:
+        """All of the network that decides its features, to compare kept features by."""
+        return {
+            "weights": self.weights.sha256,
+            "checkpoint_key": self.weights.key,
+            **self.shape(pooling),
+        }
+
+
+def load_source(
+    path: str | Path,
+    key: str = "teacher",
+    cfg: Node | None = None,
+    typed: Collection[str] = (),
+) -> Source:
+    """The network at `path`; key: "teacher", "student", or another name in the file.
+
+    Its architecture is what the checkpoint records or its shapes show, but for the MODEL.*
+    options of `cfg` that are in `typed`. Raises InputError for what cannot be read or does not
+    fit.
+    """
+    stamp = _stamp(path)
+    file = WeightsFile.read(path, key)
+    spec = _chosen_spec(file.spec, cfg, typed) if typed else file.spec
+    own = file.contents if checkpoint.is_own(file.contents) else {}
+    weights = Weights(
+        path=str(path),
+        sha256=checkpoint.sha256(path),
+        key=file.key if file.key in file.contents else NO_KEY,
+        arch=spec.arch,
+        backbone=spec.to_dict(),
+        epoch=own.get("epoch"),
+        run_config=own.get("config"),
+        image_size=int(file.metadata.get("image_size", 0)),
+    )
+    if _stamp(path) != stamp:
+        raise InputError(f"{path} has changed while it was read: is a run writing it? Try again.")
+    objective = config.from_dict(own["config"], str(path)).LOSS.OBJECTIVE if own else ""
+    if objective in CONTRASTIVE and file.key == "teacher":
+        logger.info(
+            f"{path}: this is the teacher, the key encoder; MoCo and LCR evaluate the query "
+            f"encoder (--checkpoint_key student)"
+        )
+    if own and registry.identity(spec) == registry.identity(file.spec):
+        return _frozen(weights, _stored_network(own, file.key, path))
+    try:
+        return _frozen(weights, Network(replace(file, spec=spec).backbone()))
+    except InputError as error:
+        if spec == file.spec:
+            raise
+        raise InputError(
+            f"{error} By itself the file shows {file.spec.arch}: without --arch and MODEL.* "
+            f"options that is taken."
+        ) from None
+
+
+def _stored_network(state: dict, key: str, path: str | Path) -> Network:
+    """A network of a checkpoint of ours: "teacher" or "student"."""
+    described = state["model"]
+    network = Network(
+        build_backbone(BackboneSpec.from_dict(described["backbone"])),
+        HeadSpec(**described["heads"]),
+        described["region_head"],
+        # The student's pooling is in the teacher's state too.
+        described["pooling"],
+        described.get("rationale", 0),  # earlier versions had none
+    )
+    load_strictly(network, state[key], f"{path} ({key})")
+    return network
+
+
+def random_like(source: Source, seed: int) -> Source:
+    """A freshly initialised network of the same shape, from a seed: the zero of every figure."""
+    network = source.network
+    drawn = _drawn(
+        BackboneSpec.from_dict(source.weights.backbone),
+        network.head_spec,
+        network.head_dense is not None,
+        network.pool is not None,
+        network.rationale.channels if network.rationale is not None else 0,
+        seed,
+    )
+    weights = replace(source.weights, path=RANDOM, sha256=f"seed {seed}", key=NO_KEY, epoch=0)
+    return _frozen(weights, drawn)
+
+
+def random_from_options(cfg: Node, seed: int) -> Source:
+    """A freshly initialised network of the shape that a run of these options has."""
+    goal, spec = build.objective(cfg), build.backbone_spec(cfg)
+    channels = cfg.LCR.CHANNELS if goal.needs_rationale else 0
+    drawn = _drawn(
+        spec, build.head_spec(cfg), goal.needs_region_head, goal.needs_pooling, channels, seed
+    )
+    tree = config.to_dict(cfg)
+    weights = Weights(RANDOM, f"seed {seed}", NO_KEY, spec.arch, spec.to_dict(), 0, tree)
+    return _frozen(weights, drawn)
+
+
+def _drawn(
+    spec: BackboneSpec,
+    heads: HeadSpec | None,
+    region_head: bool,
+    pooling: bool,
+    rationale: int,
+    seed: int,
+) -> Network:
+    """A network initialised as a run with SEED `seed` would, but for the prototypes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, seeding.INITIALISATION))
+        # Prototypes have no part in a feature: the fewest.
+        heads = heads and replace(heads, out_dim=2)
+        return Network(build_backbone(spec), heads, region_head, pooling, rationale)
+
+
+def _frozen(weights: Weights, network: Network) -> Source:
+    return Source(weights, network.eval().requires_grad_(False))
+
+
+def _stamp(path: str | Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _chosen_spec(known: BackboneSpec, cfg: Node, typed: Collection[str]) -> BackboneSpec:
+    """What the checkpoint says, with the user's MODEL.* options laid over it."""
+    wanted = build.backbone_spec(cfg)
+    spec = known
+    if "MODEL.ARCH" in typed and wanted.arch != known.arch:
+        # Another architecture: its own figures, not the checkpoint's.
+        resolve(wanted)
+        same_family = ARCHITECTURES[wanted.arch]["family"] == ARCHITECTURES[known.arch]["family"]
+        spec = replace(known, embed_dim=0, depths=(), num_heads=()) if same_family else wanted
+        spec = replace(spec, arch=wanted.arch)
+    overrides = {name: asdict(wanted)[name] for key, name in _SPEC_OPTIONS.items() if key in typed}
+    return replace(spec, **overrides)
+
+
+def image_size(source: Source, size: int = 0) -> int:
+    """Pixels of the centre crop: EVAL.SIZE (`size`), else as in the source's own run, else 224.
+
+    A run of ours has its own EVAL.SIZE or, by default, its global crops; an export of ours says
+    that too. Raises InputError where the backbone cannot take it.
+    """
+    weights, patch_size = source.weights, source.network.backbone.patch_size
+    size = size or weights.image_size
+    if not size and weights.run_config is not None:
+        size = build.eval_size(config.from_dict(weights.run_config, weights.path))
+    size = size or 224
+    if size % patch_size:
+        raise InputError(
+            f"EVAL.SIZE {size} is not a multiple of {patch_size} pixels, the patch size of "
+            f"{weights.arch}."
+        )
+    return size
