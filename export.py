@@ -17,7 +17,6 @@ import json
 from pathlib import Path
 
 from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD
-from engine import build
 from models import export
 from models.pretrained import SPEC_IN_METADATA, WeightsFile
 from utils import checkpoint, config
@@ -108,7 +107,7 @@ def describe_source(file: WeightsFile) -> dict[str, str]:
     if file.key in file.contents:
         facts["source_key"] = file.key
     if checkpoint.is_own(file.contents):
-        size = build.eval_size(config.from_dict(file.contents["config"], str(file.path)))
+        size = config.eval_size(config.from_dict(file.contents["config"], str(file.path)))
         facts["image_size"] = str(size)
     for name in ("epoch", "step"):
         if isinstance(file.contents.get(name), int):

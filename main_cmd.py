@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
-from datasets.fine_grained import build_dataset
-from datasets.loader import StepSampler, build_loader, steps_per_epoch
+from datasets.feed import step_sampler
+from datasets.fine_grained import build_dataset, prepare
+from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
 from engine.evaluation.evaluation import join
 from engine.evaluation.features import gallery_and_queries
@@ -28,6 +29,7 @@ from utils import checkpoint, cli, config, distributed
 from utils.errors import InputError, run_script
 from utils.files import make_folder
 from utils.logging import logger
+from utils.precision import precision_of
 from utils.signals import StopSignals
 
 
@@ -49,15 +51,14 @@ def pretrain(signals: StopSignals) -> None:
     # Processes and device.
     world = join(command)
     set_deterministic(cfg)
-    build.precision(cfg, world.device)  # refuses what the device lacks, before any work
+    precision_of(cfg, world.device)  # refuses what the device lacks, before any work
     if command.check:
         preflight.run(cfg, world)
         distributed.stop()
         return
 
     # Data: the images, shuffled every epoch.
-    build.download(cfg)
-    build.index_shards(cfg)
+    prepare(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.DOWNLOAD)
     dataset = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, partial=cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     images_per_step = batch * world.size * accumulation
@@ -84,7 +85,7 @@ def pretrain(signals: StopSignals) -> None:
         student,
         teacher,
         epoch_steps,
-        held_out=gallery_and_queries(*knn_folders, build.eval_size(cfg)) if knn_folders else (),
+        held_out=gallery_and_queries(*knn_folders, config.eval_size(cfg)) if knn_folders else (),
         bad_images=BadImages(len(dataset), cfg.DATA.MAX_BAD),
     )
 
@@ -107,16 +108,15 @@ def pretrain(signals: StopSignals) -> None:
 
     # The way from images to crops, of which a part may be done here once and for all.
     feed = build.feed(cfg, dataset, world)
-    run.make_crops = feed.crops
     run.bad_images.recall(folder)
     run.bad_images.note(feed.bad)
     run.bad_images.exchange(folder)
-    workers = build.loader_workers(cfg)
+    workers = usable_workers(cfg.DATA.WORKERS)
 
     logger.info(
         f"{len(dataset)} images in {cfg.DATA.PATH}; "
         f"processes {world.size} on {world.device.type}, {run.precision}\n"
-        f"{feed.told} (loader processes {workers} x {world.size})\n"
+        f"{feed.description} (loader processes {workers} x {world.size})\n"
         f"{cfg.MODEL.ARCH}: backbone {count_parameters(student.backbone) / 1e6:.2f} M parameters, "
         f"student in all {count_parameters(student) / 1e6:.2f} M; "
         f"objective {run.objective.name}\n"
@@ -127,21 +127,11 @@ def pretrain(signals: StopSignals) -> None:
         f"peak lr {scaled_lr(cfg, images_per_step):.3g}"
     )
 
-    sampler = StepSampler(
-        len(dataset),
-        batch,
-        world.rank,
-        world.size,
-        accumulation,
-        cfg.SEED,
-        run.step,
-        run.total_steps,
-        build.shard_order(cfg, dataset, world.size),
-    )
-    loader = build_loader(feed.dataset, sampler, workers, pin_memory=world.device.type == "cuda")
+    steps = (run.step, run.total_steps)
+    sampler = step_sampler(dataset, batch, accumulation, world, cfg.SEED, *steps)
     signals.defer()
     with explain_refusal():
-        train(run, loader, folder, signals)
+        train(run, feed.batches(sampler, workers), folder, signals)
     logger.info(f"done: {folder}")
     distributed.stop()
 

@@ -27,7 +27,7 @@ from engine.pictures import report
 from models.mil import GatedAttentionPool
 from models.network import Network
 from models.pretrained import count_parameters
-from utils import checkpoint, config, distributed
+from utils import checkpoint, config, distributed, seeding
 from utils.cli import Parser
 from utils.errors import InputError, run_script
 
@@ -154,8 +154,9 @@ def untrained_network(cfg: config.Node, teacher: Network, kind: str) -> Network:
         network.rationale = build.networks(cfg)[0].rationale
         return network
     heads = network.head_spec
+    seed = seeding.derive_seed(cfg.SEED, seeding.UNTRAINED_POOLING)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(build.untrained_pooling_seed(cfg))
+        torch.default_generator.manual_seed(seed)
         network.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden)
     return network
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from benchmarks import common, own_step
 from benchmarks.turns import synchronize
+from datasets.feed import step_sampler
 from datasets.fine_grained import build_dataset
 from datasets.folder import capped_size
-from datasets.loader import Batch, StepSampler, build_loader
+from datasets.loader import Batch, usable_workers
 from datasets.shards import write_shards
 from engine import build
 from utils.distributed import World
@@ -108,11 +109,11 @@ class Feeding:
         self.cfg = own_step.options(settings | {"options": options})
         self.world = World(0, 1, torch.device(settings["device"]))
         self.images = build_dataset(self.cfg.DATA.DATASET, path)
-        self.workers = build.loader_workers(self.cfg)
+        self.workers = usable_workers(self.cfg.DATA.WORKERS)
         began = time.perf_counter()
         self.feed = build.feed(self.cfg, self.images, self.world)
         synchronize(settings["device"])
-        self.figures = {"how": self.feed.told, "loader_processes": self.workers}
+        self.figures = {"how": self.feed.description, "loader_processes": self.workers}
         if self.cfg.DATA.CACHE != "none":
             self.figures |= {
                 "fill_seconds": time.perf_counter() - began,
@@ -126,21 +127,20 @@ class Feeding:
         return sum(3 * height * width for height, width in reduced)
 
     def batches(self) -> Iterator[Batch]:
-        """From the run's first step on; its loader ends when nothing holds the iterator."""
+        """Crops on the device, from the run's first step on.
+
+        The loader ends when nothing holds the iterator.
+        """
         train, world = self.cfg.TRAIN, self.world
-        sampler = StepSampler(
-            len(self.images), train.BATCH_SIZE_PER_GPU, world.rank, world.size, train.ACCUM_STEPS,
-            self.cfg.SEED, 0, STEPS, build.shard_order(self.cfg, self.images, world.size),
-        )  # fmt: skip
-        on_gpu = world.device.type == "cuda"
-        return iter(build_loader(self.feed.dataset, sampler, self.workers, pin_memory=on_gpu))
+        batch, accumulation = train.BATCH_SIZE_PER_GPU, train.ACCUM_STEPS
+        sampler = step_sampler(self.images, batch, accumulation, world, self.cfg.SEED, 0, STEPS)
+        return self.feed.batches(sampler, self.workers)
 
     def take_crops(self, batches: Iterator[Batch]) -> None:
-        """The next batch, as crops on the device, used for nothing."""
+        """The next batch, used for nothing."""
         batch = next(batches)
         if batch.bad:
             raise InputError(str(batch.bad[0]))
-        self.feed.crops(batch, self.world.device)
 
 
 # Windows

@@ -56,7 +56,7 @@ def drawn_batches(run: Pretraining) -> Iterator[Batch]:
     batch = run.cfg.TRAIN.BATCH_SIZE_PER_GPU
     crops = [
         torch.randn(batch, 3, size, size, generator=generator).to(run.world.device)
-        for size in build.multicrop(run.cfg).sizes
+        for size in build.augmentation(run.cfg).sizes
     ]
     return itertools.repeat(Batch(crops, torch.arange(batch), []))
 

@@ -22,7 +22,6 @@ from benchmarks.feeding import (
     whole_bursts,
     window,
 )
-from engine import build
 from engine.training.step import Pretraining
 from utils.errors import run_script
 
@@ -67,7 +66,6 @@ def turn(run: Pretraining, feeding: Feeding | None, args: argparse.Namespace) ->
     run.step = 0  # the schedules end, and every window may train the same steps
     workers = feeding.workers if feeding else 1
     warm_up, counted = (whole_bursts(steps, workers) for steps in (args.warm_up, args.steps))
-    run.make_crops = feeding.feed.crops if feeding else build.loaded_crops
     batches = feeding.batches() if feeding else own_step.drawn_batches(run)
     seconds, _ = window(lambda: run.train_step(batches), warm_up, counted)
     return counted * run.images_per_step / seconds

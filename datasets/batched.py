@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from datasets.multicrop import GLOBAL_CROPS, IMAGENET_MEAN, IMAGENET_STD, MultiCrop
+from datasets.multicrop import GLOBAL_CROPS, IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from utils.seeding import derive_seed
 
 RATIO = (3 / 4, 4 / 3)
@@ -102,40 +102,22 @@ class CropParameters:
 
 
 class BatchedMultiCrop:
-    """`MultiCrop` for a batch at once; the arguments and `sizes` are those of `MultiCrop`."""
+    """`MultiCrop` for a batch at once."""
 
-    def __init__(
-        self,
-        global_crops_size: int = 224,
-        global_crops_scale: Sequence[float] = (0.4, 1.0),
-        local_crops_number: Sequence[int] = (8,),
-        local_crops_size: Sequence[int] = (96,),
-        local_crops_scale: Sequence[float] = (0.05, 0.4),
-        color_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
-        color_jitter_prob: float = 0.8,
-        grey_prob: float = 0.2,
-        flip_prob: float = 0.5,
-        solarise_prob: float = 0.2,
-        blur_prob: Sequence[float] = (1.0, 0.1, 0.5),
-    ) -> None:
-        per_image = MultiCrop(
-            global_crops_size, global_crops_scale, local_crops_number, local_crops_size
-        )
-        self.sizes = per_image.sizes
-        groups = enumerate((GLOBAL_CROPS, *local_crops_number))
-        # (group, number in the group) of every crop, as MultiCrop seeds them.
-        self._places = [(group, i) for group, number in groups for i in range(number)]
+    def __init__(self, settings: Augmentation) -> None:
+        self.sizes, self._places = settings.sizes, settings.places
 
         def per_view(first, second, local) -> np.ndarray:
             views_of_local = len(self.sizes) - GLOBAL_CROPS
             return np.array([first, second] + [local] * views_of_local, dtype=np.float64)
 
-        self._scale = per_view(global_crops_scale, global_crops_scale, local_crops_scale)
-        self._blur_prob = per_view(*blur_prob)
-        self._solarise_prob = per_view(0.0, solarise_prob, 0.0)
-        self._flip_prob, self._grey_prob = flip_prob, grey_prob
-        self._jitter_prob = color_jitter_prob
-        jitter = v2.ColorJitter(*color_jitter)
+        scales = (settings.global_crops_scale, settings.local_crops_scale)
+        self._scale = per_view(scales[0], *scales)
+        self._blur_prob = per_view(*settings.blur_prob)
+        self._solarise_prob = per_view(0.0, settings.solarise_prob, 0.0)
+        self._flip_prob, self._grey_prob = settings.flip_prob, settings.grey_prob
+        self._jitter_prob = settings.color_jitter_prob
+        jitter = v2.ColorJitter(*settings.color_jitter)
         # ColorJitter has None for a range that changes nothing.
         self._strengths = np.array(
             [part or (1, 1) for part in (jitter.brightness, jitter.contrast, jitter.saturation)]

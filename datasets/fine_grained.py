@@ -12,6 +12,7 @@ from datasets import parsers
 from datasets.benchmarks import Benchmark, Counts, Splits, folder_splits
 from datasets.folder import ImageFolder, LabelledImages
 from datasets.shards import ImageShards
+from utils import distributed
 from utils.errors import InputError
 
 _DOWNLOAD = "DATA.DOWNLOAD true downloads it"
@@ -135,6 +136,17 @@ def download(name: str, root: str | Path) -> None:
     source = _registered(name)
     if isinstance(source, Benchmark):
         source.download(name, root)
+
+
+def prepare(name: str, root: str | Path, fetch: bool = False) -> None:
+    """Download a benchmark if `fetch` says so, and index shards that have no index.
+
+    All processes together: the first one works, the others wait. Raises `InputError` on all.
+    """
+    if fetch:
+        distributed.on_main(lambda: download(name, root))
+    if distributed.size() > 1 and DATASETS.get(name) is ImageShards:
+        distributed.on_main(lambda: ImageShards(root))
 
 
 def _registered(name: str) -> Benchmark | type[ImageFolder] | type[ImageShards]:

@@ -1,5 +1,6 @@
 """Which images each process sees at each step, and the loader that brings them or their crops."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -295,6 +296,13 @@ def collate(samples: list[tuple[Any, int] | BadImage]) -> Batch:
     draws = torch.stack([image.draws for image in images])
     padded = Padded(*pad([image.pixels for image in images]), draws)
     return Batch(padded, torch.tensor(indices), bad)
+
+
+def usable_workers(wanted: int) -> int:
+    """Loader processes: `wanted`, at most the cores at hand, as more would only cost memory."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(wanted, len(os.sched_getaffinity(0)))
+    return min(wanted, os.cpu_count() or 1)
 
 
 def build_loader(

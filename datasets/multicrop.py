@@ -1,6 +1,7 @@
 """Multi-crop augmentation (SwAV; DINO, arXiv:2104.14294; EsViT, arXiv:2106.09785)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageFilter
@@ -85,8 +86,9 @@ class RandomCrop:
             return _seeded(self._augment, image, seed)
 
 
-class MultiCrop:
-    """Two global crops and several local crops of one image, augmented as in DINO.
+@dataclass(frozen=True)
+class Augmentation:
+    """Sizes and probabilities of the multi-crop augmentation; the defaults are DINO's.
 
     `local_crops_number` and `local_crops_size` have one entry per local size, so (4, 4)
     and (96, 64) give four crops of 96 and then four of 64 pixels; () or (0,) gives none.
@@ -94,25 +96,47 @@ class MultiCrop:
     saturation, hue). `blur_prob` is for (first global, second global, local) crops;
     `solarise_prob` for the second global crop only.
 
-    `sizes` lists the side of every crop in the order in which they come. Raises
-    `InputError` if the two local sequences differ in length or hold impossible values.
+    Raises `InputError` if the two local sequences differ in length or hold impossible values.
     """
 
-    def __init__(
-        self,
-        global_crops_size: int = 224,
-        global_crops_scale: Sequence[float] = (0.4, 1.0),
-        local_crops_number: Sequence[int] = (8,),
-        local_crops_size: Sequence[int] = (96,),
-        local_crops_scale: Sequence[float] = (0.05, 0.4),
-        color_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
-        color_jitter_prob: float = 0.8,
-        grey_prob: float = 0.2,
-        flip_prob: float = 0.5,
-        solarise_prob: float = 0.2,
-        blur_prob: Sequence[float] = (1.0, 0.1, 0.5),
-    ) -> None:
-        _check_local_crops(local_crops_number, local_crops_size)
+    global_crops_size: int = 224
+    global_crops_scale: Sequence[float] = (0.4, 1.0)
+    local_crops_number: Sequence[int] = (8,)
+    local_crops_size: Sequence[int] = (96,)
+    local_crops_scale: Sequence[float] = (0.05, 0.4)
+    color_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1)
+    color_jitter_prob: float = 0.8
+    grey_prob: float = 0.2
+    flip_prob: float = 0.5
+    solarise_prob: float = 0.2
+    blur_prob: Sequence[float] = (1.0, 0.1, 0.5)
+
+    def __post_init__(self) -> None:
+        _check_local_crops(self.local_crops_number, self.local_crops_size)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The side of every crop in pixels, in the order in which they come."""
+        sizes = [self.global_crops_size] * GLOBAL_CROPS
+        for number, size in zip(self.local_crops_number, self.local_crops_size, strict=True):
+            sizes += [size] * number
+        return sizes
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(group, number in the group) of every crop, which seeds it.
+
+        The global crops are group 0, each local size is a group.
+        """
+        groups = enumerate((GLOBAL_CROPS, *self.local_crops_number))
+        return [(group, i) for group, number in groups for i in range(number)]
+
+
+class MultiCrop:
+    """Two global crops and several local crops of one image, augmented as in DINO."""
+
+    def __init__(self, settings: Augmentation) -> None:
+        jitter = v2.ColorJitter(*settings.color_jitter)
 
         def crop(
             size: int, scale: Sequence[float], blur: float, solarise: float = 0.0
@@ -122,28 +146,24 @@ class MultiCrop:
                     v2.RandomResizedCrop(
                         size, scale=tuple(scale), interpolation=InterpolationMode.BICUBIC
                     ),
-                    v2.RandomHorizontalFlip(flip_prob),
-                    v2.RandomApply([v2.ColorJitter(*color_jitter)], color_jitter_prob),
-                    v2.RandomGrayscale(grey_prob),
+                    v2.RandomHorizontalFlip(settings.flip_prob),
+                    v2.RandomApply([jitter], settings.color_jitter_prob),
+                    v2.RandomGrayscale(settings.grey_prob),
                     v2.RandomApply([GaussianBlur()], blur),
                     v2.RandomSolarize(threshold=128, p=solarise),
                     *_to_normalised_tensor(),
                 ]
             )
 
-        blur_first, blur_second, blur_local = blur_prob
-        self.sizes = [global_crops_size] * GLOBAL_CROPS
-        # ((group, number in the group), augmentation): the global crops are group 0, each
-        # local size is a group.
-        self._crops = [
-            ((0, 0), crop(global_crops_size, global_crops_scale, blur_first)),
-            ((0, 1), crop(global_crops_size, global_crops_scale, blur_second, solarise_prob)),
+        blur_first, blur_second, blur_local = settings.blur_prob
+        size, scale = settings.global_crops_size, settings.global_crops_scale
+        crops = [
+            crop(size, scale, blur_first),
+            crop(size, scale, blur_second, settings.solarise_prob),
         ]
-        local_groups = zip(local_crops_number, local_crops_size, strict=True)
-        for group, (number, size) in enumerate(local_groups, start=1):
-            local_crop = crop(size, local_crops_scale, blur_local)
-            self.sizes += [size] * number
-            self._crops += [((group, i), local_crop) for i in range(number)]
+        for size in settings.sizes[GLOBAL_CROPS:]:
+            crops.append(crop(size, settings.local_crops_scale, blur_local))
+        self._crops = list(zip(settings.places, crops, strict=True))
 
     def __call__(self, image: Image.Image, seed: int) -> list[Tensor]:
         """PIL RGB image -> float32 [3, S, S] per crop: the two global crops, then the local ones.

@@ -1,31 +1,23 @@
 """From options to objects: the one place where configuration meets constructors."""
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
-from datasets import fine_grained
-from datasets.batched import BatchedMultiCrop
-from datasets.cache import DecodedImages, channels_first
-from datasets.folder import BadImage, StoredImages
-from datasets.loader import AugmentedDataset, Batch, DecodedDataset, Draws
-from datasets.multicrop import MultiCrop
-from datasets.shards import ImageShards, ShardOrder
-from datasets.substitutes import FullBatches, full
+from datasets.feed import Feed, build_feed
+from datasets.folder import StoredImages
+from datasets.loader import usable_workers
+from datasets.multicrop import Augmentation
 from losses.contrastive import KeyQueue
 from losses.objective import Contrastive, Objective
 from losses.targets import Centres
 from models.grouped_norm import group_batch_norm
 from models.network import HeadSpec, Network, make_teacher
 from models.registry import BackboneSpec, build_backbone, resolve
-from utils import config, distributed, seeding
-from utils.config import Node, crops_on_device, local_crops
+from utils import seeding
+from utils.config import Node, crops_on_device, eval_size, local_crops
 from utils.distributed import World
 from utils.errors import InputError
-from utils.logging import logger
 from utils.options import CONTRASTIVE
 from utils.seeding import derive_seed
 
@@ -87,10 +79,10 @@ def carried(cfg: Node, goal: Objective | Contrastive) -> Centres | KeyQueue:
     return goal.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM)
 
 
-def multicrop(cfg: Node, kind: Callable = MultiCrop) -> MultiCrop | BatchedMultiCrop:
-    """AUG.* as the augmentation: of one image (MultiCrop) or of a batch (BatchedMultiCrop)."""
+def augmentation(cfg: Node) -> Augmentation:
+    """AUG.* as the settings of the multi-crop augmentation."""
     crops = local_crops(cfg)
-    return kind(
+    return Augmentation(
         global_crops_size=cfg.AUG.GLOBAL_CROPS_SIZE,
         global_crops_scale=cfg.AUG.GLOBAL_CROPS_SCALE,
         local_crops_number=[number for number, _ in crops],
@@ -104,66 +96,18 @@ def multicrop(cfg: Node, kind: Callable = MultiCrop) -> MultiCrop | BatchedMulti
     )
 
 
-MakeCrops = Callable[[Batch, torch.device], list[Tensor]]  # the crops, on the device
-
-
-def loaded_crops(batch: Batch, device: torch.device) -> list[Tensor]:
-    """The crops of a batch whose crops were made by the loader."""
-    return [crop.to(device, non_blocking=True) for crop in full(batch).data]
-
-
-@dataclass(frozen=True)
-class Feed:
-    """How images become crops.
-
-    dataset: what a loader reads, whole batches by their keys (epoch, index); crops: makes the
-    crops of what the loader brings, InputError where it found no image to fill a batch; told:
-    all that in words; bad: what cannot be read, as far as that is known already: folders that
-    cannot be listed, and of images to be kept the unreadable ones.
-    """
-
-    dataset: FullBatches
-    crops: MakeCrops
-    told: str
-    bad: Sequence[BadImage] = ()
-
-
 def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
-    """DATA.CACHE, DATA.CROPS and AUG.* as the way of the images; kept images are decoded here.
-
-    Raises InputError on all processes where they cannot be.
-    """
-    if not crops_on_device(cfg):
-        dataset = FullBatches(AugmentedDataset(images, multicrop(cfg), cfg.SEED))
-        told = "images decoded and cropped by the loader"
-        return Feed(dataset, loaded_crops, told, images.unlisted)
-    crops, cap = multicrop(cfg, BatchedMultiCrop), cfg.DATA.CACHE_SIZE
-    if 0 < cap < cfg.AUG.GLOBAL_CROPS_SIZE:
-        logger.warning(
-            f"DATA.CACHE_SIZE {cap} is below AUG.GLOBAL_CROPS_SIZE {cfg.AUG.GLOBAL_CROPS_SIZE}: "
-            "crops are enlarged from images with less detail"
-        )
-    capped = f"of at most {cap} pixels on the shorter side" if cap else "of full size"
-    told = f"crops made on {world.device} from images {capped}, "
-    if cfg.DATA.CACHE == "none":
-
-        def crops_of_loaded(batch: Batch, device: torch.device) -> list[Tensor]:
-            pixels, sizes, draws = full(batch).data
-            sizes = [tuple(size) for size in sizes.tolist()]
-            return crops(channels_first(pixels.to(device, non_blocking=True), sizes), draws)
-
-        dataset = FullBatches(DecodedDataset(images, cap, crops.draw, cfg.SEED))
-        return Feed(dataset, crops_of_loaded, told + "decoded by the loader", images.unlisted)
-
-    on_device = cfg.DATA.CACHE == "device"
-    kept = DecodedImages(images, cap, world, loader_workers(cfg), on_device)
-
-    def crops_of_kept(batch: Batch, _: torch.device) -> list[Tensor]:
-        return crops(kept.batch(full(batch).indices.tolist()), batch.data)
-
-    dataset = FullBatches(Draws(len(images), crops.draw, cfg.SEED, kept.bad))
-    bad = [*images.unlisted, *kept.bad.values()]
-    return Feed(dataset, crops_of_kept, told + kept.place, bad)
+    """DATA.CACHE, DATA.CROPS and AUG.* as the way of the images to crops; see `build_feed`."""
+    return build_feed(
+        images,
+        augmentation(cfg),
+        cfg.SEED,
+        world,
+        crops_on_device(cfg),
+        cfg.DATA.CACHE,
+        cfg.DATA.CACHE_SIZE,
+        usable_workers(cfg.DATA.WORKERS),
+    )
 
 
 def networks(cfg: Node) -> tuple[Network, Network]:
@@ -210,72 +154,6 @@ def check_crop_sizes(cfg: Node, multiple: int) -> None:
                 f"{key} {size} is not a multiple of {multiple} pixels, the patch size of "
                 f"{cfg.MODEL.ARCH}."
             )
-
-
-def download(cfg: Node) -> None:
-    """With DATA.DOWNLOAD, fetch the data set; the first process does it, the others wait."""
-    if cfg.DATA.DOWNLOAD:
-        distributed.on_main(lambda: fine_grained.download(cfg.DATA.DATASET, cfg.DATA.PATH))
-
-
-def index_shards(cfg: Node) -> None:
-    """Make the index of shards that have none; the first process does it, the others wait."""
-    several = len(distributed.gather_objects(None)) > 1
-    if several and fine_grained.DATASETS.get(cfg.DATA.DATASET) is ImageShards:
-        distributed.on_main(lambda: ImageShards(cfg.DATA.PATH))
-
-
-def shard_order(cfg: Node, dataset: StoredImages, world: int) -> ShardOrder | None:
-    """The epochs' order that keeps each process in its own shards; None where there are none."""
-    if not isinstance(dataset, ImageShards):
-        return None
-    images = cfg.TRAIN.BATCH_SIZE_PER_GPU * cfg.TRAIN.ACCUM_STEPS
-    return ShardOrder(dataset.counts, world, images, cfg.SEED)
-
-
-def eval_size(cfg: Node) -> int:
-    """Pixels of an evaluation's centre crop: EVAL.SIZE, else the run's global crops'."""
-    return cfg.EVAL.SIZE or cfg.AUG.GLOBAL_CROPS_SIZE
-
-
-def loader_workers(cfg: Node) -> int:
-    """DATA.WORKERS, at most the cores at hand: more loader processes only cost memory."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(cfg.DATA.WORKERS, len(os.sched_getaffinity(0)))
-    return min(cfg.DATA.WORKERS, os.cpu_count() or 1)
-
-
-def untrained_pooling_seed(cfg: Node) -> int:
-    """Seed of the fresh pooling that the report measures attention against."""
-    return derive_seed(cfg.SEED, seeding.UNTRAINED_POOLING)
-
-
-def shuffling_seed(cfg: Node, step: int, micro: int) -> int:
-    """Seed of the order of the keys of one micro-batch, the same on all processes."""
-    return derive_seed(cfg.SEED, seeding.SHUFFLING, step, micro)
-
-
-def step_seed(cfg: Node, step: int, micro: int, rank: int) -> int:
-    """Seed of the device-side randomness (drop path) of one micro-batch."""
-    return derive_seed(cfg.SEED, seeding.STEPS, step, micro, rank)
-
-
-def precision(cfg: Node, device: torch.device, option: str = "TRAIN.PRECISION") -> str:
-    """fp32, bf16 or fp16: what TRAIN.PRECISION or EVAL.PRECISION means on this device."""
-    wanted = config.get(cfg, option)
-    if wanted == "auto":
-        if device.type != "cuda":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if wanted == "fp16" and device.type != "cuda":
-        raise InputError(f"{option} fp16 needs a GPU; on the CPU use fp32 or bf16.")
-    return wanted
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Mixed precision of that name for networks; the losses keep float32 by themselves."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, dtype=dtypes[precision], enabled=precision != "fp32")
 
 
 def model_description(cfg: Node, student: Network) -> dict:

@@ -344,6 +344,11 @@ def crops_on_device(cfg: Node) -> bool:
     return cfg.DATA.CROPS == "device" or cfg.DATA.CACHE != "none"
 
 
+def eval_size(cfg: Node) -> int:
+    """Pixels of an evaluation's centre crop: EVAL.SIZE, else the run's global crops'."""
+    return cfg.EVAL.SIZE or cfg.AUG.GLOBAL_CROPS_SIZE
+
+
 def _check_schedules(cfg: Node) -> None:
     for key in ("TRAIN.WARMUP_EPOCHS", "LOSS.WARMUP_TEACHER_TEMP_EPOCHS"):
         if get(cfg, key) > cfg.TRAIN.EPOCHS:

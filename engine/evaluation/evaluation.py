@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from datasets.benchmarks import Splits
-from datasets.fine_grained import load_splits
+from datasets.fine_grained import load_splits, prepare
 from datasets.folder import LabelledImages
+from datasets.loader import usable_workers
 from datasets.multicrop import default_resize, eval_transform
-from engine import build
 from engine.evaluation import feature_cache
 from engine.evaluation.feature_cache import Features
 from engine.evaluation.features import Encoder, Extracted, check_bad, extract
@@ -23,6 +23,7 @@ from utils.distributed import World
 from utils.errors import InputError
 from utils.files import make_folder
 from utils.logging import logger
+from utils.precision import autocast, precision_of
 
 BAD_SHOWN = 5
 
@@ -55,10 +56,10 @@ class Evaluation:
 
     def function(self, network: Encoder) -> Callable[[Tensor], Tensor]:
         """Images on the device -> features, in EVAL.PRECISION."""
-        precision = build.precision(self.cfg, self.world.device, "EVAL.PRECISION")
+        precision = precision_of(self.cfg, self.world.device, "EVAL.PRECISION")
 
         def features(images: Tensor) -> Tensor:
-            with build.autocast(precision, self.world.device):
+            with autocast(precision, self.world.device):
                 return network(images)
 
         return features
@@ -75,7 +76,7 @@ class Evaluation:
             dataset.through(eval_transform(self.size, self.resize)),
             self.world,
             self.cfg.EVAL.BATCH_SIZE_PER_GPU,
-            build.loader_workers(self.cfg),
+            usable_workers(self.cfg.DATA.WORKERS),
             self.cfg.DATA.MAX_BAD if max_bad is None else max_bad,
         )
 
@@ -144,7 +145,7 @@ class Evaluation:
             known |= {
                 "size": str(self.size),
                 "resize": str(self.resize),
-                "precision": build.precision(self.cfg, self.world.device, "EVAL.PRECISION"),
+                "precision": precision_of(self.cfg, self.world.device, "EVAL.PRECISION"),
             }
         if self.splits is not None:
             known["images"] = self.dataset(split).fingerprint
@@ -279,7 +280,7 @@ def open_splits(cfg: Node) -> Splits | None:
     """DATA.*'s two splits, the same for all processes; None without DATA.PATH."""
     if not cfg.DATA.PATH:
         return None
-    build.download(cfg)
+    prepare(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.DOWNLOAD)
     splits = load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     distributed.agree(
         {

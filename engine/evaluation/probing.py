@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from datasets.folder import LabelledImages
-from datasets.loader import AugmentedDataset, BadImage, EpochSampler, build_loader
+from datasets.loader import AugmentedDataset, BadImage, EpochSampler, build_loader, usable_workers
 from datasets.multicrop import RandomCrop
-from engine import build
 from engine.evaluation import linear
 from engine.evaluation.evaluation import Evaluation
 from engine.evaluation.feature_cache import Features
@@ -52,7 +51,7 @@ class AugmentedImages:
         """Features of this process's share of every batch, on the device."""
         evaluation, device = self.evaluation, self.evaluation.world.device
         crops = AugmentedDataset(self.images, RandomCrop(evaluation.size), self.seed)
-        workers = build.loader_workers(evaluation.cfg)
+        workers = usable_workers(evaluation.cfg.DATA.WORKERS)
         function, labels = evaluation.function(self.network), self.labels.to(device)
         loader = build_loader(crops, sampler, workers, pin_memory=device.type == "cuda")
         for batch in loader:

@@ -241,7 +241,7 @@ def image_size(source: Source, size: int = 0) -> int:
     weights, patch_size = source.weights, source.network.backbone.patch_size
     size = size or weights.image_size
     if not size and weights.run_config is not None:
-        size = build.eval_size(config.from_dict(weights.run_config, weights.path))
+        size = config.eval_size(config.from_dict(weights.run_config, weights.path))
     size = size or 224
     if size % patch_size:
         raise InputError(

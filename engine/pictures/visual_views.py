@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.batched import BatchedMultiCrop, Images
-from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, sample_seed
+from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, Augmentation, sample_seed
 from engine.pictures.overlays import Place
 from engine.pictures.visual import BATCH
 from losses.intra import match_patches
@@ -54,10 +54,12 @@ def seeded_views(
     probabilities of the field), for each image from (seed, its place here).
     """
     augment = BatchedMultiCrop(
-        size,
-        local_crops_number=(local_crops,),
-        local_crops_size=(local_size,),
-        **(_NO_COLOURS if plain else {}),
+        Augmentation(
+            size,
+            local_crops_number=(local_crops,),
+            local_crops_size=(local_size,),
+            **(_NO_COLOURS if plain else {}),
+        )
     )
     found = []
     for index, square in enumerate(squares):

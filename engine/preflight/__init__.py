@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from datasets.fine_grained import build_dataset
+from datasets.fine_grained import build_dataset, prepare
 from datasets.folder import LabelledImages
-from datasets.loader import steps_per_epoch
+from datasets.loader import steps_per_epoch, usable_workers
 from datasets.shards import ImageShards
 from engine import build
 from engine.evaluation.features import gallery_and_queries
@@ -15,7 +15,7 @@ from engine.preflight.inspection import Header, equal_files, read_headers
 from engine.training import resume
 from engine.training.step import scaled_lr
 from utils import distributed
-from utils.config import Node, crops_on_device
+from utils.config import Node, crops_on_device, eval_size
 from utils.distributed import World
 from utils.errors import InputError
 from utils.files import make_folder, write_json
@@ -34,7 +34,7 @@ def run(cfg: Node, world: World) -> None:
     """
     distributed.on_main(lambda: machine.check_writable(cfg.OUTPUT_DIR))
     findings = Findings()
-    findings.attempt(lambda: build.index_shards(cfg))
+    findings.attempt(lambda: prepare(cfg.DATA.DATASET, cfg.DATA.PATH))
     data = cfg.DATA
     images = findings.attempt(lambda: build_dataset(data.DATASET, data.PATH, partial=data.PARTIAL))
     held_out = findings.attempt(lambda: image_findings.validation_images(cfg))
@@ -43,7 +43,7 @@ def run(cfg: Node, world: World) -> None:
         {"images for training and validation": [len(part) for part in sets]},
         "put them where all of them see the same files",
     )
-    workers = build.loader_workers(cfg)
+    workers = usable_workers(cfg.DATA.WORKERS)
     headers = [read_headers(part, world, workers) for part in sets]
     distributed.on_main(lambda: _look_and_tell(cfg, world, images, held_out, headers, findings))
 
@@ -61,7 +61,7 @@ def _look_and_tell(
     if images is not None:
         kept = image_findings.cache_bytes(cfg, headers[0])
         sets = [images] if held_out is None else [images, held_out]
-        same = equal_files(sets, headers, build.loader_workers(cfg))
+        same = equal_files(sets, headers, usable_workers(cfg.DATA.WORKERS))
         findings.images = image_findings.training(cfg, images, headers[0], same, findings)
         if held_out is not None:
             findings.validation = image_findings.validation(
@@ -74,7 +74,7 @@ def _look_and_tell(
             found = findings.attempt(lambda: find(cfg, len(images), per_step, world.size))
     if cfg.EVAL.KNN_EVERY:
         folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
-        findings.attempt(lambda: gallery_and_queries(*folders, build.eval_size(cfg)))
+        findings.attempt(lambda: gallery_and_queries(*folders, eval_size(cfg)))
     findings.crops = _crops(cfg, world)
     findings.memory = findings.attempt(
         lambda: machine.memory_needed(cfg, world, kept, found, findings)
@@ -113,9 +113,9 @@ def _batch(cfg: Node, world: World, images: int, findings: Findings) -> dict:
 def _crops(cfg: Node, world: World) -> dict:
     """Who decodes and who crops."""
     return {
-        "sizes": list(build.multicrop(cfg).sizes),
+        "sizes": build.augmentation(cfg).sizes,
         "made_on": str(world.device) if crops_on_device(cfg) else "loader",
-        "workers": build.loader_workers(cfg),
+        "workers": usable_workers(cfg.DATA.WORKERS),
         "processes": world.size,
         "cache": cfg.DATA.CACHE,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from datasets import cache
+from datasets.loader import usable_workers
 from engine import build
 from engine.preflight import memory
 from engine.preflight.findings import Findings, in_words
@@ -16,6 +17,7 @@ from engine.training.resume import Found, start_from
 from utils.config import Node, crops_on_device
 from utils.distributed import World
 from utils.errors import InputError
+from utils.precision import precision_of
 
 # Bytes that a process takes besides its tensors. Measured on a CPU: 0.75 GiB for Python, torch and
 # what they load, 0.1 GiB for kernels' own.
@@ -45,7 +47,8 @@ def memory_needed(
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = world.device.type == "cuda"
     kept_on_gpu = on_gpu and cfg.DATA.CACHE == "device"
-    loader = 0 if crops_on_device(cfg) else BATCHES_AHEAD * build.loader_workers(cfg) * step.crops
+    ahead = 0 if crops_on_device(cfg) else BATCHES_AHEAD * usable_workers(cfg.DATA.WORKERS)
+    loader = ahead * step.crops
     # A checkpoint is written from a copy of the tensors, by one process.
     on_machine = here * (PROGRAM + loader + (0 if on_gpu else step.peak)) + step.checkpoint + kept
     free_on_machine = cache.available()
@@ -69,7 +72,7 @@ def memory_needed(
     _judge_shared_memory(here * loader, findings)
     return {
         "device": str(world.device),
-        "precision": build.precision(cfg, world.device),
+        "precision": precision_of(cfg, world.device),
         "micro_batch": cfg.TRAIN.BATCH_SIZE_PER_GPU,
         "checkpointing": cfg.TRAIN.CHECKPOINTING,
         "compiled": cfg.TRAIN.COMPILE,

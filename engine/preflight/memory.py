@@ -21,6 +21,7 @@ from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
 from utils.options import COMPARING
+from utils.precision import autocast, precision_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class _Step:
         self.student, self.teacher = student, teacher
         for network in (student, teacher):
             _without_data(network, world.device)
-        self.precision = build.precision(cfg, world.device)
+        self.precision = precision_of(cfg, world.device)
         self.objective = build.objective(cfg)
         self.carried = build.carried(cfg, self.objective).to(world.device)
         gathers = cfg.CMD.LT in COMPARING
@@ -122,13 +123,13 @@ class _Step:
         batch = cfg.TRAIN.BATCH_SIZE_PER_GPU
         self.crops = [
             torch.empty(batch, 3, size, size, device=world.device)
-            for size in build.multicrop(cfg).sizes
+            for size in build.augmentation(cfg).sizes
         ]
 
     def forward(self) -> int:
         """Bytes that the student's forward leaves, but for the pooling of the teacher's views."""
         before = self.live.now
-        with build.autocast(self.precision, self.device):
+        with autocast(self.precision, self.device):
             views = self.student(self.crops[self.objective.student_crops])
         kept = self.live.now - before
         del views
@@ -140,7 +141,7 @@ class _Step:
             self.optimizer.zero_grad(set_to_none=True)
         live = self.live
         live.peak = live.now
-        with build.autocast(self.precision, self.device):
+        with autocast(self.precision, self.device):
             with torch.no_grad():
                 teacher = self.teacher(self.crops[self.objective.teacher_crops])
             before = live.now

@@ -14,6 +14,7 @@ from torch import Tensor
 from datasets import synthetic
 from datasets.benchmarks import Splits
 from datasets.folder import LabelledImages
+from datasets.loader import usable_workers
 from datasets.multicrop import eval_transform
 from datasets.synthetic_images import COARSE_NAMES
 from engine import build
@@ -154,7 +155,7 @@ def _attention(
         test.through(eval_transform(size, size)),
         world,
         cfg.EVAL.BATCH_SIZE_PER_GPU,
-        build.loader_workers(cfg),
+        usable_workers(cfg.DATA.WORKERS),
     ).values
     boxes, box_size = pointing.part_boxes([test.root / path for path in test.paths])
     cell = network.backbone.stride * box_size / size
@@ -176,7 +177,7 @@ def network_shape(cfg: Node) -> dict:
     judged = [n for n in config.option_names() if n in EVALUATION or n.split(".")[0] in EVALUATION]
     return {
         "backbone": repr(registry.identity(build.backbone_spec(cfg))),
-        "size": build.eval_size(cfg),
+        "size": config.eval_size(cfg),
         "resize": cfg.EVAL.RESIZE,
         "evaluation": {name: config.get(cfg, name) for name in judged},
     }

@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets.loader import Batch
-from engine.build import loader_workers
+from datasets.loader import Batch, usable_workers
 from engine.evaluation.features import extract
 from engine.evaluation.knn import knn_accuracy
 from engine.training import guard
@@ -19,13 +18,15 @@ from utils import distributed
 from utils.distributed import Ballot
 from utils.errors import InputError
 from utils.logging import RunLog, logger, on_terminal
-from utils.signals import Preempted, StopSignals, held
+from utils.signals import Preempted, StopSignals
 
 
 def train(
-    run: Pretraining, loader: Iterable[Batch], folder: Path, signals: StopSignals | None = None
+    run: Pretraining, batches: Iterable[Batch], folder: Path, signals: StopSignals | None = None
 ) -> None:
     """Train from `run.step` to the end, with log, k-NN and checkpoints in `folder`.
+
+    batches: micro-batches of crops on the device.
 
     Raises, on all processes: Preempted where one of them got a signal to stop, with a checkpoint
     written; InputError where a file cannot be written, too many images cannot be read or too
@@ -48,14 +49,14 @@ def train(
             at_end.callback(log.close)
         checkpoints = Checkpoints(run, folder, log)
         at_end.callback(checkpoints.close)
-        _steps(run, loader, folder, signals, log, bar, checkpoints)
+        _steps(run, batches, folder, signals, log, bar, checkpoints)
         run.bad_images.exchange(folder)
         checkpoints.wait()
 
 
 def _steps(
     run: Pretraining,
-    loader: Iterable[Batch],
+    batches: Iterable[Batch],
     folder: Path,
     signals: StopSignals | None,
     log: RunLog | None,
@@ -64,8 +65,7 @@ def _steps(
 ) -> None:
     """The steps from `run.step` to the end, and after each what is due."""
     ballot = Ballot(run.world, run.cfg.TRAIN.TIMEOUT_MINUTES)
-    with held():
-        batches = iter(loader)
+    batches = iter(batches)
     speed = Speed(run)
     while run.step < run.total_steps:
         epoch_ends = (run.step + 1) % run.steps_per_epoch == 0
@@ -296,7 +296,7 @@ def held_out_knn(run: Pretraining) -> tuple[float, float]:
             folder,
             run.world,
             cfg.EVAL.BATCH_SIZE_PER_GPU,
-            loader_workers(cfg),
+            usable_workers(cfg.DATA.WORKERS),
             cfg.DATA.MAX_BAD,
         )
         for folder in run.held_out

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from models.network import Network
 from utils import distributed
+from utils.seeding import SHUFFLING, derive_seed
 from utils.views import Views
+
+
+def shuffling_seed(seed: int, step: int, micro: int) -> int:
+    """Seed of the order of one micro-batch's keys, the same on all processes."""
+    return derive_seed(seed, SHUFFLING, step, micro)
 
 
 def shuffled(network: Network, crops: Tensor, seed: int) -> Views:

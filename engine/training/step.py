@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets.folder import ImageFolder
 from engine import build
-from engine.build import autocast, model_description, step_seed
+from engine.build import model_description
 from engine.training.acceleration import checkpoint_blocks, compile_network
 from engine.training.bad_images import BadImages
 from engine.training.guard import StepGuard, all_finite
@@ -19,7 +19,7 @@ from engine.training.health import CollapseWatch
 from engine.training.health import measure as measure_health
 from engine.training.optim import build_optimizer, cancel_last_layer, clip_each, set_rates, step_if
 from engine.training.schedules import cosine, teacher_temperature
-from engine.training.shuffling import shuffled
+from engine.training.shuffling import shuffled, shuffling_seed
 from engine.training.window import Window
 from losses.contrastive import KeyQueue
 from losses.objective import Contrastive, Objective
@@ -30,6 +30,8 @@ from utils import checkpoint, config, distributed
 from utils.config import Node
 from utils.distributed import World
 from utils.logging import logger
+from utils.precision import autocast, precision_of
+from utils.seeding import STEPS, derive_seed
 from utils.views import Views
 
 
@@ -74,6 +76,11 @@ def scaled_lr(cfg: Node, images_per_step: int) -> float:
     return cfg.TRAIN.BASE_LR * images_per_step / 256
 
 
+def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Seed of the device-side randomness (drop path) of one micro-batch."""
+    return derive_seed(seed, STEPS, step, micro, rank)
+
+
 @dataclass
 class Pretraining:
     """All that one optimizer step reads and changes."""
@@ -93,7 +100,6 @@ class Pretraining:
     precision: str
     held_out: tuple[ImageFolder, ...] = ()  # gallery and queries of the k-NN test
     bad_images: BadImages = field(default_factory=lambda: BadImages(0, 0.0))
-    make_crops: build.MakeCrops = build.loaded_crops  # from what the loader brings
     window: Window = field(default_factory=Window)
     watch: CollapseWatch = field(default_factory=CollapseWatch)
     step: int = 0  # optimizer steps done
@@ -119,7 +125,7 @@ class Pretraining:
 
         fields: further fields of this class.
         """
-        objective, precision = build.objective(cfg), build.precision(cfg, world.device)
+        objective, precision = build.objective(cfg), precision_of(cfg, world.device)
         if cfg.TRAIN.CHECKPOINTING:
             checkpoint_blocks(student)
         if cfg.TRAIN.COMPILE:
@@ -162,7 +168,7 @@ class Pretraining:
             with torch.no_grad():
                 if self.shuffles:
                     (keys,) = crops[self.objective.teacher_crops]
-                    seed = build.shuffling_seed(self.cfg, self.step, micro)
+                    seed = shuffling_seed(self.cfg.SEED, self.step, micro)
                     teacher = shuffled(self.teacher, keys, seed)
                 else:
                     teacher = self.teacher(crops[self.objective.teacher_crops])
@@ -173,7 +179,7 @@ class Pretraining:
     def train_step(
         self, batches: Iterator, measure: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """One optimizer step over TRAIN.ACCUM_STEPS micro-batches from `batches`.
+        """One optimizer step over TRAIN.ACCUM_STEPS micro-batches of crops from `batches`.
 
         Returns the step's figures, if `measure` the last micro-batch's health (see
         health.py), and whether the step was good (bool; see guard.py): scalars
@@ -194,8 +200,8 @@ class Pretraining:
             batch = next(batches)
             self.bad_images.note(batch.bad)
             indices.append(batch.indices)
-            crops = self.make_crops(batch, self.world.device)
-            torch.manual_seed(step_seed(cfg, step, micro, self.world.rank))
+            crops = batch.data
+            torch.manual_seed(step_seed(cfg.SEED, step, micro, self.world.rank))
             is_last = micro == cfg.TRAIN.ACCUM_STEPS - 1
             synced = is_last or not isinstance(self.wrapped, DistributedDataParallel)
             with contextlib.nullcontext() if synced else self.wrapped.no_sync():

@@ -180,7 +180,7 @@ def crops_of(cfg: config.Node, world: World, workers: int, batch: int) -> list[t
     feed = build.feed(cfg, images, world)
     sampler = StepSampler(len(images), batch, world.rank, world.size, 1, cfg.SEED, 0, 6)
     loader = build_loader(feed.dataset, sampler, workers, pin_memory=False)
-    steps = [feed.crops(loaded, world.device) for loaded in loader]
+    steps = [feed.crop(loaded).data for loaded in loader]
     return [torch.cat(views) for views in zip(*steps, strict=True)]
 
 

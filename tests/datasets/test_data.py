@@ -27,6 +27,7 @@ from datasets.loader import (
 from datasets.multicrop import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Augmentation,
     MultiCrop,
     derive_seed,
     eval_transform,
@@ -44,7 +45,7 @@ OFF = {
     "solarise_prob": 0.0,
     "blur_prob": (0.0, 0.0, 0.0),
 }
-DEFAULTS = {n: p.default for n, p in inspect.signature(MultiCrop).parameters.items()}
+DEFAULTS = {n: p.default for n, p in inspect.signature(Augmentation).parameters.items()}
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
@@ -62,7 +63,7 @@ def save(root: Path, *names: str) -> Path:
 def plain(size: int = 24, **changed) -> MultiCrop:
     """Whole-image crops, two global and two local, with nothing random but what is changed."""
     sizes = {"global_crops_size": size, "local_crops_number": (2,), "local_crops_size": (size,)}
-    return MultiCrop(**{**OFF, **sizes, **changed})
+    return MultiCrop(Augmentation(**{**OFF, **sizes, **changed}))
 
 
 def pixels(crop: torch.Tensor) -> np.ndarray:
@@ -223,8 +224,8 @@ def test_registry(tmp_path):
 
 
 def test_shapes_and_order_for_several_local_sizes():
-    crops = MultiCrop(32, local_crops_number=(2, 3), local_crops_size=(16, 12))
-    views = crops(noise(), 0)
+    crops = Augmentation(32, local_crops_number=(2, 3), local_crops_size=(16, 12))
+    views = MultiCrop(crops)(noise(), 0)
     assert [tuple(v.shape) for v in views] == [(3, s, s) for s in [32, 32, 16, 16, 12, 12, 12]]
     assert crops.sizes == [32, 32, 16, 16, 12, 12, 12]
     assert {(type(v), v.dtype) for v in views} == {(torch.Tensor, torch.float32)}
@@ -233,19 +234,19 @@ def test_shapes_and_order_for_several_local_sizes():
 
 @pytest.mark.parametrize(("number", "size"), [((), ()), ((0,), (96,))])
 def test_no_local_crops(number, size):
-    crops = MultiCrop(32, local_crops_number=number, local_crops_size=size)
-    assert [v.shape[-1] for v in crops(noise(), 0)] == crops.sizes == [32, 32]
+    crops = Augmentation(32, local_crops_number=number, local_crops_size=size)
+    assert [v.shape[-1] for v in MultiCrop(crops)(noise(), 0)] == crops.sizes == [32, 32]
 
 
 @pytest.mark.parametrize(("number", "size"), [((8,), (96, 64)), ((-1,), (96,)), ((2,), (0,))])
 def test_impossible_local_crops_are_refused(number, size):
     with pytest.raises(InputError, match=r"local_crops_number .* local_crops_size .*: (give|corr)"):
-        MultiCrop(local_crops_number=number, local_crops_size=size)
+        Augmentation(local_crops_number=number, local_crops_size=size)
 
 
 def test_number_of_local_crops_leaves_the_other_crops_alone():
     def views(*number: int) -> list[torch.Tensor]:
-        crops = MultiCrop(32, local_crops_number=number, local_crops_size=(16, 12))
+        crops = MultiCrop(Augmentation(32, (0.4, 1.0), number, (16, 12)))
         return crops(noise(), 7)
 
     few, many = views(1, 2), views(4, 2)
@@ -254,7 +255,7 @@ def test_number_of_local_crops_leaves_the_other_crops_alone():
 
 
 def test_seed_decides_the_crops_and_global_rng_is_untouched():
-    crops = MultiCrop(32, local_crops_number=(2,), local_crops_size=(16,))
+    crops = MultiCrop(Augmentation(32, local_crops_number=(2,), local_crops_size=(16,)))
     torch.manual_seed(1)
     before = rng_states()
     first = crops(noise(), 5)
@@ -267,7 +268,7 @@ def test_seed_decides_the_crops_and_global_rng_is_untouched():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_accelerator_rng_is_untouched():
     before = torch.cuda.get_rng_state()
-    MultiCrop(32)(noise(), 5)
+    MultiCrop(Augmentation(32))(noise(), 5)
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
@@ -472,7 +473,7 @@ def photos(tmp_path) -> Path:
 
 
 def run_data(photos: Path, seed: int = 3) -> AugmentedDataset:
-    crops = MultiCrop(16, local_crops_number=(1, 1), local_crops_size=(8, 6))
+    crops = MultiCrop(Augmentation(16, (0.4, 1.0), (1, 1), (8, 6)))
     return AugmentedDataset(ImageFolder(photos), crops, seed)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from datasets.fine_grained import build_dataset, load_splits
 from datasets.folder import ImageFolder, UnreadableImage
 from datasets.loader import AugmentedDataset, BadImage, StepSampler, build_loader, epoch_order
-from datasets.multicrop import MultiCrop
+from datasets.multicrop import Augmentation, MultiCrop
 from datasets.shards import (
     INDEX_FOLDER,
     OPEN_SHARDS,
@@ -329,7 +329,7 @@ def test_a_damaged_image_is_an_unreadable_image(tmp_path):
             images[index]
         assert caught.value.bad.path == f"{shard}:a/{member}"
         assert reason in caught.value.bad.reason
-    sample = AugmentedDataset(images, MultiCrop(8, local_crops_number=(0,)), 0)[0, 1]
+    sample = AugmentedDataset(images, MultiCrop(Augmentation(8, local_crops_number=(0,))), 0)[0, 1]
     assert sample == BadImage(f"{shard}:a/2.jpg", "it is not an image in a known format")
 
 
@@ -444,7 +444,7 @@ def test_a_later_start_gives_the_tail(first):
 
 def test_batches_do_not_depend_on_workers(shards):
     images = ImageShards(shards)
-    data = AugmentedDataset(images, MultiCrop(16, local_crops_number=(0,)), 3)
+    data = AugmentedDataset(images, MultiCrop(Augmentation(16, local_crops_number=(0,))), 3)
 
     def batches(workers: int, first: int = 0) -> list:
         sampler = StepSampler(7, 2, 0, 1, 1, 3, first, 6, order(images.counts, 1, 2, 3))

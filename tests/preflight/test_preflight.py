@@ -288,7 +288,7 @@ def test_the_size_of_a_checkpoint(tmp_path):
 
 def drawn_batch(cfg):
     count = cfg.TRAIN.BATCH_SIZE_PER_GPU
-    return batch_of([torch.randn(count, 3, size, size) for size in build.multicrop(cfg).sizes])
+    return batch_of([torch.randn(count, 3, size, size) for size in build.augmentation(cfg).sizes])
 
 
 VIT = {

@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.feed import WorkerCrops
 from datasets.folder import BadImage, ImageFolder, StoredImages, UnreadableImage, load_image
 from datasets.loader import AugmentedDataset, Batch, KeyedDataset, StepSampler, build_loader
-from datasets.multicrop import MultiCrop, sample_seed
+from datasets.multicrop import Augmentation, MultiCrop, sample_seed
 from datasets.shards import ImageShards
 from datasets.substitutes import TRIES, FullBatches, candidates, full
 from engine import build
@@ -164,7 +165,7 @@ def assert_near(found: np.ndarray, wanted: np.ndarray, path: Path) -> None:
 def test_an_odd_image_is_used_with_its_own_pixels(name, tmp_path):
     wanted = ODD[name](tmp_path / name)
     assert_near(np.asarray(load_image(tmp_path / name)), wanted, tmp_path / name)
-    crops = MultiCrop(16, local_crops_number=(1,), local_crops_size=(8,))
+    crops = small_crops()
     batch = FullBatches(AugmentedDataset(ImageFolder(tmp_path), crops, 0)).__getitems__([(0, 0)])
     assert [tuple(view.shape) for view in batch[0][0]] == [(3, s, s) for s in (16, 16, 8)]
     assert all(view.isfinite().all() for view in batch[0][0])
@@ -257,7 +258,7 @@ def test_a_folder_of_nothing_readable_says_why(tmp_path):
 
 
 def small_crops() -> MultiCrop:
-    return MultiCrop(16, local_crops_number=(1,), local_crops_size=(8,))
+    return MultiCrop(Augmentation(16, local_crops_number=(1,), local_crops_size=(8,)))
 
 
 def batches_of(
@@ -440,7 +441,7 @@ class Broken(KeyedDataset):
 
 
 @pytest.mark.parametrize(("length", "good", "tried"), [(9, 4, 9), (5000, 4, 4 + 1 + TRIES)])
-def test_a_batch_that_cannot_be_filled_is_refused_in_the_main_process(length, good, tried):
+def test_a_batch_that_cannot_be_filled_is_refused_in_the_main_process(length, good, tried, sets):
     """The worker brings the batch without data; its crops are what is refused."""
     dataset = Broken(length, set(range(good)))
     keys = [(0, index) for index in range(5)]
@@ -452,7 +453,7 @@ def test_a_batch_that_cannot_be_filled_is_refused_in_the_main_process(length, go
         assert batch.data is None
         assert batch.bad == samples
         with pytest.raises(InputError, match=r"a batch cannot be filled.* image 4 cannot be read"):
-            build.loaded_crops(batch, torch.device("cpu"))
+            WorkerCrops(sets[0], Augmentation(), 0, ALONE).crop(batch)
 
 
 def test_a_full_batch_passes_by():
@@ -493,7 +494,7 @@ def fed(world: World, mode: str, folder: Path, workers: int, batch: int) -> dict
     sampler = StepSampler(len(images), batch, world.rank, world.size, 1, 3, 0, 6)
     batches = list(build_loader(feed.dataset, sampler, workers, pin_memory=False))
     return {
-        "crops": [feed.crops(batch, world.device) for batch in batches],
+        "crops": [feed.crop(batch).data for batch in batches],
         "indices": [batch.indices.tolist() for batch in batches],
         "met": [batch.bad for batch in batches],
         "before": feed.bad,
