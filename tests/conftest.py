@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import main_cmd
+from tests.processes import launch_python, run_python
 from utils.errors import run_script
 from utils.signals import STOP_SIGNALS
 
@@ -76,11 +77,11 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def command(images) -> Callable[..., list[str]]:
-    """The command line of a tiny run: command(output folder, "KEY VALUE ...", launcher, flags)."""
+    """What follows `python` for a tiny run: command(folder, "KEY VALUE ...", launcher, flags)."""
 
     def make(output, options: str = "", launcher=(), flags=()) -> list[str]:
         pairs = f"{NETWORK} DATA.PATH {images} OUTPUT_DIR {output} {options}".split()
-        return [sys.executable, *launcher, "main_cmd.py", *flags, *pairs]
+        return [*launcher, "main_cmd.py", *flags, *pairs]
 
     return make
 
@@ -89,17 +90,10 @@ def command(images) -> Callable[..., list[str]]:
 def pretrain(command, environment) -> Callable[..., Run]:
     """Run the tiny command as a process; it must succeed unless `fails`."""
 
-    def run(output, options: str = "", fails: bool = False, **how) -> Run:
-        done = subprocess.run(
-            command(output, options, **how),
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert fails or done.returncode == 0, done.stdout + done.stderr
-        return done
+    def run(output, options: str = "", fails: bool = False, launcher=(), flags=()) -> Run:
+        words = command(output, options, launcher, flags)
+        start = launch_python if launcher else run_python
+        return start(*words, environment=environment, code=None if fails else 0)
 
     return run
 
@@ -125,7 +119,7 @@ def refuse(command, capfd, monkeypatch) -> Callable[..., str]:
     """main_cmd.py's one line on stderr for a command that it refuses, inside this process."""
 
     def run(folder, options: str = "", flags=()) -> str:
-        monkeypatch.setattr(sys, "argv", command(folder, options, flags=flags)[1:])
+        monkeypatch.setattr(sys, "argv", command(folder, options, flags=flags))
         with pytest.raises(SystemExit) as caught:
             run_script(main_cmd.main)
         assert caught.value.code == 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losses.inter import diverse_density
 from models import BackboneSpec, build_backbone
-from tests.processes import found_by_each, run_python
+from tests.processes import found_by_each, launch_python
 from tests.runs import batch_of, pretraining, small_config
 from utils import config
 from utils.distributed import World, wrap
@@ -136,5 +136,5 @@ print(distributed.start("cpu").device, before == dict(os.environ))
 @pytest.mark.slow
 def test_the_choice_of_gpus_is_left_to_the_launcher(environment):
     """Neither the script's imports nor joining the processes change what it shows."""
-    done = run_python("-c", CHOSEN, environment={**environment, "CUDA_VISIBLE_DEVICES": "7"})
+    done = launch_python("-c", CHOSEN, environment={**environment, "CUDA_VISIBLE_DEVICES": "7"})
     assert done.stdout.splitlines()[-1] == "cpu True"

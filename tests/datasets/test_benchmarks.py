@@ -1,8 +1,6 @@
 """Official splits of the fine-grained benchmarks, read from miniatures in their own formats."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torchvision.datasets import OxfordIIITPet
 from datasets.benchmarks import Counts
 from datasets.fine_grained import DATASETS, build_dataset, download, load_splits
 from tests.datasets import benchmark_trees as trees
+from tests.processes import run_python
 from utils.errors import InputError
 
 NAMES = sorted(trees.BUILDERS)
@@ -349,16 +348,8 @@ def test_a_download_that_fails_is_one_sentence(tmp_path):
     # A proxy that refuses: no request leaves this machine.
     proxies = {key: "http://127.0.0.1:9" for key in ("http_proxy", "https_proxy")}
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, str(tmp_path / "new")],
-        cwd=Path(__file__).parents[2],
-        env={**kept, **proxies, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-c", ASK, tmp_path / "new", environment={**kept, **proxies})
     lines = done.stdout.splitlines()
-    assert done.returncode == 0, done.stderr
     assert len(lines) == 5
     for name, line in zip(("aircraft", "flowers", "pets"), lines, strict=False):
         assert line.startswith(f"{name} could not be downloaded to {tmp_path}/new (")

@@ -4,7 +4,6 @@ import io
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from datasets.folder import BadImage, ImageFolder, StoredImages, capped_size, lo
 from datasets.loader import StepSampler, build_loader, pad
 from engine import build
 from tests.conftest import ROOT
-from tests.processes import found_by_each, run_python
+from tests.processes import PATIENCE, found_by_each, run_python, start_python
 from tests.runs import assert_same_run, small_config
 from tests.training.test_training import assert_refused, two_processes
 from utils import config
@@ -475,24 +474,16 @@ def test_nothing_is_left_behind_however_the_run_ends(
     """Killed while it decodes or while it trains, or (None) at its end."""
     temporary = short_folder
     before = set(os.listdir("/dev/shm"))
-    process = subprocess.Popen(
-        command(tmp_path / "run", f"{RUN} {MODES['device']}"),
-        cwd=ROOT,
-        env={**environment, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for told in process.stdout:
-        if line is not None and line in told:
-            if line == "loss":
-                maps = Path(f"/proc/{process.pid}/maps").read_text()
-                assert "decoded images" in maps
-            process.send_signal(signal.SIGKILL)
-            break
-    process.stdout.close()
-    assert process.wait(60) == (0 if line is None else -signal.SIGKILL)
+    words = command(tmp_path / "run", f"{RUN} {MODES['device']}")
+    process = start_python(*words, environment={**environment, "TMPDIR": str(temporary)})
+    if line is not None:
+        process.wait_for(line)
+        if line == "loss":
+            assert "decoded images" in Path(f"/proc/{process.pid}/maps").read_text()
+        process.kill()
+    assert process.wait() == (0 if line is None else -signal.SIGKILL)
     # Loader workers see in a few seconds that they are alone.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while set(os.listdir("/dev/shm")) - before or list(temporary.iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.2)

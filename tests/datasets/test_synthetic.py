@@ -5,7 +5,6 @@ import dataclasses
 import json
 import multiprocessing
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from datasets.synthetic_images import (
     SyntheticConfig,
     render,
 )
+from tests.processes import run_python, start_python
 from utils.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -400,8 +400,8 @@ def test_folder_that_cannot_be_written_is_reported(tmp_path):
 def test_killed_run_leaves_no_folder_behind(tmp_path):
     """The folder appears by one rename, so a killed run cannot pass for a finished one."""
     folder = tmp_path / "set"
-    command = [sys.executable, "-m", "datasets.synthetic", "--output", folder, "--train", "400000"]
-    process = subprocess.Popen(command, cwd=ROOT)
+    words = ("-m", "datasets.synthetic", "--output", folder, "--train", 400000)
+    process = start_python(*words)
     try:
         while not any(tmp_path.rglob("*.png")):
             assert process.poll() is None
@@ -433,8 +433,8 @@ def test_unreadable_parts_are_reported(tmp_path, text, message):
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "datasets.synthetic", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    words = ("-m", "datasets.synthetic", *arguments)
+    return run_python(*words, code=None)
 
 
 def test_command_line_writes_a_preset_with_overrides(tmp_path):

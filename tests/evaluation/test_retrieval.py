@@ -1,9 +1,7 @@
 """Retrieval against scikit-learn and plain loops; k-NN and retrieval by several processes and
 in bounded memory."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from engine.evaluation import knn, retrieval, similarity
-from tests.processes import found_by_each
+from tests.processes import found_by_each, run_python
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 
@@ -212,11 +210,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize(("what", "queries"), [("knn", 20000), ("retrieval", 8000)])
 def test_memory_is_that_of_a_block(what, queries):
     """All similarities at once would be 1.6 GB and 640 MB of float32."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, what, str(queries)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
+    done = run_python("-c", MEASURED, what, queries)
     assert int(done.stdout) < 300 * 1024

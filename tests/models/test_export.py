@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,10 @@ from export import export_backbone
 from models import ARCHITECTURES, BackboneSpec, build_backbone, load_backbone
 from models.export import TIMM_NAMES, timm_arguments, unpadded_multiple
 from models.pretrained import backbone_state, infer_spec, timm_state
+from tests.processes import run_python
 from utils import checkpoint
 from utils.errors import InputError
 
-ROOT = Path(__file__).parents[2]
 # Maps of 12, 6 and 3 cells at 48 pixels: the first stage alone has shifted windows.
 SWIN = BackboneSpec("swin_tiny", 16, (2, 2, 2), (1, 2, 4), window_size=6, img_size=48)
 VIT = BackboneSpec("vit_small", 32, (2,), (2,), patch_size=8, img_size=32)
@@ -44,15 +43,9 @@ def script(environment):
     """Run export.py as a process on (checkpoint, output, format, *flags)."""
 
     def run(source, out, form, *flags, variables=(), **how) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "export.py", source, out, "--format", form, *flags],
-            cwd=ROOT,
-            env={**environment, **dict(variables)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            **how,
-        )
+        words = ("export.py", source, out, "--format", form, *flags)
+        variables = {**environment, **dict(variables)}
+        return run_python(*words, environment=variables, code=None, **how)
 
     return run
 
@@ -328,10 +321,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, script):
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, script, form, name):
     source, out = write_run(tmp_path / "run.pth", VIT), tmp_path / name
     out.write_text("earlier")
-    limit = (20_000, 20_000)
-    done = script(
-        source, out, form, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    )
+    done = script(source, out, form, limits={resource.RLIMIT_FSIZE: 20_000})
     assert f"{out} could not be written: " in error_line(done)
     assert out.read_text() == "earlier"
     assert sorted(os.listdir(tmp_path)) == sorted(["run.pth", name])

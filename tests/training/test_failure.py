@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT
-from tests.processes import Ended, ended_ranks, free_port, workers_of
+from tests.processes import Ended, ended_ranks, free_port, start_python, workers_of
 from utils import distributed, failure
 from utils.errors import InputError, run_script
 from utils.signals import Preempted
@@ -206,22 +206,18 @@ def test_a_pretraining_ends_when_one_of_its_processes_is_killed(
     """Started by hand, with loader workers, which outlive the killed process for a while."""
     words = command(tmp_path / "run", f"{LONG} TRAIN.EPOCHS 5000 DATA.WORKERS 1")
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    paths = [tmp_path / f"{rank}.txt" for rank in range(2)]
     processes = []
     try:
-        for rank, path in enumerate(paths):
+        for rank in range(2):
             own = {**environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with path.open("w") as file:
-                processes.append(
-                    subprocess.Popen(words, cwd=ROOT, env=own, stdout=file, stderr=file)
-                )
-        wait_for(paths[0], "step 3/", processes[0])
+            processes.append(start_python(*words, environment=own))
+        processes[0].wait_for("step 3/")
         processes[victim].kill()
         assert processes[1 - victim].wait(timeout=25) == 1
     finally:
         for process in processes:
             process.kill()
-    (line,) = [li for li in paths[1 - victim].read_text().splitlines() if "error" in li]
+    (line,) = [li for li in processes[1 - victim].said().splitlines() if "error" in li]
     assert line.startswith(f"error: rank {victim} (")
     assert f"process {processes[victim].pid}) died first" in line
 
@@ -237,7 +233,9 @@ def test_torchrun_starts_a_killed_worker_again_and_the_run_is_complete(
     )
     path = tmp_path / "said.txt"
     with path.open("w") as file:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
     try:
         wait_for(path, "step 4/", process)
         killed = workers_of(process)[1]

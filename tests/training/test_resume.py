@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, TRAINED
-from tests.processes import free_port, workers_of
+from tests.conftest import TRAINED
+from tests.processes import Script, free_port, run_python, start_python, workers_of
 from tests.runs import assert_same_run, cfg_of, load, log_of
 from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
@@ -37,7 +36,7 @@ class Lives:
 
     def __init__(self, words: list[str], environment: dict[str, str], processes: int) -> None:
         self.words, self.environment, self.processes = words, environment, processes
-        self.running: list[subprocess.Popen] = []
+        self.running: list[Script] = []
 
     def start(self) -> None:
         port = str(free_port())
@@ -47,15 +46,8 @@ class Lives:
             group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = self.environment | (group if self.processes > 1 else {})
             self.running.append(
-                subprocess.Popen(
-                    self.words,
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    start_new_session=True,  # a job of its own
-                )
+                # A job of its own.
+                start_python(*self.words, environment=environment, merged=True, new_session=True)
             )
 
     def end(self) -> list[tuple[int, str]]:
@@ -282,20 +274,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_in_a_line_and_keeps_the_one_be
     on_error, last_step, command, environment, tmp_path
 ):
     tiny = f"{OFTEN} {ALONE} CKPT.KEEP_EVERY 0 CKPT.ON_ERROR {on_error} PRINT_FREQ 1 TRAIN.EPOCHS"
-    with open(os.devnull, "w") as nowhere:
-        words = command(tmp_path, f"{tiny} 1 CKPT.EVERY_STEPS 0")
-        subprocess.run(words, cwd=ROOT, env=environment, stdout=nowhere, check=True)
+    run_python(*command(tmp_path, f"{tiny} 1 CKPT.EVERY_STEPS 0"), environment=environment)
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    done = subprocess.run(
-        command(tmp_path, f"{tiny} 2"),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        # The log fits, a checkpoint does not.
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2),
-    )
-    assert done.returncode == 2
+    # The log fits, a checkpoint does not.
+    limits = {resource.RLIMIT_FSIZE: len(before) // 2}
+    words = command(tmp_path, f"{tiny} 2")
+    done = run_python(*words, environment=environment, limits=limits, code=2)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: the checkpoint {tmp_path}/checkpoint.pth could not be written")
     assert "File too large" in line

@@ -2,16 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tests.conftest import ROOT
-from tests.processes import ended_ranks
+from tests.processes import ended_ranks, run_python
 from utils import distributed
 from utils.signals import (
     EXIT_PREEMPTED,
@@ -163,10 +160,8 @@ run_script(main)
 
 
 def test_a_preempted_script_says_one_line_and_ends_with_75(environment):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == EXIT_PREEMPTED == 75
+    done = run_python("-c", SCRIPT, environment=environment, code=EXIT_PREEMPTED)
+    assert done.returncode == 75
     (line,) = done.stderr.splitlines()
     assert line.startswith("preempted: stopped by SIGUSR1 before the first step: nothing was lost")
 

@@ -143,7 +143,7 @@ def test_tasks_learn_their_place(job):
 def options(command, folder: Path, epochs: int) -> list[str]:
     """What follows main_cmd.py for a run of so many epochs of 2 steps."""
     some = f"TRAIN.BATCH_SIZE_PER_GPU 4 TRAIN.EPOCHS {epochs} PRINT_FREQ 1"
-    return command(folder / "run", some)[2:]
+    return command(folder / "run", some)[1:]
 
 
 def steps_done(job: Job) -> int:

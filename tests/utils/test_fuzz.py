@@ -3,9 +3,8 @@
 2,000 inputs go through cli.parse, which every script calls first, and 20 into real processes.
 """
 
+import os
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import run_python
 from utils import cli, config, flags
 from utils.errors import InputError
 from utils.options import CHOICES
@@ -291,14 +290,9 @@ MORE_COMMANDS = [
 
 def ended_badly(script: str, words: list, folder: Path, environment: dict[str, str]) -> str:
     """What is wrong with how the process ended; "" for exit code 2 and one line of stderr."""
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *words],
-        cwd=folder,
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=120,
-    )
-    told = done.stderr.decode(errors="replace")
+    words = [os.fsdecode(word) for word in words]
+    done = run_python(script, *words, environment=environment, folder=folder, code=None)
+    told = done.stderr
     lines = told.splitlines()
     # The words may quote a traceback; ours would stand at a line's beginning.
     one_line = len(lines) == 1 and lines[0].startswith("error: ") and len(told) < CHARACTERS
