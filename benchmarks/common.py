@@ -20,7 +20,7 @@ from models.registry import ARCHITECTURES
 from utils.cli import Parser
 from utils.errors import InputError
 from utils.files import write_json
-from utils.options import CHOICES
+from utils.options import OPTIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CROPS = ("batch", "global_size", "local_crops", "local_size", "threads")
@@ -77,7 +77,7 @@ def add_crop_options(parser: argparse.ArgumentParser, batch: int) -> None:
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """What every measurement of steps asks about networks and loss."""
-    parser.add_argument("--objective", choices=CHOICES["LOSS.OBJECTIVE"], default="cmd")
+    parser.add_argument("--objective", choices=OPTIONS["LOSS.OBJECTIVE"].choices, default="cmd")
     parser.add_argument("--arch", choices=list(ARCHITECTURES), default="swin_tiny")
     parser.add_argument("--prototypes", type=positive, default=65536, help="K (%(default)s)")
 

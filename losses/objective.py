@@ -26,7 +26,7 @@ from losses.rationale import fitting_loss, gradcam_of
 from losses.released import released_terms
 from losses.targets import Centres
 from utils import distributed
-from utils.options import CHOICES, CONTRASTIVE
+from utils.options import CONTRASTIVE, OPTIONS
 from utils.views import Views
 
 EVERY_CROP, GLOBAL_CROPS = slice(None), slice(2)
@@ -66,8 +66,9 @@ class Objective:
             "CMD.REGION_WEIGHT": self.region_weight,
         }
         for option, value in named.items():
-            if value not in CHOICES[option] or value in CONTRASTIVE:
-                raise ValueError(f"{option} must be one of {CHOICES[option]}, not {value!r}")
+            choices = OPTIONS[option].choices
+            if value not in choices or value in CONTRASTIVE:
+                raise ValueError(f"{option} must be one of {choices}, not {value!r}")
 
     @property
     def needs_region_head(self) -> bool:

@@ -14,7 +14,7 @@ from utils import config
 from utils.config import Node
 from utils.errors import InputError
 from utils.flags import PRETRAIN, Face
-from utils.options import PATHS
+from utils.options import OPTIONS, SECTIONS
 
 
 @dataclass
@@ -50,24 +50,19 @@ def _parser(description: str, face: Face) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--cfg", help="YAML file of options, e.g. experiments/demo.yaml")
-    for flag, (option, meaning, arguments) in face.flags.items():
+    for flag, option in face.flags.items():
         # Each flag its own destination: two flags may lead to one option.
-        parser.add_argument(
-            flag, dest=flag, help=f"{meaning} [{option}]", metavar="VALUE", **arguments
-        )
+        meaning = f"{option.meaning} [{option.name}]".replace("%", "%%")
+        numbers = "+" if isinstance(option.default, list) else None
+        parser.add_argument(flag, dest=flag, help=meaning, metavar="VALUE", nargs=numbers)
+    for flag, option in face.yes_no.items():
+        _, yes, no = option.yes_no
+        meaning = f"true: {yes}, false: {no} [{option.name}]"
+        parser.add_argument(flag, dest=flag, help=meaning, metavar="BOOL")
     for flag, arguments in face.extra.items():
         parser.add_argument(flag, dest=flag, metavar="VALUE", **arguments)
     for flag, meaning in face.switches.items():
         parser.add_argument(flag, dest=flag, action="store_true", help=meaning)
-    if face.pretrains:
-        parser.add_argument(
-            "--use_dense_prediction",
-            metavar="BOOL",
-            help="true: objective cmd, false: dino [LOSS.OBJECTIVE]",
-        )
-        parser.add_argument(
-            "--use_fp16", metavar="BOOL", help="true: fp16, false: fp32 [TRAIN.PRECISION]"
-        )
     # torch.distributed.launch hands one of the two spellings to each process.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     for flag in face.no_meaning:
@@ -98,23 +93,24 @@ def parse(
     if "cfg" in words:
         for option in config.merge_file(cfg, words["cfg"]):
             typed[option] = f"{option} {config.get(cfg, option)} in {words['cfg']}"
-    for flag, (option, _, _) in face.flags.items():
+    for flag, option in face.flags.items():
         if flag in words:
-            config.put(cfg, option, words[flag], flag)
-            typed[option] = f"{flag} {words[flag]}"
-    if "use_fp16" in words:
+            config.put(cfg, option.name, words[flag], flag)
+            typed[option.name] = f"{flag} {words[flag]}"
+    if "--use_fp16" in words:
         if "--precision" in words:
             raise InputError("--use_fp16 and --precision say the same thing: drop one of them.")
-        fp16 = _bool("--use_fp16", words["use_fp16"])
-        config.put(cfg, "TRAIN.PRECISION", "fp16" if fp16 else "fp32", "--use_fp16")
+        config.put(cfg, "TRAIN.PRECISION", _meant("--use_fp16", words, face), "--use_fp16")
+        typed["TRAIN.PRECISION"] = f"--use_fp16 {words['--use_fp16']}"
     for key, value in pairs:
         config.put(cfg, key, value, "command line")
         typed[key] = f"{key} {value}"
-    if "use_dense_prediction" in words:
-        dense = _bool("--use_dense_prediction", words["use_dense_prediction"])
-        _apply_dense_prediction(cfg, dense, typed.get("LOSS.OBJECTIVE"))
-    for key in PATHS:
-        config.put(cfg, key, os.path.expanduser(config.get(cfg, key)), key)
+    if "--use_dense_prediction" in words:
+        _apply_dense_prediction(cfg, words, face, typed.get("LOSS.OBJECTIVE"))
+    for option in OPTIONS.values():
+        if option.path:
+            path = os.path.expanduser(config.get(cfg, option.name))
+            config.put(cfg, option.name, path, option.name)
     try:
         config.check(cfg)
     except InputError as error:
@@ -139,8 +135,6 @@ def split_pairs(
     like SECTION.KEY in capitals and is not the value of the flag before it. switches: flags
     without a value.
     """
-    options = set(config.option_names())
-    sections = {key.split(".")[0] for key in options if "." in key}
     rest: list[str] = []
     pairs: list[tuple[str, str]] = []
     place = 0
@@ -149,8 +143,8 @@ def split_pairs(
         before = arguments[place - 1] if place else ""
         is_value = before.startswith("--") and "=" not in before and before not in switches
         head, dot, _ = word.partition(".")
-        looks_like_key = bool(dot) and (head.upper() in sections or word.isupper())
-        if word not in options and (is_value or not looks_like_key):
+        looks_like_key = bool(dot) and (head.upper() in SECTIONS or word.isupper())
+        if word not in OPTIONS and (is_value or not looks_like_key):
             rest.append(word)
             place += 1
             continue
@@ -161,22 +155,25 @@ def split_pairs(
     return rest, pairs
 
 
-def _bool(flag: str, text: str) -> bool:
-    values = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
-    if text.lower() not in values:
-        raise InputError(f"{flag} must be true or false, not '{text}'.")
-    return values[text.lower()]
+def _meant(flag: str, words: dict[str, str], face: Face) -> str:
+    """What one of EsViT's flags with a truth value means, such as fp16 for --use_fp16 true."""
+    _, yes, no = face.yes_no[flag].yes_no
+    values = {"true": yes, "on": yes, "1": yes, "false": no, "off": no, "0": no}
+    if words[flag].lower() not in values:
+        raise InputError(f"{flag} must be true or false, not '{words[flag]}'.")
+    return values[words[flag].lower()]
 
 
-def _apply_dense_prediction(cfg: Node, dense: bool, told: str | None) -> None:
+def _apply_dense_prediction(
+    cfg: Node, words: dict[str, str], face: Face, named: str | None
+) -> None:
     """--use_dense_prediction true means objective cmd, false dino.
 
     An objective that is named explicitly and is dense (or not) in the same way may stand.
     """
-    name = cfg.LOSS.OBJECTIVE
-    if told is None:
-        cfg.LOSS.OBJECTIVE = "cmd" if dense else "dino"
-    elif dense != (name != "dino"):
-        raise InputError(
-            f"--use_dense_prediction {str(dense).lower()} contradicts {told}: drop one of them."
-        )
+    flag = "--use_dense_prediction"
+    meant = _meant(flag, words, face)
+    if named is None:
+        cfg.LOSS.OBJECTIVE = meant
+    elif (meant == "dino") != (cfg.LOSS.OBJECTIVE == "dino"):
+        raise InputError(f"{flag} {words[flag]} contradicts {named}: drop one of them.")

@@ -1,7 +1,7 @@
-"""How a run's options are put together, from the defaults in utils/options.py.
+"""Options as a yacs node: defaults, what files, flags and KEY VALUE pairs lay over them, checks.
 
-Precedence: KEY VALUE over flag over YAML over default (utils/cli.py has the flags). `check`
-says in one sentence what cannot work, before anything runs.
+A wrong key or value is an InputError that says where it stands and names the nearest key. What
+values an option may have is declared in utils/options.py; below is what cannot work together.
 """
 
 import contextlib
@@ -9,14 +9,17 @@ import copy
 import difflib
 import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yacs.config import CfgNode as Node
 
 from utils.errors import InputError
 from utils.files import write_text
-from utils.options import CHOICES, COMPARING, CONTRASTIVE, DEFAULTS, RANGES, RENAMED
+from utils.logging import logger
+from utils.options import COMPARING, CONTRASTIVE, NOTHING, OPTIONS, SECTIONS, Option
 
 # Reading YAML takes seconds for each megabyte; all options are 4 kB.
 LARGEST_FILE = 1 << 16  # bytes
@@ -26,20 +29,15 @@ LARGEST_NUMBER = 2**63 - 1  # of whole ones, as in tensors
 
 def defaults() -> Node:
     """A fresh copy of the defaults."""
-    return DEFAULTS.clone()
+    cfg = Node()
+    for name, option in OPTIONS.items():
+        section, _, key = name.rpartition(".")
+        node = cfg.setdefault(section, Node()) if section else cfg
+        node[key] = copy.copy(option.default)
+    return cfg
 
 
-def option_names(node: Node | None = None, prefix: str = "") -> list[str]:
-    """All option names, as SECTION.KEY."""
-    names: list[str] = []
-    for key, value in (DEFAULTS if node is None else node).items():
-        names += (
-            option_names(value, f"{prefix}{key}.") if isinstance(value, Node) else [prefix + key]
-        )
-    return names
-
-
-def get(cfg: Node, key: str):
+def get(cfg: Node, key: str) -> Any:
     """The value of SECTION.KEY."""
     for part in key.split("."):
         cfg = cfg[part]
@@ -53,26 +51,24 @@ def put(cfg: Node, key: str, value: object, source: str) -> None:
     passes for a float, and a single value for a list of one; any other change of type, or
     an unknown key, is an InputError that names the nearest key.
     """
-    if key not in option_names():
-        near = difflib.get_close_matches(key.upper(), option_names(), n=1, cutoff=0.5)
-        if not near:
-            same_end = [
-                name for name in option_names() if name.split(".")[-1] == key.split(".")[-1]
-            ]
-            near = same_end[:1]
-        hint = f" Did you mean {near[0]}?" if near else " docs/configuration.md lists them all."
-        if isinstance(DEFAULTS.get(key), Node):
-            hint = f" It is a section; {option_names(DEFAULTS[key], f'{key}.')[0]} is one in it."
-        raise InputError(f"{source}: there is no option '{key}'.{hint}")
-    default = get(DEFAULTS, key)
-    *sections, name = key.split(".")
-    node = cfg
-    for section in sections:
-        node = node[section]
-    node[name] = _typed(value, default, key, source)
+    if key not in OPTIONS:
+        raise InputError(f"{source}: there is no option '{key}'.{_hint(key)}")
+    value = _typed(value, OPTIONS[key], source)
+    # yacs reads texts as Python's literals: as one, a path '123' stays a text.
+    cfg.merge_from_list([key, repr(value) if isinstance(value, str) else value])
 
 
-def _typed(value: object, default: object, key: str, source: str) -> object:
+def _hint(key: str) -> str:
+    if key in SECTIONS:
+        first = next(name for name in OPTIONS if name.startswith(f"{key}."))
+        return f" It is a section; {first} is one in it."
+    near = difflib.get_close_matches(key.upper(), OPTIONS, n=1, cutoff=0.5)
+    near += [name for name in OPTIONS if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f" Did you mean {near[0]}?" if near else " docs/configuration.md lists them all."
+
+
+def _typed(value: object, option: Option, source: str) -> object:
+    default, where = option.default, f"{source}: {option.name}"
     if isinstance(value, str) and not isinstance(default, str):
         value = _scalar(value)
     if isinstance(default, list):
@@ -80,27 +76,24 @@ def _typed(value: object, default: object, key: str, source: str) -> object:
         value = [_scalar(v) if isinstance(v, str) else v for v in value]
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(n, int) and abs(n) > LARGEST_NUMBER for n in numbers):
-        raise InputError(f"{source}: {key} must lie within {LARGEST_NUMBER}, the largest number.")
+        raise InputError(f"{where} must lie within {LARGEST_NUMBER}, the largest number.")
     if isinstance(default, bool):
         # EsViT's users type 0 and 1.
         value = bool(value) if value in (0, 1) else value
-        fits = isinstance(value, bool)
+        fits, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, float):
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits, kind = _is_number(value), "a number"
         value = float(value) if fits else value
     elif isinstance(default, int):
-        fits = isinstance(value, int) and not isinstance(value, bool)
+        fits, kind = _is_number(value) and isinstance(value, int), "a whole number"
     elif isinstance(default, list):
-        fits = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        fits, kind = all(_is_number(v) for v in value), "a list of numbers"
     else:
-        fits = isinstance(value, str)
+        fits, kind = isinstance(value, str), "a text"
     if not fits:
-        kind = {bool: "true or false", float: "a number", int: "a whole number"}.get(
-            type(default), "a list of numbers" if isinstance(default, list) else "a text"
-        )
-        raise InputError(f"{source}: {key} must be {kind}, not {_shown(value)}.")
+        raise InputError(f"{where} must be {kind}, not {_shown(value)}.")
     if isinstance(value, str) and not _may_be_a_name(value):
-        raise InputError(f"{source}: {key} must be text that can name a file, not {value!r}.")
+        raise InputError(f"{where} must be text that can name a file, not {value!r}.")
     return value
 
 
@@ -109,6 +102,10 @@ def _shown(value: object) -> str:
         return repr(value)
     except ValueError:  # Python prints no number of thousands of digits
         return "so large a number"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _may_be_a_name(text: str) -> bool:
@@ -188,28 +185,24 @@ def merge_file(cfg: Node, path: str | Path) -> list[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a YAML file: {reason}.") from None
-    if tree is None:
-        return []
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         raise InputError(f"{path} must hold options as SECTION: KEY: value.")
-    return _merge_tree(cfg, tree, "", str(path))
+    values = dict(_flat(tree or {}, str(path)))
+    for key, value in values.items():
+        put(cfg, key, value, str(path))
+    return list(values)
 
 
-def _merge_tree(cfg: Node, tree: dict, prefix: str, source: str) -> list[str]:
-    names: list[str] = []
+def _flat(tree: dict, source: str, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(SECTION.KEY, value) of each option in nested data."""
     for key, value in tree.items():
         if not isinstance(key, str):
             raise InputError(f"{source}: {_shown(key)} stands where an option's name should.")
-        name = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
-        is_section = isinstance(DEFAULTS.get(name), Node)
-        if is_section and isinstance(value, dict):
-            names += _merge_tree(cfg, value, f"{name}.", source)
-        elif is_section and value is None:
-            continue  # all its lines are commented out
+        if not prefix and key in SECTIONS and isinstance(value, dict | None):
+            # None: all lines of the section are commented out.
+            yield from _flat(value or {}, source, f"{key}.")
         else:
-            put(cfg, name, value, source)
-            names.append(name)
-    return names
+            yield f"{prefix}{key}", value
 
 
 def to_dict(cfg: Node) -> dict:
@@ -218,11 +211,20 @@ def to_dict(cfg: Node) -> dict:
 
 
 def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
-    """Options of a stored run; InputError for what are none, or one that no longer exists."""
+    """The options of a stored run; InputError for data that are none.
+
+    Options of an earlier version that exist no more are ignored, and a line says so.
+    """
     if not isinstance(tree, dict):
         raise InputError(f"{source} holds no options of a run.")
-    cfg = defaults()
-    _merge_tree(cfg, tree, "", source)
+    cfg, gone = defaults(), []
+    for key, value in _flat(tree, source):
+        if key in OPTIONS or key in SECTIONS:
+            put(cfg, key, value, source)
+        else:
+            gone.append(key)
+    if gone:
+        logger.warning(f"{source} holds options that exist no more: {', '.join(gone)} are ignored.")
     return cfg
 
 
@@ -231,98 +233,79 @@ def write(cfg: Node, path: str | Path) -> None:
     write_text(path, yaml.safe_dump(to_dict(cfg), sort_keys=False))
 
 
-def differing(a: Node, b: Node, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Names of options whose values differ, but for the ignored options and sections."""
-    return [
-        key
-        for key in option_names()
-        if key not in ignore and key.split(".")[0] not in ignore and get(a, key) != get(b, key)
-    ]
+def deciding(*what: str) -> list[str]:
+    """Names of the options that decide one of these, e.g. SHAPES (utils/options.py)."""
+    return [name for name, option in OPTIONS.items() if option.decides in what]
+
+
+def differing(a: Node, b: Node, names: Iterable[str] = OPTIONS) -> list[str]:
+    """Those of `names` whose values differ."""
+    return [name for name in names if get(a, name) != get(b, name)]
+
+
+def changed(cfg: Node) -> str:
+    """The options that are not the defaults and decide a figure, as text; "none" where all are."""
+    names = [name for name, option in OPTIONS.items() if option.decides != NOTHING]
+    words = [f"{name} {get(cfg, name)}" for name in differing(cfg, defaults(), names)]
+    return ", ".join(words) or "none"
+
+
+# What can work, whatever the data and the model
 
 
 def check(cfg: Node) -> None:
-    """Raise InputError for the first thing that cannot work, whatever the data and the model."""
-    for key, choices in CHOICES.items():
-        if get(cfg, key) not in choices:
-            near = difflib.get_close_matches(str(get(cfg, key)), choices, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            if key == "RESUME":
-                hint = (
-                    " A run resumes from its own --output_dir; --pretrained_weights_ckpt starts "
-                    "from another's weights."
-                )
-            raise InputError(
-                f"{key} must be one of {', '.join(choices)}, not '{get(cfg, key)}'.{hint}"
-            )
-    for key in option_names():
-        low, high = RANGES.get(key, (None, None))
-        values = get(cfg, key)
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, str):
-                continue
-            if not math.isfinite(value):
-                raise InputError(f"{key} must be a finite number, not {value}.")
-            if low is not None and value < low:
-                raise InputError(f"{key} must be at least {low}, not {value}.")
-            if high is not None and value > high:
-                raise InputError(f"{key} must be at most {high}, not {value}.")
-    for key in ("KNN.KS", "LINEAR.C", "LINEAR.LABEL_SHARES"):
-        if not get(cfg, key):
-            raise InputError(f"{key} is empty: give at least one number.")
-    if not all(isinstance(k, int) for k in cfg.KNN.KS):
-        raise InputError(f"KNN.KS must be whole numbers, not {cfg.KNN.KS}.")
+    """Raise InputError for the first value, or combination of them, that cannot work."""
+    for name, option in OPTIONS.items():
+        _check_value(option, get(cfg, name))
     _check_crops(cfg)
+    _check_schedules(cfg)
+    _check_batch(cfg)
     if cfg.DATA.CROPS == "workers" and cfg.DATA.CACHE != "none":
         raise InputError(
             f"DATA.CROPS workers contradicts DATA.CACHE {cfg.DATA.CACHE}: crops of kept images are "
             f"made on the device. Set DATA.CROPS auto or DATA.CACHE none."
         )
-    _check_schedules(cfg)
-    if cfg.LOSS.OBJECTIVE in CONTRASTIVE and local_crops(cfg):
-        raise InputError(
-            f"LOSS.OBJECTIVE {cfg.LOSS.OBJECTIVE} contrasts two crops of an image and wants no "
-            f"local ones. Its recipe: --cfg experiments/{cfg.LOSS.OBJECTIVE}.yaml; "
-            f"AUG.LOCAL_CROPS_NUMBER [] alone keeps the optimizer, momentum, head and crops of the "
-            f"others."
-        )
-    if cfg.LOSS.OBJECTIVE in CONTRASTIVE and cfg.TRAIN.BATCH_SIZE_PER_GPU < 2:
-        raise InputError(
-            f"LOSS.OBJECTIVE {cfg.LOSS.OBJECTIVE} contrasts images: TRAIN.BATCH_SIZE_PER_GPU must "
-            f"be at least 2, not {cfg.TRAIN.BATCH_SIZE_PER_GPU}."
-        )
-    compares_images = cfg.LOSS.OBJECTIVE == "cmd" and cfg.CMD.LT in COMPARING
-    if compares_images and cfg.TRAIN.BATCH_SIZE_PER_GPU < 2:
-        raise InputError(
-            f"CMD.LT {cfg.CMD.LT} compares images of a batch: TRAIN.BATCH_SIZE_PER_GPU "
-            f"must be at least 2, not {cfg.TRAIN.BATCH_SIZE_PER_GPU} (or set CMD.LT none)."
-        )
     if cfg.EVAL.KNN_EVERY and not (cfg.EVAL.KNN_TRAIN and cfg.EVAL.KNN_VAL):
         raise InputError("EVAL.KNN_EVERY needs EVAL.KNN_TRAIN and EVAL.KNN_VAL: two folders.")
 
 
+def _check_value(option: Option, value: Any) -> None:
+    name = option.name
+    if option.choices and value not in option.choices:
+        near = difflib.get_close_matches(value, option.choices, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        if name == "RESUME":
+            hint = (
+                " A run resumes from its own --output_dir; --pretrained_weights_ckpt starts from "
+                "another's weights."
+            )
+        raise InputError(f"{name} must be one of {', '.join(option.choices)}, not '{value}'.{hint}")
+    if isinstance(value, str):
+        return
+    numbers = value if isinstance(value, list) else [value]
+    if option.filled and not numbers:
+        raise InputError(f"{name} is empty: give at least one number.")
+    if option.length not in (None, len(numbers)):
+        raise InputError(f"{name} must have {option.length} values, not {value}.")
+    if option.whole and not all(isinstance(number, int) for number in numbers):
+        raise InputError(f"{name} must be whole numbers, not {value}.")
+    for number in numbers:
+        if not math.isfinite(number):
+            raise InputError(f"{name} must be a finite number, not {number}.")
+        if option.at_least is not None and number < option.at_least:
+            raise InputError(f"{name} must be at least {option.at_least}, not {number}.")
+        if option.at_most is not None and number > option.at_most:
+            raise InputError(f"{name} must be at most {option.at_most}, not {number}.")
+
+
 def _check_crops(cfg: Node) -> None:
     aug = cfg.AUG
-    for key, count in (
-        ("GLOBAL_CROPS_SCALE", 2),
-        ("LOCAL_CROPS_SCALE", 2),
-        ("COLOR_JITTER", 4),
-        ("BLUR_PROB", 3),
-    ):
-        if len(aug[key]) != count:
-            raise InputError(f"AUG.{key} must have {count} values, not {aug[key]}.")
     for key in ("GLOBAL_CROPS_SCALE", "LOCAL_CROPS_SCALE"):
         low, high = aug[key]
-        if not 0 < low <= high <= 1:
+        if not 0 < low <= high:
             raise InputError(f"AUG.{key} must rise between 0 and 1, not {aug[key]}.")
-    if min(aug.COLOR_JITTER) < 0 or aug.COLOR_JITTER[3] > 0.5:
-        raise InputError(
-            f"AUG.COLOR_JITTER must be at least 0 and its hue at most 0.5, not {aug.COLOR_JITTER}."
-        )
-    if not all(0 <= p <= 1 for p in aug.BLUR_PROB):
-        raise InputError(f"AUG.BLUR_PROB must lie between 0 and 1, not {aug.BLUR_PROB}.")
-    for key in ("LOCAL_CROPS_NUMBER", "LOCAL_CROPS_SIZE"):
-        if not all(isinstance(v, int) and v >= 0 for v in aug[key]):
-            raise InputError(f"AUG.{key} must be whole numbers, not {aug[key]}.")
+    if aug.COLOR_JITTER[3] > 0.5:
+        raise InputError(f"AUG.COLOR_JITTER's hue must be at most 0.5, not {aug.COLOR_JITTER[3]}.")
     counts, sizes = aug.LOCAL_CROPS_NUMBER, aug.LOCAL_CROPS_SIZE
     if sum(counts) and min(sizes, default=0) < 1:
         raise InputError(f"AUG.LOCAL_CROPS_SIZE must be positive, not {sizes}.")
@@ -331,6 +314,38 @@ def _check_crops(cfg: Node) -> None:
             f"AUG.LOCAL_CROPS_NUMBER {counts} and AUG.LOCAL_CROPS_SIZE {sizes} must be equally "
             f"long: one number for each size."
         )
+
+
+def _check_schedules(cfg: Node) -> None:
+    for key in ("TRAIN.WARMUP_EPOCHS", "LOSS.WARMUP_TEACHER_TEMP_EPOCHS"):
+        if get(cfg, key) > cfg.TRAIN.EPOCHS:
+            raise InputError(
+                f"{key} {get(cfg, key)} is longer than the run of {cfg.TRAIN.EPOCHS} epochs "
+                f"(TRAIN.EPOCHS). Shorten the one or lengthen the other."
+            )
+
+
+def _check_batch(cfg: Node) -> None:
+    objective, images = cfg.LOSS.OBJECTIVE, cfg.TRAIN.BATCH_SIZE_PER_GPU
+    if objective in CONTRASTIVE and local_crops(cfg):
+        raise InputError(
+            f"LOSS.OBJECTIVE {objective} contrasts two crops of an image and wants no local ones. "
+            f"Its recipe: --cfg experiments/{objective}.yaml; AUG.LOCAL_CROPS_NUMBER [] alone "
+            f"keeps the optimizer, momentum, head and crops of the others."
+        )
+    if images < 2 and objective in CONTRASTIVE:
+        raise InputError(
+            f"LOSS.OBJECTIVE {objective} contrasts images: TRAIN.BATCH_SIZE_PER_GPU must be at "
+            f"least 2, not {images}."
+        )
+    if images < 2 and objective == "cmd" and cfg.CMD.LT in COMPARING:
+        raise InputError(
+            f"CMD.LT {cfg.CMD.LT} compares images of a batch: TRAIN.BATCH_SIZE_PER_GPU must be at "
+            f"least 2, not {images} (or set CMD.LT none)."
+        )
+
+
+# What several options mean together
 
 
 def local_crops(cfg: Node) -> list[tuple[int, int]]:
@@ -347,12 +362,3 @@ def crops_on_device(cfg: Node) -> bool:
 def eval_size(cfg: Node) -> int:
     """Pixels of an evaluation's centre crop: EVAL.SIZE, else the run's global crops'."""
     return cfg.EVAL.SIZE or cfg.AUG.GLOBAL_CROPS_SIZE
-
-
-def _check_schedules(cfg: Node) -> None:
-    for key in ("TRAIN.WARMUP_EPOCHS", "LOSS.WARMUP_TEACHER_TEMP_EPOCHS"):
-        if get(cfg, key) > cfg.TRAIN.EPOCHS:
-            raise InputError(
-                f"{key} {get(cfg, key)} is longer than the run of {cfg.TRAIN.EPOCHS} epochs "
-                f"(TRAIN.EPOCHS). Shorten the one or lengthen the other."
-            )

@@ -1,76 +1,74 @@
-"""docs/configuration.md, made from the defaults and the remarks beside them.
+"""docs/configuration.md, made from the declarations of the options.
 
 python -m utils.config_docs > docs/configuration.md
 """
 
-import re
-from pathlib import Path
+from utils import flags
+from utils.options import OPTIONS, SECTIONS, SHAPES, WEIGHTS, Option
 
-from utils import config, flags, options
+_HEAD = """\
+# Options
 
+Every option of a run, its default and its meaning. Set them in a YAML file (`--cfg`),
+by flag, or as `KEY VALUE` pairs at the end of the line; a pair wins over a flag, a flag
+over the file, the file over the default. An unknown or ill-typed option stops the run
+before anything else. The options as resolved are written to the run's folder
+(`config.yaml`). Lists are written `[1, 2]` in YAML and `'[1,2]'` on the command line.
 
-def remarks() -> dict[str, str]:
-    """Each option's remark in utils/options.py; a remark may go on in a line of its own."""
-    found: dict[str, str] = {}
-    last = ""
-    for line in Path(options.__file__).read_text().splitlines():
-        if match := re.match(r"_\.([A-Z0-9_.]+) = .*?(?:  # (.*))?$", line):
-            last = match[1]
-            found[last] = match[2] or ""
-        elif last and (match := re.match(r"# (.*)$", line)):
-            found[last] += f" {match[1]}"
-        else:
-            last = ""
-    return found
+A run that resumes keeps the options that decide its weights; those marked *resume* may change,
+and so may all that decide no weights (`--resume force` takes others too).
+
+This page is made by `python -m utils.config_docs`; its source is `utils/options.py`.
+"""
+_NO_MEANING = """
+## Flags of EsViT without a meaning here
+
+They are accepted, and a line says that they are ignored.
+"""
 
 
 def page() -> str:
     """The whole page, Markdown."""
-    known, cfg = remarks(), config.defaults()
-    names: dict[str, list[str]] = {}
-    for face in (flags.PRETRAIN, flags.KNN, flags.RETRIEVAL, flags.LINEAR, flags.TABLE):
-        for flag, (option, _, _) in face.flags.items():
-            if f"`{flag}`" not in names.setdefault(option, []):
-                names[option].append(f"`{flag}`")
-    names["LOSS.OBJECTIVE"].append("`--use_dense_prediction` (true: cmd, false: dino)")
-    names["TRAIN.PRECISION"].append("`--use_fp16` (true: fp16, false: fp32)")
-    lines = [
-        "# Options",
-        "",
-        "Every option of a run, its default and its meaning. Set them in a YAML file (`--cfg`),",
-        "by flag, or as `KEY VALUE` pairs at the end of the line; a pair wins over a flag, a flag",
-        "over the file, the file over the default. An unknown or ill-typed option stops the run",
-        "before anything else. The options as resolved are written to the run's folder",
-        "(`config.yaml`). Lists are written `[1, 2]` in YAML and `'[1,2]'` on the command line.",
-        "",
-        "This page is made by `python -m utils.config_docs`; its source is `utils/options.py`.",
-    ]
-    section = None
-    for name in config.option_names():
-        own = name.split(".")[0] if "." in name else "General"
-        if own != section:
-            section = own
-            title = f"{own}: {known[own]}" if known.get(own) else own
-            lines += [
-                "",
-                f"## {title}",
-                "",
-                "| option | default | meaning | flag |",
-                "|---|---|---|---|",
-            ]
-        default = config.get(cfg, name)
-        shown = f"`{str(default).lower() if isinstance(default, bool) else default}`"
-        if default == "":
-            shown = "(empty)"
-        meaning = known.get(name, "").replace(" | ", ", ")
-        lines.append(f"| `{name}` | {shown} | {meaning} | {', '.join(names.get(name, []))} |")
-    lines += ["", "## Flags of EsViT without a meaning here", ""]
-    lines += ["They are accepted, and a line says that they are ignored.", ""]
-    lines += [
-        f"- `{flag}`: {why}"
-        for flag, why in (flags.PRETRAIN.no_meaning | flags.KNN.no_meaning).items()
-    ]
+    lines = [_HEAD]
+    for section in SECTIONS.values():
+        title = f"{section.name or 'General'}: {section.meaning}"
+        lines += [f"## {title}", "", "| option | default | meaning | values | flags |"]
+        lines += ["|---|---|---|---|---|"]
+        for option in OPTIONS.values():
+            if option.name.rpartition(".")[0] == section.name:
+                lines.append(_row(option))
+        lines.append("")
+    lines[-1] = _NO_MEANING
+    ignored = flags.PRETRAIN.no_meaning | flags.KNN.no_meaning
+    lines += [f"- `{flag}`: {why}" for flag, why in ignored.items()]
     return "\n".join(lines) + "\n"
+
+
+def _row(option: Option) -> str:
+    default = option.default
+    text = str(default).lower() if isinstance(default, bool) else str(default)
+    kept = option.decides in (SHAPES, WEIGHTS)
+    meaning = option.meaning + (" (*resume*)" if kept and option.resume_may_change else "")
+    names = [f"`{flag}`" for flag in option.flags]
+    if option.yes_no:
+        flag, yes, no = option.yes_no
+        names.append(f"`{flag}` (true: {yes}, false: {no})")
+    cells = [f"`{option.name}`", f"`{text}`" if text else "(empty)", meaning]
+    return f"| {' | '.join([*cells, _values(option), ', '.join(names)])} |"
+
+
+def _values(option: Option) -> str:
+    """The values that are allowed, in words; empty where the type says all."""
+    low, high = option.at_least, option.at_most
+    words = [" ".join(option.choices)]
+    if option.length or option.filled or option.whole:
+        count = f"{option.length} " if option.length else "one or more " if option.filled else ""
+        words.append(f"{count}{'whole numbers' if option.whole else 'numbers'}")
+    if low is not None and high is not None:
+        words.append(f"{low} to {high}")
+    elif low is not None:
+        words.append(f"at least {low}")
+    return ", ".join(word for word in words if word)
 
 
 if __name__ == "__main__":

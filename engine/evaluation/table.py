@@ -8,9 +8,6 @@ from engine.evaluation.source import RANDOM
 from utils import config
 from utils.config import Node
 
-# Options that the table's head or rows say, or that change no figure.
-NOT_SHOWN = ("OUTPUT_DIR", "INIT", "DEVICE", "DATA.PATH", "DATA.DATASET", "DATA.WORKERS")
-
 
 def spread(values: Sequence[float]) -> dict:
     """Mean, standard deviation (n - 1; None for one value) and the values themselves."""
@@ -86,7 +83,7 @@ def markdown(rows: list[dict], provenance: dict, cfg: Node) -> str:
         f"- commit: {provenance['commit'] or 'unknown'}; date: {provenance['date']}",
         f"- device: {provenance['device']}, processes: {provenance['processes']}",
         "- versions: " + ", ".join(f"{k} {v}" for k, v in provenance["versions"].items()),
-        f"- options that are not the defaults: {_changed(cfg)}",
+        f"- options that are not the defaults: {config.changed(cfg)}",
     ]
     for row in rows:
         line = f"- {_escape(row['name'])}: {row['network']}, {pooling}"
@@ -98,11 +95,6 @@ def markdown(rows: list[dict], provenance: dict, cfg: Node) -> str:
     lines.append("")
     lines.append("results.json holds every value, the options and those of each checkpoint's run.")
     return "\n".join(lines) + "\n"
-
-
-def _changed(cfg: Node) -> str:
-    names = config.differing(cfg, config.defaults(), NOT_SHOWN)
-    return ", ".join(f"{name} {config.get(cfg, name)}" for name in names) or "none"
 
 
 def _escape(text: str) -> str:

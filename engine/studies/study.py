@@ -28,7 +28,7 @@ from datasets.synthetic_images import DIFFICULTIES, SyntheticConfig
 from utils import config
 from utils.config import Node
 from utils.errors import InputError
-from utils.options import CHOICES
+from utils.options import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 RANDOM = "random"  # first part of the names of randomly initialised networks
@@ -289,7 +289,7 @@ def _protocol(tree: object, cells: dict[str, Cell], where: str) -> Protocol:
     poolings, k = tree.get("poolings", ["default"]), tree.get("k", 20)
     if not isinstance(poolings, list) or "default" not in poolings:
         raise InputError(f"{where}: poolings must be a list with 'default' in it, not {poolings}.")
-    choose(poolings, CHOICES["EVAL.POOLING"], f"{where}, poolings")
+    choose(poolings, OPTIONS["EVAL.POOLING"].choices, f"{where}, poolings")
     if not _is_whole(k) or k < 1:
         raise InputError(f"{where}: k must be a whole number from 1, not {k}.")
     if not isinstance(linear := tree.get("linear", True), bool):

@@ -30,10 +30,9 @@ from models import registry
 from utils import config
 from utils.config import Node
 from utils.distributed import World
+from utils.options import FIGURES
 
 COARSE = "coarse_"  # before the name of a figure on the coarse classes
-# Options that decide figures beside a network's own; see `measure` for those that it sets itself.
-EVALUATION = ("EVAL.PRECISION", "KNN", "RETRIEVAL", "LINEAR")
 
 
 @dataclass
@@ -174,11 +173,11 @@ def _attention(
 
 def network_shape(cfg: Node) -> dict:
     """What decides a random initialisation's figures but its seed and heads; plain data."""
-    judged = [n for n in config.option_names() if n in EVALUATION or n.split(".")[0] in EVALUATION]
+    # EVAL.SIZE as it is resolved.
+    judged = [name for name in config.deciding(FIGURES) if name != "EVAL.SIZE"]
     return {
         "backbone": repr(registry.identity(build.backbone_spec(cfg))),
         "size": config.eval_size(cfg),
-        "resize": cfg.EVAL.RESIZE,
         "evaluation": {name: config.get(cfg, name) for name in judged},
     }
 

@@ -13,26 +13,8 @@ from utils import config
 from utils.config import Node
 from utils.errors import InputError
 from utils.files import make_folder, write_json
+from utils.options import FIGURES, SHAPES, WEIGHTS
 
-# Options that change no figure.
-SAME_FIGURES = (
-    "OUTPUT_DIR",
-    "DEVICE",
-    "PRINT_FREQ",
-    "RESUME",
-    "DATA.PATH",
-    "DATA.WORKERS",
-    "TRAIN.CHECKPOINTING",
-    "TRAIN.TIMEOUT_MINUTES",
-    "CKPT",
-    "EVAL.KNN_EVERY",
-    "EVAL.KNN_TRAIN",
-    "EVAL.KNN_VAL",
-    "EVAL.KNN_K",
-    "EVAL.BATCH_SIZE_PER_GPU",
-)
-# And those that change no weights.
-SAME_WEIGHTS = (*SAME_FIGURES, "EVAL", "KNN", "RETRIEVAL", "LINEAR")
 _FILE = re.compile(r"(.+)-seed(\d+)\.json")
 
 
@@ -119,10 +101,10 @@ def _judged(study: Study, images: dict | None) -> dict:
     return {"evaluate": study.protocol.identity} | ({"images": images} if images else {})
 
 
-def misfit(stored: dict, wanted: dict, where: Path, ignored: tuple[str, ...] = SAME_FIGURES) -> str:
+def misfit(stored: dict, wanted: dict, where: Path, weights_only: bool = False) -> str:
     """In what an identity that is stored at `where` differs from the wanted one; "" if it fits.
 
-    ignored: options that may differ.
+    weights_only: options that decide figures but no weights may differ.
     """
     differences = [
         f"{name} (was {_short(stored.get(name))}, now {_short(value)})"
@@ -130,10 +112,11 @@ def misfit(stored: dict, wanted: dict, where: Path, ignored: tuple[str, ...] = S
         if name != "options" and stored.get(name) != value
     ]
     if "options" in wanted:
+        decisive = config.deciding(SHAPES, WEIGHTS, *(() if weights_only else (FIGURES,)))
         was, now = (config.from_dict(tree.get("options"), str(where)) for tree in (stored, wanted))
         differences += [
             f"{name} (was {config.get(was, name)}, now {config.get(now, name)})"
-            for name in config.differing(was, now, ignored)
+            for name in config.differing(was, now, decisive)
         ]
     return "; ".join(differences)
 

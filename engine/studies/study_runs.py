@@ -66,8 +66,7 @@ class Run:
                 f"{self.folder} holds a run, but no {IDENTITY} that says what it was trained "
                 f"with: use {remedy}"
             )
-        ignored = study_results.SAME_WEIGHTS
-        if differences := study_results.misfit(stored, self.identity, path, ignored):
+        if differences := study_results.misfit(stored, self.identity, path, weights_only=True):
             raise InputError(
                 f"{self.folder} holds a run of another study: {differences}. Use the study as it "
                 f"was, {remedy}"

@@ -13,10 +13,7 @@ from utils import checkpoint, config
 from utils.config import Node
 from utils.errors import InputError
 from utils.logging import logger
-from utils.options import RESUME_MAY_DIFFER
-
-# Options, and sections, that decide what is in a checkpoint and of which shape.
-_SHAPING = ("MODEL.", "HEAD.", "LOSS.OBJECTIVE", "MOCO.QUEUE", "LCR.CHANNELS")
+from utils.options import OPTIONS, SHAPES
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
     stored = config.from_dict(state["config"], str(path))
     changes = [
         (name, config.get(stored, name), config.get(cfg, name))
-        for name in config.differing(cfg, stored, _may_differ(cfg, stored))
+        for name in config.differing(cfg, stored, _must_agree(cfg, stored))
     ]
     others = state["processes"] != processes
     per_process = images_per_step // processes
@@ -63,11 +60,7 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
     text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
     if changes and cfg.RESUME != "force":
         # Weights of another shape cannot go on, even by force.
-        reshaped = [
-            name
-            for name, _, _ in changes
-            if name.startswith(_SHAPING) and name != "MODEL.DROP_PATH"
-        ]
+        reshaped = {name for name, _, _ in changes} & set(config.deciding(SHAPES))
         force = ", or --resume force to go on with the new ones"
         raise InputError(
             f"{path} is from a run with other options: {text}. Use the old options, or "
@@ -99,14 +92,15 @@ def _other_processes(cfg: Node, state: dict, images_per_step: int, processes: in
     )
 
 
-def _may_differ(cfg: Node, stored: Node) -> tuple[str, ...]:
-    """Options in which the run may differ from the stored one and still be the same run."""
+def _must_agree(cfg: Node, stored: Node) -> list[str]:
+    """Options in which the run must be as the stored one to be the same run."""
+    names = [name for name, option in OPTIONS.items() if not option.resume_may_change]
     on_device = config.crops_on_device(cfg)
-    if on_device != config.crops_on_device(stored):
-        return RESUME_MAY_DIFFER
-    # Where decoded images are kept changes no crop; how large they are, only those from them.
-    where = ("DATA.CACHE", "DATA.CROPS", *(() if on_device else ("DATA.CACHE_SIZE",)))
-    return (*RESUME_MAY_DIFFER, *where)
+    if on_device == config.crops_on_device(stored):
+        # Where decoded images are kept changes no crop; how large they are, only those from them.
+        free = ("DATA.CACHE", "DATA.CROPS", *(() if on_device else ("DATA.CACHE_SIZE",)))
+        names = [name for name in names if name not in free]
+    return names
 
 
 def resume(run: Pretraining, found: Found) -> None:

@@ -23,7 +23,7 @@ from utils import checkpoint, cli, config, flags
 from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
-from utils.options import CHOICES, RANGES
+from utils.options import OPTIONS
 from utils.seeding import derive_seed
 
 # The same examples every time, and nothing kept: a pass is a pass for ever.
@@ -32,7 +32,6 @@ PROFILE = {"derandomize": True, "deadline": None, "database": None}
 often = settings(max_examples=200, **PROFILE)
 seldom = settings(max_examples=60, **PROFILE)
 
-OPTIONS = config.option_names()
 DEFAULTS = config.defaults()
 CPU = torch.device("cpu")
 
@@ -55,17 +54,18 @@ def any_value(key: str) -> st.SearchStrategy:
         return REAL
     if isinstance(default, list):
         return st.lists(WHOLE | REAL, max_size=5)
-    return TEXTS | st.sampled_from(CHOICES.get(key, [""]))
+    return TEXTS | st.sampled_from(OPTIONS[key].choices or ("",))
 
 
 def valid_value(key: str) -> st.SearchStrategy:
     """A value that `check` takes, whatever the other options are; the default where none is."""
     default = config.get(DEFAULTS, key)
-    low, high = RANGES.get(key, (None, None))
+    option = OPTIONS[key]
+    low, high = option.at_least, option.at_most
     if key in ENTANGLED:
         return st.just(default)
-    if key in CHOICES:
-        return st.sampled_from(CHOICES[key])
+    if option.choices:
+        return st.sampled_from(option.choices)
     if isinstance(default, bool):
         return st.booleans()
     if isinstance(default, int):
@@ -73,14 +73,14 @@ def valid_value(key: str) -> st.SearchStrategy:
     if isinstance(default, float):
         return st.floats(low or 0, 1e9 if high is None else high)
     if isinstance(default, list):
-        entries = st.integers(1, 1000)
-        if high is not None:
+        entries = st.integers(1, high or 1000)
+        if high is not None and not option.whole:
             entries = st.floats(low, high)
         return st.lists(entries, min_size=1, max_size=4)
     return TEXTS.filter(lambda text: not text.startswith("~"))
 
 
-# What another option forbids, or a rule beside RANGES.
+# What another option forbids, or a rule beside its declaration.
 ENTANGLED = {
     *("AUG.GLOBAL_CROPS_SCALE", "AUG.LOCAL_CROPS_SCALE", "AUG.COLOR_JITTER", "AUG.BLUR_PROB"),
     *("AUG.LOCAL_CROPS_NUMBER", "AUG.LOCAL_CROPS_SIZE", "DATA.CROPS", "TRAIN.EPOCHS"),
@@ -93,7 +93,7 @@ ENTANGLED = {
 @st.composite
 def settings_of(draw, value=valid_value, most: int = 30) -> dict[str, object]:
     """A value for each of some options."""
-    keys = draw(st.lists(st.sampled_from(OPTIONS), unique=True, max_size=most))
+    keys = draw(st.lists(st.sampled_from(list(OPTIONS)), unique=True, max_size=most))
     return {key: draw(value(key)) for key in keys}
 
 
@@ -115,7 +115,7 @@ def same(first: object, second: object) -> bool:
 
 
 @often
-@given(st.sampled_from(OPTIONS).flatmap(lambda key: st.tuples(st.just(key), any_value(key))))
+@given(st.sampled_from(list(OPTIONS)).flatmap(lambda key: st.tuples(st.just(key), any_value(key))))
 def test_an_option_set_from_its_text_comes_back(pair):
     key, value = pair
     cfg = config.defaults()
@@ -159,11 +159,11 @@ def test_a_check_passes_or_names_an_option(chosen):
 
 
 # Flags that set one option each, the last of several for it.
-FLAG_OF = {option: flag for flag, (option, _, _) in flags.PRETRAIN.flags.items()}
+FLAG_OF = {option.name: flag for flag, option in flags.PRETRAIN.flags.items()}
 PLAIN = sorted(
     key
     for key in set(FLAG_OF) - ENTANGLED
-    if not isinstance(config.get(DEFAULTS, key), list | str) or key in CHOICES
+    if not isinstance(config.get(DEFAULTS, key), list | str) or OPTIONS[key].choices
 )
 
 

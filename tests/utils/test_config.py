@@ -1,13 +1,13 @@
 """Options: where they come from, which wins, and what the user reads when one is wrong."""
 
-import math
 from pathlib import Path
 
 import pytest
 import yaml
 
-from utils import cli, config, config_docs, flags, options
+from utils import cli, config, config_docs, flags
 from utils.errors import InputError
+from utils.options import FIGURES, NOTHING, OPTIONS, SHAPES, WEIGHTS
 
 
 def parse(*words: str) -> cli.CommandLine:
@@ -252,25 +252,22 @@ IGNORED = [
 ]
 
 
-@pytest.mark.parametrize("flag", ESVIT)
-def test_each_flag_of_esvit_sets_its_option_and_no_other(flag):
-    command = parse(*flag.split(), "MODEL.NUM_CLASSES", "0")
-    changed = config.differing(command.cfg, config.defaults())
-    assert {key: config.get(command.cfg, key) for key in changed} == {
-        key: new for key, new in ESVIT[flag].items() if new != config.get(options.DEFAULTS, key)
-    }
-    assert command.notes == []
-    for key, new in ESVIT[flag].items():
-        assert config.get(command.cfg, key) == new
+def test_each_flag_of_esvit_sets_its_option_and_no_other():
+    for flag, wanted in ESVIT.items():
+        command = parse(*flag.split(), "MODEL.NUM_CLASSES", "0")
+        assert {name: config.get(command.cfg, name) for name in wanted} == wanted
+        changed = config.differing(command.cfg, config.defaults())
+        assert changed == [key for key, new in wanted.items() if new != OPTIONS[key].default]
+        assert command.notes == []
 
 
-@pytest.mark.parametrize("flag", IGNORED)
-def test_a_flag_without_meaning_says_so_in_a_line_and_changes_nothing(flag):
-    command = parse(*flag.split(), "SEED", "5", "MODEL.NUM_CLASSES", "0")
-    (note,) = command.notes
-    assert note.startswith(f"{flag.split()[0]} has no meaning here and is ignored: ")
-    assert "\n" not in note
-    assert config.differing(command.cfg, config.defaults()) == ["SEED"]
+def test_a_flag_without_meaning_says_so_in_a_line_and_changes_nothing():
+    for flag in IGNORED:
+        command = parse(*flag.split(), "SEED", "5", "MODEL.NUM_CLASSES", "0")
+        (note,) = command.notes
+        assert note.startswith(f"{flag.split()[0]} has no meaning here and is ignored: ")
+        assert "\n" not in note
+        assert config.differing(command.cfg, config.defaults()) == ["SEED"]
 
 
 def test_a_whole_command_of_esvit_parses(yaml_file):
@@ -419,33 +416,65 @@ UNBOUNDED = {
 }
 
 
-def test_every_option_has_a_bad_value_or_a_reason_to_have_none():
-    assert set(BAD) | UNBOUNDED == set(config.option_names())
+def test_a_bad_value_of_any_option_is_one_sentence_that_names_it():
+    assert set(BAD) | UNBOUNDED == set(OPTIONS)
+    for key, bad in BAD.items():
+        message = refusal(key, str(bad))
+        assert key in message
+        assert message.endswith((".", "?"))
 
 
-@pytest.mark.parametrize("key", BAD)
-def test_a_value_out_of_range_is_one_sentence_that_names_the_option(key):
-    message = refusal(key, str(BAD[key]))
-    assert key in message
-    assert message.endswith((".", "?"))
+def test_the_ends_of_a_range_are_allowed_and_nan_is_not():
+    for key, option in OPTIONS.items():
+        for end in (option.at_least, option.at_most):
+            cfg = config.defaults()
+            cfg.CMD.LT, cfg.TRAIN.WARMUP_EPOCHS, cfg.AUG.LOCAL_CROPS_NUMBER = "none", 0, []
+            cfg.EVAL.KNN_TRAIN = cfg.EVAL.KNN_VAL = "folder"
+            if end is not None and not option.length:
+                config.put(cfg, key, end, "test")
+                config.check(cfg)
+        if isinstance(option.default, float):
+            assert f"{key} must be a finite number" in refusal(key, ".nan")
 
 
-@pytest.mark.parametrize("key", [k for k, v in options.RANGES.items() if v != (0, 0)])
-def test_the_ends_of_a_range_are_allowed_and_nan_is_not(key):
-    low, high = options.RANGES[key]
-    default = config.get(options.DEFAULTS, key)
-    for end in (low, high):
-        cfg = config.defaults()
-        cfg.CMD.LT, cfg.TRAIN.WARMUP_EPOCHS = "none", 0
-        cfg.EVAL.KNN_TRAIN = cfg.EVAL.KNN_VAL = "folder"
-        if end is not None:
-            config.put(cfg, key, end, "test")
-            config.check(cfg)
-    if isinstance(default, float):
-        cfg = config.defaults()
-        config.put(cfg, key, math.nan, "test")
-        with pytest.raises(InputError, match=key):
-            config.check(cfg)
+# What an option decides
+
+
+def test_a_resumed_run_may_change_what_decides_no_weights_and_few_others():
+    free = {name for name, option in OPTIONS.items() if option.resume_may_change}
+    others = free - set(config.deciding(FIGURES, NOTHING))
+    assert set(config.deciding(FIGURES, NOTHING)) < free
+    assert others == {
+        *("TRAIN.EPOCHS", "TRAIN.BATCH_SIZE_PER_GPU", "TRAIN.ACCUM_STEPS"),
+        *("TRAIN.MAX_BAD_STEPS", "TRAIN.DETERMINISTIC", "DATA.MAX_BAD", "DATA.PARTIAL"),
+        *("INIT.WEIGHTS", "INIT.CHECKPOINT_KEY"),
+    }
+
+
+def test_every_option_of_a_section_decides_what_it_should():
+    def sections(*what: str) -> set[str]:
+        return {name.rpartition(".")[0] for name in config.deciding(*what)}
+
+    assert sections(SHAPES) == {"MODEL", "HEAD", "LOSS", "MOCO", "LCR"}
+    assert sections(FIGURES) == {"EVAL", "KNN", "RETRIEVAL", "LINEAR"}
+    assert set(config.deciding(NOTHING)) == {
+        *("OUTPUT_DIR", "DEVICE", "PRINT_FREQ", "RESUME"),
+        *("DATA.PATH", "DATA.WORKERS", "DATA.DOWNLOAD"),
+        *("TRAIN.CHECKPOINTING", "TRAIN.TIMEOUT_MINUTES"),
+        *(name for name in OPTIONS if name.startswith(("CKPT.", "EVAL.KNN"))),
+        *("EVAL.DUMP_FEATURES", "EVAL.LOAD_FEATURES", "EVAL.PICTURES"),
+    }
+    assert {"SEED", "MODEL.DROP_PATH"} < set(config.deciding(WEIGHTS))
+
+
+def test_what_differs_from_the_defaults_is_shown_where_it_decides_anything():
+    cfg = config.defaults()
+    assert config.changed(cfg) == "none"
+    cfg.OUTPUT_DIR, cfg.KNN.KS, cfg.SEED = "out", [5], 3
+    assert config.changed(cfg) == "SEED 3, KNN.KS [5]"
+
+
+# What contradicts
 
 
 @pytest.mark.parametrize(
@@ -485,15 +514,17 @@ def test_written_options_read_back_the_same(tmp_path):
     assert config.to_dict(config.from_dict(tree)) == config.to_dict(cfg)
 
 
-def test_plain_data_makes_the_same_options_and_a_lost_one_is_named():
+def test_plain_data_makes_the_same_options_and_lost_ones_are_ignored_in_a_line(caplog):
     cfg = config.defaults()
     cfg.TRAIN.EPOCHS = 3
     tree = config.to_dict(cfg)
     assert type(tree["TRAIN"]) is dict
     assert config.differing(config.from_dict(tree), cfg) == []
-    tree["TRAIN"]["WARP"] = 9
-    with pytest.raises(InputError, match=r"old\.pth: there is no option 'TRAIN\.WARP'"):
-        config.from_dict(tree, "old.pth")
+    assert not caplog.records
+    tree["TRAIN"]["WARP"] = tree["SPEED"] = 9
+    assert config.differing(config.from_dict(tree, "old.pth"), cfg) == []
+    (line,) = caplog.messages
+    assert line == "old.pth holds options that exist no more: TRAIN.WARP, SPEED are ignored."
 
 
 def test_defaults_are_fresh_copies():
@@ -506,9 +537,9 @@ def test_help_names_each_flag_with_its_option(capsys):
         parse("--help")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag, (option, _, _) in flags.PRETRAIN.flags.items():
-        assert flag in text
-        assert f"[{option}]" in text
+    for flag, option in flags.PRETRAIN.flags.items():
+        assert f"{flag} VALUE" in text
+        assert f"{option.meaning} [{option.name}]" in text
 
 
 def test_an_empty_section_of_a_file_changes_nothing(tmp_path):
@@ -539,5 +570,4 @@ def test_the_page_of_options_is_current_and_explains_each():
     """Run `python -m utils.config_docs > docs/configuration.md` after a change of options."""
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert page.read_text() == config_docs.page()
-    remarks = config_docs.remarks()
-    assert [name for name in config.option_names() if not remarks.get(name)] == []
+    assert [name for name, option in OPTIONS.items() if not option.meaning] == []

@@ -16,7 +16,7 @@ import pytest
 from tests.processes import run_python
 from utils import cli, config, flags
 from utils.errors import InputError
-from utils.options import CHOICES
+from utils.options import OPTIONS
 
 LINES, FILES = 1300, 700
 SECONDS = 2.0  # of this process's own time, for one input: one, and one for a busy machine
@@ -28,7 +28,7 @@ FACES = {
     "eval_linear.py": flags.LINEAR,
     "evaluate.py": flags.TABLE,
 }
-OPTIONS = config.option_names()
+NAMES = list(OPTIONS)
 
 # Nothing, control characters, other scripts, halves of a pair of surrogates, escapes.
 TEXTS = [
@@ -96,7 +96,8 @@ PATHS = [
     *("/nonexistent/x", "/", "/dev/null", "/dev/zero", "/proc/self/mem", "a/" * 3000, "b" * 300),
     *("~nobody-of-this-name/x", "~\x00/x", "~" * 5000, "~/", ".", "..", "/nowhere/../etc/shadow"),
 ]
-VALUES = [*TEXTS, *NUMBERS, *YAML, *PATHS, *(word for words in CHOICES.values() for word in words)]
+CHOICES = [word for option in OPTIONS.values() for word in option.choices]
+VALUES = [*TEXTS, *NUMBERS, *YAML, *PATHS, *CHOICES]
 
 
 def noise(draw: random.Random, longest: int = 60) -> str:
@@ -123,7 +124,7 @@ def wrong_line(draw: random.Random, face: flags.Face) -> list[str]:
     """A command line with something wrong; now and then it is right after all."""
     names = [*face.flags, *face.no_meaning, *face.extra, "--cfg", "--local_rank"]
     flag, other = draw.choice(names), draw.choice(names)
-    key = draw.choice(OPTIONS)
+    key = draw.choice(NAMES)
     kinds: list[Callable[[], list[str]]] = [
         lambda: [mangled(draw, flag), value(draw)],
         lambda: [flag, value(draw)],
@@ -133,7 +134,7 @@ def wrong_line(draw: random.Random, face: flags.Face) -> list[str]:
         lambda: ["--use_fp16", value(draw), "--precision", draw.choice(["fp32", value(draw)])],
         lambda: ["--use_dense_prediction", "false", "LOSS.OBJECTIVE", "cmd", flag, value(draw)],
         lambda: [key, value(draw)],
-        lambda: [key, value(draw), key, value(draw), draw.choice(OPTIONS), value(draw)],
+        lambda: [key, value(draw), key, value(draw), draw.choice(NAMES), value(draw)],
         lambda: [mangled(draw, key), value(draw)],
         lambda: [key.split(".")[0], value(draw)],
         lambda: [flag, value(draw), key],
@@ -155,7 +156,7 @@ def bomb(draw: random.Random, leaf: str, layer: Callable[[str], str]) -> str:
 
 def wrong_file(draw: random.Random, tidy: str) -> bytes:
     """The bytes of an options file with something wrong; now and then it is right after all."""
-    section, _, name = draw.choice([key for key in OPTIONS if "." in key]).partition(".")
+    section, _, name = draw.choice([key for key in NAMES if "." in key]).partition(".")
     depth = draw.choice([30, 300, 3000])
     cut = draw.randrange(len(tidy))
     kinds: list[Callable[[], str | bytes]] = [
