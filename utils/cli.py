@@ -143,7 +143,7 @@ def split_pairs(
         before = arguments[place - 1] if place else ""
         is_value = before.startswith("--") and "=" not in before and before not in switches
         head, dot, _ = word.partition(".")
-        looks_like_key = bool(dot) and (head.upper() in SECTIONS or word.isupper())
+        looks_like_key = bool(dot and head) and (head.upper() in SECTIONS or word.isupper())
         if word not in OPTIONS and (is_value or not looks_like_key):
             rest.append(word)
             place += 1

@@ -59,7 +59,7 @@ def put(cfg: Node, key: str, value: object, source: str) -> None:
 
 
 def _hint(key: str) -> str:
-    if key in SECTIONS:
+    if key and key in SECTIONS:
         first = next(name for name in OPTIONS if name.startswith(f"{key}."))
         return f" It is a section; {first} is one in it."
     near = difflib.get_close_matches(key.upper(), OPTIONS, n=1, cutoff=0.5)
