@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import main_cmd
-from tests.processes import launch_python, run_python
+from tests.processes import launch_python, run_group, run_python
 from utils.errors import run_script
 from utils.signals import STOP_SIGNALS
 
@@ -88,12 +88,14 @@ def command(images) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def pretrain(command, environment) -> Callable[..., Run]:
-    """Run the tiny command as a process; it must succeed unless `fails`."""
+    """Run the tiny command as a process, or several; it must succeed unless `fails`."""
 
-    def run(output, options: str = "", fails: bool = False, launcher=(), flags=()) -> Run:
-        words = command(output, options, launcher, flags)
-        start = launch_python if launcher else run_python
-        return start(*words, environment=environment, code=None if fails else 0)
+    def run(output, options: str = "", fails: bool = False, processes: int = 1, **how) -> Run:
+        words, code = command(output, options, **how), None if fails else 0
+        if processes > 1:
+            return run_group(processes, *words, environment=environment, code=code)
+        start = launch_python if "launcher" in how else run_python
+        return start(*words, environment=environment, code=code)
 
     return run
 

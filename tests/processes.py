@@ -145,6 +145,36 @@ def run_python(
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)
 
 
+def start_group(size: int, *words, environment: Mapping[str, str], **how) -> list[Script]:
+    """start_python(WORDS) by `size` processes at once, each told its place as by a launcher."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [
+        start_python(
+            *words,
+            environment={**environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **how,
+        )
+        for rank in range(size)
+    ]
+
+
+def run_group(
+    size: int, *words, environment: Mapping[str, str], code: int | None = 0
+) -> subprocess.CompletedProcess[str]:
+    """start_group to its end: each must have this exit code (None: any); all that they wrote."""
+    scripts = start_group(size, *words, environment=environment)
+    try:
+        said = [script.communicate() for script in scripts]
+    finally:
+        for script in scripts:
+            script.kill()
+    out, err = ("".join(parts) for parts in zip(*said, strict=True))
+    codes = [script.returncode for script in scripts]
+    assert code is None or codes == [code] * size, f"{codes}\n{out}{err}"
+    return subprocess.CompletedProcess(words, max(codes), out, err)
+
+
 def launch_python(
     *words, environment: Mapping[str, str] = os.environ, code: int | None = 0
 ) -> subprocess.CompletedProcess[str]:
@@ -239,7 +269,7 @@ def _execute(words: list[str]) -> None:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
-        runpy.run_path(ROOT / words[0], run_name="__main__")
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def found_by_each(size: int, function: Callable[..., Any], *arguments) -> list[Any]:

@@ -22,7 +22,7 @@ from engine import build
 from tests.conftest import ROOT
 from tests.processes import PATIENCE, found_by_each, run_python, start_python
 from tests.runs import assert_same_run, small_config
-from tests.training.test_training import assert_refused, two_processes
+from tests.training.test_training import assert_refused
 from utils import config
 from utils.distributed import ALONE, World
 from utils.errors import InputError
@@ -360,7 +360,7 @@ def test_a_resume_with_other_crops_is_refused(in_ram, pretrain, changed, words):
 
 def test_two_processes_with_kept_images_train(pretrain, tmp_path):
     options = f"{RUN} {MODES['ram']} TRAIN.BATCH_SIZE_PER_GPU 4 DATA.WORKERS 1"
-    done = pretrain(tmp_path, options, launcher=two_processes("torch.distributed.run"))
+    done = pretrain(tmp_path, options, processes=2)
     assert done.stdout.count("16 images, 0.00 GiB, in memory") == 1
     assert (tmp_path / "checkpoint.pth").exists()
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -28,9 +27,8 @@ from datasets.multicrop import RandomCrop, sample_seed
 from engine.evaluation import feature_cache, linear
 from engine.evaluation.feature_cache import Features
 from models.pretrained import load_backbone
-from tests.conftest import ROOT
 from tests.datasets import benchmark_trees as trees
-from tests.training.test_training import two_processes
+from tests.processes import run_group, start_python
 from utils.distributed import ALONE
 from utils.errors import run_script
 
@@ -260,12 +258,7 @@ def test_a_killed_probe_goes_on_to_the_same_figures(probe, checkpoint, data, tmp
     options = f"{SGD} --epochs 60 --sweep 0.5 2"
     whole, folder = probe(options), tmp_path / "killed"
     words = ["--pretrained_weights", checkpoint, "--data_path", data, "--output_dir", folder]
-    process = subprocess.Popen(
-        [sys.executable, "eval_linear.py", *map(str, words), *options.split()],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
+    process = start_python("eval_linear.py", *words, *options.split(), environment=environment)
     log, deadline = folder / "linear_log.txt", time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and log.read_text().count("\n") > 3:
@@ -632,7 +625,7 @@ def launched(checkpoint, damaged, tmp_path_factory, environment) -> Done:
     folder = tmp_path_factory.mktemp("launched")
     (folder / "some.yaml").write_text("MODEL:\n  ARCH: vit_small\nPRINT_FREQ: 5\n")
     command = f"""
-        {sys.executable} {" ".join(two_processes("torch.distributed.launch"))} eval_linear.py
+        eval_linear.py
         --data_path {damaged} --output_dir {folder / "lincls"} --pretrained_weights {checkpoint}
         --checkpoint_key teacher --batch_size_per_gpu 8 --arch vit_small
         --cfg {folder / "some.yaml"} --n_last_blocks 2 --num_labels 1000
@@ -640,10 +633,7 @@ def launched(checkpoint, damaged, tmp_path_factory, environment) -> Done:
         --num_workers 1 --val_freq 2 --zip_mode false --seed 3 --device cpu MODEL.NUM_CLASSES 0
         DATA.MAX_BAD 0.09
     """
-    done = subprocess.run(
-        command.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_group(2, *command.split(), environment=environment)
     return Done(done.returncode, done.stdout, done.stderr, folder / "lincls")
 
 

@@ -29,7 +29,7 @@ from tests.evaluation.runs import (
     works,
     write_data,
 )
-from tests.processes import ROOT, free_port
+from tests.processes import ROOT, free_port, run_group
 
 ESVIT_YAML = """
 MODEL: {EMBED_DIM: 48, DEPTHS: [2], NUM_HEADS: [3], PATCH_SIZE: 8, IMG_SIZE: 32}
@@ -37,7 +37,7 @@ EVAL: {SIZE: 32}
 """
 
 
-# Processes; three for k-NN and two for retrieval are slow, extraction by both is in test_features
+# Processes
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +104,13 @@ def checkpoint_hash(path: Path) -> str:
     return done.stdout.split()[0]
 
 
-@pytest.mark.slow
-def test_torchrun_with_three_processes_finds_the_same_knn(basic, knn_dump, environment, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=3", f"--master_port={free_port()}"]
+def test_three_processes_find_the_same_knn(basic, knn_dump, environment, tmp_path):
     line = f"{basic} --nb_knn 1 3 9 500 --batch_size_per_gpu 4 --device cpu --num_workers 0"
     words = f"{line} --dump_features {tmp_path} --output_dir {tmp_path}/out".split()
-    done = process(environment, *launcher, "eval_knn.py", *words)
+    done = run_group(3, "eval_knn.py", *words, environment=environment)
     assert figures(tmp_path / "out", "knn") == figures(knn_dump, "knn")
     assert results(tmp_path / "out", "knn")["processes"] == 3
-    assert done.out.count("written: ") == 1, "one process speaks"
+    assert done.stdout.count("written: ") == 1, "one process speaks"
     for split in ("train", "test"):
         ours, alone = (
             feature_cache.load(folder / f"{split}.safetensors") for folder in (tmp_path, knn_dump)
@@ -121,14 +119,12 @@ def test_torchrun_with_three_processes_finds_the_same_knn(basic, knn_dump, envir
         assert ours.paths == alone.paths
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_torchrun_finds_the_same_retrieval(
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_find_the_same_retrieval(
     processes, basic, retrieval_alone, environment, tmp_path
 ):
-    port = f"--master_port={free_port()}"
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", port]
     line = f"{basic} --output_dir {tmp_path} --batch_size_per_gpu 4 --device cpu --num_workers 0"
-    process(environment, *launcher, "eval_retrieval.py", *line.split())
+    run_group(processes, "eval_retrieval.py", *line.split(), environment=environment)
     assert figures(tmp_path, "retrieval") == figures(retrieval_alone, "retrieval")
     assert results(tmp_path, "retrieval")["processes"] == processes
 

@@ -4,8 +4,6 @@ import hashlib
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,9 @@ import eval_linear
 import eval_retrieval
 import evaluate
 from models.registry import BackboneSpec, build_backbone
-from tests.conftest import ROOT
 from tests.datasets import benchmark_trees as trees
 from tests.evaluation.test_probing import Done, run
-from tests.training.test_training import two_processes
+from tests.processes import run_group
 from utils.config import defaults
 
 COMMON = "--device cpu --num_workers 0 --batch_size_per_gpu 16"
@@ -277,17 +274,8 @@ def test_what_is_not_given_is_asked_for(checkpoints, data, tmp_path):
 
 def test_two_processes_make_the_same_table(made, checkpoints, data, tmp_path, environment):
     options = OPTIONS.replace("--batch_size_per_gpu 16", "--batch_size_per_gpu 8")
-    launcher = [sys.executable, *two_processes("torch.distributed.run")]
     words = ["--checkpoint", *checkpoints, "--data_path", data, "--output_dir", tmp_path]
-    done = subprocess.run(
-        [*launcher, "evaluate.py", *map(str, words), *options.split()],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_group(2, "evaluate.py", *words, *options.split(), environment=environment)
     both = Table(Done(0, done.stdout, done.stderr, tmp_path))
     assert both.results["processes"] == 2
     assert both.cells == made.cells

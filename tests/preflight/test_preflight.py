@@ -5,8 +5,6 @@ import os
 import re
 import resource
 import shutil
-import socket
-import subprocess
 import sys
 from itertools import repeat
 from pathlib import Path
@@ -22,8 +20,8 @@ from engine import build
 from engine.preflight import memory
 from engine.preflight.inspection import equal_files, read_headers
 from models import swin
-from tests.conftest import NETWORK, ROOT, save_images
-from tests.processes import found_by_each
+from tests.conftest import NETWORK, save_images
+from tests.processes import found_by_each, run_group
 from tests.runs import batch_of, pretraining, small_config
 from utils import checkpoint, cli, flags
 from utils.distributed import ALONE
@@ -415,21 +413,9 @@ def test_the_flag_is_pretrainings_alone_and_takes_no_value():
 
 
 def test_two_processes_speak_once(data, tmp_path, environment):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out = tmp_path / "out"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     words = f"{NETWORK} DATA.PATH {data} OUTPUT_DIR {out} DATA.MAX_BAD 0.1 LOSS.OBJECTIVE cmd"
-    done = subprocess.run(
-        [sys.executable, *launcher, "main_cmd.py", "--check", *words.split()],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_group(2, "main_cmd.py", "--check", *words.split(), environment=environment)
     assert len(re.findall(r"^images: 18 in ", done.stdout, flags=re.M)) == 1
     assert "16 images a step (batch 8 x processes 2 x accumulation 1)" in done.stdout
     assert done.stdout.count("the run can work") == 1

@@ -26,7 +26,7 @@ from engine.training.bad_images import LIST, BadImages
 from tests.conftest import ROOT, save_images
 from tests.processes import found_by_each, run_python
 from tests.runs import assert_same_run, small_config
-from tests.training.test_training import assert_refused, two_processes
+from tests.training.test_training import assert_refused
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 
@@ -724,7 +724,7 @@ def test_a_run_with_kept_images_tells_all_bad_ones_first(two_bad, pretrain, tmp_
 
 def test_two_processes_list_what_both_have_met(two_bad, pretrain, tmp_path):
     options = f"{RUN} DATA.PATH {two_bad[0]} DATA.MAX_BAD 0.02 TRAIN.BATCH_SIZE_PER_GPU 4"
-    done = pretrain(tmp_path, options, launcher=two_processes("torch.distributed.run"))
+    done = pretrain(tmp_path, options, processes=2)
     for name in two_bad[1]:
         assert done.stdout.count(f"warning: {name} cannot be read (") == 1
     assert [image["path"] for image in listed(tmp_path)["bad"]] == two_bad[1]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT
-from tests.processes import Ended, ended_ranks, free_port, start_python, workers_of
+from tests.processes import Ended, ended_ranks, free_port, start_group, workers_of
 from utils import distributed, failure
 from utils.errors import InputError, run_script
 from utils.signals import Preempted
@@ -205,12 +205,8 @@ def test_a_pretraining_ends_when_one_of_its_processes_is_killed(
 ):
     """Started by hand, with loader workers, which outlive the killed process for a while."""
     words = command(tmp_path / "run", f"{LONG} TRAIN.EPOCHS 5000 DATA.WORKERS 1")
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = []
+    processes = start_group(2, *words, environment=environment)
     try:
-        for rank in range(2):
-            own = {**environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(start_python(*words, environment=own))
         processes[0].wait_for("step 3/")
         processes[victim].kill()
         assert processes[1 - victim].wait(timeout=25) == 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import TRAINED
-from tests.processes import Script, free_port, run_python, start_python, workers_of
+from tests.processes import Script, run_python, start_group, start_python, workers_of
 from tests.runs import assert_same_run, cfg_of, load, log_of
 from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
@@ -39,16 +39,12 @@ class Lives:
         self.running: list[Script] = []
 
     def start(self) -> None:
-        port = str(free_port())
-        for rank in range(self.processes):
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.processes}
-            group = {name: str(value) for name, value in places.items()}
-            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = self.environment | (group if self.processes > 1 else {})
-            self.running.append(
-                # A job of its own.
-                start_python(*self.words, environment=environment, merged=True, new_session=True)
-            )
+        # Each is a job of its own.
+        how = {"environment": self.environment, "merged": True, "new_session": True}
+        if self.processes > 1:
+            self.running = start_group(self.processes, *self.words, **how)
+        else:
+            self.running = [start_python(*self.words, **how)]
 
     def end(self) -> list[tuple[int, str]]:
         """Exit codes and all that was said, once every process has ended by itself."""

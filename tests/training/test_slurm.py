@@ -183,6 +183,7 @@ def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(script, nu
     assert f"at step {before}" in resumed
 
 
+@pytest.mark.slow
 def test_a_run_on_several_nodes_completes(job, command):
     job = job("several_nodes")
     started = job.start(*options(command, job.folder, 2))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_python
+from tests.processes import ROOT, run_python
 from utils import cli, config, flags
 from utils.errors import InputError
 from utils.options import OPTIONS
@@ -292,7 +292,7 @@ MORE_COMMANDS = [
 def ended_badly(script: str, words: list, folder: Path, environment: dict[str, str]) -> str:
     """What is wrong with how the process ended; "" for exit code 2 and one line of stderr."""
     words = [os.fsdecode(word) for word in words]
-    done = run_python(script, *words, environment=environment, folder=folder, code=None)
+    done = run_python(ROOT / script, *words, environment=environment, folder=folder, code=None)
     told = done.stderr
     lines = told.splitlines()
     # The words may quote a traceback; ours would stand at a line's beginning.
