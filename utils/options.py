@@ -263,10 +263,8 @@ option("INIT.CHECKPOINT_KEY", "teacher", "which of its networks: teacher, studen
        "in it", flag="--checkpoint_key", resume_may_change=True)
 
 section("CKPT", "checkpoints", NOTHING, (PRETRAIN,))
-option("CKPT.EVERY_EPOCHS", 1, "epochs between writings of the last checkpoint", at_least=1)
-option("CKPT.EVERY_STEPS", 0, "and steps between them, inside epochs too; 0: not by steps",
-       at_least=0)
-option("CKPT.EVERY_MINUTES", 30.0, "and minutes between them; 0: not by the clock", at_least=0)
+option("CKPT.EVERY_MINUTES", 10.0, "minutes between writings of the last checkpoint; 0: one after "
+       "every optimizer step", at_least=0)
 option("CKPT.KEEP_EVERY", 20, "epochs between checkpoints that are kept for good; 0: only the last",
        at_least=0, flag="--saveckp_freq")
 option("CKPT.ON_ERROR", "stop", "when a checkpoint or the log cannot be written: stop or go_on "

@@ -144,23 +144,22 @@ class Checkpoints:
         """Whether CKPT.EVERY_MINUTES have passed by rank 0's clock; told once a checkpoint."""
         minutes = self._run.cfg.CKPT.EVERY_MINUTES
         passed = time.monotonic() - self._saved_at
-        due = self._run.world.is_main and minutes > 0 and passed > 60 * minutes
+        due = self._run.world.is_main and passed > 60 * minutes
         due, self._clock_told = due and not self._clock_told, self._clock_told or due
         return due
 
     def wanted(self, epoch_ends: bool, clock: bool) -> bool:
-        """Whether to write one: it is due by steps, epochs or the clock.
+        """Whether to write one: it is due by the clock.
 
         Not in a row of bad steps, though, which may not be the run's first sign of going wrong:
         they would push out what was written before. The run's last one and those kept for good
         are written even then.
         """
-        run, ckpt = self._run, self._run.cfg.CKPT
+        run = self._run
         if run.step == run.total_steps or self._kept_as(epoch_ends):
             return True
-        by_step = ckpt.EVERY_STEPS > 0 and run.step % ckpt.EVERY_STEPS == 0
-        by_epoch = epoch_ends and run.step // run.steps_per_epoch % ckpt.EVERY_EPOCHS == 0
-        if not (by_step or by_epoch or clock):
+        # 0 minutes is every step, though several processes learn of the clock one step later.
+        if not (clock or run.cfg.CKPT.EVERY_MINUTES == 0):
             return False
         self._clock_told = False
         return not run.guard.in_row()

@@ -225,7 +225,7 @@ def test_torchrun_starts_a_killed_worker_again_and_the_run_is_complete(
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
     launcher.append(f"--master_port={free_port()}")
     words = command(
-        tmp_path / "run", f"{LONG} TRAIN.EPOCHS 30 CKPT.EVERY_EPOCHS 1", launcher=launcher
+        tmp_path / "run", f"{LONG} TRAIN.EPOCHS 30 CKPT.EVERY_MINUTES 0", launcher=launcher
     )
     path = tmp_path / "said.txt"
     with path.open("w") as file:

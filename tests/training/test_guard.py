@@ -206,7 +206,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state_and_a_dump(tmp_
 
 def test_a_row_of_bad_steps_pushes_out_no_earlier_checkpoint(tmp_path):
     with pytest.raises(InputError):
-        run_with(tmp_path, {3, 4, 5, 6, 7}, TRAIN__MAX_BAD_STEPS=5, CKPT__EVERY_STEPS=1)
+        run_with(tmp_path, {3, 4, 5, 6, 7}, TRAIN__MAX_BAD_STEPS=5, CKPT__EVERY_MINUTES=0.0)
     # Steps 1 to 4 wrote one each (one bad step is no row yet), the stop after step 8 another.
     before = checkpoint.load_own(tmp_path / checkpoint.PREVIOUS)
     assert (before["step"], checkpoint.load_own(tmp_path / checkpoint.LAST)["step"]) == (4, 8)

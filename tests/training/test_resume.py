@@ -21,8 +21,8 @@ from utils.signals import EXIT_PREEMPTED
 
 # Four steps an epoch of two micro-batches each, and lines of the log that span checkpoints.
 OFTEN = """
-    LOSS.OBJECTIVE cmd SEED 3 PRINT_FREQ 3 TRAIN.ACCUM_STEPS 2 CKPT.EVERY_STEPS 1 CKPT.KEEP_EVERY 2
-    DATA.WORKERS 1 HEAD.USE_BN true
+    LOSS.OBJECTIVE cmd SEED 3 PRINT_FREQ 3 TRAIN.ACCUM_STEPS 2 CKPT.EVERY_MINUTES 0
+    CKPT.KEEP_EVERY 2 DATA.WORKERS 1 HEAD.USE_BN true
 """
 ALONE = "TRAIN.BATCH_SIZE_PER_GPU 2"
 TOGETHER = "TRAIN.BATCH_SIZE_PER_GPU 2 TRAIN.ACCUM_STEPS 1 TRAIN.TIMEOUT_MINUTES 1"
@@ -178,7 +178,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step_it_was_at(
     number, whole, command, environment, options, tmp_path
 ):
     # No checkpoint is due: the only one is made for the signal.
-    seldom = "CKPT.EVERY_STEPS 0 CKPT.EVERY_EPOCHS 3 CKPT.KEEP_EVERY 0 PRINT_FREQ 1"
+    seldom = "CKPT.EVERY_MINUTES 60 CKPT.KEEP_EVERY 0 PRINT_FREQ 1"
     words = f"{options(1, 3)} {seldom}"
     lives = Lives(command(tmp_path, words), environment, 1)
     lives.start()
@@ -252,15 +252,14 @@ def test_a_signal_to_one_of_two_stops_both_and_torchrun_goes_on_by_itself(
 # When checkpoints are written
 
 
-def test_checkpoints_come_by_steps_and_by_the_clock(pretrain, tmp_path):
-    tiny = f"{OFTEN} {ALONE} TRAIN.EPOCHS 2 CKPT.KEEP_EVERY 0 CKPT.EVERY_EPOCHS 2"
-    stamps = {}
-    for name, how in (("steps", "CKPT.EVERY_STEPS 3"), ("clock", "CKPT.EVERY_STEPS 0")):
-        minutes = 1e-6 if name == "clock" else 0
-        pretrain(tmp_path / name, f"{tiny} {how} CKPT.EVERY_MINUTES {minutes}")
-        stamps[name] = load(tmp_path / name, "checkpoint_previous.pth")["step"]
-    # Steps 3 and 6, then the end at 8; every step.
-    assert stamps == {"steps": 6, "clock": 7}
+def test_checkpoints_come_by_the_clock_and_at_the_end(pretrain, tmp_path):
+    tiny = f"{OFTEN} {ALONE} TRAIN.EPOCHS 2 CKPT.KEEP_EVERY 0"
+    for minutes in ("0", "1e-6", "60"):
+        pretrain(tmp_path / minutes, f"{tiny} CKPT.EVERY_MINUTES {minutes}")
+        assert load(tmp_path / minutes)["step"] == 8
+    assert load(tmp_path / "0", "checkpoint_previous.pth")["step"] == 7
+    assert load(tmp_path / "1e-6", "checkpoint_previous.pth")["step"] == 7
+    assert not (tmp_path / "60/checkpoint_previous.pth").exists()
 
 
 @pytest.mark.parametrize(
@@ -270,7 +269,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_in_a_line_and_keeps_the_one_be
     on_error, last_step, command, environment, tmp_path
 ):
     tiny = f"{OFTEN} {ALONE} CKPT.KEEP_EVERY 0 CKPT.ON_ERROR {on_error} PRINT_FREQ 1 TRAIN.EPOCHS"
-    run_python(*command(tmp_path, f"{tiny} 1 CKPT.EVERY_STEPS 0"), environment=environment)
+    run_python(*command(tmp_path, f"{tiny} 1 CKPT.EVERY_MINUTES 60"), environment=environment)
     before = (tmp_path / "checkpoint.pth").read_bytes()
     # The log fits, a checkpoint does not.
     limits = {resource.RLIMIT_FSIZE: len(before) // 2}
