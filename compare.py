@@ -25,7 +25,7 @@ from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits
 from engine.evaluation.provenance import SPLITS, provenance
 from engine.evaluation.source import Source, load_source
-from engine.pictures.report import read_log
+from engine.pictures.curves import read_log
 from engine.studies import study_evaluation, study_results, study_table
 from engine.studies.study import Study, choose, load
 from engine.studies.study_results import RandomRow

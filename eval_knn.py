@@ -13,7 +13,9 @@ from pathlib import Path
 
 from engine.evaluation.evaluation import Evaluation, join, open_evaluation, results_folder
 from engine.evaluation.protocols import KnnResult, run_knn
-from engine.pictures import pictures
+from engine.pictures.classes import most_confused, per_class_accuracy, plot_classes
+from engine.pictures.drawing import save
+from engine.pictures.tsne import plot_tsne
 from utils import cli, distributed, flags
 from utils.errors import run_script
 from utils.files import write_json
@@ -40,14 +42,16 @@ def write(evaluation: Evaluation, result: KnnResult, folder: Path) -> None:
     """The figures, also class by class, and their pictures: for the first number of neighbours."""
     cfg, test = evaluation.cfg, evaluation.features("test")
     k = cfg.KNN.KS[0]
-    by_class = pictures.per_class_accuracy(result.predicted[k], test.labels, test.classes)
-    confused = pictures.most_confused(result.predicted[k], test.labels, test.classes)
+    by_class = per_class_accuracy(result.predicted[k], test.labels, test.classes)
+    confused = most_confused(result.predicted[k], test.labels, test.classes)
     classes = {"k": k, "accuracy": by_class, "most_confused": confused}
     figures = result.figures | {"classes": classes}
     write_json(folder / "knn.json", figures | evaluation.provenance())
     if cfg.EVAL.PICTURES:
-        pictures.plot_classes(folder / "classes.png", by_class, confused, f"{k}-NN")
-        pictures.plot_tsne(folder / "tsne.png", test.values, test.labels, test.classes, cfg.SEED)
+        save(plot_classes(by_class, confused, f"{k}-NN"), folder / "classes.png")
+        figure = plot_tsne(test.values, test.labels, test.classes, cfg.SEED)
+        if figure is not None:
+            save(figure, folder / "tsne.png")
 
 
 if __name__ == "__main__":

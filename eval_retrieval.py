@@ -13,7 +13,8 @@ from pathlib import Path
 
 from engine.evaluation.evaluation import Evaluation, join, open_evaluation, results_folder
 from engine.evaluation.protocols import RetrievalResult, run_retrieval
-from engine.pictures import pictures
+from engine.pictures.drawing import save
+from engine.pictures.retrieved import choose_queries, plot_retrieved
 from utils import cli, distributed, flags
 from utils.errors import run_script
 from utils.files import write_json
@@ -56,15 +57,15 @@ def write(evaluation: Evaluation, result: RetrievalResult, folder: Path) -> None
     write_json(folder / "retrieval.json", result.figures | evaluation.provenance())
     if evaluation.cfg.EVAL.PICTURES and evaluation.splits is not None:
         images = evaluation.images_with_features()
-        chosen = pictures.choose_queries(result.measured.average_precision)
-        pictures.retrieval_gallery(
-            folder / "retrieval.png",
+        chosen = choose_queries(result.measured.average_precision)
+        figure = plot_retrieved(
             images.subset(result.queries.tolist()),
             images.subset(result.gallery.tolist()),
             result.measured.first[chosen],
             chosen,
             "Queries, from the best average precision to the worst, and their first hits",
         )
+        save(figure, folder / "retrieval.png")
 
 
 if __name__ == "__main__":

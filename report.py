@@ -10,7 +10,6 @@ A DATA folder made by `python -m datasets.synthetic` knows each part's box (DATA
 import argparse
 import copy
 import datetime
-import json
 import platform
 import shlex
 import sys
@@ -23,13 +22,19 @@ from datasets.folder import ImageFolder
 from engine import build
 from engine.evaluation import attention, pointing
 from engine.evaluation.source import load_source
-from engine.pictures import report
+from engine.pictures import curves, maps, page, report
+from engine.pictures.drawing import Picture
+from engine.pictures.shown import show_images
+from engine.pictures.views import whole_views
 from models.mil import GatedAttentionPool
 from models.network import Network
 from models.pretrained import count_parameters
 from utils import checkpoint, config, distributed, seeding
 from utils.cli import Parser
 from utils.errors import InputError, run_script
+from utils.files import write_json
+
+IMAGES_SHOWN = 24
 
 
 def main() -> None:
@@ -71,6 +76,7 @@ def main() -> None:
         raise InputError(f"--size {size} must be a multiple of {teacher.backbone.patch_size}.")
 
     # The curves, and what the run was.
+    log = curves.read_log(arguments.output_dir / "log.txt")
     results = {
         "title": f"{cfg.LOSS.OBJECTIVE} on {cfg.DATA.PATH}: {state['epoch']} epochs",
         "command": shlex.join(["python", *sys.argv]),
@@ -88,63 +94,64 @@ def main() -> None:
         "tables": {},
     }
     tables = results["tables"]
-    pictures = [("Training curves", arguments.output_dir / "loss_curves.png")]
-    report.plot_curves(report.read_log(arguments.output_dir / "log.txt"), pictures[0][1])
+    pictures = {"loss_curves.png": Picture("Training curves", curves.plot_curves(log))}
 
     # k-NN beside the network that the run began with.
     if where.gallery and where.queries:
         trained, untrained = (report.image_knn(net.backbone, where) for net in (teacher, start))
-        classes = len(labelled_folder(where.gallery).classes)
+        chance = 100 / len(labelled_folder(where.gallery).classes)
         results["knn"] = {
             "k": arguments.k,
             "trained": trained,
             "random_initialisation": untrained,
-            "chance_top1": 100 / classes,
+            "chance_top1": chance,
         }
         tables[f"k-NN of the image feature (k = {arguments.k}), percent"] = {
             "trained teacher, top-1": trained["top1"],
             "random initialisation, top-1": untrained["top1"],
             "trained teacher, top-5": trained["top5"],
             "random initialisation, top-5": untrained["top5"],
-            "chance, top-1": 100 / classes,
+            "chance, top-1": chance,
         }
 
     # Where the attention points, if the run trained one.
     trained_maps = [kind for kind in attention.kinds(teacher) if kind in report.UNTRAINED]
     if trained_maps and where.queries:
         (kind,) = trained_maps
-        name = attention.NAMES[kind]
-        paths = ImageFolder(where.queries).paths
-        boxes, box_size = pointing.part_boxes([where.queries / path for path in paths])
-        pictures.append((f"{name} of the teacher", arguments.output_dir / "attention.png"))
+        names = ImageFolder(where.queries).paths
+        paths = [where.queries / name for name in names]
+        boxes, box_size = pointing.part_boxes(paths)
         if boxes:
             untrained = untrained_network(cfg, teacher, kind).to(device).eval()
-            figures, maps = report.pointing_figures(
-                teacher, untrained, kind, boxes, box_size, where
-            )
+            figures = report.pointing_figures(teacher, untrained, kind, boxes, box_size, where)
             results["pointing"] = figures
             zero, zero_in_words = report.UNTRAINED[kind]
-            tables[f"Pointing of the {name} at the part, percent of images"] = {
+            tables[f"Pointing of the {attention.NAMES[kind]} at the part, percent of images"] = {
                 "accuracy: the strongest patch touches the part's box": figures["accuracy"],
                 "zero: a random patch": figures["chance"],
                 "zero: the best fixed patch": figures["best_fixed_cell"],
                 f"zero: {zero_in_words}": figures[zero],
                 "attention mass on patches that touch the box": figures["attention_mass_on_part"],
             }
-        else:
-            maps = report.attention_maps(teacher, kind, where)
-        report.plot_attention(
-            maps, name, teacher.backbone, size, where.queries, paths, boxes, pictures[1][1]
-        )
+        images = show_images(paths, names, IMAGES_SHOWN)
+        shown = maps.maps_of_views(teacher, whole_views(images.squares, size), kind)
+        pictures["attention.png"] = maps.whole_picture(images, {"": shown}, kind, per_line=6)
 
     # Printed and written.
     for name, table in tables.items():
         print(name)
         for label, value in table.items():
             print(f"  {value:7.2f}  {label}")
-    (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    report.write_html(results, pictures, arguments.output_dir / "report.html")
-    print(f"written: {arguments.output_dir / 'results.json'}, report.html and PNGs beside it")
+    folder = arguments.output_dir
+    write_json(folder / "results.json", results)
+    parts = [page.table(results["facts"].items()), page.command(results["command"])]
+    if tables:
+        parts.append(page.paragraph("Each figure stands beside its zero: what no learning gives."))
+    for name, table in tables.items():
+        parts += [page.heading(name), page.table(table.items())]
+    parts += page.pictures(folder, pictures)
+    page.write(folder / "report.html", results["title"], parts)
+    print(f"written: {folder / 'results.json'}, report.html and PNGs beside it")
 
 
 def untrained_network(cfg: config.Node, teacher: Network, kind: str) -> Network:

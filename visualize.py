@@ -12,12 +12,19 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
+from datasets.folder import LabelledImages
+from datasets.multicrop import eval_transform
 from engine.evaluation import attention
-from engine.pictures import page, visual, visual_pictures, visual_views
-from engine.pictures.overlays import whole
-from engine.pictures.pictures import plot_tsne
+from engine.evaluation.features import extract
+from engine.evaluation.source import Source
+from engine.pictures import maps, matches, page, shown, views
+from engine.pictures.drawing import Picture
+from engine.pictures.tsne import plot_tsne, stratified_subset
 from utils import distributed
 from utils.cli import Parser
+from utils.distributed import World
 from utils.errors import InputError, run_script
 from utils.files import make_folder, write_json
 
@@ -31,12 +38,10 @@ LEAST = {
     "tsne": 0,
     "seed": 0,
 }
-TITLE = "What the networks look at"
 TSNE_CAPTION = (
     "Image features, placed so that near ones stay near; each dot is an image, its colour its "
     "class. Distances between far groups and the groups' sizes mean nothing."
 )
-CELL_ON_PHONES = 85  # pixels; a picture of many columns is scrolled rather than shrunk below it
 
 
 def main() -> None:
@@ -45,79 +50,79 @@ def main() -> None:
     folder, seed = arguments.output_dir, arguments.seed
 
     # The networks, the images, and the views of them that all networks are shown.
-    found = visual.subjects(arguments.checkpoint, arguments.checkpoint_key, world.device)
-    size, multiple = visual.common_size(found, arguments.size)
-    images = visual.open_images(arguments.images, arguments.count)
+    sources = shown.load_sources(arguments.checkpoint, arguments.checkpoint_key, world.device)
+    networks = {letter: source.network for letter, source in sources.items()}
+    size, multiple = shown.common_size(list(sources.values()), arguments.size)
+    images, labelled = shown.open_images(arguments.images, arguments.count)
     distributed.on_main(lambda: make_folder(folder))
-    batch = images.batch(size)
-    detailed = images.squares[: arguments.detailed]
     local_size = max(1, round(size * LOCAL_SHARE / multiple)) * multiple
-    views = [
-        [visual_views.View(pixels, whole(square)), *crops]
-        for pixels, square, crops in zip(
-            batch[: len(detailed)],
-            detailed,
-            visual_views.seeded_views(
-                detailed, size, local_size, arguments.local_crops, seed, plain=True
-            ),
-            strict=True,
-        )
-    ]
-    pairs = visual_views.seeded_views(images.squares, size, local_size, 0, seed, plain=False)
+    detailed = images.first(arguments.detailed)
+    whole = views.whole_views(images.squares, size)
+    crops = views.seeded_views(
+        detailed.squares, size, local_size, arguments.local_crops, seed, plain=True
+    )
+    crops = [[view, *of_image] for view, of_image in zip(whole, crops, strict=False)]
+    pairs = views.seeded_views(images.squares, size, local_size, 0, seed, plain=False)
 
-    # What the networks make of them, and the figures.
-    maps = visual.whole_maps(found, batch)
-    heads = visual.whole_heads(found, batch[: len(detailed)])
-    matches = {
-        subject.letter: visual_views.correspondences(subject.network, pairs) for subject in found
+    # What the networks make of them.
+    found = {
+        letter: matches.correspondences(network, pairs) for letter, network in networks.items()
     }
-    features = visual.image_features(found, images, size, arguments.tsne, seed, world)
+    whole_maps = {
+        kind: {
+            letter: maps.maps_of_views(network, whole, kind)
+            for letter, network in networks.items()
+            if kind in attention.kinds(network)
+        }
+        for kind in attention.NAMES
+    }
+    heads = {
+        letter: maps.heads_of_views(networks[letter], whole[: len(crops)])
+        for letter in whole_maps["self"]
+    }
+    pictures = {
+        f"maps_{kind}.png": maps.whole_picture(images, of_kind, kind)
+        for kind, of_kind in whole_maps.items()
+        if of_kind
+    }
+    pictures["crops.png"] = maps.crops_picture(detailed, networks, crops)
+    if heads:
+        pictures["heads.png"] = maps.heads_picture(detailed, heads)
+    pictures["correspondence.png"] = matches.correspondence_picture(
+        pairs[: len(crops)], found, arguments.queries
+    )
+    if labelled is not None and labelled.classes and arguments.tsne:
+        for letter, source in sources.items():
+            picture = tsne_picture(letter, source, labelled, size, arguments.tsne, seed, world)
+            if picture is not None:
+                pictures[f"tsne_{letter}.png"] = picture
     if not world.is_main:
         return
+
+    # Printed and written.
     results = {
         "command": shlex.join(["python", *sys.argv]),
         "size": size,
         "local_size": local_size,
         "seed": seed,
-        "checkpoints": [subject.described() for subject in found],
+        "checkpoints": [described(letter, source) for letter, source in sources.items()],
         "images": images.names,
-        "pointing": visual.pointing_rows(found, maps, images, size),
-        "correspondence": [
-            {"checkpoint": letter, **visual_views.correspondence_figures(of_network)}
-            for letter, of_network in matches.items()
+        "pointing": [
+            {"checkpoint": letter, "map": kind, "images": len(images.boxes)}
+            | maps.pointing_of(whole_maps[kind][letter], images)
+            for letter, network in networks.items()
+            for kind in attention.kinds(network)
+            if images.boxes
         ],
+        "correspondence": [
+            {"checkpoint": letter, **matches.correspondence_figures(of_network)}
+            for letter, of_network in found.items()
+        ],
+        "pictures": list(pictures),
     }
-
-    # The pictures: (title, file, how to read it, columns).
-    pictures = []
-    for kind, of_kind in maps.items():
-        path = folder / f"maps_{kind}.png"
-        caption = visual_pictures.maps_picture(path, images, found, of_kind, kind, size)
-        pictures.append((attention.NAMES[kind], path, caption, visual_pictures.PER_LINE))
-    path = folder / "crops.png"
-    caption = visual_pictures.crops_picture(path, images, found, views)
-    pictures.append(("The first map, crop by crop", path, caption, 1 + len(views[0])))
-    if heads:
-        path = folder / "heads.png"
-        caption = visual_pictures.heads_picture(path, images, found, heads, size)
-        most = max(of_network.shape[1] for of_network in heads.values())
-        columns = 1 + min(most, visual_pictures.HEADS_PER_LINE)
-        pictures.append(("Self-attention, head by head", path, caption, columns))
-    path = folder / "correspondence.png"
-    caption = visual_pictures.correspondence_picture(
-        path, found, pairs[: len(detailed)], matches, arguments.queries
-    )
-    pictures.append(("Which patches of two views match", path, caption, 4))
-    for letter, extracted in features.items():
-        path = folder / f"tsne_{letter}.png"
-        classes = images.folder.classes
-        if plot_tsne(path, extracted.values, extracted.labels, classes, seed, arguments.tsne):
-            pictures.append((f"t-SNE of {letter}", path, TSNE_CAPTION, 6))
-
-    # Printed and written.
-    results["pictures"] = [path.name for _, path, _, _ in pictures]
     write_json(folder / "visualize.json", results)
-    page.write(folder / "visualize.html", TITLE, page_parts(results, pictures))
+    parts = [*tables(results), *page.pictures(folder, pictures), page.command(results["command"])]
+    page.write(folder / "visualize.html", "What the networks look at", parts)
     for row in results["pointing"] + results["correspondence"]:
         print("  ".join(f"{name} {_short(value)}" for name, value in row.items()))
     print(f"written: {folder / 'visualize.html'}, visualize.json, {len(pictures)} PNGs beside it")
@@ -148,8 +153,39 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def page_parts(results: dict, pictures: list[tuple[str, Path, str, int]]) -> list[str]:
-    """The page's body: the networks, the figures as tables, the pictures."""
+def tsne_picture(
+    letter: str,
+    source: Source,
+    images: LabelledImages,
+    size: int,
+    most: int,
+    seed: int,
+    world: World,
+) -> Picture | None:
+    """t-SNE of the image features of at most `most` images; None of fewer than 3."""
+    chosen = stratified_subset(torch.tensor(images.labels), most, seed).tolist()
+    subset = images.subset(chosen).through(eval_transform(size, size))
+    found = extract(lambda batch: source.network.backbone(batch)[0], subset, world)
+    figure = plot_tsne(found.values, found.labels, images.classes, seed, most)
+    return figure and Picture(f"t-SNE of {letter}", figure, TSNE_CAPTION, columns=6)
+
+
+def described(letter: str, source: Source) -> dict:
+    """What a network is, as plain data."""
+    weights = source.weights
+    return {
+        "letter": letter,
+        "path": weights.path,
+        "sha256": weights.sha256,
+        "key": weights.key,
+        "architecture": weights.arch,
+        "epochs": weights.epoch,
+        "maps": attention.kinds(source.network),
+    }
+
+
+def tables(results: dict) -> list[str]:
+    """The page above the pictures: the networks, and the figures as tables."""
     about = [
         (
             one["letter"],
@@ -169,25 +205,21 @@ def page_parts(results: dict, pictures: list[tuple[str, Path, str, int]]) -> lis
     ]
     if results["pointing"]:
         parts.append(page.heading("Pointing at the part, percent of the images shown"))
-        rows = [
-            (
-                row["checkpoint"],
-                attention.NAMES[row["map"]],
-                *(row[name] for name in ("accuracy", "chance", "best_fixed_cell", "mass_on_part")),
-            )
-            for row in results["pointing"]
-        ]
-        header = ("", "map", "strongest patch touches the part", "a random patch would")
-        header += ("the best fixed patch would", "share of the map on the part")
-        parts.append(page.table(rows, header))
+        columns = {
+            "checkpoint": "",
+            "map": "map",
+            "accuracy": "strongest patch touches the part",
+            "chance": "a random patch would",
+            "best_fixed_cell": "the best fixed patch would",
+            "mass_on_part": "share of the map on the part",
+        }
+        rows = [[row[name] for name in columns] for row in results["pointing"]]
+        parts.append(page.table(rows, columns.values()))
     parts.append(page.heading("Matches of patches between two views, percent of patches"))
     rows = [list(row.values()) for row in results["correspondence"] if row["patches"]]
     header = ("", "patches", "on or beside the right patch", "a random patch would be")
     parts.append(page.table(rows, (*header, "the patch in the same row and column would be")))
-    for title, path, caption, columns in pictures:
-        parts.append(page.heading(title))
-        parts.append(page.picture(path, title, caption, columns * CELL_ON_PHONES))
-    return [*parts, page.command(results["command"])]
+    return parts
 
 
 def _short(value: object) -> str:

@@ -54,6 +54,16 @@ def mass_on_part(attention: Tensor, touching: Tensor) -> float:
     return 100 * (attention.double() * touching).sum(1).mean().item()
 
 
+def figures(attention: Tensor, touching: Tensor) -> dict[str, float]:
+    """Pointing accuracy and the attention's mass, beside what no learning gives; percent."""
+    return {
+        "accuracy": pointing(attention, touching),
+        "chance": chance(touching),
+        "best_fixed_cell": best_fixed_cell(touching),
+        "mass_on_part": mass_on_part(attention, touching),
+    }
+
+
 def part_boxes(paths: Sequence[Path]) -> tuple[list[Box], int]:
     """Boxes of image files in a folder made by datasets.synthetic, and the pixels of its images.
 

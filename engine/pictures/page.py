@@ -2,10 +2,13 @@
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from engine.pictures.drawing import Picture, save
 from utils.files import write_text
+
+_CELL_ON_PHONES = 85  # pixels; a narrow screen scrolls a picture rather than shrinking it further
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 1.5em auto; padding: 0 1em;
@@ -47,16 +50,23 @@ def _cell(value: object) -> str:
     return f"<td>{html.escape(str(value)).replace('/', '/<wbr>')}</td>"
 
 
-def picture(path: Path, name: str, caption: str = "", least_width: int = 0) -> str:
-    """A PNG, inside the page, below its caption.
+def pictures(folder: Path, pictures: Mapping[str, Picture]) -> list[str]:
+    """Each picture with its title and caption; it is also written as PNG, of that name in `folder`.
 
-    least_width: pixels below which it is not shrunk but scrolled, on narrow screens.
+    InputError where one cannot be written.
     """
-    data = base64.b64encode(path.read_bytes()).decode()
-    words = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    least = f" style='min-width:{least_width}px'" if least_width else ""
-    image = f"<img alt='{html.escape(name)}'{least} src='data:image/png;base64,{data}'>"
-    return f"<figure>{words}<div class='wide'>{image}</div></figure>"
+    parts = []
+    for name, picture in pictures.items():
+        save(picture.figure, folder / name)
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        caption = f"<figcaption>{html.escape(picture.caption)}</figcaption>"
+        image = (
+            f"<img alt='{html.escape(picture.title)}' src='data:image/png;base64,{data}' "
+            f"style='min-width:{picture.columns * _CELL_ON_PHONES}px'>"
+        )
+        parts.append(heading(picture.title))
+        parts.append(f"<figure>{caption}<div class='wide'>{image}</div></figure>")
+    return parts
 
 
 def write(path: Path, title: str, parts: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import matplotlib
 from engine.evaluation.attention import NAMES as KINDS
 from engine.evaluation.table import cell as shown
 from engine.evaluation.table import spread
-from engine.pictures.report import read_log
+from engine.pictures.curves import read_log
 from engine.studies.study import Study
 from engine.studies.study_evaluation import COARSE
 from engine.studies.study_results import RandomRow

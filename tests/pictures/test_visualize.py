@@ -12,25 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 
 import visualize
 from datasets import synthetic
 from datasets.synthetic_images import DIFFICULTIES
 from engine import build
 from engine.evaluation import attention
-from engine.evaluation.source import Source
-from engine.pictures import overlays, page, visual
-from engine.pictures.overlays import Place
-from engine.pictures.visual_pictures import brightest
-from engine.pictures.visual_views import (
+from engine.pictures import maps, page, shown, views
+from engine.pictures.maps import PatchMap
+from engine.pictures.matches import (
     centres,
     correspondence_figures,
+    correspondence_picture,
     correspondences,
     judge,
-    seeded_views,
 )
+from engine.pictures.shown import ShownImages
+from engine.pictures.views import Place, View, seeded_views, whole_views
 from models.registry import BackboneSpec, build_backbone
 from tests.runs import SWIN, small_config
 from tests.test_readme import ROOT, commands
@@ -152,20 +153,13 @@ def test_the_page_of_several_files_holds_everything(files, parts, show):
         ["lcr", "similarity"],
         ["self", "similarity"],
     ]
-    wide = overlays.CELL
-    expected = {  # rows and columns of each sheet, and pixels of its cells
-        "maps_mil.png": (2 * 2, 4, (wide, wide)),
-        "maps_lcr.png": (2 * 2, 4, (wide, wide)),
-        "maps_self.png": (2 * 3, 4, (wide, wide)),
-        "maps_similarity.png": (2 * 4, 4, (wide, wide)),
-        "crops.png": (2 * 3, 5, (150, 150)),
-        "heads.png": (2 * 2, 4, (150, 150)),  # of 3 heads and of 1
-        "correspondence.png": (3, 2, (2 * wide + overlays.GAP, wide)),
-    }
-    sizes = [overlays.sheet_size(*sheet) for sheet in expected.values()] + [(1000, 800)] * 3
-    assert results["pictures"] == [*expected, "tsne_A.png", "tsne_B.png", "tsne_C.png"]
-    assert [picture.size for picture in pictures_of(whole)] == sizes
+    assert results["pictures"] == [
+        *("maps_mil.png", "maps_lcr.png", "maps_self.png", "maps_similarity.png"),
+        *("crops.png", "heads.png", "correspondence.png"),
+        *("tsne_A.png", "tsne_B.png", "tsne_C.png"),
+    ]
     for name, picture in zip(results["pictures"], pictures_of(whole), strict=True):
+        assert min(picture.size) > 200
         with Image.open(out / name) as beside:
             assert np.array_equal(np.asarray(beside), np.asarray(picture))
 
@@ -264,21 +258,20 @@ def test_matches_of_a_view_with_itself_are_exact(options, images):
     assert correspondence_figures([two])["on_or_beside"] < 100
 
 
-def test_many_images_go_by_the_batch_and_give_the_maps_of_one_forward(images):
+def test_many_images_go_by_the_batch_and_give_the_maps_of_one_forward():
     network = build.networks(small_config())[0].eval()
-    subject = visual.Subject("A", Source(None, network))
     seen = []
     network.backbone.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
-    many = torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        maps = visual.whole_maps([subject], many)["similarity"]["A"]
-        assert max(seen) == visual.BATCH
-        assert torch.allclose(maps, attention.attention_map(network, many, "similarity"), atol=1e-6)
-    square = Image.open(next(images.rglob("*.png")))
-    views = seeded_views([square], 32, 16, 0, 3, plain=False)[0]
+    pixels = torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    many = [View(image, Place(0, 0, 64, 64)) for image in pixels]
+    found = maps.maps_of_views(network, many, "similarity")
+    assert max(seen) == views.BATCH
+    expected = attention.attention_map(network, pixels, "similarity")
+    assert torch.allclose(torch.stack([one.values for one in found]), expected, atol=1e-6)
+    assert {(one.grid, one.cell, one.place) for one in found} == {((4, 4), 0.25, many[0].place)}
     seen.clear()
-    assert len(correspondences(network, [tuple(views)] * 40)) == 40
-    assert max(seen) <= 2 * visual.BATCH
+    assert len(correspondences(network, [(many[0], many[1])] * 40)) == 40
+    assert max(seen) <= views.BATCH
 
 
 def test_matches_are_the_highest_cosine_in_the_teacher_view(images):
@@ -312,48 +305,146 @@ def test_judging_matches_of_known_views():
     assert found.same_cell.view(4, 4).tolist() == [[False, False, True, False]] * 4
 
 
-@pytest.mark.parametrize("flipped", [False, True])
-def test_a_map_is_drawn_at_the_place_of_its_view(flipped):
-    """Over a black image: patches of the view are coloured, the brightest where it belongs."""
-    figure = Figure(figsize=(2, 2), dpi=100)
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.axis("off")
-    values = torch.zeros(9)
-    values[2] = 1.0  # right upper corner
-    image = Image.new("RGB", (100, 100))
-    # Three patches of 0.4 of the view: the last reach beyond it and are cut off.
-    place = Place(20, 30, 50, 40, flipped)
-    overlays.draw_map(axis, image, values, (3, 3), 0.4, 1.0, place)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
-    light = np.asarray(ImageOps.grayscale(Image.open(drawn).convert("RGB"))).astype(int)
-    outside = light[2, 2]
-    light[-1], light[:, -1] = outside, outside  # matplotlib leaves the picture's rim white
-    changed = np.argwhere(abs(light - outside) > 10)
-    (top, left), (bottom, right) = changed.min(0), changed.max(0)
-    assert np.abs(np.array([left, top, right, bottom]) - [40, 60, 139, 139]).max() <= 1
-    bright = np.argwhere(light == light[60:140, 40:140].max())
-    (top, left), (bottom, right) = bright.min(0), bright.max(0)
-    # One patch is 0.4 x 50 pixels wide, but the last column has 0.2 left.
-    across = (40, 60) if flipped else (120, 140)
-    assert np.abs(np.array([left, top, right, bottom]) - [across[0], 60, across[1], 92]).max() <= 2
+def shown_images(count: int) -> ShownImages:
+    """Grey squares of 100 pixels, each darker than the last, with parts in images of 50 pixels."""
+    squares = [Image.new("RGB", (100, 100), (20 * index,) * 3) for index in range(count)]
+    boxes = [(index, 10, 20, 30) for index in range(count)]
+    return ShownImages([f"001.a_bird/{i}.png" for i in range(count)], squares, boxes, 50)
+
+
+def peaked(patch: int, patches: int = 4) -> PatchMap:
+    """A map of the whole image with nine tenths of the weight on one patch."""
+    values = torch.full((patches,), 0.1 / (patches - 1))
+    values[patch] = 0.9
+    side = math.isqrt(patches)
+    return PatchMap(values, (side, side), 1 / side, Place(0, 0, 100, 100))
+
+
+def frames(axis) -> dict[str, tuple[float, ...]]:
+    """The frames over a picture: colour -> x, y, width, height."""
+    return {to_hex(box.get_edgecolor()): box.get_bbox().bounds for box in axis.patches}
+
+
+def test_a_sheet_holds_each_image_above_the_maps_of_all_networks():
+    images = shown_images(5)
+    of_networks = {"A": [peaked(i % 4) for i in range(5)], "B": [peaked(0, 9)] * 5}
+    picture = maps.whole_picture(images, of_networks, "similarity")
+    axes = np.array(picture.figure.axes).reshape(6, 4)
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["", "A", "B"] * 2
+    assert [axis.get_title() for axis in axes[0]] == ["a bird"] * 4
+    for index in range(5):
+        line, column = divmod(index, 4)
+        image, *of_image = axes[3 * line : 3 * line + 3, column]
+        assert np.asarray(image.images[0].get_array()).max() == 20 * index
+        assert frames(image) == {"#00ffff": (2 * index, 20, 40 - 2 * index, 40)}
+        for axis, patch_map in zip(of_image, (of_networks[k][index] for k in "AB"), strict=True):
+            _, drawn = axis.images
+            relative = patch_map.values.view(patch_map.grid) * len(patch_map.values)
+            assert np.allclose(drawn.get_array(), relative)
+            assert drawn.get_extent() == pytest.approx([0, 100, 100, 0])
+            row, column_ = divmod(int(patch_map.values.argmax()), patch_map.grid[1])
+            side = 100 * patch_map.cell
+            strongest = frames(axis)["#ffffff"]
+            assert strongest == pytest.approx((column_ * side, row * side, side, side))
+    assert not any(axis.images for axis in axes[3:, 1:].flat)
+    drawn = [axis.images[1] for axis in axes.flat if len(axis.images) == 2]
+    assert len({image.get_clim() for image in drawn}) == 1  # one scale
+    assert f"bright: {drawn[0].get_clim()[1]:.1f} times" in picture.caption
+    assert "Cyan box: the part" in picture.caption
+
+
+def test_the_last_patches_of_a_view_are_cut_off_where_it_ends():
+    """Three patches of 0.4 of the view's side: 0.2 of the last are beyond it."""
+    place = Place(20, 30, 50, 40)
+    patch_map = PatchMap(torch.arange(9.0), (3, 3), 0.4, place)
+    axis = Figure().add_subplot()
+    maps.draw_map(axis, patch_map, 1.0, (100, 100))
+    (drawn,) = axis.images
+    assert drawn.get_extent() == pytest.approx([20, 80, 78, 30])
+    clip = axis.transData.inverted().transform_bbox(drawn.clipbox)
+    assert clip.get_points().ravel() == pytest.approx([20, 70, 70, 30])
+    assert frames(axis) == {
+        "#ffffff": pytest.approx((60, 62, 10, 8)),
+        "#2b6cff": pytest.approx((20, 30, 50, 40)),
+    }
+
+
+def test_heads_beyond_a_line_go_on_in_the_next():
+    images = shown_images(2)
+    heads = {"A": [[peaked(head % 4) for head in range(8)]] * 2, "C": [[peaked(1)]] * 2}
+    axes = np.array(maps.heads_picture(images, heads).figure.axes).reshape(6, 7)
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["A", "A", "C"] * 2
+    drawn = [[len(axis.images) for axis in row] for row in axes]
+    assert drawn == [[1, *[2] * 6], [0, 2, 2, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0]] * 2
+    assert [int(axis.images[1].get_array().argmax()) for axis in axes[1, 1:3]] == [2, 3]
+    few = maps.heads_picture(images, {"A": [[peaked(0), peaked(1)]] * 2})
+    assert [axis.get_title() for axis in few.figure.axes[:3]] == ["image", "head 1", "head 2"]
+
+
+def test_crops_are_drawn_where_they_were_cut():
+    images = shown_images(2)
+    network = build.networks(small_config())[0].eval()
+    cut = seeded_views(images.squares, 32, 16, 1, 0, plain=True)
+    whole = whole_views(images.squares, 32)
+    of_images = [[view, *crops] for view, crops in zip(whole, cut, strict=True)]
+    picture = maps.crops_picture(images, {"A": network}, of_images)
+    axes = np.array(picture.figure.axes).reshape(2, 5)
+    titles = ["image", "whole", "global 1", "global 2", "local 1"]
+    assert [axis.get_title() for axis in axes[0]] == titles
+    assert "A: MIL attention" in picture.caption
+    for row, of_image in zip(axes, of_images, strict=True):
+        for axis, view in zip(row[1:], of_image, strict=True):
+            place = view.place
+            edges = [place.left, place.left + place.width, place.top + place.height, place.top]
+            assert axis.images[1].get_extent() == pytest.approx(edges)
+            assert ("#2b6cff" in frames(axis)) == (view is not of_image[0])
+            expected = attention.attention_map(network, view.pixels[None], "mil")[0]
+            drawn = np.asarray(axis.images[1].get_array()).ravel()
+            assert np.allclose(drawn, expected * len(expected), atol=1e-5)
+
+
+def test_lines_lead_to_the_matches_and_rings_show_the_missed_places():
+    """Two equal views: the first patch matches its own place, the others the last one."""
+    view = View(torch.zeros(3, 32, 32), Place(0, 0, 100, 100))
+    found = judge(torch.tensor([0, *[24] * 24]), view.place, view.place, (5, 5), 0.2)
+    picture = correspondence_picture([(view, view)], {"A": [found]}, 100)
+    (axis,) = picture.figure.axes
+    lines = [line for line in axis.lines if len(line.get_xdata()) == 2]
+    assert len(lines) == 25
+    assert len(axis.images) == 2
+    start = axis.images[1].get_extent()[0]
+    for line, right, origin, end in zip(
+        lines, found.right.tolist(), found.centre.tolist(), found.matched.tolist(), strict=True
+    ):
+        (x0, x1), (y0, y1) = line.get_data()
+        assert [x0, y0, x1 - start, y1] == pytest.approx([*origin, *end])
+        assert line.get_linestyle() == ("-" if right else "--")
+    rings = [(ring.center[0] - start, ring.center[1]) for ring in axis.patches]
+    missed = [tuple(place) for place in found.true[~found.right].tolist()]
+    assert np.allclose(rings, missed)
+    few = correspondence_picture([(view, view)], {"A": [found]}, 3).figure.axes[0]
+    assert len([line for line in few.lines if len(line.get_xdata()) == 2]) == 3
 
 
 def test_the_first_run_decides_the_size_and_crops_fit_every_network(files):
-    found = visual.subjects([str(files["vit"]), str(files["swin"])], "teacher", torch.device("cpu"))
-    assert visual.common_size(found, None) == (32, 8)
-    assert visual.common_size(found, 64) == (64, 8)
-    assert [subject.letter for subject in found] == ["A", "B"]
+    paths = [str(files["vit"]), str(files["swin"])]
+    sources = shown.load_sources(paths, "teacher", torch.device("cpu"))
+    assert list(sources) == ["A", "B"]
+    assert shown.common_size(list(sources.values()), None) == (32, 8)
+    assert shown.common_size(list(sources.values()), 64) == (64, 8)
 
 
 def test_an_even_map_is_half_way_up_the_scale_and_an_outlier_does_not_set_it():
+    def of(values):
+        return [PatchMap(row, (10, 10), 0.1, Place(0, 0, 1, 1)) for row in values]
+
     even = torch.full((2, 100), 1 / 100)
-    assert brightest([even]) == 2
-    peaked = torch.full((2, 100), 0.5 / 99)
-    peaked[:, 7] = 0.5  # 50 times an even share, on 1 % of the patches
-    assert brightest([peaked, even]) == 2
-    peaked[:, :25] = 0.04
-    assert brightest([peaked]) == pytest.approx(4)
+    assert maps.brightest(of(even)) == 2
+    bright = torch.full((2, 100), 0.5 / 99)
+    bright[:, 7] = 0.5  # 50 times an even share, on 1 % of the patches
+    assert maps.brightest([*of(bright), *of(even)]) == 2
+    bright[:, :25] = 0.04
+    assert maps.brightest(of(bright)) == pytest.approx(4)
 
 
 def test_the_written_commands_parse(monkeypatch):

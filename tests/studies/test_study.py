@@ -22,6 +22,7 @@ from engine.evaluation import pointing
 from engine.evaluation.evaluation import build_evaluation
 from engine.evaluation.source import load_source
 from engine.pictures import report
+from engine.pictures.curves import read_log
 from engine.studies import study_results, study_runs
 from engine.studies.study import ROOT, load
 from engine.studies.study_evaluation import measure, random_source
@@ -365,7 +366,7 @@ def test_pointing_figures_are_those_of_a_report(judged, finished):
     files = [splits.test.root / name for name in splits.test.paths]
     boxes, size = pointing.part_boxes(files)
     where = report.Setting(None, splits.test.root, cfg.AUG.GLOBAL_CROPS_SIZE, 5, ALONE)
-    expected, _ = report.pointing_figures(network, network, "mil", boxes, size, where)
+    expected = report.pointing_figures(network, network, "mil", boxes, size, where)
     found = results(finished / "out")["cmd-seed0"]
     assert found["figures"]["pointing_mil"] == expected["accuracy"]
     assert found["figures"]["mass_mil"] == pytest.approx(expected["attention_mass_on_part"])
@@ -463,5 +464,5 @@ def test_cells_side_by_side_by_torchrun_with_k_nn_curves_and_one_that_fails(
     for seed in (0, 1):
         folder = tmp_path / f"out/runs/cmd/seed{seed}"
         assert checkpoint.load_own(folder / checkpoint.LAST)["processes"] == 2
-        lines = report.read_log(folder / "log.txt")
+        lines = read_log(folder / "log.txt")
         assert [line["epoch"] for line in lines if "knn_top1" in line] == [4, 5]

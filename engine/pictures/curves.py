@@ -1,0 +1,54 @@
+"""A run's log as curves: the loss and its terms, the teacher's health, the schedules."""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from engine.pictures.drawing import DPI, LOOK
+from utils.errors import InputError
+
+# The panels, at most six of which a run logs.
+CURVES = {
+    "loss": ("loss", "L_I", "L_R", "L_S", "L_T", "T", "S", "L_C", "L_F"),
+    "teacher, nats": ("teacher_entropy", "teacher_kl_uniform", "teacher_information"),
+    "queries nearest to their own key, percent": ("contrast_accuracy",),
+    "effective rank of the features": ("feature_rank",),
+    "gradient norm": ("grad_norm",),
+    "attention entropy (1: uniform)": ("attention_entropy",),
+    "learning rate": ("lr",),
+}
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a run's log.txt; InputError without any."""
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError):
+        lines = []
+    if not any("loss" in line for line in lines):
+        raise InputError(f"{path} is not the log of a run: give the folder that main_cmd.py wrote.")
+    return lines
+
+
+@LOOK
+def plot_curves(lines: list[dict]) -> Figure:
+    """The lines of `read_log` over the epochs."""
+    steps = [line for line in lines if "loss" in line]
+    epochs = [line["epoch"] for line in steps]
+    figure = Figure(figsize=(13, 6.5), dpi=DPI, layout="constrained")
+    grid = figure.add_gridspec(2, 3)
+    for title, names in CURVES.items():
+        logged = [name for name in names if name in steps[0]]
+        if not logged:
+            continue
+        axis = figure.add_subplot(grid[len(figure.axes)])
+        for name in logged:
+            axis.plot(epochs, [line[name] for line in steps], label=name)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        if logged == ["attention_entropy"]:
+            axis.set_ylim(0, 1.05)
+        if len(logged) > 1:
+            axis.legend(fontsize="small")
+    return figure

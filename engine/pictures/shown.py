@@ -1,0 +1,107 @@
+"""What visualize.py looks at: networks of several files, and a few images with their parts."""
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import center_crop
+
+from datasets import synthetic
+from datasets.folder import ImageFolder, LabelledImages, load_image
+from engine.evaluation import pointing
+from engine.evaluation.source import Source, image_size, load_source
+from utils.errors import InputError
+
+
+def load_sources(paths: Sequence[str], key: str, device: torch.device) -> dict[str, Source]:
+    """The networks of files of weights, ours or others', by the letter that pictures give them.
+
+    Raises InputError for what cannot be read.
+    """
+    letters = string.ascii_uppercase
+    if len(paths) > len(letters):
+        raise InputError(f"--checkpoint has {len(paths)} files: give at most {len(letters)}.")
+    sources = {letter: load_source(path, key) for letter, path in zip(letters, paths, strict=False)}
+    for source in sources.values():
+        source.network.to(device)
+    return sources
+
+
+def common_size(sources: Sequence[Source], size: int | None) -> tuple[int, int]:
+    """Pixels of a whole image, and the multiple of pixels that each view's side must be.
+
+    size: as asked for, or None for that of the first network's own run, else 224.
+    Raises InputError where a network cannot take it.
+    """
+    size = size or image_size(sources[0])
+    multiples = [source.network.backbone.patch_size for source in sources]
+    for source, multiple in zip(sources, multiples, strict=True):
+        if size % multiple:
+            raise InputError(
+                f"--size {size} must be a multiple of {multiple}, the patch size of "
+                f"{source.weights.path}."
+            )
+    return size, math.lcm(*multiples)
+
+
+@dataclass(frozen=True)
+class ShownImages:
+    """The images that are shown, each as its centre square.
+
+    names: paths relative to their folder. boxes: the parts', one an image, in pixels of images of
+    box_size; none and 0 where nobody knows them.
+    """
+
+    names: list[str]
+    squares: list[Image.Image]
+    boxes: list[pointing.Box]
+    box_size: int
+
+    def box(self, index: int) -> list[float] | None:
+        """The part's box in pixels of the square, where it is known."""
+        if not self.boxes:
+            return None
+        scale = self.squares[index].width / self.box_size
+        return [scale * edge for edge in self.boxes[index]]
+
+    def first(self, count: int) -> "ShownImages":
+        return ShownImages(
+            self.names[:count], self.squares[:count], self.boxes[:count], self.box_size
+        )
+
+
+def show_images(paths: Sequence[Path], names: Sequence[str], count: int) -> ShownImages:
+    """At most `count` images, spread evenly over some files; InputError where one is unreadable."""
+    places = torch.linspace(0, len(paths) - 1, min(count, len(paths)), dtype=torch.float64)
+    chosen = places.round().long().tolist()
+    squares = []
+    for index in chosen:
+        image = load_image(paths[index])
+        squares.append(center_crop(image, min(image.size)))
+    boxes, box_size = pointing.part_boxes([paths[index] for index in chosen])
+    return ShownImages([names[index] for index in chosen], squares, boxes, box_size)
+
+
+def open_images(given: Sequence[Path], count: int) -> tuple[ShownImages, LabelledImages | None]:
+    """Images of a folder, and all that are in it; or files that are named, and None.
+
+    Of a folder that datasets.synthetic made the validation images are taken. Raises InputError
+    where there are none or one that would be shown cannot be read.
+    """
+    folders = [path for path in given if path.is_dir()]
+    if folders and len(given) > 1:
+        raise InputError(
+            f"--images names the folder {folders[0]} beside others: give one folder, or files."
+        )
+    root = given[0]
+    if len(given) > 1 or root.is_file():
+        return show_images(given, [path.name for path in given], count), None
+    if (root / synthetic.PARTS_FILE).is_file() and (root / "val").is_dir():
+        root = root / "val"
+    folder = ImageFolder(root)
+    paths = [folder.root / path for path in folder.paths]
+    return show_images(paths, folder.paths, count), folder
