@@ -35,7 +35,7 @@ from engine.pictures.views import Place, View, seeded_views, whole_views
 from models.registry import BackboneSpec, build_backbone
 from tests.runs import SWIN, small_config
 from tests.test_readme import ROOT, commands
-from utils import checkpoint
+from utils import checkpoint, config
 from utils.errors import run_script
 
 
@@ -80,7 +80,7 @@ def stored(folder: Path, name: str, **options) -> Path:
         "format": checkpoint.FORMAT,
         "step": 0,
         "epoch": 0,
-        "config": build.config.to_dict(cfg),
+        "config": config.to_dict(cfg),
         "model": build.model_description(cfg, student),
         "student": student.state_dict(),
         "teacher": teacher.state_dict() | only,
