@@ -43,7 +43,7 @@ class Benchmark:
     folder: its name once unpacked. files: what must be in it, files and folders. read: the
     reader of its metadata. counts: what the official splits hold. source: for the user, how it
     can be had. fetch: called with (root, download=True), puts the folder into `root` unless
-    it is there; None where nothing can.
+    it is there; None where nothing can. fixed_name: whether the reader wants the folder's name.
     """
 
     folder: str
@@ -52,6 +52,7 @@ class Benchmark:
     counts: Counts
     source: str
     fetch: Callable[..., Any] | None = None
+    fixed_name: bool = False
 
     def download(self, name: str, root: str | Path) -> None:
         """Put the official folder into `root`, unless it is there; InputError where it fails."""
@@ -65,10 +66,9 @@ class Benchmark:
             self.fetch(parent, download=True)
         # Network, disk and archive each fail in their own ways.
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"{name} could not be downloaded to {parent} ({reason}): remove what it left there "
-                f"and try again, or put the official folder {self.folder} there yourself"
+                f"{name} could not be downloaded to {parent} ({_reason(error)}): remove what it "
+                f"left there and try again, or put the official folder {self.folder} there yourself"
             ) from error
 
     def splits(self, name: str, root: str | Path, partial: bool) -> Splits:
@@ -81,10 +81,14 @@ class Benchmark:
         folder = self._folder(path)
         if self._missing(folder):
             raise self._not_found(name, path)
-        listing, notes = _present_images(name, folder, self.read(folder), partial)
-        difference = self._difference(listing)
-        if difference:
-            notes.append(f"{name} in {path} has {difference}")
+        listing, notes = _present_images(name, folder, self._listing(folder), partial)
+        found = Counts(len(listing.classes), len(listing.train), len(listing.test))
+        if found != self.counts:
+            notes.append(
+                f"{name} in {path} has {found.classes:,} classes, {found.training:,} training and "
+                f"{found.test:,} test images; the official data set has {self.counts.classes:,}, "
+                f"{self.counts.training:,} and {self.counts.test:,}"
+            )
             if not partial:
                 raise InputError(
                     f"{notes[0]}: complete it, or set DATA.PARTIAL true to use it as it is"
@@ -94,6 +98,25 @@ class Benchmark:
             for rows in (listing.train, listing.test)
         )
         return Splits(name, train, test, notes)
+
+    def _listing(self, folder: Path) -> Listing:
+        """What the metadata list, every label checked."""
+        if self.fixed_name and folder.name != self.folder:
+            raise InputError(f"{folder} must be named {self.folder}: rename it or link to it")
+        try:
+            listing = self.read(folder)
+            for path, label in listing.train + listing.test:
+                if not 0 <= label < len(listing.classes):
+                    raise ValueError(
+                        f"{path} has class {label + 1}, there are {len(listing.classes)} classes"
+                    )
+        # Readers meet broken files with exceptions of every kind.
+        except Exception as error:
+            raise InputError(
+                f"the metadata in {folder} cannot be read ({_reason(error)}): restore the official "
+                "files"
+            ) from error
+        return listing
 
     def _folder(self, root: Path) -> Path:
         inner = root / self.folder
@@ -111,24 +134,15 @@ class Benchmark:
             f"with {', '.join(self.files)}{lacks}. {self.source}"
         )
 
-    def _difference(self, listing: Listing) -> str:
-        """How the numbers differ from the official ones; empty where they do not."""
-        found = Counts(len(listing.classes), len(listing.train), len(listing.test))
-        units = ("classes", "training images", "test images")
-        texts = []
-        for unit, here, official in zip(units, found, self.counts, strict=True):
-            if here != official:
-                whose = "data set" if unit == "classes" else "split"
-                texts.append(
-                    f"{here:,} {unit}, the official {whose} has {official:,} "
-                    f"({abs(here - official):,} {'fewer' if here < official else 'more'})"
-                )
-        return "; ".join(texts)
-
 
 def _absolute(root: str | Path) -> Path:
     """The name of the folder that "." stands for can matter."""
     return Path(os.path.abspath(Path(root).expanduser()))
+
+
+def _reason(error: Exception) -> str:
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    return (text or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _present_images(
@@ -147,14 +161,17 @@ def _present_images(
             f"first is {repeated[0]}): restore its official metadata"
         )
     missing = [path for path, _ in both if not (folder / path).is_file()]
-    lacks = missing and (
-        f"{name} in {folder} lacks {len(missing):,} of the {len(both):,} images that it lists "
-        f"(the first is {missing[0]})"
-    )
-    if missing and not partial:
-        raise InputError(
-            f"{lacks}: unpack its images again, or set DATA.PARTIAL true to leave these out"
+    notes = []
+    if missing:
+        lacks = (
+            f"{name} in {folder} lacks {len(missing):,} of the {len(both):,} images that it lists "
+            f"(the first is {missing[0]})"
         )
+        if not partial:
+            raise InputError(
+                f"{lacks}: unpack its images again, or set DATA.PARTIAL true to leave these out"
+            )
+        notes.append(f"{lacks}: they are left out")
     absent = set(missing)
     train, test = (
         [row for row in rows if row[0] not in absent] for rows in (listing.train, listing.test)
@@ -162,7 +179,7 @@ def _present_images(
     for split, rows in (("training", train), ("test", test)):
         if not rows:
             raise InputError(f"{name} in {folder} has no {split} images: unpack its images again")
-    return Listing(listing.classes, train, test), [f"{lacks}: they are left out"] if lacks else []
+    return Listing(listing.classes, train, test), notes
 
 
 def folder_splits(name: str, root: str | Path) -> Splits:

@@ -4,9 +4,9 @@ import contextlib
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import logger
 
+T = TypeVar("T")
 Size = tuple[int, int]  # (height, width), pixels
 GIB = 2**30
 _IMAGES_AT_ONCE = 16  # that a loader worker is handed
 _FEW_HEADERS = 2000  # are read, at 0.2 ms each, before loader workers would have started
-_BYTES_AT_ONCE = 256 * 2**20  # that are copied to the device
 # Processes share memory through a file that has no name, so that none is left behind however a
 # process ends, and that /dev/shm, which is small in containers, does not bound. Linux has it;
 # elsewhere each process decodes all images by itself.
@@ -43,7 +43,7 @@ class DecodedImages:
     the images that any process could not read, the same on all; they are not to be asked for.
 
     Raises InputError, on all processes, where no image can be read, or where there is too
-    little memory: that is told by the images' headers, before any is decoded.
+    little memory: the images' headers tell before any is decoded.
     """
 
     def __init__(
@@ -75,18 +75,16 @@ class DecodedImages:
 
         first = world.rank - machine.rank  # of this machine's processes
         with _shared_buffer(self.bytes, machine, first) as buffer:
-            _agreed(_unmappable(buffer))
             self.share = distributed.share(len(images), machine)
             filling = _Filling(images, shorter_side, expected, self._starts, buffer)
             found = read_each(filling, self.share, workers, _IMAGES_AT_ONCE, "decoding images")
-            pixels = buffer.pixels  # mapped before the process that made it may let it go
             by_rank = distributed.gather_objects(found)
         self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
         # Each machine decodes its own copies, of which others may be damaged.
         by_rank = distributed.gather_objects(_bad(self.sizes))
         self.bad = {place: image for bad in by_rank for place, image in bad.items()}
         _some_readable(self.bad, len(images))
-        self._pixels = _copied(pixels, world.device) if on_device else pixels
+        self._pixels = buffer.pixels.to(world.device) if on_device else buffer.pixels
 
     def batch(self, indices: Sequence[int]) -> Images:
         """The images at `indices`, padded, on the processes' device; the host does not wait."""
@@ -164,8 +162,8 @@ class _Filling(Dataset):
             height, width, _ = pixels.shape
             # By EXIF the sides may have changed places, which takes no other room.
             if sorted((height, width)) != sorted(self.expected[index]):
-                told = "{} x {}".format(*self.expected[index])
-                reason = f"by its header it would have {told} pixels, it has {width} x {height}"
+                expected = "{} x {}".format(*self.expected[index])
+                reason = f"by its header it would have {expected} pixels, it has {width} x {height}"
                 raise UnreadableImage(self.images.source(index)[1], reason)
         except UnreadableImage as error:
             return error.bad
@@ -197,7 +195,7 @@ def _agreed(sentence: str | None) -> None:
 
 
 def _machine(world: World) -> World:
-    """This process's place among those of its machine, as torchrun tells it; else by itself."""
+    """This process's place among those of its machine, by torchrun's variables; else alone."""
     if not _CAN_SHARE or world.size == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
         return World(0, 1, world.device)
     rank, size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
@@ -205,62 +203,59 @@ def _machine(world: World) -> World:
 
 
 class _Buffer:
-    """Pixels uint8 [N, 3]: a file in memory, mapped by each process where it first asks for them.
+    """Pixels uint8 [N, 3] in a file in memory; a copy in another process maps the same file.
 
     address: the file as a path that the processes of a machine can open; empty: memory of this
-    process alone.
+    process alone. Raises OSError where it cannot be mapped, as under a limit of address space.
     """
 
     def __init__(self, address: str, size: int) -> None:
-        self.address, self.size = address, size
+        self._arguments = address, size
+        if address:
+            with open(address, "r+b") as file:
+                mapped = mmap.mmap(file.fileno(), size)
+        else:
+            mapped = mmap.mmap(-1, size)
+        self.pixels = torch.frombuffer(mapped, dtype=torch.uint8).view(-1, 3)
 
-    @cached_property
-    def pixels(self) -> Tensor:
-        if not self.address:
-            return torch.empty(self.size // 3, 3, dtype=torch.uint8)
-        return torch.frombuffer(self.map(), dtype=torch.uint8).view(-1, 3)
-
-    def map(self) -> mmap.mmap:
-        """The file's bytes in this process's address space."""
-        with open(self.address, "r+b") as file:
-            return mmap.mmap(file.fileno(), self.size)
-
-
-def _not_had(size: int, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or "not enough memory"
-    return f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({reason})"
-
-
-def _unmappable(buffer: _Buffer) -> str | None:
-    """A sentence where the buffer cannot be mapped, as under a limit of address space."""
-    try:
-        if buffer.address:
-            buffer.map().close()
-    except OSError as error:
-        return _not_had(buffer.size, error)
-    return None
+    def __reduce__(self) -> tuple:
+        return _Buffer, self._arguments
 
 
 @contextlib.contextmanager
 def _shared_buffer(size: int, machine: World, first: int) -> Iterator[_Buffer]:
     """A buffer for all processes of the machine; the first of them, of rank `first`, makes it.
 
-    In the block all of them and their workers must map it; it lasts while one of them does.
+    Workers must map it in the block; it lasts while one process has it mapped. Raises InputError
+    on all processes where one has not so much memory.
     """
-    file, error = None, None
-    if _CAN_SHARE and machine.is_main:
-        try:
-            file = os.memfd_create("decoded images")
-            os.posix_fallocate(file, 0, size)  # an error now instead of a signal later
-        except OSError as caught:
-            error = _not_had(size, caught)
+    file = None
+
+    def make() -> str:
+        nonlocal file
+        if not _CAN_SHARE or not machine.is_main:
+            return ""
+        file = os.memfd_create("decoded images")
+        os.posix_fallocate(file, 0, size)  # an error now instead of a signal later
+        return f"/proc/{os.getpid()}/fd/{file}"
+
     try:
-        _agreed(error)
-        address = "" if file is None else f"/proc/{os.getpid()}/fd/{file}"
-        yield _Buffer(distributed.gather_objects(address)[first], size)
+        address = distributed.gather_objects(_on_all(make, size))[first]
+        yield _on_all(lambda: _Buffer(address, size), size)
     finally:
         if file is not None:
             os.close(file)
+
+
+def _on_all(function: Callable[[], T], size: int) -> T:
+    """What the function gives; where one process has no memory for it, an InputError on all."""
+    result, error = None, None
+    try:
+        result = function()
+    except OSError as caught:
+        error = f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({caught.strerror})"
+    _agreed(error)
+    return result
 
 
 def too_large(size: int, shorter_side: int, device: torch.device | None) -> str | None:
@@ -280,7 +275,7 @@ def too_large(size: int, shorter_side: int, device: torch.device | None) -> str 
 
 
 def available() -> int:
-    """Bytes of memory that programs can still have; unbounded where the system does not tell.
+    """Bytes of memory that programs can still have; sys.maxsize where the system does not say.
 
     The machine's, or what a container's or job's limit (control group, version 1 or 2) leaves.
     """
@@ -309,12 +304,3 @@ def _control_groups() -> Iterator[tuple[Path, str, str]]:
                 yield root / path.lstrip("/"), *second
             elif "memory" in kinds.split(","):
                 yield root / "memory" / path.lstrip("/"), *first
-
-
-def _copied(pixels: Tensor, device: torch.device) -> Tensor:
-    """The buffer on the device."""
-    copy = torch.empty_like(pixels, device=device)
-    rows = _BYTES_AT_ONCE // 3
-    for first in range(0, len(pixels), rows):
-        copy[first : first + rows] = pixels[first : first + rows]
-    return copy

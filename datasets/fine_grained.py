@@ -49,6 +49,7 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
         parsers.read_cars,
         Counts(196, 8144, 8041),
         "Its official address is gone: use a copy",
+        fixed_name=True,
     ),
     "aircraft": Benchmark(
         "fgvc-aircraft-2013b",
@@ -62,6 +63,7 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
         Counts(100, 6667, 3333),
         _DOWNLOAD,
         FGVCAircraft,
+        fixed_name=True,
     ),
     "nabirds": Benchmark(
         "nabirds",

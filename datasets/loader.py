@@ -157,53 +157,54 @@ class IndexedDataset(Dataset):
 
 
 class KeyedDataset(Dataset):
-    """Samples by keys (epoch, index), each the same for the same seed and key in any process."""
+    """Samples by keys (epoch, index), each the same for the same seed and key in any process.
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    An item is (data, index), or a `BadImage`.
+    """
 
-    @abstractmethod
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+
     def __len__(self) -> int:
         """Number of images."""
+        return self.length
 
     @abstractmethod
-    def sample(self, image: int, seed: int) -> tuple[Any, int] | BadImage:
-        """(data, image): `image` by the random numbers of `seed`; a marker if it is unreadable."""
+    def data(self, index: int, seed: int) -> Any:
+        """What image `index` gives by the random numbers of `seed`; raises `UnreadableImage`."""
 
     def __getitem__(self, key: Key) -> tuple[Any, int] | BadImage:
-        return self.sample_as(key, key[1])
+        return self.sample(key, key[1])
 
-    def sample_as(self, key: Key, image: int) -> tuple[Any, int] | BadImage:
-        """`image` by the random numbers of `key`."""
-        return self.sample(image, sample_seed(self.seed, *key))
+    def sample(self, key: Key, index: int) -> tuple[Any, int] | BadImage:
+        """Image `index` by the random numbers of `key`."""
+        try:
+            return self.data(index, sample_seed(self.seed, *key)), index
+        except UnreadableImage as error:
+            return error.bad
 
 
 class AugmentedDataset(KeyedDataset):
-    """The augmented image `index` in epoch `epoch`, for the key (epoch, index).
+    """Augmented images: `dataset[index]` is (PIL image, label), of which the image is taken.
 
-    `dataset[index]` is (PIL image, label); `augment(image, seed)` makes the data, such as
-    MultiCrop's list of crops. An item is (data, index), or a `BadImage`.
+    `augment(image, seed)` makes the data, such as MultiCrop's list of crops.
     """
 
     def __init__(
         self, dataset: Dataset, augment: Callable[[Image.Image, int], Any], seed: int
     ) -> None:
-        super().__init__(seed)
-        self.images, self.augment = IndexedDataset(dataset), augment
+        super().__init__(len(dataset), seed)
+        self.dataset, self.augment = dataset, augment
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def sample(self, image: int, seed: int) -> tuple[Any, int] | BadImage:
-        read = self.images[image]
-        return read if isinstance(read, BadImage) else (self.augment(read[0], seed), image)
+    def data(self, index: int, seed: int) -> Any:
+        return self.augment(self.dataset[index][0], seed)
 
 
 class Draws(KeyedDataset):
     """For images that are kept decoded: the random numbers of one image's crops alone.
 
-    For the key (epoch, index) the item is (draw(seed of the sample), index), with a float32
-    [V, D] such as `BatchedMultiCrop.draw` gives, or a `BadImage` where `bad` has one for it.
+    The data are draw(seed), a float32 [V, D] such as `BatchedMultiCrop.draw` gives. bad: by
+    index what cannot be read.
     """
 
     def __init__(
@@ -213,14 +214,13 @@ class Draws(KeyedDataset):
         seed: int,
         bad: Mapping[int, BadImage],
     ) -> None:
-        super().__init__(seed)
-        self.length, self.draw, self.bad = length, draw, bad
+        super().__init__(length, seed)
+        self.draw, self.bad = draw, bad
 
-    def __len__(self) -> int:
-        return self.length
-
-    def sample(self, image: int, seed: int) -> tuple[Tensor, int] | BadImage:
-        return self.bad.get(image) or (self.draw(seed), image)
+    def data(self, index: int, seed: int) -> Tensor:
+        if index in self.bad:
+            raise UnreadableImage(self.bad[index].path, self.bad[index].reason)
+        return self.draw(seed)
 
 
 class Decoded(NamedTuple):
@@ -243,27 +243,19 @@ class Padded(NamedTuple):
 
 
 class DecodedDataset(KeyedDataset):
-    """Images decoded and reduced, with their draws, for crops that are made on the device.
+    """Images decoded and reduced, with their draws: `Decoded`, for crops made on the device.
 
-    For the key (epoch, index) the item is (`Decoded`, index), or a `BadImage`. shorter_side:
-    see `load_image`. draw: see `Draws`.
+    shorter_side: see `load_image`. draw: see `Draws`.
     """
 
     def __init__(
         self, images: StoredImages, shorter_side: int, draw: Callable[[int], Tensor], seed: int
     ) -> None:
-        super().__init__(seed)
+        super().__init__(len(images), seed)
         self.images, self.shorter_side, self.draw = images, shorter_side, draw
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def sample(self, image: int, seed: int) -> tuple[Decoded, int] | BadImage:
-        try:
-            pixels = decode(self.images, image, self.shorter_side)
-        except UnreadableImage as error:
-            return error.bad
-        return Decoded(pixels, self.draw(seed)), image
+    def data(self, index: int, seed: int) -> Decoded:
+        return Decoded(decode(self.images, index, self.shorter_side), self.draw(seed))
 
 
 def decode(images: StoredImages, index: int, shorter_side: int) -> Tensor:

@@ -13,10 +13,9 @@ TRIES = 100  # images that are read in search of one that can be
 
 
 def candidates(length: int, seed: int, key: Key) -> Iterator[int]:
-    """0 .. length - 1 in the order in which they are asked to stand in for the image of `key`.
+    """0 .. length - 1 in the order in which they are tried in the place of the image of `key`.
 
-    A shuffle that is made as far as it is wanted (Fisher and Yates): what a place holds is kept
-    only where it has changed.
+    A shuffle of Fisher and Yates that is made only as far as it is asked for.
     """
     generator = np.random.default_rng(derive_seed(seed, SUBSTITUTES, *key))
     moved: dict[int, int] = {}
@@ -31,12 +30,10 @@ class FullBatches(Dataset):
 
     The substitute is the first of the key's `candidates` that can be read and is not in the batch,
     neither by its own key nor as a substitute. It is augmented by the random numbers of the key
-    it stands in for: where its own turn comes in the same epoch, its crops are others. So a
-    batch is a function of its keys and of which images can be read.
+    that it replaces. So a batch is a function of its keys and of which images can be read.
 
-    dataset.__getitems__(keys), which a loader calls for a whole batch, gives the batch's samples,
-    then every `BadImage` that was met; these alone where TRIES candidates were not enough for
-    one image, or all were (see `full`).
+    A loader calls __getitems__(keys) for a whole batch. It gives the batch's samples, then every
+    `BadImage` that was met; these alone where an image had no substitute (see `full`).
     """
 
     def __init__(self, dataset: KeyedDataset) -> None:
@@ -67,7 +64,7 @@ class FullBatches(Dataset):
             if not left:
                 break
             left -= 1
-            sample = self.dataset.sample_as(key, image)
+            sample = self.dataset.sample(key, image)
             if not isinstance(sample, BadImage):
                 taken.add(image)
                 return sample

@@ -1,4 +1,4 @@
-"""--check: what a run of this command would meet, found out before step 1 and without a step."""
+"""--check: what a run of this command would meet, found out before step 1."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from engine.evaluation.features import gallery_and_queries
 from engine.preflight import advice, machine
 from engine.preflight import images as image_findings
 from engine.preflight.findings import Findings
-from engine.preflight.inspection import Header, equal_files, read_headers
+from engine.preflight.images import Header, equal_files, read_headers
 from engine.training import resume
 from engine.training.step import scaled_lr
 from utils import distributed
@@ -26,11 +26,11 @@ LARGE_STEP = 0.25  # of the data
 
 
 def run(cfg: Node, world: World) -> None:
-    """Tell what a run of these options would meet, and write it as OUTPUT_DIR/check.json.
+    """Print what a run of these options would meet, and write it as OUTPUT_DIR/check.json.
 
-    All processes together: they share the reading of headers, and rank 0 does and tells the
-    rest. Nothing is downloaded; an index of shards is made where there is none. Raises
-    InputError, on all, where the run could not work; what is only unwise is a warning.
+    All processes together: they share the reading of headers, and rank 0 does the rest. Nothing
+    is downloaded; an index of shards is made where there is none. Raises InputError, on all,
+    where the run could not work; what is only unwise is a warning.
     """
     distributed.on_main(lambda: machine.check_writable(cfg.OUTPUT_DIR))
     findings = Findings()
@@ -45,10 +45,10 @@ def run(cfg: Node, world: World) -> None:
     )
     workers = usable_workers(cfg.DATA.WORKERS)
     headers = [read_headers(part, world, workers) for part in sets]
-    distributed.on_main(lambda: _look_and_tell(cfg, world, images, held_out, headers, findings))
+    distributed.on_main(lambda: _report(cfg, world, images, held_out, headers, findings))
 
 
-def _look_and_tell(
+def _report(
     cfg: Node,
     world: World,
     images: LabelledImages | ImageShards | None,
@@ -56,7 +56,7 @@ def _look_and_tell(
     headers: list[list[Header]],
     findings: Findings,
 ) -> None:
-    """Fill the findings, tell and write them; InputError where there is a problem."""
+    """Fill the findings, print and write them; InputError where there is a problem."""
     found, kept = None, 0
     if images is not None:
         kept = image_findings.cache_bytes(cfg, headers[0])
@@ -70,8 +70,8 @@ def _look_and_tell(
         findings.batch = findings.attempt(lambda: _batch(cfg, world, len(images), findings))
         if cfg.OUTPUT_DIR:
             per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
-            find = resume.find
-            found = findings.attempt(lambda: find(cfg, len(images), per_step, world.size))
+            number = len(images)
+            found = findings.attempt(lambda: resume.find(cfg, number, per_step, world.size))
     if cfg.EVAL.KNN_EVERY:
         folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
         findings.attempt(lambda: gallery_and_queries(*folders, eval_size(cfg)))
@@ -81,9 +81,9 @@ def _look_and_tell(
     )
     folder = Path(cfg.OUTPUT_DIR) if cfg.OUTPUT_DIR else None
     if folder and findings.memory:
-        size = findings.memory["checkpoint"]
+        size = findings.memory["checkpoint_bytes"]
         findings.disk = machine.disk_needed(cfg, folder, size, found, findings)
-    _tell(findings, folder)
+    _print(findings, folder)
 
 
 def _batch(cfg: Node, world: World, images: int, findings: Findings) -> dict:
@@ -112,8 +112,9 @@ def _batch(cfg: Node, world: World, images: int, findings: Findings) -> dict:
 
 def _crops(cfg: Node, world: World) -> dict:
     """Who decodes and who crops."""
+    sizes = build.augmentation(cfg).sizes
     return {
-        "sizes": build.augmentation(cfg).sizes,
+        "crops": " + ".join(f"{sizes.count(size)} x {size}" for size in dict.fromkeys(sizes)),
         "made_on": str(world.device) if crops_on_device(cfg) else "loader",
         "workers": usable_workers(cfg.DATA.WORKERS),
         "processes": world.size,
@@ -121,7 +122,7 @@ def _crops(cfg: Node, world: World) -> dict:
     }
 
 
-def _tell(findings: Findings, folder: Path | None) -> None:
+def _print(findings: Findings, folder: Path | None) -> None:
     """Print the findings, write them; InputError for the first problem."""
     for line in findings.lines():
         logger.info(line)

@@ -1,20 +1,127 @@
-"""The images of a run, for --check: unreadable, tiny, copied, leaking, and their classes."""
+"""The images of a run, for --check: unreadable, tiny, copied, leaking, and their classes.
 
+No image is decoded: headers are read, and of files that may be equal all bytes.
+"""
+
+import hashlib
+import io
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from torch.utils.data import Dataset
 
 from datasets.benchmarks import Benchmark
 from datasets.fine_grained import DATASETS, load_splits
-from datasets.folder import ImageFolder, LabelledImages, StoredImages, capped_size
+from datasets.folder import ImageFolder, LabelledImages, StoredImages, UnreadableImage, capped_size
+from datasets.loader import read_each
 from datasets.shards import ImageShards
 from engine.evaluation.features import check_bad
 from engine.preflight.findings import Findings
-from engine.preflight.inspection import Header, Place
+from utils import distributed
 from utils.config import Node, local_crops
+from utils.distributed import World
+from utils.errors import InputError
 
 LEAST_SIDE = 32  # pixels; shorter is tiny, whatever the crops
 HELD_OUT = ("val", "test")  # folders beside the training images
+_TAIL = 4096  # bytes: in compressed files of one length the last ones differ the most
+_FILES_AT_ONCE = 64  # that a loader worker is handed
+_FEW_FILES = 2000  # are read before loader workers would have started
+
+Index = tuple[int, int]  # (which of several data sets, index of the image in it)
+
+
+class Header(NamedTuple):
+    """What an image file says without being decoded; equal for equal files.
+
+    size: its two sides in pixels, perhaps turned; None where they cannot be read, for the
+    `reason`. length: bytes. tail: a hash of its last bytes.
+    """
+
+    size: tuple[int, int] | None
+    length: int = 0
+    tail: bytes = b""
+    reason: str = ""
+
+
+def read_headers(images: StoredImages, world: World, workers: int) -> list[Header]:
+    """The headers of all images in order, a share read by each process; all together."""
+    share = distributed.share(len(images), world)
+    mine = _each(_Headers(images), share, workers, "reading headers")
+    return [header for part in distributed.gather_objects(mine) for header in part]
+
+
+def equal_files(
+    sets: Sequence[StoredImages], headers: Sequence[list[Header]], workers: int
+) -> list[list[Index]]:
+    """Groups of readable images of all sets with the same bytes, each in the order of the sets.
+
+    Only files whose headers are equal are read.
+    """
+    by_header = defaultdict(list)
+    for number, of_set in enumerate(headers):
+        for index, header in enumerate(of_set):
+            if header.size is not None:
+                by_header[header].append((number, index))
+    alike = [place for group in by_header.values() if len(group) > 1 for place in group]
+    digests = _each(_Digests(sets, alike), range(len(alike)), workers, "comparing images")
+    by_bytes = defaultdict(list)
+    for place, digest in zip(alike, digests, strict=True):
+        if digest is not None:
+            by_bytes[digest].append(place)
+    return sorted(group for group in by_bytes.values() if len(group) > 1)
+
+
+class _Headers(Dataset):
+    """The header of image i."""
+
+    def __init__(self, images: StoredImages) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> Header:
+        try:
+            size = self.images.header_size(index)
+            with _opened(self.images, index) as file:
+                length = file.seek(0, os.SEEK_END)
+                file.seek(max(0, length - _TAIL))
+                return Header(size, length, _hash(file.read()))
+        except UnreadableImage as error:
+            return Header(None, reason=error.bad.reason)
+        except OSError as error:
+            return Header(None, reason=error.strerror)
+
+
+class _Digests(Dataset):
+    """A hash of all bytes of the image at the i-th index; None if it cannot be read."""
+
+    def __init__(self, sets: Sequence[StoredImages], indices: list[Index]) -> None:
+        self.sets, self.indices = sets, indices
+
+    def __getitem__(self, place: int) -> bytes | None:
+        number, index = self.indices[place]
+        try:
+            with _opened(self.sets[number], index) as file:
+                return _hash(file.read())
+        except (OSError, UnreadableImage):
+            return None
+
+
+def _opened(images: StoredImages, index: int) -> BinaryIO:
+    source, _ = images.source(index)
+    return source if isinstance(source, io.BytesIO) else open(source, "rb")
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _each(dataset: Dataset, indices: range, workers: int, what: str) -> list:
+    """dataset[i] for the indices in order, by loader workers where there are many."""
+    workers = workers if len(indices) > _FEW_FILES else 0
+    return read_each(dataset, indices, workers, _FILES_AT_ONCE, what)
 
 
 def validation_images(cfg: Node) -> LabelledImages | None:
@@ -36,17 +143,11 @@ def validation_images(cfg: Node) -> LabelledImages | None:
     return None
 
 
-def name(images: StoredImages, index: int) -> str:
-    """What messages call image `index`; nothing is read for it."""
-    path = images.paths[index]
-    return path if isinstance(images, ImageShards) else str(images.root / path)
-
-
 def training(
     cfg: Node,
     images: LabelledImages | ImageShards,
     headers: list[Header],
-    same: list[list[Place]],
+    same: list[list[Index]],
     findings: Findings,
 ) -> dict:
     """The training images' section; warnings and problems go to the findings.
@@ -56,18 +157,18 @@ def training(
     unreadable = _unreadable(images, headers)
     _judge_unreadable(cfg, len(images), unreadable, findings)
     below = max(LEAST_SIDE, min((size for _, size in local_crops(cfg)), default=0))
-    tiny = [
-        {"path": name(images, index), "size": list(header.size)}
+    tiny = {
+        _name(images, index): "{} x {}".format(*header.size)
         for index, header in enumerate(headers)
         if header.size is not None and min(header.size) < below
-    ]
+    }
     if tiny:
         findings.warnings.append(
             f"{len(tiny):,} training images have a side of less than {below} pixels: their crops "
             "are enlarged from very little"
         )
-    groups = [[index for number, index in group if number == 0] for group in same]
-    groups = [[name(images, index) for index in group] for group in groups if len(group) > 1]
+    groups = [[_name(images, index) for number, index in group if number == 0] for group in same]
+    groups = [group for group in groups if len(group) > 1]
     if groups:
         copies = sum(len(group) - 1 for group in groups)
         findings.warnings.append(
@@ -75,21 +176,19 @@ def training(
             "often as it is there"
         )
     classes = _class_counts(images)
-    if classes and "train" in classes and set(HELD_OUT) & set(classes):
+    if "train" in classes and set(HELD_OUT) & set(classes):
         findings.warnings.append(
-            f"{cfg.DATA.PATH} holds the folders {', '.join(classes)} and all of them are trained "
-            "on: if that is not meant, give its folder train as --data_path"
+            f"{cfg.DATA.PATH} holds the folders {', '.join(sorted(classes))} and all of them are "
+            "trained on: if that is not meant, give its folder train as --data_path"
         )
     return {
         "path": cfg.DATA.PATH,
         "dataset": cfg.DATA.DATASET,
         "count": len(images),
         "unreadable": unreadable,
-        "unreadable_share": len(unreadable) / len(images),
         "max_bad": cfg.DATA.MAX_BAD,
-        "tiny": tiny,
-        "tiny_below": below,
-        "duplicates": groups,
+        f"sides_below_{below}": tiny,
+        "equal_files": groups,
         "classes": classes,
     }
 
@@ -99,7 +198,7 @@ def validation(
     images: StoredImages,
     held_out: LabelledImages,
     headers: list[Header],
-    same: list[list[Place]],
+    same: list[list[Index]],
     findings: Findings,
 ) -> dict:
     """The section of the validation images, and which of them the training sees."""
@@ -107,7 +206,7 @@ def validation(
     if cfg.EVAL.KNN_EVERY:
         _judge_unreadable(cfg, len(held_out), unreadable, findings)
     leaks = [
-        {"validation": name(held_out, index), "training": name(images, group[0][1])}
+        [_name(held_out, index), _name(images, group[0][1])]
         for group in same
         if group[0][0] == 0
         for number, index in group
@@ -116,17 +215,14 @@ def validation(
     if leaks:
         findings.warnings.append(
             f"{len(leaks):,} of {len(held_out):,} validation images are training images too, byte "
-            f"for byte (for instance {leaks[0]['validation']} is {leaks[0]['training']}): figures "
-            "on them will be better than on new images; take them out of one of the two"
+            f"for byte (for instance {' is '.join(leaks[0])}): figures on them will be better than "
+            "on new images; take them out of one of the two"
         )
-    beside = isinstance(held_out, ImageFolder)
-    source = "EVAL.KNN_VAL" if cfg.EVAL.KNN_VAL else "beside the training" if beside else "test"
     return {
         "path": str(held_out.root),
-        "source": source,
         "count": len(held_out),
         "unreadable": unreadable,
-        "in_training": leaks,
+        "also_in_training": leaks,
     }
 
 
@@ -138,30 +234,42 @@ def cache_bytes(cfg: Node, headers: list[Header]) -> int:
     return sum(3 * width * height for width, height in sizes)
 
 
-def _unreadable(images: StoredImages, headers: list[Header]) -> list[dict]:
-    """Images without a readable header, and folders that cannot be listed."""
-    files = [
-        {"path": name(images, index), "reason": header.reason}
+def _unreadable(images: StoredImages, headers: list[Header]) -> dict[str, str]:
+    """Why images have no readable header and folders cannot be listed, by path."""
+    unreadable = {
+        _name(images, index): header.reason
         for index, header in enumerate(headers)
         if header.size is None
-    ]
-    return files + [{"path": bad.path, "reason": bad.reason} for bad in images.unlisted]
+    }
+    return unreadable | {bad.path: bad.reason for bad in images.unlisted}
 
 
-def _judge_unreadable(cfg: Node, images: int, unreadable: list[dict], findings: Findings) -> None:
+def _judge_unreadable(
+    cfg: Node, images: int, unreadable: dict[str, str], findings: Findings
+) -> None:
     """More than DATA.MAX_BAD are a problem, fewer a warning."""
-    sentences = [f"{bad['path']} ({bad['reason']})" for bad in unreadable]
-    problems = len(findings.problems)
-    findings.attempt(lambda: check_bad(sentences, images, cfg.DATA.MAX_BAD))
-    if unreadable and len(findings.problems) == problems:
+    sentences = [f"{path} ({reason})" for path, reason in unreadable.items()]
+    try:
+        check_bad(sentences, images, cfg.DATA.MAX_BAD)
+    except InputError as error:
+        findings.problems.append(str(error))
+        return
+    if unreadable:
         findings.warnings.append(
             f"{len(unreadable):,} of {images:,} images cannot be read: they are skipped and listed"
         )
 
 
-def _class_counts(images: LabelledImages | ImageShards) -> dict[str, int] | None:
-    """Images of each class; None without classes."""
-    if isinstance(images, ImageShards) or not images.classes:
-        return None
+def _name(images: StoredImages, index: int) -> str:
+    """What messages call image `index`; nothing is read for it."""
+    path = images.paths[index]
+    return path if isinstance(images, ImageShards) else str(images.root / path)
+
+
+def _class_counts(images: LabelledImages | ImageShards) -> dict[str, int]:
+    """Images of each class, the smallest first; empty without classes."""
+    if isinstance(images, ImageShards):
+        return {}
     counts = Counter(images.labels)
-    return {label: counts[number] for number, label in enumerate(images.classes)}
+    by_name = {label: counts[number] for number, label in enumerate(images.classes)}
+    return dict(sorted(by_name.items(), key=lambda item: item[1]))

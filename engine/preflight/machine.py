@@ -11,7 +11,7 @@ from datasets import cache
 from datasets.loader import usable_workers
 from engine import build
 from engine.preflight import memory
-from engine.preflight.findings import Findings, in_words
+from engine.preflight.findings import Findings, size_in_words
 from engine.training.acceleration import compile_network
 from engine.training.resume import Found, start_from
 from utils.config import Node, crops_on_device
@@ -27,8 +27,8 @@ BATCHES_AHEAD = 2  # that torch's loader prepares for each worker
 
 def memory_needed(
     cfg: Node, world: World, kept: int, found: Found | None, findings: Findings
-) -> dict | None:
-    """The section of memory; None where torch has no fake form of an operator.
+) -> dict:
+    """The section of memory.
 
     kept: bytes of DATA.CACHE. found: the checkpoint that the run would go on from. Raises
     InputError where the networks cannot be built or do not take these crops.
@@ -36,12 +36,7 @@ def memory_needed(
     student, teacher = build.networks(cfg)
     if found is None:
         findings.attempt(lambda: start_from(cfg, student, teacher))
-    try:
-        step = memory.of_step(cfg, world, student, teacher)
-    except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        findings.warnings.append(f"the memory of a step could not be estimated ({reason})")
-        return None
+    step = memory.of_step(cfg, world, student, teacher)
     if cfg.TRAIN.COMPILE:
         findings.attempt(lambda: compile_network(student))  # refuses where there is no compiler
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -50,43 +45,42 @@ def memory_needed(
     ahead = 0 if crops_on_device(cfg) else BATCHES_AHEAD * usable_workers(cfg.DATA.WORKERS)
     loader = ahead * step.crops
     # A checkpoint is written from a copy of the tensors, by one process.
-    on_machine = here * (PROGRAM + loader + (0 if on_gpu else step.peak)) + step.checkpoint + kept
-    free_on_machine = cache.available()
-    rooms = [("this machine", on_machine, free_on_machine)]
-    needed_on_gpu = free_on_gpu = None
+    needed = here * (PROGRAM + loader + (0 if on_gpu else step.peak)) + step.checkpoint + kept
+    free = cache.available()
+    section = {
+        "device": str(world.device),
+        "precision": precision_of(cfg, world.device),
+        "images_at_once": cfg.TRAIN.BATCH_SIZE_PER_GPU,
+        "checkpointing": cfg.TRAIN.CHECKPOINTING,
+        **{f"{name}_bytes": size for name, size in vars(step).items()},
+        "step_at_its_peak_bytes": step.peak,
+        "decoded_images_bytes": kept,
+        "crops_in_the_loader_bytes": loader,
+        "processes_here": here,
+        "needed_on_this_machine_bytes": needed,
+        "free_on_this_machine_bytes": None if free == sys.maxsize else free,
+    }
+    _warn_if_short("this machine", needed, free, findings)
     if on_gpu:
-        needed_on_gpu = step.peak + (kept if kept_on_gpu else 0)
-        free_on_gpu = torch.cuda.mem_get_info(world.device)[0]
-        rooms.append((str(world.device), needed_on_gpu, free_on_gpu))
-    for where, needed, free in rooms:
-        if needed > free:
-            findings.warnings.append(
-                f"the run needs about {in_words(needed)} of memory on {where}, and "
-                f"{in_words(free)} are free: lower --batch_size_per_gpu (and raise --accum_steps), "
-                "or set TRAIN.CHECKPOINTING true"
-            )
+        needed = step.peak + (kept if kept_on_gpu else 0)
+        free = torch.cuda.mem_get_info(world.device)[0]
+        section |= {"needed_on_the_gpu_bytes": needed, "free_on_the_gpu_bytes": free}
+        _warn_if_short(str(world.device), needed, free, findings)
     if kept:
         device = world.device if kept_on_gpu else None
         too_large = cache.too_large(kept, cfg.DATA.CACHE_SIZE, device)
         findings.problems += [too_large] if too_large else []
     _judge_shared_memory(here * loader, findings)
-    return {
-        "device": str(world.device),
-        "precision": precision_of(cfg, world.device),
-        "micro_batch": cfg.TRAIN.BATCH_SIZE_PER_GPU,
-        "checkpointing": cfg.TRAIN.CHECKPOINTING,
-        "compiled": cfg.TRAIN.COMPILE,
-        **vars(step),
-        "rest_at_peak": step.at_peak(cfg.TRAIN.CHECKPOINTING),
-        "cache": kept,
-        "loader": loader,
-        "program": PROGRAM,
-        "processes_here": here,
-        "needed_on_machine": on_machine,
-        "free_on_machine": None if free_on_machine == sys.maxsize else free_on_machine,
-        "needed_on_gpu": needed_on_gpu,
-        "free_on_gpu": free_on_gpu,
-    }
+    return section
+
+
+def _warn_if_short(where: str, needed: int, free: int, findings: Findings) -> None:
+    if needed > free:
+        findings.warnings.append(
+            f"the run needs about {size_in_words(needed)} of memory on {where}, and "
+            f"{size_in_words(free)} are free: lower --batch_size_per_gpu (and raise "
+            "--accum_steps), or set TRAIN.CHECKPOINTING true"
+        )
 
 
 def _judge_shared_memory(needed: int, findings: Findings) -> None:
@@ -94,8 +88,9 @@ def _judge_shared_memory(needed: int, findings: Findings) -> None:
     shared = Path("/dev/shm")
     if needed and shared.is_dir() and needed > (free := shutil.disk_usage(shared).free):
         findings.warnings.append(
-            f"the loader's batches take up to {in_words(needed)} of shared memory, and {shared} "
-            f"has {in_words(free)}: make it larger (docker run --shm-size), or lower --num_workers"
+            f"the loader's batches take up to {size_in_words(needed)} of shared memory, and "
+            f"{shared} has {size_in_words(free)}: make it larger (docker run --shm-size), or lower "
+            "--num_workers"
         )
 
 
@@ -123,19 +118,19 @@ def disk_needed(
     free = shutil.disk_usage(_existing(folder)).free
     if size > free:
         findings.problems.append(
-            f"a checkpoint takes about {in_words(size)} in {folder}, and {in_words(free)} are "
-            "free: make room"
+            f"a checkpoint takes about {size_in_words(size)} in {folder}, and "
+            f"{size_in_words(free)} are free: make room"
         )
     elif needed > free:
         findings.warnings.append(
-            f"the checkpoints will take about {in_words(needed)} in {folder}, and {in_words(free)} "
-            f"are free: make room{', or raise CKPT.KEEP_EVERY' if kept else ''}"
+            f"the checkpoints will take about {size_in_words(needed)} in {folder}, and "
+            f"{size_in_words(free)} are free: make room"
         )
     return {
         "path": str(folder),
-        "checkpoint": size,
-        "kept_for_good": kept,
-        "needed": needed,
-        "free": free,
-        "resumes_at_step": found.state["step"] if found else None,
+        "checkpoint_bytes": size,
+        "checkpoints_kept_for_good": kept,
+        "needed_bytes": needed,
+        "free_bytes": free,
+        "goes_on_from_step": found.state["step"] if found else 0,
     }

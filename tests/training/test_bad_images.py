@@ -429,15 +429,14 @@ class Broken(KeyedDataset):
     """Numbers of which only `good` can be read; keeps which were tried."""
 
     def __init__(self, length: int, good: set[int]) -> None:
-        super().__init__(seed=0)
-        self.length, self.good, self.tried = length, good, []
+        super().__init__(length, seed=0)
+        self.good, self.tried = good, []
 
-    def __len__(self) -> int:
-        return self.length
-
-    def sample(self, image: int, seed: int) -> tuple[torch.Tensor, int] | BadImage:
-        self.tried.append(image)
-        return (torch.tensor(image), image) if image in self.good else BadImage(f"{image}", "bad")
+    def data(self, index: int, seed: int) -> torch.Tensor:
+        self.tried.append(index)
+        if index not in self.good:
+            raise UnreadableImage(f"{index}", "bad")
+        return torch.tensor(index)
 
 
 @pytest.mark.parametrize(("length", "good", "tried"), [(9, 4, 9), (5000, 4, 4 + 1 + TRIES)])
