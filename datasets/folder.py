@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import re
 import stat
 import warnings
 from abc import abstractmethod
@@ -13,7 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from utils.errors import InputError
@@ -33,18 +32,8 @@ IMAGE_SUFFIXES = (
 NO_LABEL = -1
 MAX_ELONGATION = 4  # of a reduced image
 _HEADERS_CHECKED = 8
-# How an image is turned to stand upright, by its EXIF orientation; 1 stands upright.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# PIL warns of damaged EXIF data and of very large images, by lines of code. Such an image is
-# either used, and then there is nothing to warn of, or told as an UnreadableImage.
+# PIL warns of damaged EXIF data and of very large images. Such an image is either used, and then
+# there is nothing to warn of, or an UnreadableImage says what is wrong.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -141,10 +130,9 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image turned by its EXIF orientation; as it is stored where that cannot be read."""
     image.load()  # damaged pixels are found here; below, damaged EXIF data are forgiven
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return ImageOps.exif_transpose(image)
     except Exception:
-        turn = None
-    return image.copy() if turn is None else image.transpose(turn)
+        return image.copy()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -161,16 +149,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image in a known format"
-    if isinstance(error, Image.DecompressionBombError):
-        # PIL opens no image that might be there to fill the memory; its message has the numbers.
-        found = re.search(r"\((\d+) pixels\) exceeds limit of (\d+)", str(error))
-        if found:
-            pixels, limit = map(int, found.groups())
-            return f"it has {pixels:,} pixels, more than {limit:,}"
     if isinstance(error, MemoryError):
         return "there is not enough memory to decode it"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0]
+    return text.splitlines()[0].rstrip(".")
 
 
 class StoredImages(Dataset):

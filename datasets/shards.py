@@ -14,8 +14,6 @@ import io
 import itertools
 import json
 import os
-import shutil
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +27,6 @@ import torch
 import webdataset
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
 from datasets.folder import (
@@ -41,8 +38,8 @@ from datasets.folder import (
     existing_folder,
 )
 from utils.errors import InputError, run_script
-from utils.files import replacing
-from utils.logging import logger, on_terminal
+from utils.files import new_folder, replacing
+from utils.logging import logger, progress
 from utils.seeding import ORDER, derive_seed
 
 # An epoch is shuffled within a moving window of this many images, and at least so many shards.
@@ -138,9 +135,9 @@ class ImageShards(StoredImages):
         reason, size = "its shard changed after it was indexed", int(self._sizes[index])
         try:
             shard = _open_shard(str(self.shards[number]), self._stamps[number])
-            if shard.stamp == self._stamps[number]:
+            if _stamp(os.fstat(shard.fileno())) == self._stamps[number]:
                 # Unlike a mapped file, which ends the process where it has become shorter.
-                data = os.pread(shard.descriptor, size, int(self._offsets[index]))
+                data = os.pread(shard.fileno(), size, int(self._offsets[index]))
                 if len(data) == size:
                     return io.BytesIO(data), self.paths[index]
         except OSError as error:
@@ -148,25 +145,13 @@ class ImageShards(StoredImages):
         raise UnreadableImage(self.paths[index], reason)
 
 
-class _OpenShard:
-    """A shard opened for reading; closed when nobody holds it any more."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-        self.stamp = _stamp(os.fstat(self.descriptor))
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
 @functools.lru_cache(maxsize=OPEN_SHARDS)
-def _open_shard(path: str, stamp: Stamp) -> _OpenShard:
+def _open_shard(path: str, stamp: Stamp) -> io.FileIO:
     """This process's open shard; `stamp` tells a file from one that has taken its name.
 
     A thread or a forked process may read from what another has opened: reads give their place.
     """
-    return _OpenShard(path)
+    return open(path, "rb", buffering=0)
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -263,22 +248,21 @@ def read_indices(shards: list[Path]) -> list[ShardIndex]:
         indices = list(pool.map(_kept_index, shards, stamps))
         places = [i for i, index in enumerate(indices) if index is None]
         if places:
-            logger.info(f"indexing {len(places)} of {len(shards)} shards")
             made = pool.map(_make_index, [shards[i] for i in places])
-            bar = tqdm(made, total=len(places), unit="shard", disable=not on_terminal())
             try:
-                lost = 0
+                unkept = 0
+                bar = progress(made, "indexing shards", len(places))
                 for i, (index, kept) in zip(places, bar, strict=True):
                     indices[i] = index
-                    lost += not kept
-                if lost:
-                    logger.warning(
-                        f"the index of {lost} shards could not be kept, in {shards[0].parent} or "
-                        "in the user's cache folder: it is made again at every start"
-                    )
+                    unkept += not kept
             finally:
                 # A damaged shard, or Ctrl-C, need not wait for all the others.
                 pool.shutdown(cancel_futures=True)
+            if unkept:
+                logger.warning(
+                    f"the index of {unkept} shards could not be kept, in {shards[0].parent} or in "
+                    "the user's cache folder: it is made again at every start"
+                )
     return indices
 
 
@@ -375,7 +359,7 @@ def _unreadable(shard: Path, reason: str | None) -> InputError:
 
 
 def write_shards(
-    folder: str | Path, output: str | Path, images_per_shard: int = 1000, progress: bool = False
+    folder: str | Path, output: str | Path, images_per_shard: int = 1000
 ) -> tuple[int, int]:
     """Write the images of a folder as `output/shard-000000.tar` and so on.
 
@@ -392,22 +376,12 @@ def write_shards(
         raise InputError(f"--images_per_shard {images_per_shard} is too small: give 1 or more")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output {output} already exists: choose another folder or delete it")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        _write_images(images, partial, images_per_shard, progress)
-        partial.rename(output)
-    except OSError as error:
-        raise InputError(
-            f"the shards could not be written to {output} ({error.strerror or error}; "
-            f"{error.filename or output}): make room or choose another folder"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output, "shards") as unfinished:
+        _write_images(images, unfinished, images_per_shard)
     return len(images), -(-len(images) // images_per_shard)
 
 
-def _write_images(images: ImageFolder, folder: Path, per_shard: int, progress: bool) -> None:
+def _write_images(images: ImageFolder, folder: Path, per_shard: int) -> None:
     generator = torch.Generator().manual_seed(derive_seed(0, ORDER))
     order = torch.randperm(len(images), generator=generator).tolist()
     if images.classes:
@@ -418,7 +392,7 @@ def _write_images(images: ImageFolder, folder: Path, per_shard: int, progress: b
         pattern, maxcount=per_shard, maxsize=float("inf"), verbose=0, encoder=False, mtime=0
     )
     with writer:
-        for place in tqdm(order, unit="image", disable=not progress):
+        for place in progress(order, "writing images", len(order)):
             path = images.root / images.paths[place]
             sample = {"__key__": f"{place:08d}", path.suffix[1:].lower(): path.read_bytes()}
             if images.classes:
@@ -436,9 +410,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
     parser.add_argument("--images_per_shard", type=int, default=1000, help="(%(default)s)")
     args = parser.parse_args()
-    count, shards = write_shards(
-        args.data_path, args.output, args.images_per_shard, progress=sys.stderr.isatty()
-    )
+    count, shards = write_shards(args.data_path, args.output, args.images_per_shard)
     print(f"wrote {count} images in {shards} shards to {args.output}")
 
 

@@ -12,12 +12,9 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
-import sys
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from datasets.synthetic_images import (
     DIFFICULTIES,
@@ -28,6 +25,8 @@ from datasets.synthetic_images import (
     setting_range,
 )
 from utils.errors import InputError, run_script
+from utils.files import new_folder
+from utils.logging import progress
 
 # Raise this whenever the same config and seed would no longer give the same images.
 FORMAT = 1
@@ -42,7 +41,6 @@ def write_folder(
     folder: str | os.PathLike,
     train: int,
     val: int,
-    progress: bool = False,
 ) -> bool:
     """Write the set as `folder/{train,val}/<class>/<index>.png` with `folder/parts.json`.
 
@@ -70,25 +68,11 @@ def write_folder(
     }
     if _holds(folder, header):
         return False
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
-        partial.mkdir(parents=True)
-        _write_images(config, header, partial, progress)
-        return _publish(partial, folder, header)
-    except OSError as error:
-        raise InputError(
-            f"The synthetic set could not be written to {folder}: {error.strerror or error}; "
-            "make room or choose another folder."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(partial: Path, folder: Path, header: dict) -> bool:
-    """Move the finished set into place, unless another process was faster with the same set."""
-    try:
-        partial.rename(folder)
-    except OSError:
+        with new_folder(folder, "synthetic set") as unfinished:
+            _write_images(config, header, unfinished)
+    except InputError:
+        # Another process may have been faster with the same set.
         if _holds(folder, header):
             return False
         raise
@@ -129,7 +113,7 @@ def _name_list(differing: list[str], header: dict, found: dict) -> str:
     return ", ".join(names)
 
 
-def _write_images(config: SyntheticConfig, header: dict, folder: Path, progress: bool) -> None:
+def _write_images(config: SyntheticConfig, header: dict, folder: Path) -> None:
     names = config.class_names
     for split in ("train", "val"):
         for name in names:
@@ -137,7 +121,7 @@ def _write_images(config: SyntheticConfig, header: dict, folder: Path, progress:
     jobs = [("train", index) for index in range(header["train"])]
     jobs += [("val", VAL_START + number) for number in range(header["val"])]
     images = {}
-    for split, index in tqdm(jobs, unit="image", disable=not progress):
+    for split, index in progress(jobs, "rendering images", len(jobs)):
         # The draws do not depend on the label, so going round the classes is no bias.
         label = index % config.fine_classes
         sample = render(config, header["seed"], index, label)
@@ -239,9 +223,7 @@ def main() -> None:
     names = [field.name for field in dataclasses.fields(SyntheticConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = dataclasses.replace(DIFFICULTIES[args.difficulty], **given)
-    written = write_folder(
-        config, args.seed, args.output, args.train, args.val, progress=sys.stderr.isatty()
-    )
+    written = write_folder(config, args.seed, args.output, args.train, args.val)
     print(
         f"{'wrote' if written else 'found'} {args.train} training and {args.val} validation "
         f"images of {config.fine_classes} classes at {config.size} pixels in {args.output}"

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -47,6 +48,27 @@ def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A temporary folder to write into; at the end of the block it is renamed to `folder`.
+
+    So `folder`, which must not be there or be empty, appears whole or not at all. An OSError
+    becomes an InputError that calls its contents `what`.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(folder)
+    except OSError as error:
+        raise InputError(
+            f"the {what} could not be written to {folder} ({error.strerror or error}): make room "
+            "or choose another folder."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_folder(path: Path, option: str = "--output_dir") -> None:

@@ -1,7 +1,9 @@
 """Images kept decoded: what the buffer holds, what runs make of it, and what is refused."""
 
+import contextlib
 import io
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -15,17 +17,16 @@ import torch
 from PIL import Image
 
 from datasets.batched import Images
-from datasets.cache import DecodedImages, gather_padded
+from datasets.cache import DecodedImages, available, gather_padded
 from datasets.folder import BadImage, ImageFolder, StoredImages, capped_size, load_image
 from datasets.loader import StepSampler, build_loader, pad
 from engine import build
-from tests.conftest import ROOT
-from tests.processes import PATIENCE, found_by_each, run_python, start_python
+from tests.processes import PATIENCE, found_by_each, start_python
 from tests.runs import assert_same_run, small_config
-from tests.training.test_training import assert_refused
 from utils import config
 from utils.distributed import ALONE, World
 from utils.errors import InputError
+from utils.logging import logger
 
 CAP = 40
 EXIF_TURNED = Image.Exif()
@@ -194,6 +195,12 @@ def test_crops_depend_neither_on_who_decodes_nor_on_workers(mode, workers, varie
         assert torch.equal(view, wanted)
 
 
+def test_the_cap_takes_part_in_a_run(varied):
+    capped, whole = (feed_config("ram+auto", varied.root) for _ in range(2))
+    config.put(whole, "DATA.CACHE_SIZE", 0, "the test")
+    assert not torch.equal(crops_of(capped, ALONE, 0, 4)[0], crops_of(whole, ALONE, 0, 4)[0])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mode", ["ram+auto", "device+auto"])
 def test_a_gpus_batch_is_gathered_without_waiting_for_it(mode, varied):
@@ -308,8 +315,7 @@ RUN = "LOSS.OBJECTIVE cmd TRAIN.EPOCHS 2 SEED 3 PRINT_FREQ 1 CKPT.KEEP_EVERY 1"
 MODES = {
     "ram": f"DATA.CACHE ram DATA.CACHE_SIZE {CAP}",
     "device": f"DATA.CACHE device DATA.CACHE_SIZE {CAP} DATA.WORKERS 2",
-    "none": f"DATA.CROPS device DATA.CACHE_SIZE {CAP}",
-    "none, 2 workers": f"DATA.CROPS device DATA.CACHE_SIZE {CAP} DATA.WORKERS 2",
+    "none": f"DATA.CROPS device DATA.CACHE_SIZE {CAP} DATA.WORKERS 2",
 }
 
 
@@ -322,23 +328,11 @@ def in_ram(tmp_path_factory, pretrain) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "ram"])
-def test_a_run_is_the_same_wherever_its_images_are_kept(mode, in_ram, pretrain, tmp_path):
-    pretrain(tmp_path, f"{RUN} {MODES[mode]}")
-    assert_same_run(in_ram, tmp_path)
-
-
-def test_the_cap_takes_part_in_a_run(in_ram, pretrain, tmp_path):
-    pretrain(tmp_path, f"{RUN} DATA.CACHE ram DATA.CACHE_SIZE 0")
-    with pytest.raises(AssertionError):
-        assert_same_run(in_ram, tmp_path)
-
-
-def test_a_run_with_kept_images_goes_on_bit_for_bit(in_ram, pretrain, tmp_path):
+def test_a_run_goes_on_bit_for_bit_with_its_images_kept_elsewhere(in_ram, pretrain, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(in_ram, folder)
     shutil.copy(folder / "checkpoint0001.pth", folder / "checkpoint.pth")
-    done = pretrain(folder, f"{RUN} {MODES['ram']} DATA.WORKERS 1")
+    done = pretrain(folder, f"{RUN} {MODES['none']}")
     assert "at step 2" in done.stdout
     assert_same_run(in_ram, folder)
 
@@ -354,8 +348,8 @@ def test_a_finished_run_decodes_nothing(in_ram, pretrain):
         ("DATA.CACHE none DATA.CROPS workers", "DATA.CROPS (was auto, now workers)"),
     ],
 )
-def test_a_resume_with_other_crops_is_refused(in_ram, pretrain, changed, words):
-    assert_refused(pretrain(in_ram, f"{RUN} {changed}", fails=True), words)
+def test_a_resume_with_other_crops_is_refused(in_ram, refuse, changed, words):
+    assert words in refuse(in_ram, f"{RUN} {changed}")
 
 
 def test_two_processes_with_kept_images_train(pretrain, tmp_path):
@@ -368,53 +362,43 @@ def test_two_processes_with_kept_images_train(pretrain, tmp_path):
 # Refusals
 
 
-def test_images_that_do_not_fit_are_refused_by_their_headers(pretrain, tmp_path):
-    """Links to one file whose header speaks of 9000 x 9000 pixels; it holds none."""
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) for line in file if "MemAvailable" in line) * 1024
-    folder = tmp_path / "images"
-    folder.mkdir()
-    stored = io.BytesIO()
-    Image.new("1", (9000, 9000)).save(stored, "PNG")
-    (folder / "0.png").write_bytes(stored.getvalue()[:200])
-    for i in range(1, 2 + available * 3 // 2 // (3 * 9000**2)):
-        (folder / f"{i}.png").hardlink_to(folder / "0.png")
-    options = f"DATA.PATH {folder} DATA.CACHE ram DATA.CACHE_SIZE 0"
-    done = pretrain(tmp_path / "run", options, fails=True)
-    assert_refused(
-        done, "set a smaller DATA.CACHE_SIZE (now none, such as 288), or set DATA.CACHE none"
+def header_of_a_large_image(path: Path) -> None:
+    """The beginning of a file whose header speaks of 9000 x 9000 pixels; it holds none."""
+    path.write_bytes(png_of(Image.new("1", (9000, 9000)))[:200])
+
+
+def test_images_that_do_not_fit_are_refused_by_their_headers(caplog, monkeypatch, tmp_path):
+    header_of_a_large_image(tmp_path / "0.png")
+    for i in range(1, 2 + available() * 3 // 2 // (3 * 9000**2)):
+        (tmp_path / f"{i}.png").hardlink_to(tmp_path / "0.png")
+    monkeypatch.setattr(logger, "propagate", True)  # as caplog wants it
+    with caplog.at_level("INFO", "cmd"), pytest.raises(InputError) as caught:
+        DecodedImages(ImageFolder(tmp_path), 0, ALONE)
+    assert "GiB of this machine's memory are free: set a smaller DATA.CACHE_SIZE" in str(
+        caught.value
     )
-    assert "of this machine's memory are free" in done.stderr
-    assert "decoding them" not in done.stdout
+    assert "(now none, such as 288), or set DATA.CACHE none" in str(caught.value)
+    assert "decoding them" not in caplog.text
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-from datasets.cache import DecodedImages
-from datasets.folder import ImageFolder
-from utils.distributed import ALONE
-from utils.errors import run_script
-
-def main():
-    images = ImageFolder(sys.argv[1])
+def kept_under_a_limit(world: World, folder: Path) -> str:
+    """What DecodedImages says where 128 MiB of address space are left."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**27, taken + 2**27))
-    DecodedImages(images, 0, ALONE)
-
-run_script(main)
-"""
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**27, resource.RLIM_INFINITY))
+    try:
+        DecodedImages(ImageFolder(folder), 0, ALONE)
+    except InputError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    return ""
 
 
 def test_memory_that_cannot_be_mapped_is_refused(tmp_path):
     """A limit on the address space, which reserving the memory does not count against."""
-    stored = io.BytesIO()
-    Image.new("1", (9000, 9000)).save(stored, "PNG")
-    (tmp_path / "0.png").write_bytes(stored.getvalue()[:200])
-    done = run_python(
-        "-c", LIMITED, tmp_path, environment=os.environ | {"PYTHONPATH": str(ROOT)}, code=2
-    )
-    assert_refused(done, "DATA.CACHE: 0.23 GiB of memory cannot be had")
+    header_of_a_large_image(tmp_path / "0.png")
+    (sentence,) = found_by_each(1, kept_under_a_limit, tmp_path)
+    assert sentence == ("DATA.CACHE: 0.23 GiB of memory cannot be had (Cannot allocate memory)")
 
 
 def icns(side: int) -> bytes:
@@ -469,21 +453,38 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.mark.parametrize("line", ["decoding them", "loss", None])
 def test_nothing_is_left_behind_however_the_run_ends(
-    line, command, environment, tmp_path, short_folder
+    line, command, environment, in_ram, tmp_path, short_folder
 ):
     """Killed while it decodes or while it trains, or (None) at its end."""
-    temporary = short_folder
-    before = set(os.listdir("/dev/shm"))
     words = command(tmp_path / "run", f"{RUN} {MODES['device']}")
-    process = start_python(*words, environment={**environment, "TMPDIR": str(temporary)})
+    process = start_python(
+        *words, environment={**environment, "TMPDIR": str(short_folder)}, new_session=True
+    )
     if line is not None:
         process.wait_for(line)
         if line == "loss":
             assert "decoded images" in Path(f"/proc/{process.pid}/maps").read_text()
         process.kill()
     assert process.wait() == (0 if line is None else -signal.SIGKILL)
-    # Loader workers see in a few seconds that they are alone.
+    # Loader workers see in a few seconds that they are alone; torch clears up after them.
     deadline = time.monotonic() + PATIENCE
-    while set(os.listdir("/dev/shm")) - before or list(temporary.iterdir()):
+    met = {process.pid}
+    while alive := living_processes(process.pid) or list(short_folder.iterdir()):
+        met |= set(alive)
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    shared = os.listdir("/dev/shm")
+    assert not [name for name in shared if any(str(pid) in name.split("_") for pid in met)]
+    if line is None:
+        assert_same_run(in_ram, tmp_path / "run")
+
+
+def living_processes(session: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = status.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(int(status.parent.name))
+    return found
