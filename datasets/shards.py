@@ -248,6 +248,7 @@ def read_indices(shards: list[Path]) -> list[ShardIndex]:
         indices = list(pool.map(_kept_index, shards, stamps))
         places = [i for i, index in enumerate(indices) if index is None]
         if places:
+            logger.info(f"indexing {len(places)} of {len(shards)} shards")
             made = pool.map(_make_index, [shards[i] for i in places])
             try:
                 unkept = 0

@@ -89,11 +89,12 @@ def _holds(folder: Path, header: dict) -> bool:
             "choose another folder."
         )
     found = _read_json(folder)
-    differing = [key for key, value in header.items() if found.get(key) != value]
+    here, wanted = ({**content, **content["config"]} for content in (found, header))
+    differing = [name for name in wanted if name != "config" and here.get(name) != wanted[name]]
     if differing:
         raise InputError(
-            f"{folder} holds another synthetic set (its {_name_list(differing, header, found)} "
-            "differ); choose another folder or delete that one."
+            f"{folder} holds another synthetic set (its {', '.join(differing)} differ); choose "
+            "another folder or delete that one."
         )
     missing = next((path for path in found["images"] if not (folder / path).is_file()), None)
     if missing is not None:
@@ -102,15 +103,6 @@ def _holds(folder: Path, header: dict) -> bool:
             "delete the folder and write it again."
         )
     return True
-
-
-def _name_list(differing: list[str], header: dict, found: dict) -> str:
-    """Names of what differs, a config's settings one by one."""
-    names = [key for key in differing if key != "config"]
-    if "config" in differing:
-        stored = found["config"] if isinstance(found.get("config"), dict) else {}
-        names += [key for key, value in header["config"].items() if stored.get(key) != value]
-    return ", ".join(names)
 
 
 def _write_images(config: SyntheticConfig, header: dict, folder: Path) -> None:
@@ -159,12 +151,7 @@ def read_size(folder: str | os.PathLike) -> int:
     Raises:
         InputError: the folder has no `parts.json`, or one that cannot be read.
     """
-    try:
-        return int(_read_json(Path(folder))["config"]["size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{Path(folder) / PARTS_FILE} does not give the images' size; write the set again."
-        ) from error
+    return _read_json(Path(folder))["config"]["size"]
 
 
 def _as_box(values: list[int]) -> Box:
@@ -183,8 +170,11 @@ def _read_json(folder: Path) -> dict:
         ) from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON; write the set again.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), dict):
-        raise InputError(f"{path} does not list a set's images; write the set again.")
+    parts = (content.get("images"), content.get("config")) if isinstance(content, dict) else ()
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{path} does not list a set's images and settings; write the set again.")
+    if not isinstance(content["config"].get("size"), int):
+        raise InputError(f"{path} does not give the images' size; write the set again.")
     return content
 
 

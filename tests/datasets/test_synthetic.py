@@ -419,7 +419,7 @@ def test_killed_run_leaves_no_folder_behind(tmp_path):
         (None, "cannot be read"),
         ("{", "not valid JSON"),
         ("[]", "does not list"),
-        ('{"images": {"val/a/1.png": {"box": [1, 2]}}}', "without a box"),
+        ('{"config": {"size": 64}, "images": {"a.png": {"box": [1]}}}', "without a box"),
     ],
 )
 def test_unreadable_parts_are_reported(tmp_path, text, message):

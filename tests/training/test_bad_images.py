@@ -24,7 +24,7 @@ from datasets.substitutes import TRIES, FullBatches, candidates, full
 from engine import build
 from engine.training.bad_images import LIST, BadImages
 from tests.conftest import ROOT, save_images
-from tests.processes import found_by_each, launch_python, run_python
+from tests.processes import found_by_each, run_python
 from tests.runs import assert_same_run, small_config
 from tests.training.test_training import assert_refused
 from utils.distributed import ALONE, World
@@ -335,8 +335,7 @@ def test_what_may_not_be_read_is_left_out(workers):
             (root / "locked").chmod(0)
             (root / "inner").chmod(0o444)
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            # A fork server's child would keep its temporary files in a folder of root's.
-            done = launch_python("-c", UNPRIVILEGED, root, workers, environment=environment)
+            done = run_python("-c", UNPRIVILEGED, root, workers, environment=environment)
         finally:
             (root / "locked").chmod(0o755)
             (root / "inner").chmod(0o755)
