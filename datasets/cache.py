@@ -43,7 +43,7 @@ class DecodedImages:
     the images that any process could not read, the same on all; they are not to be asked for.
 
     Raises InputError, on all processes, where no image can be read, or where there is too
-    little memory: the images' headers tell before any is decoded.
+    little memory, which the images' headers show before any is decoded.
     """
 
     def __init__(

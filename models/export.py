@@ -122,14 +122,14 @@ def unpadded_multiple(backbone: Backbone) -> int:
 
 
 def esvit_caveat(backbone: Backbone, spec: BackboneSpec) -> str:
-    """What the names and shapes alone do not tell of `backbone`; "" where they tell all."""
+    """What names and shapes alone do not say of `backbone`; "" where they say all."""
     wanted = timm_arguments(spec)
     found = timm_arguments(infer_spec(backbone.state_dict(), "the export"))
     lost = {name: value for name, value in wanted.items() if found.get(name) != value}
     if not lost:
         return ""
     figures = ", ".join(f"{name} {value}" for name, value in lost.items())
-    return f"The shapes do not tell {figures}: give them to whatever reads the file."
+    return f"The shapes do not say {figures}: give them to whatever reads the file."
 
 
 def require_onnx() -> None:

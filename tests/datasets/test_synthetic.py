@@ -128,7 +128,7 @@ def test_clutter_never_covers_the_part():
 def test_part_takes_its_share_of_the_image(area):
     """The part is a disc, so it fills pi / 4 of a box, up to the half pixels at its rim."""
     config = dataclasses.replace(DIFFICULTIES["hard"], part_area=area, size=128)
-    boxes = np.array([render(config, 0, i, i % 10).part_box for i in range(200)])
+    boxes = np.array([render(config, 0, i, i % 10).part_box for i in range(80)])
     sides = boxes[:, 2:] - boxes[:, :2] - 1
     areas = np.pi / 4 * sides.prod(axis=1) / config.size**2
     assert areas.mean() == pytest.approx(area, rel=0.05)
