@@ -72,4 +72,4 @@ def init_transformer(module: nn.Module) -> None:
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth rises linearly from 0 at the first block to `rate` at the last."""
-    return torch.linspace(0, rate, depth).tolist()
+    return torch.linspace(0, rate, depth, device="cpu").tolist()

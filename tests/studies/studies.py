@@ -4,7 +4,7 @@ from pathlib import Path
 
 from datasets.benchmarks import Splits
 from datasets.folder import LabelledImages
-from engine.studies.study import ROOT
+from engine.studies.spec import ROOT
 
 STUDIES = sorted((ROOT / "experiments/studies").glob("*.yaml"))
 TINY = """
@@ -23,8 +23,6 @@ cells:
   esvit: {LOSS.OBJECTIVE: esvit}
 evaluate: {poolings: [default, mean, mil], k: 5, baseline: esvit}
 """
-TOTAL = 5 * 6  # steps of a run
-MIDDLE = 3 * 6  # of them at its kept checkpoint, checkpoint0003.pth
 
 PLACES = Splits(
     "",

@@ -5,10 +5,10 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,34 +17,54 @@ import torch.nn.functional as F
 
 import compare
 from datasets.fine_grained import load_splits
-from engine import build
 from engine.evaluation import pointing
 from engine.evaluation.evaluation import build_evaluation
 from engine.evaluation.source import load_source
 from engine.pictures import report
 from engine.pictures.curves import read_log
-from engine.studies import study_results, study_runs
-from engine.studies.study import ROOT, load
-from engine.studies.study_evaluation import measure, random_source
-from tests.studies.studies import MIDDLE, TINY, TOTAL, study_file
+from engine.studies.evaluation import measure
+from engine.studies.results import StudyResults
+from engine.studies.runs import IDENTITY, LOCK, STDOUT, locked, run_of
+from engine.studies.spec import load
+from tests.processes import run_python, start_python
+from tests.studies.studies import TINY, study_file
 from utils import checkpoint
 from utils.distributed import ALONE
 from utils.errors import run_script
+from utils.files import write_json
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
 
 ONE_SEED = TINY.replace("seeds: [0, 1]", "seeds: [0]")
+TOTAL = 5 * 6  # steps of a run
+MIDDLE = 3 * 6  # of them at its kept checkpoint
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A folder with the study and, in `out`, what one uninterrupted command made of it."""
+def finished(tmp_path_factory, environment) -> Path:
+    """A folder with the study, the uninterrupted runs in `plain`, and the study's own in `out`.
+
+    Another command has done esvit; one was killed in the middle of cmd, and goes on here.
+    """
     folder = tmp_path_factory.mktemp("study")
-    words = ["--study", study_file(folder, ONE_SEED), "--output_dir", folder / "out"]
+    study, output = load(study_file(folder, ONE_SEED)), folder / "out"
+    splits = compare.open_data(study, "small", None, output)
+    for cell in study.cells:
+        run = run_of(study, cell, 0, splits, output)
+        run_python(*run.command[1:], environment=environment)
+        write_json(run.folder / IDENTITY, run.identity)
+    shutil.copytree(output / "runs", folder / "plain")
+    killed = output / "runs/cmd/seed0"
+    (killed / "checkpoint0003.pth").replace(killed / checkpoint.LAST)
+    (killed / checkpoint.PREVIOUS).unlink()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")
+        done = StudyResults(study, output)
+        done.splits["small"] = splits
+        compare.evaluate_run(done, run, ALONE)
+        words = ["--study", study.path, "--output_dir", output]
         patch.setattr(sys, "argv", ["compare.py", *map(str, words)])
         run_script(compare.main)
     return folder
@@ -52,7 +72,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_here(monkeypatch, capfd):
-    """compare.py in this process: its exit code, what it told and its line on stderr."""
+    """compare.py in this process: its exit code, its stdout and its line on stderr."""
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
@@ -62,8 +82,8 @@ def run_here(monkeypatch, capfd):
             run_script(compare.main)
         except SystemExit as end:
             code = end.code
-        told = capfd.readouterr()
-        return code, told.out, told.err
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
 
     return run
 
@@ -108,7 +128,7 @@ def test_a_study_leaves_every_cell_with_its_zeros_and_where_it_comes_from(finish
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_cells_stay_a_failing_one_is_told_and_a_random_row_of_other_shape_is_made_again(
+def test_finished_cells_stay_a_failing_one_is_named_and_a_random_row_of_other_shape_is_made_again(
     finished, run_here, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PYTHONHOME", "/nowhere")  # no child comes further than its first line
@@ -139,7 +159,7 @@ def copied(finished: Path, output: Path, name: str, seed: int, more: float) -> d
     found = results(finished / "out")[f"{name}-seed0"]
     found["identity"]["options"]["SEED"] = found["seed"] = seed
     found["figures"] = {key: value + more for key, value in found["figures"].items()}
-    study_results.write(study_results.path_of(output, name, seed), found)
+    write_json(output / f"results/{name}-seed{seed}.json", found)
     return found
 
 
@@ -147,13 +167,12 @@ def test_tables_are_of_all_in_results_whoever_wrote_it_and_whenever(finished, tm
     output, study = tmp_path / "out", load(finished / "tiny.yaml")
     shutil.copytree(finished / "out/results", output / "results")
     (esvit := output / "results/esvit-seed0.json").rename(tmp_path / "later.json")
-    work = compare.Work(study, output, 1, ALONE)
-    work.read_finished()
-    assert ("esvit", 0) not in work.finished
+    done = StudyResults(study, output)
+    assert ("esvit", 0) not in done.finished()
     # Another command ends a cell, and a third one that of a seed that this one was not asked for.
     (tmp_path / "later.json").rename(esvit)
     fifth = copied(finished, output, "cmd", 5, 2.0)["figures"]["map"]
-    work.write_tables()
+    compare.write_tables(done)
     rows = {row["name"]: row for row in tables(output)["small"]["rows"]}
     assert rows["cmd"]["seeds"] == [0, 5]
     assert rows["cmd"]["figures"]["map"]["values"] == [fifth - 2.0, fifth]
@@ -178,44 +197,39 @@ def test_tables_alone_are_those_of_the_run_and_run_nothing(finished, run_here, t
     assert "holds no finished cell" in err
 
 
-def test_a_stopped_study_goes_on_from_the_checkpoint_to_the_same_figures(
+def test_a_stopped_run_goes_on_from_its_checkpoint_to_what_it_would_have_been(finished):
+    own, plain = finished / "out/runs/cmd/seed0", finished / "plain/cmd/seed0"
+    assert f"checkpoint.pth at step {MIDDLE}" in (own / STDOUT).read_text()
+    steps = [json.loads(line)["step"] for line in (own / "log.txt").read_text().splitlines()]
+    assert steps == list(range(1, TOTAL + 1))
+    weights = [checkpoint.load_own(run / checkpoint.LAST)["teacher"] for run in (own, plain)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_study_that_is_stopped_stops_its_runs_and_says_that_it_goes_on(
     finished, run_here, tmp_path
 ):
-    """As if the child had been stopped in the middle; the next command is, as it starts it."""
     output = tmp_path / "out"
     shutil.copytree(finished / "out", output)
-    shutil.rmtree(output / "runs/esvit")
-    for result in (output / "results").glob("[!r]*.json"):
-        result.unlink()
-    run, words = output / "runs/cmd/seed0", ("--study", finished / "tiny.yaml")
-    words += ("--output_dir", output, "--cells", "cmd")
-    (run / checkpoint.PREVIOUS).unlink()
-    (run / "checkpoint0003.pth").rename(run / checkpoint.LAST)
-    (run / study_runs.STDOUT).unlink()
+    (output / "results/cmd-seed0.json").unlink()
+    run = output / "runs/cmd/seed0"
+    (run / STDOUT).unlink()
 
     def stop() -> None:
-        while not (run / study_runs.STDOUT).exists():
+        while not (run / STDOUT).exists():
             time.sleep(0.01)
         time.sleep(0.5)  # in which the child, whose stdout it is, begins
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopping = threading.Thread(target=stop, daemon=True)
     stopping.start()
-    code, _, err = run_here(*words)
+    code, _, err = run_here("--study", finished / "tiny.yaml", "--output_dir", output)
     stopping.join()
     assert code == 75
     assert len(err.splitlines()) == 1
     assert "stopped by SIGTERM: what is done is in" in err
     assert not (output / "results/cmd-seed0.json").exists()
-    study_runs.locked(run / study_runs.LOCK).close()  # its child is gone
-
-    code, _, err = run_here(*words)
-    assert (code, err) == (0, "")
-    assert f"checkpoint.pth at step {MIDDLE}" in (run / study_runs.STDOUT).read_text()
-    steps = [json.loads(line)["step"] for line in (run / "log.txt").read_text().splitlines()]
-    assert steps == list(range(1, TOTAL + 1))
-    expected = figures(finished / "out")
-    assert figures(output) == {name: expected[name] for name in ("cmd-seed0", "random-seed0")}
+    locked(run / LOCK).close()  # its child is gone
 
 
 @pytest.mark.slow
@@ -229,28 +243,21 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_figures(
     shutil.copytree(finished / "out/data", output / "data")
     words = ["--study", finished / "tiny.yaml", "--output_dir", output, "--cells", "cmd"]
     log = output / "runs/cmd/seed0/log.txt"
-    process = subprocess.Popen(
-        [sys.executable, "compare.py", *map(str, words)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_python("compare.py", *words, environment=environment)
     deadline = time.monotonic() + 120
     while not log.exists() or len(log.read_text().splitlines()) < 5:
         assert time.monotonic() < deadline, "it does not train"
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(process.pid, how)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == code, told
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
     assert not (output / "results/cmd-seed0.json").exists()
     if how != signal.SIGKILL:
         # The child is gone, and left a checkpoint in the middle.
         state = checkpoint.load_own(log.parent / checkpoint.LAST)
         assert 0 < state["step"] < TOTAL
-        assert len(told.splitlines()) == 1
+        assert len(said.splitlines()) == 1
     # After SIGKILL the child still trains: the second command waits for it, and trains no second.
     again, out, err = run_here(*words)
     assert (again, err) == (0, "")
@@ -376,25 +383,12 @@ def test_pointing_figures_are_those_of_a_report(judged, finished):
     assert found["figures"]["ratio_mil"] == pytest.approx(ratio)
 
 
-def test_a_random_row_is_the_network_that_the_runs_begin_with(judged):
-    *_, study = judged
-    for seed in (0, 1):
-        configs = [study.config(cell, seed) for cell in ("esvit", "cmd")]
-        source = random_source(configs, seed)
-        start = build.networks(configs[0])[1].backbone.state_dict()
-        own = source.network.backbone.state_dict()
-        assert all(torch.equal(own[name], value) for name, value in start.items())
-        assert source.network.pool is not None  # cmd's: its attention has a zero too
-
-
-def test_poolings_that_a_network_lacks_are_left_out_and_the_probe_can_be(judged):
+def test_poolings_that_a_network_lacks_are_left_out(judged):
     _, source, cfg, splits, study = judged
-    protocol = load(study.path).protocol
-    protocol = type(protocol)(("default", "mil", "lcr"), 3, False, {})
+    protocol = replace(study.protocol, poolings=("default", "mil", "lcr"), k=3)
     found, zeros = measure(source, cfg, protocol, splits, ALONE)
-    assert {"knn_default", "knn_mil"} <= set(found)
-    assert not {"knn_lcr", "knn_mean", "linear"} & set(found)
-    assert "linear" not in zeros
+    pooled = {f"{level}knn_{name}" for level in ("", "coarse_") for name in ("default", "mil")}
+    assert pooled == {name for name in found if "knn" in name} == {n for n in zeros if "knn" in n}
 
 
 def test_the_written_table_says_what_its_json_says(finished, run_here, tmp_path):
@@ -456,8 +450,7 @@ def test_cells_side_by_side_by_torchrun_with_k_nn_curves_and_one_that_fails(
     code, out, err = run_here(*words, "--cells", "broken,cmd", "--jobs", 2, "--processes", 2)
     assert code == 2
     assert "broken-seed0: exit code 1" in out  # torchrun's
-    told = (tmp_path / "out/runs/broken/seed0" / study_runs.STDOUT).read_text()
-    assert "/nowhere.pth" in told
+    assert "/nowhere.pth" in (tmp_path / "out/runs/broken/seed0" / STDOUT).read_text()
     assert err.startswith("error: 2 of the study's runs failed: broken-seed0")
     found = figures(tmp_path / "out")
     assert found["cmd-seed0"] != found["cmd-seed1"]

@@ -9,13 +9,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from datasets.benchmarks import Splits
-from engine.studies import study_results
-from engine.studies.study import ROOT, Study
+from engine.studies.results import misfit, training_identity
+from engine.studies.spec import ROOT, Study
 from utils.errors import InputError
 from utils.files import make_folder, write_json
 from utils.logging import logger
@@ -31,7 +31,7 @@ INTERVAL = 0.1  # seconds between two looks at the children
 class Run:
     """One cell with one seed. command: the child's. folder: its output.
 
-    identity: what decides its weights, as study_results.training_identity gives it.
+    identity: what decides its weights, as results.training_identity gives it.
     """
 
     cell: str
@@ -61,12 +61,13 @@ class Run:
         except (OSError, ValueError):
             stored = None
         if not isinstance(stored, dict):
-            # config.yaml does not tell: each start writes it anew, and it knows no images.
+            # config.yaml cannot say it: each start writes it anew, and it knows no images.
             raise InputError(
                 f"{self.folder} holds a run, but no {IDENTITY} that says what it was trained "
                 f"with: use {remedy}"
             )
-        if differences := study_results.misfit(stored, self.identity, path, weights_only=True):
+        differences = misfit(stored, self.identity, path, weights_only=True)
+        if differences:
             raise InputError(
                 f"{self.folder} holds a run of another study: {differences}. Use the study as it "
                 f"was, {remedy}"
@@ -82,11 +83,12 @@ def run_of(
     study: Study, cell: str, seed: int, splits: Splits, output: Path, processes: int = 1
 ) -> Run:
     """The run of a cell. splits: its images, by folders; output: the study's folder."""
-    folder, base = output / "runs" / cell / f"seed{seed}", study.cells[cell].base
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-    launcher += [] if processes == 1 else [f"--nproc_per_node={processes}"]
-    arguments = ["--cfg", str(base), "--output_dir", str(folder)]
-    arguments += ["--data_path", str(splits.train.root)]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    folder = output / "runs" / cell / f"seed{seed}"
+    command += [str(ROOT / "main_cmd.py"), "--cfg", str(study.cells[cell].base)]
+    command += ["--output_dir", str(folder), "--data_path", str(splits.train.root)]
     options: dict[str, Any] = {"SEED": seed} | study.cells[cell].options
     if study.protocol.knn_every:
         options |= {
@@ -96,91 +98,70 @@ def run_of(
             "EVAL.KNN_K": study.protocol.k,
         }
     for key, value in options.items():
-        arguments += [key, _text(value)]
-    script = str(ROOT / "main_cmd.py")
+        command += [key, str(value)]
     images = splits.train.fingerprint
-    identity = study_results.training_identity(study.config(cell, seed), processes, images)
-    return Run(cell, seed, [sys.executable, *launcher, script, *arguments], folder, identity)
+    identity = training_identity(study.config(cell, seed), processes, images)
+    return Run(cell, seed, command, folder, identity)
 
 
-def _text(value: Any) -> str:
-    """A value as the command line reads it back."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@dataclass
-class _Child:
-    run: Run
-    process: subprocess.Popen
-    lock: IO
-    started: float = field(default_factory=time.monotonic)
-
-
-def pretrained(runs: Iterable[Run], at_once: int = 1) -> Iterator[tuple[Run, int, float]]:
-    """(run, exit code, seconds of this process) of each run as it ends; `at_once` side by side.
+def pretrained(runs: Iterable[Run], at_once: int = 1) -> Iterator[tuple[Run, int]]:
+    """(run, exit code) of each run as it ends; `at_once` side by side.
 
     Where the iterator is closed, or its caller's thread is interrupted in it, the children get
     SIGTERM, on which they write a checkpoint, and are waited for. A run in whose folder another
     process still trains, such as one that a killed study left, begins when that has ended.
     Raises InputError where a folder holds another run (Run.refuse_other) or cannot be locked.
     """
-    waiting, children = list(runs), []
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
-    told: set[str] = set()
+    waiting, taken = list(runs), set()
+    children: list[tuple[Run, subprocess.Popen]] = []
     try:
         while waiting or children:
             for run in list(waiting):
                 if len(children) == at_once:
                     break
-                child = _start(run, environment)
-                if child is not None:
+                process = _start(run, environment)
+                if process is not None:
                     logger.info(f"{run.name}: pretraining; its lines are in {run.folder / STDOUT}")
                     waiting.remove(run)
-                    children.append(child)
-                elif run.name not in told:
-                    told.add(run.name)
+                    children.append((run, process))
+                elif run.name not in taken:
+                    taken.add(run.name)
                     logger.warning(f"{run.name}: another process still trains in {run.folder}")
-            for child in list(children):
-                code = child.process.poll()
-                if code is not None:
-                    children.remove(child)
-                    child.lock.close()
-                    yield child.run, code, time.monotonic() - child.started
+            for run, process in list(children):
+                if process.poll() is not None:
+                    children.remove((run, process))
+                    yield run, process.returncode
             time.sleep(INTERVAL)
     finally:
-        for child in children:
-            child.process.terminate()
-        for child in children:
-            child.process.wait()
-            child.lock.close()
+        for _, process in children:
+            process.terminate()
+        for _, process in children:
+            process.wait()
 
 
-def _start(run: Run, environment: dict[str, str]) -> _Child | None:
+def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen | None:
     """The run as a process; None where another one has its folder.
 
-    The child inherits the open lock: as long as it lives the folder is taken, whatever becomes
-    of this process. It has a session of its own, so that Ctrl-C reaches it as SIGTERM only.
+    The process inherits the open lock: as long as it lives the folder is taken, whatever becomes
+    of this one. It has a session of its own, so that Ctrl-C reaches it as SIGTERM only.
     """
     make_folder(run.folder)
     lock = locked(run.folder / LOCK)
     if lock is None:
         return None
-    with ExitStack() as stack:
-        stack.callback(lock.close)
+    with lock, open(run.folder / STDOUT, "ab") as stdout:
         run.refuse_other()
         write_json(run.folder / IDENTITY, run.identity)
-        with open(run.folder / STDOUT, "ab") as stdout:
-            process = subprocess.Popen(
-                run.command,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                pass_fds=(lock.fileno(),),
-            )
-        stack.pop_all()
-    return _Child(run, process, lock)
+        return subprocess.Popen(
+            run.command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
+        )
 
 
 def locked(path: Path, wait: bool = False) -> IO | None:

@@ -1,4 +1,4 @@
-"""A study: pretraining cells x seeds under one protocol, as a YAML of experiments/studies says.
+"""A study's file: pretraining cells x seeds under one protocol, a YAML of experiments/studies.
 
 data:       name -> {synthetic: {train, val, seed, difficulty, SETTING: value}}, or
             name -> folder (that of --data_path, with train and val)
@@ -10,9 +10,9 @@ cells:      name -> options of its own; beside them `data` (which set, where the
             from in the place of the study's; `options` are laid over that too)
 order:      groups of cells, [[a, b], [c]]: one group after the other, within it all cells
             with the first seed before any with the second; cells not named come last
-evaluate:   poolings (of default, mean, mil, lcr, where the network has them), k, linear,
-            baseline (the cell, or one for each data set, that others are compared with),
-            knn_every (epochs between the k-NN tests of a run, for its curve)
+evaluate:   poolings (of default, mean, mil, lcr, where the network has them), k, baseline (the
+            cell, or one for each data set, that others are compared with), knn_every (epochs
+            between the k-NN tests of a run, for its curve)
 """
 
 import difflib
@@ -33,8 +33,6 @@ from utils.options import OPTIONS
 ROOT = Path(__file__).parents[2]
 RANDOM = "random"  # first part of the names of randomly initialised networks
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
-_SECTIONS = ("data", "base", "options", "seeds", "cells", "order", "evaluate")
-_COUNTS = ("train", "val", "seed", "difficulty")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Protocol:
-    """poolings: of the k-NN. k: its neighbours. linear: whether there is a probe.
+    """poolings: of the k-NN. k: its neighbours.
 
     baselines: data set -> the cell that others on it are compared with. knn_every: epochs
     between the k-NN tests of a run, for its curve; 0: none.
@@ -72,14 +70,8 @@ class Protocol:
 
     poolings: tuple[str, ...]
     k: int
-    linear: bool
     baselines: dict[str, str]
     knn_every: int = 0
-
-    @property
-    def identity(self) -> dict:
-        """What decides a network's figures; plain data."""
-        return {"poolings": list(self.poolings), "k": self.k, "linear": self.linear}
 
 
 @dataclass(frozen=True)
@@ -118,22 +110,15 @@ class Study:
             for seed in seeds:
                 yield from ((cell, seed) for cell in group if cell in wanted)
 
-    def overlaid(self, pairs: Iterable[tuple[str, Any]]) -> "Study":
-        """The same study with these options on top of every cell's; checked."""
-        read = _options(dict(pairs), "command line")
-        cells = {
-            name: replace(cell, options=cell.options | read) for name, cell in self.cells.items()
-        }
-        study = replace(self, cells=cells)
-        for cell in cells:
-            study.config(cell)
-        return study
 
+def load(path: str | Path, pairs: Iterable[tuple[str, Any]] = ()) -> Study:
+    """The study in a YAML file, with KEY VALUE pairs laid over every cell.
 
-def load(path: str | Path) -> Study:
-    """The study in a YAML file; InputError for whatever is wrong with it, in one sentence."""
+    Raises InputError for whatever is wrong with it, in one sentence.
+    """
     path = Path(path).expanduser()
-    tree = _mapping(_read(path), f"{path}", _SECTIONS)
+    sections = ("data", "base", "options", "seeds", "cells", "order", "evaluate")
+    tree = _mapping(_read(path), f"{path}", sections)
     for section in ("data", "base", "cells"):
         if not tree.get(section):
             raise InputError(f"{path} is not a study: it lacks '{section}'.")
@@ -143,14 +128,14 @@ def load(path: str | Path) -> Study:
     }
     if sum(entry.images is None for entry in data.values()) > 1:
         raise InputError(f"{path}, data: only one set can be the folder of --data_path.")
-    base = _base(tree["base"], f"{path}")
     shared = _options(tree.get("options"), f"{path}, options")
-    cells = {
-        name: _cell(name, entry, data, base, shared, f"{path}, cell {name}")
-        for name, entry in _named(tree["cells"], f"{path}, cells").items()
-    }
+    typed = _options(dict(pairs), "command line")
+    cells = {}
+    for name, entry in _named(tree["cells"], f"{path}, cells").items():
+        cell = _cell(name, entry, tree["base"], data, f"{path}, cell {name}")
+        cells[name] = replace(cell, options=shared | cell.options | typed)
     seeds = tree.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(_is_whole(s) for s in seeds):
+    if not isinstance(seeds, list) or not seeds or not all(_is_whole(seed) for seed in seeds):
         raise InputError(f"{path}: seeds must be a list of whole numbers from 0, not {seeds}.")
     study = Study(
         path,
@@ -160,13 +145,14 @@ def load(path: str | Path) -> Study:
         _order(tree.get("order"), cells, f"{path}, order"),
         _protocol(tree.get("evaluate"), cells, f"{path}, evaluate"),
     )
-    return study.overlaid(())
+    for name in cells:
+        study.config(name)
+    return study
 
 
 def choose(wanted: Iterable[str], known: Iterable[str], what: str) -> list[str]:
     """`wanted`, each of them one of `known`; else an InputError with the nearest."""
-    known = list(known)
-    wanted = list(wanted)
+    wanted, known = list(wanted), list(known)
     for name in wanted:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -197,13 +183,25 @@ def _mapping(tree: object, where: str, known: Iterable[str] = ()) -> dict[str, A
 
 def _named(tree: object, where: str) -> dict[str, Any]:
     """A mapping whose keys can name files."""
-    for name in (named := _mapping(tree, where)):
+    named = _mapping(tree, where)
+    for name in named:
         if not _NAME.fullmatch(name) or name.startswith(RANDOM):
             raise InputError(
                 f"{where}: the name '{name}' must be of letters, digits, dots and underscores, "
                 f"and not begin with '{RANDOM}'."
             )
     return named
+
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _whole(tree: dict, key: str, default: int | None, least: int, where: str) -> int:
+    value = tree.get(key, default)
+    if not _is_whole(value, least):
+        raise InputError(f"{where}: {key} must be a whole number from {least}, not {value}.")
+    return value
 
 
 def _options(tree: object, where: str) -> dict[str, Any]:
@@ -218,10 +216,13 @@ def _options(tree: object, where: str) -> dict[str, Any]:
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{SECTION: {KEY: value}} -> {SECTION.KEY: value}."""
     found = {}
     for key, value in tree.items():
-        inner = value if isinstance(value, dict) else None
-        found |= {f"{prefix}{key}": value} if inner is None else _flat(inner, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
     return found
 
 
@@ -230,47 +231,30 @@ def _data_set(name: str, entry: object, where: str) -> DataSet:
         return DataSet(name)
     settings = [field.name for field in fields(SyntheticConfig)]
     kind = _mapping(entry, f"{where} ('folder' or 'synthetic')", ("synthetic",))
-    tree = _mapping(kind.get("synthetic"), where, (*_COUNTS, *settings))
-    for key in ("train", "val"):
-        if not _is_whole(tree.get(key)):
-            raise InputError(f"{where}: {key} must be a number of images.")
-    if not _is_whole(tree.get("seed", 0)):
-        raise InputError(f"{where}: seed must be a whole number from 0.")
+    known = ("train", "val", "seed", "difficulty", *settings)
+    tree = _mapping(kind.get("synthetic"), where, known)
+    train, val = (_whole(tree, key, None, 0, where) for key in ("train", "val"))
     (difficulty,) = choose([tree.get("difficulty", "easy")], DIFFICULTIES, f"{where}, difficulty")
     given = {key: value for key, value in tree.items() if key in settings}
     try:
         images = replace(DIFFICULTIES[difficulty], **given)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    return DataSet(name, images, tree.get("seed", 0), tree["train"], tree["val"])
+    return DataSet(name, images, _whole(tree, "seed", 0, 0, where), train, val)
 
 
-def _base(entry: object, where: str) -> Path:
-    path = ROOT / str(entry)
-    if not path.is_file():
-        raise InputError(f"{where}: base names {path}, and there is no such file.")
-    return path
-
-
-def _cell(
-    name: str,
-    entry: object,
-    data: dict[str, DataSet],
-    base: Path,
-    shared: dict[str, Any],
-    where: str,
-) -> Cell:
-    tree = dict(_mapping(entry, where))
-    title = str(tree.pop("title", name))
+def _cell(name: str, entry: object, base: object, data: dict[str, DataSet], where: str) -> Cell:
+    """A cell with the options of its own. base: the study's."""
+    tree = {"title": name, "base": base} | _mapping(entry, where)
+    title, path = str(tree.pop("title")), ROOT / str(tree.pop("base"))
     if "|" in title or "\n" in title:
         raise InputError(f"{where}: a title is one line without '|'.")
-    if "base" in tree:
-        base = _base(tree.pop("base"), where)
-    where_data = tree.pop("data", None if len(data) > 1 else next(iter(data)))
-    if where_data is None:
+    if not path.is_file():
+        raise InputError(f"{where}: base names {path}, and there is no such file.")
+    if len(data) > 1 and "data" not in tree:
         raise InputError(f"{where}: `data` must say which of {', '.join(data)} it is on.")
-    (chosen,) = choose([where_data], data, f"{where}, data")
-    return Cell(name, title, chosen, base, shared | _options(tree, where))
+    (chosen,) = choose([tree.pop("data", next(iter(data)))], data, f"{where}, data")
+    return Cell(name, title, chosen, path, _options(tree, where))
 
 
 def _order(tree: object, cells: dict[str, Cell], where: str) -> tuple[tuple[str, ...], ...]:
@@ -285,24 +269,19 @@ def _order(tree: object, cells: dict[str, Cell], where: str) -> tuple[tuple[str,
 
 
 def _protocol(tree: object, cells: dict[str, Cell], where: str) -> Protocol:
-    tree = _mapping(tree, where, ("poolings", "k", "linear", "baseline", "knn_every"))
-    poolings, k = tree.get("poolings", ["default"]), tree.get("k", 20)
+    tree = _mapping(tree, where, ("poolings", "k", "baseline", "knn_every"))
+    poolings = tree.get("poolings", ["default"])
     if not isinstance(poolings, list) or "default" not in poolings:
         raise InputError(f"{where}: poolings must be a list with 'default' in it, not {poolings}.")
     choose(poolings, OPTIONS["EVAL.POOLING"].choices, f"{where}, poolings")
-    if not _is_whole(k) or k < 1:
-        raise InputError(f"{where}: k must be a whole number from 1, not {k}.")
-    if not isinstance(linear := tree.get("linear", True), bool):
-        raise InputError(f"{where}: linear must be true or false, not {linear}.")
-    if not _is_whole(every := tree.get("knn_every", 0)):
-        raise InputError(f"{where}: knn_every must be a whole number from 0, not {every}.")
     named = tree.get("baseline", [])
     named = choose(named if isinstance(named, list) else [named], cells, f"{where}, baseline")
     baselines = {cells[name].data: name for name in named}
     if len(baselines) < len(named):
         raise InputError(f"{where}: a data set has one baseline, not several.")
-    return Protocol(tuple(dict.fromkeys(poolings)), k, linear, baselines, every)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return Protocol(
+        tuple(dict.fromkeys(poolings)),
+        _whole(tree, "k", 20, 1, where),
+        baselines,
+        _whole(tree, "knn_every", 0, 0, where),
+    )

@@ -1,27 +1,23 @@
 """The tables and the curves of a study, from the results that there are."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from engine.evaluation.attention import NAMES as KINDS
 from engine.evaluation.table import cell as shown
 from engine.evaluation.table import spread
 from engine.pictures.curves import read_log
-from engine.studies.study import Study
-from engine.studies.study_evaluation import COARSE
-from engine.studies.study_results import RandomRow
+from engine.studies.evaluation import COARSE
+from engine.studies.results import Results
+from engine.studies.spec import Study
+from engine.studies.zeros import RandomRow
 from utils.errors import InputError
 from utils.files import replacing, write_json, write_text
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-Results = dict[tuple[str, int], dict]  # (cell or random row, seed) -> its JSON
-SHORT = ("knn_default", "linear", "coarse_knn_default", "pointing_mil")  # told as a run ends
 _LABELS = (
     ("knn_default", "{k}-NN"),
     ("knn_mean", "{k}-NN, mean"),
@@ -46,36 +42,37 @@ PANELS = {
     "feature_rank": "effective rank of the features",
     "attention_entropy": "attention entropy (1: uniform)",
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row: figures by name, each as table.spread gives it; `seeds` are behind them."""
-
-    name: str
-    title: str
-    figures: dict[str, dict]
-    seeds: list[int]
+NOTE = (
+    "Percent (`× chance`: a ratio); mean ± standard deviation (n − 1) over the seeds; of "
+    "differences the mean and, in brackets, each seed's. The linear probe is a logistic "
+    "regression. Pointing: the strongest patch touches the part's box; mass: the attention on "
+    "patches that touch it, beside that of uniform attention (chance)."
+)
 
 
 def rows_of(
-    study: Study, data: str, randoms: Sequence[RandomRow], results: Results, seeds: Sequence[int]
-) -> list[Row]:
-    """The rows of a data set: guessing and random networks for each shape, then the cells."""
+    study: Study, data: str, randoms: Iterable[RandomRow], results: Results, seeds: Sequence[int]
+) -> list[dict]:
+    """The rows of a data set: guessing and random networks for each shape, then the cells.
+
+    A row: name, title, the seeds behind it, and figures by name, each as table.spread gives it.
+    """
     rows, own = [], [row for row in randoms if row.data == data]
     for row in own:
         which = "" if len(own) == 1 else f" ({study.cells[row.cells[0]].title})"
         zeros: dict[str, float] = {}
-        for name in (row.name, *row.cells):
-            for seed in seeds:
-                zeros |= results.get((name, seed), {"zeros": {}})["zeros"]
-        fixed = {f"pointing_{kind}": f"fixed_{kind}" for kind in KINDS if f"fixed_{kind}" in zeros}
-        guesses = {name: zero for name, zero in zeros.items() if not name.startswith("fixed_")}
-        best = {name: zeros[zero] for name, zero in fixed.items()}
-        for title, figures in (("chance", guesses), ("best fixed patch", best)):
+        for name, seed in results:
+            if name == row.name or name in row.cells:
+                zeros |= results[name, seed]["zeros"]
+        guesses, fixed = {}, {}
+        for name, zero in zeros.items():
+            if name.startswith("fixed_"):
+                fixed[name.replace("fixed_", "pointing_")] = spread([zero])
+            else:
+                guesses[name] = spread([zero])
+        for title, figures in (("chance", guesses), ("best fixed patch", fixed)):
             if figures:
-                spreads = {name: spread([value]) for name, value in figures.items()}
-                rows.append(Row(f"{title} {row.name}", f"{title}{which}", spreads, []))
+                rows.append(_row(f"{title} {row.name}", title + which, [], figures))
         rows += _found(row.name, f"random initialisation{which}", results, seeds)
     for cell in study.cells.values():
         if cell.data == data:
@@ -83,19 +80,7 @@ def rows_of(
     return rows
 
 
-def _found(name: str, title: str, results: Results, seeds: Sequence[int]) -> list[Row]:
-    """The row of what is there under a name, if anything."""
-    there = [seed for seed in seeds if (name, seed) in results]
-    if not there:
-        return []
-    known = [results[name, seed]["figures"] for seed in there]
-    names = [key for key in known[0] if all(key in figures for figures in known)]
-    figures = {key: spread([each[key] for each in known]) for key in names}
-    note = "" if len(there) == len(seeds) else f" (seed {', '.join(map(str, there))})"
-    return [Row(name, title + note, figures, there)]
-
-
-def differences(study: Study, data: str, results: Results, seeds: Sequence[int]) -> list[Row]:
+def differences(study: Study, data: str, results: Results, seeds: Sequence[int]) -> list[dict]:
     """Each cell less the data set's baseline, seed by seed; over the seeds that both have."""
     base = study.protocol.baselines.get(data)
     rows = []
@@ -103,11 +88,32 @@ def differences(study: Study, data: str, results: Results, seeds: Sequence[int])
         both = [s for s in seeds if (cell.name, s) in results and (base, s) in results]
         if cell.data != data or cell.name == base or not both:
             continue
-        pairs = [(results[cell.name, s]["figures"], results[base, s]["figures"]) for s in both]
-        names = [key for key in pairs[0][0] if all(key in ours and key in b for ours, b in pairs)]
-        figures = {key: spread([ours[key] - b[key] for ours, b in pairs]) for key in names}
-        rows.append(Row(cell.name, cell.title, figures, both))
+        less = []
+        for seed in both:
+            ours, theirs = (results[name, seed]["figures"] for name in (cell.name, base))
+            less.append({name: ours[name] - theirs[name] for name in ours if name in theirs})
+        rows.append(_row(cell.name, cell.title, both, _spreads(less)))
     return rows
+
+
+def _row(name: str, title: str, seeds: list[int], figures: dict) -> dict:
+    return {"name": name, "title": title, "seeds": seeds, "figures": figures}
+
+
+def _found(name: str, title: str, results: Results, seeds: Sequence[int]) -> list[dict]:
+    """The row of what is there under a name, if anything."""
+    there = [seed for seed in seeds if (name, seed) in results]
+    if not there:
+        return []
+    note = "" if len(there) == len(seeds) else f" (seed {', '.join(map(str, there))})"
+    figures = _spreads([results[name, seed]["figures"] for seed in there])
+    return [_row(name, title + note, there, figures)]
+
+
+def _spreads(figures: list[dict[str, float]]) -> dict[str, dict]:
+    """What all of these have, each as a spread."""
+    names = [name for name in figures[0] if all(name in each for each in figures)]
+    return {name: spread([each[name] for each in figures]) for name in names}
 
 
 def difference(figure: dict) -> str:
@@ -117,43 +123,37 @@ def difference(figure: dict) -> str:
 
 
 def write(
-    study: Study,
-    randoms: Sequence[RandomRow],
-    results: Results,
-    seeds: Sequence[int],
-    command: str,
-    output: Path,
+    study: Study, randoms: Iterable[RandomRow], results: Results, command: str, output: Path
 ) -> None:
     """OUT/results.json, table.md and curves.png of what is done."""
+    seeds = list(dict.fromkeys([*study.seeds, *sorted({seed for _, seed in results})]))
     tables = {}
     lines = [f"# {study.name}: {len(study.cells)} cells, seeds {', '.join(map(str, seeds))}", ""]
     for data in study.data:
         rows = rows_of(study, data, randoms, results, seeds)
-        less = differences(study, data, results, seeds)
         if not rows:
             continue
-        tables[data] = {"rows": _plain(rows), "differences": _plain(less)}
-        first = next(result for result in results.values() if result["data_set"] == data)
-        about = first["data"]
+        less = differences(study, data, results, seeds)
+        tables[data] = {"rows": rows, "differences": less}
+        about = next(result for result in results.values() if result["data_set"] == data)["data"]
         lines += [
             f"## {data}: {about['classes']} classes, {about['train']['images']} training and "
             f"{about['test']['images']} test images",
             "",
         ]
         for heading, columns in SECTIONS.items():
-            lines += _table(heading, columns, rows, study.protocol.k, shown)
+            named = [(name, column.format(k=study.protocol.k)) for name, column in columns]
+            lines += _table(heading, named, rows, shown)
             if less:
                 base = study.cells[study.protocol.baselines[data]].title
-                lines += _table(
-                    f"{heading}: difference to {base}", columns, less, study.protocol.k, difference
-                )
+                lines += _table(f"{heading}: difference to {base}", named, less, difference)
     lines += _behind(study, results, command)
     runs = [results[key] for key in sorted(results)]
     trained = [run["pretraining"]["seconds_of_steps"] for run in runs if "pretraining" in run]
     contents = {
         "study": study.name,
         **{name: _one_or_all(run[name] for run in runs) for name in ("date", "commit", "device")},
-        "versions": _one_or_all(_versions(run) for run in runs),
+        "versions": _one_or_all(map(_versions, runs)),
         "commands": [command],
         "seconds": round(sum(trained), 1),
         "figures": tables,
@@ -164,47 +164,33 @@ def write(
     plot_curves(study, seeds, output)
 
 
-def _plain(rows: Iterable[Row]) -> list[dict]:
-    return [
-        {"name": row.name, "title": row.title, "seeds": row.seeds, "figures": row.figures}
-        for row in rows
-    ]
-
-
-def _table(heading: str, columns, rows: list[Row], k: int, text) -> list[str]:
+def _table(
+    heading: str, columns: list[tuple[str, str]], rows: list[dict], text: Callable[[dict], str]
+) -> list[str]:
     """A Markdown table of the columns and rows in which there is something; none without."""
-    columns = [(n, h) for n, h in columns if any(n in row.figures for row in rows)]
-    rows = [row for row in rows if any(name in row.figures for name, _ in columns)]
+    columns = [(n, h) for n, h in columns if any(n in row["figures"] for row in rows)]
+    rows = [row for row in rows if any(name in row["figures"] for name, _ in columns)]
     if not columns:
         return []
     lines = [
         f"### {heading}",
         "",
-        "| | " + " | ".join(column.format(k=k) for _, column in columns) + " |",
+        "| | " + " | ".join(column for _, column in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     for row in rows:
-        cells = [text(row.figures[n]) if n in row.figures else "–" for n, _ in columns]
-        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+        figures = row["figures"]
+        cells = [text(figures[name]) if name in figures else "–" for name, _ in columns]
+        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def _behind(study: Study, results: Results, command: str) -> list[str]:
     """What stands behind the numbers."""
-    lines = [
-        "Percent (`× chance`: a ratio); mean ± standard deviation (n − 1) over the seeds; of "
-        "differences the mean and, in brackets, each seed's. The linear probe is a logistic "
-        "regression. Pointing: the strongest patch touches the part's box; mass: the attention on "
-        "patches that touch it, beside that of uniform attention (chance).",
-        "",
-        f"- command: `{command}`",
-    ]
+    lines = [NOTE, "", f"- command: `{command}`"]
     for name in ("commit", "device", "date"):
-        lines.append(
-            f"- {name}: {', '.join(_distinct(result[name] for result in results.values()))}"
-        )
-    versions = _distinct(_versions(result) for result in results.values())
-    lines.append(f"- versions: {'; '.join(versions)}")
+        lines.append(f"- {name}: {', '.join(_distinct(run[name] for run in results.values()))}")
+    lines.append(f"- versions: {'; '.join(_distinct(map(_versions, results.values())))}")
     lines.append("- cells, each by its base and the options laid over it:")
     for cell in study.cells.values():
         options = (f"{key} {value}" for key, value in cell.options.items())
@@ -241,33 +227,27 @@ def plot_curves(study: Study, seeds: Sequence[int], output: Path) -> None:
                 logs[cell, seed] = read_log(output / "runs" / cell / f"seed{seed}" / "log.txt")
             except InputError:
                 continue  # not begun, or the runs are elsewhere
-    panels = {
-        name: title
-        for name, title in PANELS.items()
-        if any(name in line for log in logs.values() for line in log)
-    }
+    panels = [name for name in PANELS if any(name in line for log in logs.values() for line in log)]
     if not panels:
         return
     rows = math.ceil(len(panels) / 2)
-    figure, axes = plt.subplots(
-        rows, 2, figsize=(13, 4.2 * rows), layout="constrained", squeeze=False
-    )
-    colours = dict(zip(study.cells, plt.get_cmap("tab20").colors * len(study.cells), strict=False))
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
+    figure = Figure(figsize=(13, 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
+    palette = matplotlib.colormaps["tab20"].colors
+    colours = {cell: palette[place % len(palette)] for place, cell in enumerate(study.cells)}
+    curves = {}  # by label
+    for axis, name in zip(axes.flat, panels, strict=False):
         for (cell, seed), log in logs.items():
             points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
             if points:
-                dash = ("-", "--", ":", "-.")[list(seeds).index(seed) % 4]
+                dash = ("-", "--", ":", "-.")[seeds.index(seed) % 4]
                 label = f"{study.cells[cell].title}, seed {seed}"
-                axis.plot(*zip(*points, strict=True), dash, color=colours[cell], label=label, lw=1)
-        axis.set(title=title, xlabel="epoch")
+                x, y = zip(*points, strict=True)
+                (curves[label],) = axis.plot(x, y, dash, color=colours[cell], lw=1)
+        axis.set(title=PANELS[name], xlabel="epoch")
         axis.grid(alpha=0.3)
-    handles = {}
-    for axis in axes.flat:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.legend(curves.values(), curves.keys(), loc="outside right upper", fontsize="small")
     with replacing(output / "curves.png", "picture") as temporary:
         figure.savefig(temporary, dpi=100, format="png")
-    plt.close(figure)

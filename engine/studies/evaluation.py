@@ -17,20 +17,16 @@ from datasets.folder import LabelledImages
 from datasets.loader import usable_workers
 from datasets.multicrop import eval_transform
 from datasets.synthetic_images import COARSE_NAMES
-from engine import build
 from engine.evaluation import attention, pointing
 from engine.evaluation.evaluation import SPLITS, Evaluation, build_evaluation
 from engine.evaluation.feature_cache import Features
 from engine.evaluation.features import extract
 from engine.evaluation.probing import run_linear
 from engine.evaluation.protocols import run_knn, run_retrieval
-from engine.evaluation.source import Source, image_size, random_from_options
-from engine.studies.study import Protocol
-from models import registry
-from utils import config
+from engine.evaluation.source import Source, image_size
+from engine.studies.spec import Protocol
 from utils.config import Node
 from utils.distributed import World
-from utils.options import FIGURES
 
 COARSE = "coarse_"  # before the name of a figure on the coarse classes
 
@@ -83,7 +79,7 @@ def measure(
         own = options.clone()
         own.EVAL.POOLING = pooling
         fine = build_evaluation(own, world, source, splits, None)
-        if pooling == "default" and protocol.linear:
+        if pooling == "default":
             # The probe's features hold the image feature too: they are extracted first, and once.
             for split in SPLITS:
                 fine.features(split, blocks, own.LINEAR.AVGPOOL_PATCHTOKENS)
@@ -95,9 +91,8 @@ def measure(
                 continue
             retrieval = run_retrieval(evaluation).figures
             figures |= {f"{prefix}{name}": retrieval[name] for name in ("rank1", "map")}
-            if protocol.linear:
-                probed = run_linear(evaluation, 1.0, cfg.SEED, Path())
-                figures[f"{prefix}linear"] = probed["top1"]
+            probed = run_linear(evaluation, 1.0, cfg.SEED, Path())
+            figures[f"{prefix}linear"] = probed["top1"]
     zeros = guessing(splits, figures, knows_parts)
     if knows_parts:
         seen, guessed = _attention(source, options, splits.test, world)
@@ -169,43 +164,3 @@ def _attention(
         zeros |= {f"pointing_{kind}": chance, f"mass_{kind}": chance, f"ratio_{kind}": 1.0}
         zeros[f"fixed_{kind}"] = pointing.best_fixed_cell(touching)
     return figures, zeros
-
-
-def network_shape(cfg: Node) -> dict:
-    """What decides a random initialisation's figures but its seed and heads; plain data."""
-    # EVAL.SIZE as it is resolved.
-    judged = [name for name in config.deciding(FIGURES) if name != "EVAL.SIZE"]
-    return {
-        "backbone": repr(registry.identity(build.backbone_spec(cfg))),
-        "size": config.eval_size(cfg),
-        "evaluation": {name: config.get(cfg, name) for name in judged},
-    }
-
-
-def attending_shape(configs: Iterable[Node]) -> dict:
-    """The shapes of the pooling and the branch that `random_source` adds; plain data, or None."""
-    configs = list(configs)
-    pooled = next((cfg for cfg in configs if build.objective(cfg).needs_pooling), None)
-    branched = next((cfg for cfg in configs if build.objective(cfg).needs_rationale), None)
-    return {
-        # Prototypes have no part in a feature.
-        "pooling": pooled and repr(replace(build.head_spec(pooled), out_dim=0)),
-        "branch": branched and branched.LCR.CHANNELS,
-    }
-
-
-def random_source(configs: Iterable[Node], seed: int) -> Source:
-    """A random initialisation of a shape of network, with what any run of these options adds.
-
-    The pooling and the rationale branch are those of the first that has one, so that their
-    attention too has its zero; the backbone is the same for all.
-    """
-    sources = [random_from_options(cfg, seed) for cfg in configs]
-    network = sources[0].network
-    for other in (source.network for source in sources[1:]):
-        if network.pool is None and other.pool is not None:
-            network.head_dense, network.pool = other.head_dense, other.pool
-            network.head_spec = other.head_spec
-        if network.rationale is None:
-            network.rationale = other.rationale
-    return sources[0]

@@ -1,0 +1,126 @@
+"""What is done of a study: one JSON for each network under OUT/results, and what it is of."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets.benchmarks import Splits
+from engine.evaluation.provenance import SPLITS
+from engine.studies.spec import Study
+from engine.studies.zeros import random_rows
+from utils import config
+from utils.config import Node
+from utils.errors import InputError
+from utils.files import make_folder, write_json
+from utils.logging import logger
+from utils.options import FIGURES, SHAPES, WEIGHTS
+
+_FILE = re.compile(r"(.+)-seed(\d+)\.json")
+
+Results = dict[tuple[str, int], dict]  # (cell or random row, seed) -> its JSON
+
+
+class StudyResults:
+    """The results of a study in its folder `output`; its runs have so many `processes`.
+
+    random: its random rows by name. splits: the images of the data sets that are open.
+    """
+
+    def __init__(self, study: Study, output: Path, processes: int = 1) -> None:
+        self.study, self.output, self.processes = study, output, processes
+        self.random = random_rows(study)
+        self.splits: dict[str, Splits] = {}
+
+    def finished(self, refuse: bool = True) -> Results:
+        """What is there and fits: in options, and in images where the data are open.
+
+        A random network that does not fit is left out: it is made again in seconds. For a cell
+        that does not an InputError; unless `refuse` it is left out too.
+        """
+        found = {}
+        for path in sorted((self.output / "results").glob("*.json")):
+            named = _FILE.fullmatch(path.name)
+            name, seed = (named[1], int(named[2])) if named else ("", 0)
+            if name not in self.study.cells and name not in self.random:
+                continue  # of the study as it was
+            result = _read(path)
+            different = misfit(result["identity"], self.identity(name, seed), path)
+            if not different:
+                found[name, seed] = result
+            elif refuse and name in self.study.cells:
+                raise InputError(
+                    f"{path} is of another study: {different}. Use the study as it was, another "
+                    f"--output_dir, or remove this file (and, if an option of the training "
+                    f"differs, the run's folder) to have it made again."
+                )
+            elif refuse:
+                logger.warning(f"{path} is of another study and left out: {different}")
+        return found
+
+    def data_set(self, name: str) -> str:
+        """The data set of a cell or a random row."""
+        return (self.random.get(name) or self.study.cells[name]).data
+
+    def write(self, name: str, seed: int, result: dict) -> None:
+        """Write the result of a cell or a random row whole, and what it is of."""
+        path = self.output / "results" / f"{name}-seed{seed}.json"
+        make_folder(path.parent)
+        write_json(path, result | {"identity": self.identity(name, seed)}, "result")
+
+    def identity(self, name: str, seed: int) -> dict:
+        """What decides the figures of a cell or a random row; plain data."""
+        row, protocol = self.random.get(name), self.study.protocol
+        known = {"evaluate": {"poolings": list(protocol.poolings), "k": protocol.k}}
+        if row is None:
+            cfg = self.study.config(name, seed)
+            known |= {"options": config.to_dict(cfg), "processes": self.processes}
+        else:
+            known["network"] = row.shape
+        splits = self.splits.get(self.data_set(name))
+        if splits is not None:
+            known["images"] = {split: getattr(splits, split).fingerprint for split in SPLITS}
+        return known
+
+
+def training_identity(cfg: Node, processes: int, images: str) -> dict:
+    """What decides a run's weights; plain data. images: the training split's fingerprint."""
+    return {"options": config.to_dict(cfg), "processes": processes, "images": images}
+
+
+def misfit(stored: dict, wanted: dict, where: Path, weights_only: bool = False) -> str:
+    """In what an identity that is stored at `where` differs from the wanted one; "" if it fits.
+
+    weights_only: options that decide figures but no weights may differ.
+    """
+    differences = [
+        f"{name} (was {_short(stored.get(name))}, now {_short(value)})"
+        for name, value in wanted.items()
+        if name != "options" and stored.get(name) != value
+    ]
+    if "options" in wanted:
+        decisive = config.deciding(SHAPES, WEIGHTS, *(() if weights_only else (FIGURES,)))
+        was, now = (config.from_dict(tree.get("options"), str(where)) for tree in (stored, wanted))
+        differences += [
+            f"{name} (was {config.get(was, name)}, now {config.get(now, name)})"
+            for name in config.differing(was, now, decisive)
+        ]
+    return "; ".join(differences)
+
+
+def _read(path: Path) -> dict:
+    try:
+        contents = json.loads(path.read_text())
+    except (OSError, ValueError):
+        contents = None
+    parts = ("figures", "zeros", "identity")
+    if not isinstance(contents, dict) or not all(isinstance(contents.get(p), dict) for p in parts):
+        raise InputError(f"{path} is not a result of a study: remove it to have it made again.")
+    return contents
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(inner)}" for key, inner in value.items())
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
