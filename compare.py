@@ -147,8 +147,8 @@ def open_data(study: Study, name: str, folder: Path | None, output: Path) -> Spl
     """A data set's images: rendered into `output` unless they are there, or the user's folder."""
     data = study.data[name]
     if data.images is not None:
-        folder, show = output / "data" / name, logging.on_terminal()
-        if synthetic.write_folder(data.images, data.seed, folder, data.train, data.val, show):
+        folder = output / "data" / name
+        if synthetic.write_folder(data.images, data.seed, folder, data.train, data.val):
             logger.info(f"{name}: {data.train} and {data.val} images written to {folder}")
     if folder is None:
         raise InputError(f"{study.path} is on images of yours: give --data_path.")
