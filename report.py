@@ -30,7 +30,7 @@ from models.mil import GatedAttentionPool
 from models.network import Network
 from models.pretrained import count_parameters
 from utils import checkpoint, config, distributed, seeding
-from utils.cli import Parser
+from utils.cli import Parser, at_least
 from utils.errors import InputError, run_script
 from utils.files import write_json
 
@@ -42,18 +42,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
     parser.add_argument("--gallery", type=Path, help="for the k-NN: labelled images, not queries")
     parser.add_argument("--queries", type=Path, help="images to classify and to show attention on")
-    parser.add_argument("--size", type=int, help="pixels of the evaluated images [the run's]")
-    parser.add_argument("--k", type=int, default=20, help="neighbours of the k-NN [20]")
+    parser.add_argument(
+        "--size", type=at_least(1), help="pixels of the images [the run's]"
+    )
+    parser.add_argument("--k", type=at_least(1), default=20, help="neighbours of the k-NN [20]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--num_workers", type=int, default=0, help="loader processes [0]")
+    parser.add_argument("--num_workers", type=at_least(0), default=0, help="loader processes [0]")
     arguments = parser.parse_args()
-    for name, value, least in (
-        ("--size", arguments.size, 1),
-        ("--k", arguments.k, 1),
-        ("--num_workers", arguments.num_workers, 0),
-    ):
-        if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}, not {value}.")
     world = distributed.start(arguments.device)
     device = world.device
 

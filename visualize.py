@@ -10,6 +10,7 @@ The page holds the pictures itself. docs/pictures.md says how to read them.
 import argparse
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,21 +24,12 @@ from engine.pictures import maps, matches, page, shown, views
 from engine.pictures.drawing import Picture
 from engine.pictures.tsne import plot_tsne, stratified_subset
 from utils import distributed
-from utils.cli import Parser
+from utils.cli import Parser, at_least
 from utils.distributed import World
-from utils.errors import InputError, run_script
+from utils.errors import run_script
 from utils.files import make_folder, write_json
 
 LOCAL_SHARE = 96 / 224  # of a local crop's side in a global one's, the field's
-LEAST = {
-    "count": 1,
-    "detailed": 1,
-    "size": 1,
-    "local_crops": 0,
-    "queries": 0,
-    "tsne": 0,
-    "seed": 0,
-}
 TSNE_CAPTION = (
     "Image features, placed so that near ones stay near; each dot is an image, its colour its "
     "class. Distances between far groups and the groups' sizes mean nothing."
@@ -105,7 +97,10 @@ def main() -> None:
         "size": size,
         "local_size": local_size,
         "seed": seed,
-        "checkpoints": [described(letter, source) for letter, source in sources.items()],
+        "checkpoints": [
+            {"letter": letter, "maps": attention.kinds(source.network), **asdict(source.weights)}
+            for letter, source in sources.items()
+        ],
         "images": images.names,
         "pointing": [
             {"checkpoint": letter, "map": kind, "images": len(images.boxes)}
@@ -135,22 +130,16 @@ def parse() -> argparse.Namespace:
     add("--checkpoint_key", default="teacher", help="teacher or student, of ours [teacher]")
     add("--images", nargs="+", type=Path, required=True, help="a folder of images, or image files")
     add("--output_dir", type=Path, required=True, help="where page, figures and pictures go")
-    add("--count", type=int, default=8, help="images shown, spread evenly over the folder [8]")
-    add("--detailed", type=int, default=4, help="of them shown by crops, heads and matches [4]")
-    add(
-        "--size", type=int, help="pixels of whole images and global crops [the first run's, or 224]"
-    )
-    add("--local_crops", type=int, default=3, help="local crops an image [3]")
-    add("--queries", type=int, default=12, help="patches whose match is drawn [12]")
-    add("--tsne", type=int, default=500, help="images of the folder in the t-SNE, 0 for none [500]")
-    add("--seed", type=int, default=0, help="of crops and t-SNE [0]")
+    one, none = at_least(1), at_least(0)
+    add("--count", type=one, default=8, help="images shown, spread evenly over the folder [8]")
+    add("--detailed", type=one, default=4, help="of them shown by crops, heads and matches [4]")
+    add("--size", type=one, help="pixels of images and global crops [the first run's, or 224]")
+    add("--local_crops", type=none, default=3, help="local crops an image [3]")
+    add("--queries", type=none, default=12, help="patches whose match is drawn [12]")
+    add("--tsne", type=none, default=500, help="images in the t-SNE, 0 for none [500]")
+    add("--seed", type=none, default=0, help="of crops and t-SNE [0]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    arguments = parser.parse_args()
-    for name, least in LEAST.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} must be at least {least}, not {value}.")
-    return arguments
+    return parser.parse_args()
 
 
 def tsne_picture(
@@ -170,28 +159,14 @@ def tsne_picture(
     return figure and Picture(f"t-SNE of {letter}", figure, TSNE_CAPTION, columns=6)
 
 
-def described(letter: str, source: Source) -> dict:
-    """What a network is, as plain data."""
-    weights = source.weights
-    return {
-        "letter": letter,
-        "path": weights.path,
-        "sha256": weights.sha256,
-        "key": weights.key,
-        "architecture": weights.arch,
-        "epochs": weights.epoch,
-        "maps": attention.kinds(source.network),
-    }
-
-
 def tables(results: dict) -> list[str]:
     """The page above the pictures: the networks, and the figures as tables."""
     about = [
         (
             one["letter"],
             one["path"],
-            one["architecture"],
-            "unknown" if one["epochs"] is None else one["epochs"],
+            one["arch"],
+            "unknown" if one["epoch"] is None else one["epoch"],
             ", ".join(attention.NAMES[kind] for kind in one["maps"]),
         )
         for one in results["checkpoints"]

@@ -86,8 +86,8 @@ def test_a_row_is_the_query_and_its_hits_with_their_names_and_frames(grey):
 def test_no_query_is_one_sentence_and_many_hits_have_smaller_pictures(grey):
     with pytest.raises(InputError, match="no query"):
         plot_retrieved(grey, grey, torch.zeros(0, 3).long(), [], "title")
-    figure = plot_retrieved(grey, grey, torch.zeros(10, 15).long(), [0] * 10, "title")
-    assert figure.axes[0].images[0].get_array().shape == (64, 64, 3)
+    figure = plot_retrieved(grey, grey, torch.zeros(4, 10).long(), [0] * 4, "title")
+    assert figure.axes[0].images[0].get_array().shape == (121, 121, 3)
 
 
 def test_names_of_every_kind_can_be_drawn(grey, tmp_path):

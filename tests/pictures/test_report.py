@@ -90,9 +90,9 @@ def test_a_report_of_images_without_labels_has_attention_and_no_knn(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--k 0", "--k must be at least 1, not 0"),
-        ("--size -8", "--size must be at least 1"),
-        ("--num_workers -1", "--num_workers must be at least 0"),
+        ("--k 0", "--k: must be at least 1, not 0"),
+        ("--size -8", "--size: must be at least 1"),
+        ("--num_workers -1", "--num_workers: must be at least 0"),
     ],
 )
 def test_a_report_refuses_bad_figures(flags, words, trained, images, monkeypatch, capsys):
