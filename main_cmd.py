@@ -9,9 +9,7 @@ The same command with the same --output_dir goes on where it stopped.
 
 from pathlib import Path
 
-from torch import nn
-
-from datasets.feed import step_sampler
+from datasets.feed import Feed, step_sampler
 from datasets.fine_grained import build_dataset, prepare
 from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
@@ -22,7 +20,9 @@ from engine.training import resume
 from engine.training.bad_images import BadImages
 from engine.training.determinism import explain_refusal, set_deterministic
 from engine.training.loop import train
-from engine.training.step import Pretraining, scaled_lr
+from engine.training.record import Record
+from engine.training.schedules import scaled_lr
+from engine.training.step import Pretraining
 from models.pretrained import count_parameters
 from models.registry import resolve
 from utils import checkpoint, cli, config, distributed
@@ -57,46 +57,34 @@ def pretrain(signals: StopSignals) -> None:
         distributed.stop()
         return
 
-    # Data: the images, shuffled every epoch.
+    # Data.
     prepare(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.DOWNLOAD)
-    dataset = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, partial=cfg.DATA.PARTIAL)
+    images = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, partial=cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
-    images_per_step = batch * world.size * accumulation
-    epoch_steps = steps_per_epoch(len(dataset), batch, world.size, accumulation)
-    for warning in advice.warnings(cfg, world.size, len(dataset)):
+    epoch_steps = steps_per_epoch(len(images), batch, world.size, accumulation)
+    for warning in advice.warnings(cfg, world.size, len(images)):
         logger.warning(warning)
-    knn_folders = (cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL) if cfg.EVAL.KNN_EVERY else ()
+    held_out = None
+    if cfg.EVAL.KNN_EVERY:
+        folders = (cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL)
+        held_out = gallery_and_queries(*folders, config.eval_size(cfg))
 
-    # Networks, the same on every process.
+    # Networks, the same on every process; objective, optimizer, schedules.
     student, teacher = build.networks(cfg)
-    found = resume.find(cfg, len(dataset), images_per_step, world.size)
+    found = resume.find(cfg, len(images), batch * world.size * accumulation, world.size)
     if found is None:
         resume.start_from(cfg, student, teacher)
-    # Contrast has groups of its own in their place (models/grouped_norm.py).
-    synchronised = not build.objective(cfg).projects
-    if world.size > 1 and world.device.type == "cuda" and synchronised:
-        student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
-    student, teacher = student.to(world.device), teacher.to(world.device)
-
-    # Objective, optimizer, schedules.
-    run = Pretraining.build(
-        cfg,
-        world,
-        student,
-        teacher,
-        epoch_steps,
-        held_out=gallery_and_queries(*knn_folders, config.eval_size(cfg)) if knn_folders else (),
-        bad_images=BadImages(len(dataset), cfg.DATA.MAX_BAD),
-    )
+    run = Pretraining.build(cfg, world, student, teacher, epoch_steps)
+    record = Record(BadImages(len(images), cfg.DATA.MAX_BAD))
 
     # Going on where a checkpoint stands in the run's folder.
     refused = []
     if found is not None:
-        resume.resume(run, found)
+        resume.resume(run, record, found)
         refused = found.refused
         del found
     distributed.agree(
-        {"images in DATA.PATH": len(dataset), "the step to start from": run.step},
+        {"images in DATA.PATH": len(images), "the step to start from": run.step},
         "put DATA.PATH and OUTPUT_DIR where all of them see the same files",
     )
     if run.step == run.total_steps:
@@ -106,32 +94,20 @@ def pretrain(signals: StopSignals) -> None:
     folder = Path(cfg.OUTPUT_DIR)
     distributed.on_main(lambda: open_folder(cfg, folder, [path for path, _ in refused]))
 
-    # The way from images to crops, of which a part may be done here once and for all.
-    feed = build.feed(cfg, dataset, world)
-    run.bad_images.recall(folder)
-    run.bad_images.note(feed.bad)
-    run.bad_images.exchange(folder)
-    workers = usable_workers(cfg.DATA.WORKERS)
+    # From images to crops; where images are kept, they are decoded here.
+    feed = build.feed(cfg, images, world)
+    record.bad_images.recall(folder)
+    record.bad_images.note(feed.bad)
+    record.bad_images.exchange(folder)
 
-    logger.info(
-        f"{len(dataset)} images in {cfg.DATA.PATH}; "
-        f"processes {world.size} on {world.device.type}, {run.precision}\n"
-        f"{feed.description} (loader processes {workers} x {world.size})\n"
-        f"{cfg.MODEL.ARCH}: backbone {count_parameters(student.backbone) / 1e6:.2f} M parameters, "
-        f"student in all {count_parameters(student) / 1e6:.2f} M; "
-        f"objective {run.objective.name}\n"
-        f"images per step {images_per_step} (batch {batch} x processes {world.size} x "
-        f"accumulation {accumulation}); steps per epoch {epoch_steps}, in all {run.total_steps}; "
-        f"images left over each epoch {len(dataset) - epoch_steps * images_per_step}\n"
-        f"base lr {cfg.TRAIN.BASE_LR:.3g} at 256 images, "
-        f"peak lr {scaled_lr(cfg, images_per_step):.3g}"
-    )
-
+    # Training.
+    logger.info(summary(run, len(images), feed))
     steps = (run.step, run.total_steps)
-    sampler = step_sampler(dataset, batch, accumulation, world, cfg.SEED, *steps)
+    sampler = step_sampler(images, batch, accumulation, world, cfg.SEED, *steps)
     signals.defer()
     with explain_refusal():
-        train(run, feed.batches(sampler, workers), folder, signals)
+        batches = feed.batches(sampler, usable_workers(cfg.DATA.WORKERS))
+        train(run, record, batches, folder, held_out, signals)
     logger.info(f"done: {folder}")
     distributed.stop()
 
@@ -142,6 +118,26 @@ def open_folder(cfg: config.Node, folder: Path, refused: list[Path]) -> None:
     for path in refused:
         logger.info(f"{path} is kept as {checkpoint.set_aside(path)}")
     config.write(cfg, folder / "config.yaml")
+
+
+def summary(run: Pretraining, images: int, feed: Feed) -> str:
+    """What is going to run, for people."""
+    cfg, student, processes = run.cfg, run.student, run.world.size
+    workers = usable_workers(cfg.DATA.WORKERS)
+    return (
+        f"{images} images in {cfg.DATA.PATH}; "
+        f"processes {processes} on {run.world.device.type}, {run.precision}\n"
+        f"{feed.description} (loader processes {workers} x {processes})\n"
+        f"{cfg.MODEL.ARCH}: backbone {count_parameters(student.backbone) / 1e6:.2f} M parameters, "
+        f"student in all {count_parameters(student) / 1e6:.2f} M; "
+        f"objective {run.objective.name}\n"
+        f"images per step {run.images_per_step} (batch {cfg.TRAIN.BATCH_SIZE_PER_GPU} x processes "
+        f"{processes} x accumulation {cfg.TRAIN.ACCUM_STEPS}); steps per epoch "
+        f"{run.steps_per_epoch}, in all {run.total_steps}; "
+        f"images left over each epoch {images - run.steps_per_epoch * run.images_per_step}\n"
+        f"base lr {cfg.TRAIN.BASE_LR:.3g} at 256 images, "
+        f"peak lr {scaled_lr(cfg, run.images_per_step):.3g}"
+    )
 
 
 if __name__ == "__main__":

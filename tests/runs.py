@@ -8,6 +8,8 @@ from torch import Tensor
 
 from datasets.loader import Batch
 from engine import build
+from engine.training.bad_images import BadImages
+from engine.training.record import Record
 from engine.training.step import Pretraining
 from utils import config
 from utils.distributed import ALONE
@@ -64,6 +66,16 @@ def small_config(**options) -> config.Node:
 def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
     """What main_cmd.py puts together for one process on the CPU."""
     return Pretraining.build(cfg, ALONE, *build.networks(cfg), steps_per_epoch)
+
+
+def record_of(images: int = 0) -> Record:
+    """What a run keeps beside its step, at its first one."""
+    return Record(BadImages(images, 0.0))
+
+
+def checkpoint_of(run: Pretraining) -> dict:
+    """The whole checkpoint of a run that has no log yet."""
+    return run.state() | record_of().state()
 
 
 def batch_of(crops: list[Tensor]) -> Batch:

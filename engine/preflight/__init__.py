@@ -13,7 +13,7 @@ from engine.preflight import images as image_findings
 from engine.preflight.findings import Findings
 from engine.preflight.images import Header, equal_files, read_headers
 from engine.training import resume
-from engine.training.step import scaled_lr
+from engine.training.schedules import scaled_lr
 from utils import distributed
 from utils.config import Node, crops_on_device, eval_size
 from utils.distributed import World

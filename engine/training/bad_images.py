@@ -1,4 +1,4 @@
-"""The images that a run could not read: told once, listed in its folder, a stop if too many."""
+"""Images that a run could not read: one warning each, a list in its folder, a stop if too many."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.folder import BadImage, UnreadableImage, load_image
+from datasets.loader import Batch
 from utils import distributed
 from utils.errors import InputError
 from utils.files import write_json
@@ -38,6 +39,11 @@ class BadImages:
             if image.path not in self.known:
                 self._new.setdefault(image.path, image.reason)
 
+    def noted(self, batch: Batch) -> Batch:
+        """The batch as it is, after its bad images were noted."""
+        self.note(batch.bad)
+        return batch
+
     def recall(self, folder: Path) -> None:
         """All processes, before a resumed run: know those of the list in `folder` too.
 
@@ -54,7 +60,7 @@ class BadImages:
         self.known = distributed.gather_objects(mine)[0]
 
     def exchange(self, folder: Path) -> None:
-        """All processes together: tell what is new and write the list to folder/bad_images.json.
+        """All processes together: warn of what is new and write the list, folder/bad_images.json.
 
         Raises InputError on all processes where more than `share` of the images are bad, or all.
         """
@@ -85,7 +91,7 @@ class BadImages:
         contents = {"images": self.images, "count": len(bad), "bad": bad}
         try:
             write_json(path, contents, "list of bad images")
-        # The run can do without: it has told each of them.
+        # The run can do without: it has warned of each of them.
         except InputError as error:
             logger.warning(str(error))
 

@@ -1,4 +1,4 @@
-"""Steps whose numbers went wrong: skipped on all processes together, counted, and told.
+"""Steps whose numbers went wrong: skipped on all processes together, counted and reported.
 
 A loss or a gradient that is not finite must leave nothing behind: not in the weights, the
 optimizer's moments, the teacher, the centres, or BatchNorm's running statistics. Whether a step
@@ -24,15 +24,15 @@ class StepGuard:
     """Judges every step, keeps count of the bad ones and remembers the latest steps.
 
     skipped: bad steps of the run; row: bad ones up to now without a good one between; longest:
-    the longest row since `counts` was last called: scalars on the device, int64. told: how many
-    bad steps a line of the log has told.
+    the longest row since `counts` was last called: scalars on the device, int64. reported: how
+    many bad steps the log's lines have counted.
     """
 
     def __init__(self, networks: Sequence[nn.Module], device: torch.device) -> None:
         self.statistics = RunningStatistics(networks)
         zero = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = self.row = self.longest = zero
-        self.told = 0
+        self.reported = 0
         self._latest: deque[tuple[int, list[Tensor], dict[str, Tensor], Tensor]] = deque(
             maxlen=_REMEMBERED
         )
@@ -69,14 +69,14 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, Tensor | int]:
         counts = {"skipped": self.skipped, "row": self.row, "longest": self.longest}
-        return {**counts, "told": self.told}
+        return {**counts, "told": self.reported}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         device = self.skipped.device
         self.skipped, self.row, self.longest = (
             state[name].to(device) for name in ("skipped", "row", "longest")
         )
-        self.told = state["told"]
+        self.reported = state["told"]
 
     def dump(self, folder: Path, names: Sequence[str]) -> Path:
         """Write what is known of the latest steps; all processes together. names: P of them.
@@ -155,7 +155,7 @@ def stop_sentence(row: int, folder: Path, dump: Path, saved: bool) -> InputError
     )
     return InputError(
         f"the loss or its gradient was not finite in {row} steps in a row (TRAIN.MAX_BAD_STEPS), "
-        f"which were skipped, so the run stops; {held}. {dump} tells the images, terms and "
+        f"which were skipped, so the run stops; {held}. {dump} lists the images, terms and "
         f"gradient norms of these steps. To go on with a lower learning rate or another precision: "
         f"--lr or --precision fp32, and --resume force."
     )

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from engine.training.optim import start_momentum
-from engine.training.step import Pretraining, scaled_lr
+from engine.training.record import Record
+from engine.training.schedules import scaled_lr
+from engine.training.step import Pretraining
 from models.network import Network, load_shared, make_teacher
 from models.pretrained import load_pretrained
 from utils import checkpoint, config
@@ -103,8 +105,11 @@ def _must_agree(cfg: Node, stored: Node) -> list[str]:
     return names
 
 
-def resume(run: Pretraining, found: Found) -> None:
-    """Put the run where the state was written, and say so."""
+def resume(run: Pretraining, record: Record, found: Found) -> None:
+    """Put the run and its record where the state was written, and say so.
+
+    Raises InputError where the state does not fit the networks or lies beyond the run's end.
+    """
     state = found.state
     epoch, within = divmod(state["step"], state["steps_per_epoch"])
     # The same place in the epoch, where its steps are of another size or number.
@@ -122,10 +127,12 @@ def resume(run: Pretraining, found: Found) -> None:
             f"{found.path} does not fit these options ({reason} ...): "
             f"use the old ones, or another --output_dir."
         ) from None
+    run.step = step
+    record.bad_images.known.update(state["bad_images"])
+    record.log_step, record.log_lines = state["step"], state["log_lines"]
     if not found.forced:
-        run.window.load_state_dict(state["window"], run.world)
-        run.watch.load_state_dict(state["watch"])
-    run.step, run.logged_step, run.logged_lines = step, state["step"], state["log_lines"]
+        record.window.load_state_dict(state["window"], run.world)
+        record.watch.load_state_dict(state["watch"])
     logger.info(f"resuming from {found.path} at step {run.step}")
 
 
@@ -135,7 +142,6 @@ def _restore(run: Pretraining, state: dict) -> None:
     load_shared(run.teacher, state["teacher"])
     run.carried.load_state_dict(state["carried"])
     run.guard.load_state_dict(state["guard"])
-    run.bad_images.known.update(state["bad_images"])
     if state["config"]["TRAIN"]["OPTIMIZER"] == run.cfg.TRAIN.OPTIMIZER:
         saved = state["optimizer"]
         # How a step is computed belongs to this machine, not to the one that saved.

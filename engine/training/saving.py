@@ -1,135 +1,163 @@
-"""Writing a run's checkpoints beside the training: a snapshot is taken, a thread writes it."""
+"""A run's checkpoints: when they are due, a copy of the state, and a thread that writes it."""
 
 import copy
-import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 
-from utils import checkpoint
+from engine.training.record import Record
+from engine.training.step import Pretraining
+from utils import checkpoint, distributed
 from utils.errors import InputError
-from utils.logging import logger
+from utils.logging import RunLog, logger
 
 
-class Snapshots:
-    """Copies on the host of states of the same shape, all in the same memory.
+class Checkpoints:
+    """When a run's checkpoints are due, and writing them: all processes together, by rank 0."""
 
-    The memory is kept: fresh pages cost more than the copy itself.
-    """
+    def __init__(self, run: Pretraining, record: Record, folder: Path, log: RunLog | None) -> None:
+        self._run, self._record, self.folder, self._log = run, record, folder, log
+        self._writer = None
+        if run.world.is_main:
+            self._writer = CheckpointWriter(folder, run.cfg.CKPT.ON_ERROR == "go_on")
+        self._saved_step, self._saved_at = -1, time.monotonic()
 
-    def __init__(self) -> None:
-        self._held: list[UntypedStorage] = []
+    @property
+    def failed(self) -> bool:
+        """Whether a write failed that is to stop the run; on rank 0."""
+        return self._writer is not None and self._writer.failed
 
-    def take(self, state: Any) -> Any:
-        """`state` with each tensor on the CPU, apart from the original; plain data copied too.
+    def time_is_up(self) -> bool:
+        """Whether CKPT.EVERY_MINUTES have passed since the last one, by rank 0's clock."""
+        minutes = self._run.cfg.CKPT.EVERY_MINUTES
+        passed = time.monotonic() - self._saved_at
+        return self._run.world.is_main and passed > 60 * minutes
 
-        state: nested dicts, lists and tuples of tensors and plain data. Tensors that share their
-        memory share it in the copy, so that the same file is written. The copy stands until the
-        next call.
+    def due(self, epoch_ends: bool, time_is_up: bool) -> bool:
+        """Whether to write one; time_is_up: what rank 0's clock said up to a step ago.
+
+        Not in a row of bad steps, though, which may not be the run's first sign of going wrong:
+        they would push out what was written before. The run's last one and those kept for good
+        are written even then.
         """
-        copies: dict[int, UntypedStorage] = {}
-        before, self._held = self._held, []
+        run = self._run
+        if run.step == run.total_steps or self._kept_as(epoch_ends):
+            return True
+        every_step = run.cfg.CKPT.EVERY_MINUTES == 0
+        # What the clock said a step ago does not know of a checkpoint that was written then.
+        by_clock = time_is_up and run.step > self._saved_step + 1
+        return (every_step or by_clock) and not run.guard.in_row()
 
-        def storage_of(tensor: Tensor) -> UntypedStorage:
-            original = tensor.untyped_storage()
-            address = original.data_ptr()
-            if address not in copies:
-                place, size = len(self._held), original.nbytes()
-                fits = place < len(before) and before[place].nbytes() == size
-                held = before[place] if fits else UntypedStorage(size, device="cpu")
-                self._held.append(held.copy_(original))
-                copies[address] = held
-            return copies[address]
+    def save(self, epoch_ends: bool = False) -> None:
+        """Hand the state to the writer, unless this step's was; raises InputError on all."""
+        run, record = self._run, self._record
+        if self._saved_step == run.step:
+            return
+        if not run.is_finite():
+            raise InputError(
+                f"the weights after step {run.step} are not finite, so they are not written: a "
+                f"checkpoint in {self.folder}, if there is one, is from before. To go on from "
+                f"it with a lower learning rate: --lr and --resume force."
+            )
+        record.bad_images.exchange(self.folder)  # a checkpoint holds none that was not listed
+        if self._log:
+            record.log_lines = self._log.lines
+        state = run.state() | record.state()
 
-        def copied(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                empty = torch.empty(0, dtype=value.dtype)
-                shape = value.storage_offset(), value.shape, value.stride()
-                return empty.set_(storage_of(value), *shape)
-            if isinstance(value, dict):
-                apart = copy.copy(value)  # of its own type: a state_dict carries versions
-                apart.update({key: copied(item) for key, item in value.items()})
-                return apart
-            if isinstance(value, list | tuple):
-                return type(value)(copied(item) for item in value)
-            return value  # immutable: text, numbers, None
+        def hand_over() -> None:
+            self._log.sync()
+            self._writer.save(state, self._kept_as(epoch_ends))
 
-        with torch.no_grad():
-            return copied(state)
+        distributed.on_main(hand_over)
+        self._saved_step, self._saved_at = run.step, time.monotonic()
+
+    def wait(self) -> None:
+        """Until all is written; raises InputError on all processes where it was not."""
+        distributed.on_main(lambda: self._writer.wait())
+
+    def close(self) -> None:
+        """End the writer, whatever became of the run."""
+        if self._writer:
+            self._writer.close()
+
+    def _kept_as(self, epoch_ends: bool) -> str:
+        """The name under which this epoch's checkpoint is kept for good; empty if it is not."""
+        epoch, every = self._run.epoch, self._run.cfg.CKPT.KEEP_EVERY
+        return f"checkpoint{epoch:04d}.pth" if every and epoch_ends and epoch % every == 0 else ""
 
 
 class CheckpointWriter:
     """Writes a run's last checkpoint in a thread, one at a time; on rank 0 alone.
 
     go_on: a checkpoint that cannot be written is a warning, and the next one is tried; else an
-    InputError of the next `save` or `wait`. The files of before stand in both cases.
+    InputError of the next `save` or `wait`. The files of before stand in both cases. However the
+    interpreter ends, a checkpoint that was begun is finished first; os._exit and SIGKILL leave
+    the files of before.
     """
-
-    # The thread is no daemon: however the interpreter ends, a checkpoint that was begun is
-    # finished first. os._exit and SIGKILL end it too; then the new file has not taken its name.
 
     def __init__(self, folder: Path, go_on: bool) -> None:
         self._folder, self._go_on = folder, go_on
-        self._snapshots = Snapshots()
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._told = True
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written: Future | None = None  # the last one, until its error was raised
 
     @property
     def failed(self) -> bool:
-        """Whether a write failed of which nobody was told (with go_on a warning has told it)."""
-        return self._error is not None and not self._told
+        """Whether the last write failed, and not with a mere warning."""
+        return not self.busy and self._error() is not None
 
     @property
     def busy(self) -> bool:
         """Whether a file is being written."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._written is not None and not self._written.done()
 
     def save(self, state: dict, kept_as: str = "") -> None:
-        """Take a snapshot and begin to write it, once the one before is written.
+        """Copy the state and begin to write it, once the one before is written.
 
         See `utils.checkpoint.save_last` for the files and kept_as. The state may change as soon as
         this returns. Raises InputError where the one before could not be written, unless go_on.
         """
-        self._join()
-        if self.failed:
-            self._raise()
-        snapshot = self._snapshots.take(state)
-        self._error = None
-        self._thread = threading.Thread(
-            target=self._write, args=(snapshot, kept_as), name="checkpoint"
-        )
-        self._thread.start()
+        if self._error() is not None:
+            self.wait()
+        self._written = self._executor.submit(self._write, on_host(state), kept_as)
 
     def wait(self) -> None:
-        """Until all is written; raises InputError where the last write failed."""
-        self._join()
-        if self._error is not None:
-            self._raise()
+        """Until all is written; raises InputError where the last write failed, go_on or not."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def close(self) -> None:
-        """Until all is written, for good; a failure that nobody was told of is a warning."""
-        self._join()
-        if self.failed:
-            logger.warning(str(self._error))
-        self._error, self._snapshots = None, Snapshots()
+        """Until all is written, for good; an error that was not raised yet is a warning."""
+        if (error := self._error()) is not None:
+            logger.warning(str(error))
+        self._written = None
+        self._executor.shutdown()
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
+    def _error(self) -> BaseException | None:
+        """Of the last write, once it is done; None where a warning was enough."""
+        error = self._written.exception() if self._written is not None else None
+        return None if self._go_on and isinstance(error, InputError) else error
 
-    def _raise(self) -> None:
-        error, self._error = self._error, None
-        raise error
-
-    def _write(self, snapshot: dict, kept_as: str) -> None:
+    def _write(self, copied: dict, kept_as: str) -> None:
         try:
-            checkpoint.save_last(snapshot, self._folder, kept_as)
-        except Exception as error:  # raised where the training asks
-            self._told = self._go_on and isinstance(error, InputError)
-            self._error = error
-            if self._told:
+            checkpoint.save_last(copied, self._folder, kept_as)
+        except InputError as error:
+            if self._go_on:
                 logger.warning(f"{error} The run goes on, and what was written before stands.")
+            raise
+
+
+def on_host(state: Any) -> Any:
+    """A copy of nested dicts, lists and tuples, with each tensor on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # of its own type: a state_dict carries versions
+        copied.update({key: on_host(value) for key, value in state.items()})
+        return copied
+    if isinstance(state, list | tuple):
+        return type(state)(on_host(value) for value in state)
+    return state  # immutable: text, numbers, None

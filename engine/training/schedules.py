@@ -3,9 +3,59 @@
 All are computed before the loop and indexed by the step, so a resume needs no state.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 
+from utils.config import Node
 from utils.errors import InputError
+
+
+class Rates(NamedTuple):
+    """What the schedules give for one step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float  # of the teacher's average
+    teacher_temp: float
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Values for every optimizer step, and the teacher's temperature for every epoch."""
+
+    lr: np.ndarray
+    weight_decay: np.ndarray
+    momentum: np.ndarray
+    teacher_temp: np.ndarray
+
+    @classmethod
+    def build(cls, cfg: Node, steps_per_epoch: int, images_per_step: int) -> "Schedules":
+        """The recipe's schedules: lr = BASE_LR * images / 256, all by the global step [esvit]."""
+        train, length = cfg.TRAIN, (cfg.TRAIN.EPOCHS, steps_per_epoch)
+        peak = scaled_lr(cfg, images_per_step)
+        return cls(
+            lr=cosine(peak, train.MIN_LR, *length, train.WARMUP_EPOCHS),
+            weight_decay=cosine(train.WEIGHT_DECAY, train.WEIGHT_DECAY_END, *length),
+            momentum=cosine(train.MOMENTUM_TEACHER, train.MOMENTUM_TEACHER_END, *length),
+            teacher_temp=teacher_temperature(
+                cfg.LOSS.WARMUP_TEACHER_TEMP,
+                cfg.LOSS.TEACHER_TEMP,
+                cfg.LOSS.WARMUP_TEACHER_TEMP_EPOCHS,
+                train.EPOCHS,
+            ),
+        )
+
+    def at(self, step: int, epoch: int) -> Rates:
+        """The values for optimizer step `step`, from 0, which belongs to `epoch`, from 0."""
+        by_step = (self.lr[step], self.weight_decay[step], self.momentum[step])
+        return Rates(*map(float, by_step), float(self.teacher_temp[epoch]))
+
+
+def scaled_lr(cfg: Node, images_per_step: int) -> float:
+    """The peak learning rate: BASE_LR at 256 images a step, in proportion otherwise."""
+    return cfg.TRAIN.BASE_LR * images_per_step / 256
 
 
 def cosine(

@@ -273,7 +273,7 @@ def test_a_step_of_moco_is_query_of_the_first_crop_and_key_of_the_second():
         key = run.teacher([crops[1]]).image_embeddings
         wanted = info_nce(query, key, run.carried.keys, 0.2)[0]
     run.student.backbone.train()
-    figures, health, good = run.train_step(iter([batch_of(crops)]), measure=True)
+    figures, health, good = run.train_step(iter([batch_of(crops)]), measure_health=True)
     assert good
     assert figures["loss"].item() == pytest.approx(wanted.item(), rel=0.05)  # drop path apart
     assert torch.allclose(run.carried.keys[:4], key, atol=1e-6)

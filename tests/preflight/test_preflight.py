@@ -20,7 +20,7 @@ from engine.preflight import memory
 from engine.preflight.images import equal_files, read_headers
 from tests.conftest import NETWORK, save_images
 from tests.processes import found_by_each, run_group
-from tests.runs import batch_of, pretraining, small_config
+from tests.runs import batch_of, checkpoint_of, pretraining, small_config
 from utils import checkpoint, cli, flags
 from utils.distributed import ALONE
 from utils.errors import InputError, run_script
@@ -259,7 +259,7 @@ def test_a_folder_to_go_on_in_is_found(data, check, tmp_path):
     run = pretraining(cfg)
     run.step = 3
     out.mkdir()
-    checkpoint.save_last(run.state(), out)
+    checkpoint.save_last(checkpoint_of(run), out)
     size = (out / checkpoint.LAST).stat().st_size
     options = f"DATA.PATH {data} OUTPUT_DIR {out} DATA.MAX_BAD 0.1"
     printed, _ = check(options)

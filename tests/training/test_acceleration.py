@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.training.acceleration import compile_network
 from engine.training.resume import Found, resume
 from engine.training.step import Pretraining
-from tests.runs import RESNET, batch_of, pretraining, small_config
+from tests.runs import RESNET, batch_of, checkpoint_of, pretraining, record_of, small_config
 from utils.errors import InputError
 
 SWIN = {
@@ -175,11 +175,11 @@ def test_moments_of_another_layout_go_on_as_they_were():
     options = {**RESNET, "LOSS__OBJECTIVE": "dino", "TRAIN__BATCH_SIZE_PER_GPU": 2}
     run, other = (pretraining(small_config(**options)) for _ in range(2))
     step(run)
-    state = copy.deepcopy(run.state())
+    state = copy.deepcopy(checkpoint_of(run))
     for moments in state["optimizer"]["state"].values():
         for name, value in moments.items():
             moments[name] = value.clone(memory_format=torch.contiguous_format)
-    resume(other, Found(Path("run"), state, [], forced=False))
+    resume(other, record_of(), Found(Path("run"), state, [], forced=False))
     step(run, seed=1)
     step(other, seed=1)
     assert_same_run(other, run, 1e-6)

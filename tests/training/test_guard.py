@@ -16,7 +16,7 @@ from engine.training.loop import train
 from engine.training.resume import Found, resume
 from engine.training.step import Pretraining
 from tests.processes import found_by_each
-from tests.runs import RESNET, batch_of, pretraining, small_config
+from tests.runs import RESNET, batch_of, pretraining, record_of, small_config
 from utils import checkpoint
 from utils.distributed import World
 from utils.errors import InputError
@@ -140,7 +140,7 @@ def run_with(folder: Path, bad: set[int], **options) -> Pretraining:
     folder.mkdir(exist_ok=True)
     run = pretraining(cfg)
     loader = [batch(step, step in bad) for step in range(run.total_steps)]
-    train(run, loader, folder)
+    train(run, record_of(), loader, folder)
     return run
 
 
@@ -219,8 +219,9 @@ def test_a_run_that_was_stopped_goes_on_with_good_steps_and_keeps_the_dump(tmp_p
     path = tmp_path / checkpoint.LAST
     cfg = small_config(OUTPUT_DIR=str(tmp_path), PRINT_FREQ=2, TRAIN__MAX_BAD_STEPS=3)
     run = pretraining(cfg)
-    resume(run, Found(path, checkpoint.load_own(path), [], forced=False))
-    train(run, [batch(6), batch(7)], tmp_path)
+    record = record_of()
+    resume(run, record, Found(path, checkpoint.load_own(path), [], forced=False))
+    train(run, record, [batch(6), batch(7)], tmp_path)
     assert run.step == 8
     assert log_of(tmp_path)[-1]["skipped_steps"] == 3
     assert (tmp_path / "bad_steps.json").read_bytes() == dump
@@ -228,20 +229,21 @@ def test_a_run_that_was_stopped_goes_on_with_good_steps_and_keeps_the_dump(tmp_p
 
 def test_a_resume_takes_up_the_unfinished_line_the_row_and_the_watch(tmp_path):
     """The state of one run in another, as resume puts it there."""
-    run = pretraining(small_config())
+    run, record = pretraining(small_config()), record_of()
     for step in range(3):
         figures, _, good = run.train_step(iter([batch(step, step == 2)]))
-        run.window.add(figures, good)
-    run.watch.update({"teacher_information": 0.0, "feature_rank": 9.0}, 3)
-    again = pretraining(small_config())
-    resume(again, Found(tmp_path, run.state(), [], forced=False))
-    assert again.watch.state_dict() == run.watch.state_dict() == {"information": 1, "rank": 0}
-    for each in (run, again):
+        record.window.add(figures, good)
+    record.watch.update({"teacher_information": 0.0, "feature_rank": 9.0}, 3)
+    again, other = pretraining(small_config()), record_of()
+    state = run.state() | record.state()
+    resume(again, other, Found(tmp_path, state, [], forced=False))
+    assert other.watch.state_dict() == record.watch.state_dict() == {"information": 1, "rank": 0}
+    for each, kept in ((run, record), (again, other)):
         figures, _, good = each.train_step(iter([batch(3, True)]))
-        each.window.add(figures, good)
+        kept.window.add(figures, good)
     counts = [{k: v.item() for k, v in each.guard.counts().items()} for each in (run, again)]
     assert counts[0] == counts[1] == {"skipped_steps": 2, "longest_row": 2}
-    assert run.window.fetch({}) == again.window.fetch({})
+    assert record.window.fetch({}) == other.window.fetch({})
 
 
 def judged(world: World, bad_rank: int) -> bool:

@@ -25,7 +25,7 @@ from engine.evaluation import feature_cache
 from models import load_backbone
 from tests.conftest import NETWORK
 from tests.processes import run_python
-from tests.runs import pretraining, small_config
+from tests.runs import checkpoint_of, pretraining, small_config
 from utils import checkpoint
 from utils.errors import InputError, run_script
 
@@ -49,7 +49,7 @@ def harm(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def state() -> dict:
     """A run's state, in which the payload hides."""
-    return pretraining(small_config()).state()
+    return checkpoint_of(pretraining(small_config()))
 
 
 def zipped(contents) -> bytes:

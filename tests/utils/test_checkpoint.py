@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.disk import forked, full_disk
 from tests.processes import run_python
-from tests.runs import pretraining, small_config
+from tests.runs import checkpoint_of, pretraining, small_config
 from utils import checkpoint, config
 from utils.checkpoint import LAST, PREVIOUS, NotIntact
 from utils.errors import InputError
@@ -104,7 +104,7 @@ def test_a_folder_that_is_gone_is_one_sentence(tmp_path):
 @pytest.fixture(scope="module")
 def whole() -> dict:
     """A run's state at its first step."""
-    return pretraining(small_config()).state()
+    return checkpoint_of(pretraining(small_config()))
 
 
 def at_step(state: dict, step: int) -> dict:

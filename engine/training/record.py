@@ -1,10 +1,13 @@
-"""Means of a run's figures over the steps between two lines of the log."""
+"""What a run keeps beside its step: figures of an unfinished line, warnings, bad images."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from engine.training.bad_images import BadImages
+from engine.training.health import CollapseWatch
 from utils import distributed
 from utils.distributed import World
 
@@ -54,3 +57,28 @@ class Window:
         if (sums := state["sums"]) is not None:
             mine = sums[world.rank] if len(sums) == world.size else sums.mean(0)
             self._sums = mine.to(world.device)
+
+
+@dataclass
+class Record:
+    """What a run keeps beside its step, and a checkpoint with it.
+
+    window: figures since the last line of the log; watch: how long they have looked bad;
+    log_lines: lines of log.txt as of the last checkpoint; log_step: the step, as the log numbers
+    it, at which a resumed run goes on.
+    """
+
+    bad_images: BadImages
+    window: Window = field(default_factory=Window)
+    watch: CollapseWatch = field(default_factory=CollapseWatch)
+    log_lines: int = 0
+    log_step: int = 0
+
+    def state(self) -> dict:
+        """Tensors and plain data; all processes ask together."""
+        return {
+            "window": self.window.state_dict(),
+            "watch": self.watch.state_dict(),
+            "bad_images": dict(self.bad_images.known),
+            "log_lines": self.log_lines,
+        }
