@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
     parser.add_argument("--gallery", type=Path, help="for the k-NN: labelled images, not queries")
     parser.add_argument("--queries", type=Path, help="images to classify and to show attention on")
-    parser.add_argument(
-        "--size", type=at_least(1), help="pixels of the images [the run's]"
-    )
+    parser.add_argument("--size", type=at_least(1), help="pixels of the images [the run's]")
     parser.add_argument("--k", type=at_least(1), default=20, help="neighbours of the k-NN [20]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num_workers", type=at_least(0), default=0, help="loader processes [0]")
