@@ -33,13 +33,14 @@ FORMAT = 3
 LAST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pth")
-# What a run needs to go on (resume.py), and what format 2 added to it. Format 3 calls
-# "carried" what were "centres", since objectives came that have none.
+# What rebuilds the networks, and what a run needs to go on (resume.py).
+_OF_NETWORKS = ("config", "model", "student", "teacher")
 _OF_A_RUN = (
-    *("config", "model", "student", "teacher", "step", "steps_per_epoch", "images_per_step"),
-    *("optimizer", "scaler"),
+    *_OF_NETWORKS,
+    *("step", "steps_per_epoch", "images_per_step"),
+    *("optimizer", "scaler", "carried", "processes", "guard", "window", "watch", "bad_images"),
+    "log_lines",
 )
-_OF_FORMAT_2 = ("processes", "guard", "window", "watch", "bad_images", "log_lines")
 _BLOCK = 1 << 20  # bytes that are read at a time
 _FOLDER = 0x10  # in a zip record's attributes
 
@@ -220,32 +221,30 @@ def is_own(checkpoint: Any) -> bool:
     return isinstance(checkpoint, dict) and isinstance(checkpoint.get("format"), int)
 
 
-def load_own(path: str | Path) -> dict:
-    """A checkpoint that this project wrote, of a format that it reads; else InputError."""
+def load_own(path: str | Path, needed: tuple[str, ...] = _OF_NETWORKS) -> dict:
+    """A checkpoint that this project wrote, of this format; else InputError."""
     contents = load_file(path)
     if not is_own(contents):
         raise NotIntact(path, "is not a checkpoint of this project")
-    check_format(contents, path)
+    check_format(contents, path, needed)
     return contents
 
 
 def check_format(
-    checkpoint: dict,
-    path: str | Path,
-    needed: tuple[str, ...] = ("config", "model", "student", "teacher"),
+    checkpoint: dict, path: str | Path, needed: tuple[str, ...] = _OF_NETWORKS
 ) -> None:
-    """Raise InputError for a checkpoint of ours written by a newer version.
+    """Raise InputError for a checkpoint of ours in another format than this version writes.
 
     And NotIntact for one that lacks some of the `needed` entries.
     """
-    if checkpoint["format"] > FORMAT:
+    if checkpoint["format"] != FORMAT:
         raise InputError(
-            f"{path} has checkpoint format {checkpoint['format']}; this version reads up to "
-            f"{FORMAT}. Update the code to read it."
+            f"{path} has checkpoint format {checkpoint['format']}; this version reads format "
+            f"{FORMAT} alone. Use the version of the code that wrote it."
         )
-    lost = [name for name in needed if name not in checkpoint]
-    if lost:
-        raise NotIntact(path, f"is not a whole checkpoint: it lacks {', '.join(lost)}")
+    missing = [name for name in needed if name not in checkpoint]
+    if missing:
+        raise NotIntact(path, f"is not a whole checkpoint: it lacks {', '.join(missing)}")
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | None:
@@ -253,7 +252,7 @@ def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | N
 
     LAST where it is intact, so that normally one file is read; else the one of most steps among
     PREVIOUS and the newest kept one that is intact. None where the folder holds no checkpoint.
-    Raises InputError when it holds some and none is intact, and at once for one of a newer
+    Raises InputError when it holds some and none is intact, and at once for one of another
     format and for one that cannot be read: what it holds is not lost.
     """
     try:
@@ -286,32 +285,10 @@ def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | N
 
 def _load_run(path: Path) -> dict:
     """A whole checkpoint of a training run; raises as `load_own` does."""
-    state = load_own(path)
-    needed = (*_OF_A_RUN, "carried" if state["format"] > 2 else "centres")
-    check_format(state, path, needed if state["format"] == 1 else needed + _OF_FORMAT_2)
+    state = load_own(path, _OF_A_RUN)
     if type(state["step"]) is not int:
         raise NotIntact(path, "is not a checkpoint of this project")
-    if state["format"] == 1:
-        state = _of_format_2(state)
-    if "carried" not in state:
-        state["carried"] = state.pop("centres")
     return state
-
-
-def _of_format_2(state: dict) -> dict:
-    """A run's state of format 1, with what it does not know at its start."""
-    train = state["config"]["TRAIN"]
-    per_process = train["BATCH_SIZE_PER_GPU"] * train["ACCUM_STEPS"]
-    counts = {name: torch.zeros((), dtype=torch.int64) for name in ("skipped", "row", "longest")}
-    return {
-        **state,
-        "processes": max(1, state["images_per_step"] // per_process),
-        "guard": {**counts, "told": 0},
-        "window": {"names": [], "sums": None},
-        "watch": {},
-        "bad_images": {},
-        "log_lines": None,
-    }
 
 
 # Writing

@@ -5,8 +5,10 @@ In one process every collective is the identity, so nothing above needs to know.
 
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import failure
 from utils.errors import InputError
-from utils.signals import heeded
+
+PATIENCE = 20.0  # seconds of waiting for other processes after which a line says so
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,36 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         place = torch.device("cpu")
     if size > 1:
         timeout = timedelta(minutes=timeout_minutes)
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        with heeded(f"rank {rank} of {size} waits for the others at {address}"):
-            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-            # torchrun keeps one store over its restarts, with the addresses of those who died.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            dist.init_process_group(
-                "nccl" if device == "cuda" else "gloo",
-                store=dist.PrefixStore(f"attempt {attempt}", store),
-                rank=rank,
-                world_size=size,
-                # Where nccl gives up it aborts without a word; Ballot's gloo is to do so before.
-                timeout=timeout * 1.2 if device == "cuda" else timeout,
-                device_id=place if device == "cuda" else None,
-            )
-        failure.watch(rank, gather_objects)
+        # torchrun keeps one store over its restarts, with the addresses of those who died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=dist.PrefixStore(f"attempt {attempt}", _meet(rank, size, timeout)),
+            rank=rank,
+            world_size=size,
+            # Where nccl gives up it aborts without a word; Ballot's gloo is to do so before.
+            timeout=timeout * 1.2 if device == "cuda" else timeout,
+            device_id=place if device == "cuda" else None,
+        )
     return World(rank, size, place)
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, once all processes have reached it.
+
+    By a thread: Python runs signal handlers in the main thread alone, and not while that waits in
+    C++ code.
+    """
+    pool = ThreadPoolExecutor(1)
+    meeting = pool.submit(lambda: next(dist.rendezvous("env://", rank, size, timeout=timeout)))
+    try:
+        if not wait([meeting], PATIENCE).done:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            print(f"rank {rank} of {size} waits for the others at {place}", file=sys.stderr)
+        store, _, _ = meeting.result()
+    finally:
+        pool.shutdown(wait=False)
+    return store
 
 
 def _place(name: str, alone: int) -> int:

@@ -1,18 +1,21 @@
-"""The one exception that speaks to the user.
+"""The one exception that speaks to the user, and how an entry script ends.
 
-Entry scripts turn it into one plain line on stderr and exit code 2; anything else
+Entry scripts turn an InputError into one plain line on stderr and exit code 2; anything else
 that escapes is a bug of ours and keeps its traceback.
 """
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
-from utils import failure
 from utils.signals import EXIT_PREEMPTED, Preempted
 
 LONGEST_MESSAGE = 1500  # characters
+# After a broken collective, so that a launcher first meets the process that broke it. torchrun
+# looks at its processes ten times a second.
+SECONDS_AFTER_THE_FIRST = 1.0
 
 
 class InputError(Exception):
@@ -46,67 +49,76 @@ def run_script(main: Callable[[], None], if_interrupted: str = "nothing was chan
       75  preempted (`Preempted`): nothing was lost, the same command goes on
      130  Ctrl-C
        1  anything else: a bug of ours with its traceback, too little memory, or, with
-          several processes, the end of another one, which a line names
+          several processes, the end of another one
     ====  ==========================================================================
 
-    With several processes each ends by `os._exit`, one of each machine speaks for them, and
-    the others are told why (utils/failure.py). A launcher may have exit codes of its own:
-    torchrun ends with 1 whatever its processes' codes.
+    Under torchrun and torch.distributed.launch the failure also goes into the file from which
+    they report the first one. Their own exit code is 1, whatever their processes' codes.
     """
     try:
         main()
     except InputError as error:
-        other = failure.gone(str(error)) if error.everywhere else failure.failed(str(error))
         _say(f"error: {error}", _is_first_here() or not error.everywhere)
-        _leave(2, other)
+        _record(error.with_traceback(None))
+        _leave(2)
     except Preempted as stopped:
-        other = failure.gone(str(stopped))
-        # Of a group that does not stand yet one may have failed, which must not start again.
-        is_sure = _alone() or failure.is_watched() or not stopped.perhaps_of_launcher
-        _say(f"{'preempted' if is_sure else 'error'}: {stopped}", _is_first_here() and not other)
-        _leave(1 if other or not is_sure else EXIT_PREEMPTED, other)
+        kind = "preempted" if stopped.code == EXIT_PREEMPTED else "error"
+        _say(f"{kind}: {stopped}", _is_first_here())
+        _leave(stopped.code)
     except KeyboardInterrupt:
-        failure.gone("Ctrl-C")
         _say(f"interrupted: {if_interrupted}", _is_first_here())
         _leave(130)
     except Exception as error:
-        _leave_after(error)
-        raise
-    failure.end()
+        if sentence := _end_of_another(error):
+            # Not recorded: it is a consequence, and the first failure is to be reported.
+            _say(f"error: {sentence}")
+            time.sleep(SECONDS_AFTER_THE_FIRST)
+            _leave(1)
+        _record(error)
+        if sentence := _short_of_memory(error):
+            _say(f"error: {sentence}")
+        elif _is_alone():
+            raise
+        else:
+            traceback.print_exc()
+        _leave(1)
 
 
-def _leave_after(error: Exception) -> None:
-    """End with exit code 1 for what is neither the user's fault nor their wish.
+def _record(error: Exception) -> None:
+    """Write the exception that is being handled to the launcher's error file, if there is one.
 
-    Returns for a bug in a process that is alone: there Python does the same.
+    What torch's `record` does; it would also record what other processes caused.
     """
-    text = _one_line(f"{type(error).__name__}: {error}")
-    sentence = _short_of_memory(error)
-    if _is_broken_collective(error):
-        other = failure.broken(text)
-        if not other and not failure.is_watched():
-            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            sentence = f"the processes did not all come together at {place}: {text}"
-        if not other:
-            _say(f"error: {sentence}") if sentence else traceback.print_exc()
-        _leave(1, other)
-    other = failure.failed(sentence or text)
-    if sentence:
-        _say(f"error: {sentence}")
-    elif _alone():
-        return
-    elif other:
-        # What came after the first failure may well be its consequence.
-        _say(f"error: rank {os.environ.get('RANK', '?')} failed later: {text}")
-    else:
-        traceback.print_exception(error)
-    _leave(1, other)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
-def _is_broken_collective(error: Exception) -> bool:
-    """Whether others had a part in it; gloo raises RuntimeError, c10d and nccl their own kinds."""
+def _end_of_another(error: Exception) -> str:
+    """One sentence where an exchange between the processes broke; else empty.
+
+    gloo raises RuntimeError, c10d and nccl kinds of DistError.
+    """
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "DistError" in kinds or ("RuntimeError" in kinds and "gloo" in str(error))
+    text = str(error)
+    # "enforce fail" is gloo's way to say that it was called wrongly: a bug of ours.
+    of_gloo = "RuntimeError" in kinds and "gloo" in text and "enforce fail" not in text
+    if not of_gloo and "DistError" not in kinds:
+        return ""
+    reason = _one_line(f"{type(error).__name__}: {text.split('. ')[0]}")
+    if not _is_group_up():
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        return f"the processes did not all come together at {place} ({reason})"
+    return (
+        f"rank {os.environ.get('RANK', '?')}: another process has ended, or did not come within "
+        f"TRAIN.TIMEOUT_MINUTES, and the exchange with it failed ({reason})"
+    )
+
+
+def _is_group_up() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _short_of_memory(error: Exception) -> str:
@@ -130,8 +142,8 @@ def _short_of_memory(error: Exception) -> str:
     return ""
 
 
-def _alone() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+def _is_alone() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _is_first_here() -> bool:
@@ -143,15 +155,12 @@ def _say(line: str, is_mine: bool = True) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _leave(code: int, other: str = "") -> None:
-    """End the process with this exit code; other: which process failed before it, and why."""
-    if other and failure.speaks():
-        _say(f"error: {other}")
-    if not _alone():
+def _leave(code: int) -> None:
+    """End the process with this exit code."""
+    if not _is_alone():
         # A process group in which others still wait cannot be taken apart in order: at the
         # interpreter's exit gloo's threads may abort the process, which hides the code.
         sys.stdout.flush()
         sys.stderr.flush()
-        failure.drain()
         os._exit(code)
     sys.exit(code)

@@ -37,7 +37,7 @@ def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
                 other.unlink(missing_ok=True)
         yield temporary
         temporary.chmod(0o666 & ~_UMASK)  # safetensors writes for the owner alone
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -108,7 +108,8 @@ def _is_abandoned(temporary: Path) -> bool:
         return False
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring what was written to a file to the disk itself."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

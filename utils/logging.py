@@ -1,4 +1,4 @@
-"""What a run tells: lines for people, log.txt for programs, TensorBoard; on rank 0 only.
+"""A run's log: lines for people, log.txt for programs, TensorBoard; on rank 0 only.
 
 log.txt holds one JSON object a line: step, epoch and every figure.
 """
@@ -9,21 +9,19 @@ import json
 import logging
 import math
 import os
-import socket
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.files import write_text
+from utils.files import sync, write_text
 
 logger = logging.getLogger("cmd")
 SECONDS_BETWEEN_LINES = 30
@@ -68,10 +66,10 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     if on_terminal():
         yield from tqdm(items, desc=what, total=total, leave=False)
         return
-    told = time.monotonic()
+    last_line = time.monotonic()
     for done, item in enumerate(items):
-        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
+        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
             logger.info(f"{what}: {done} of {total}")
         yield item
 
@@ -79,89 +77,83 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 class RunLog:
     """log.txt and TensorBoard of one run's folder; `prefix` sets both names apart.
 
-    A resumed run goes on where its checkpoint was written: what was logged after it is cut, that
-    is all but the first `lines` lines, or those of steps up to first_step where `lines` is not
-    known. (Steps are numbered anew where a run goes on with steps of another size.) The attribute
-    `lines` is how many there are. go_on: what the disk refuses waits in memory, with one warning,
-    and is written with a later line; else an InputError is raised. Neither file ever holds a torn
-    line or record.
+    A resumed run goes on where its checkpoint was written: of the log the first `lines` lines
+    stay, as many as it had then, and TensorBoard shows no event after first_step. (Not by the
+    lines' steps, which are numbered anew where a run goes on with steps of another size.) The
+    attribute `lines` is how many there are. go_on: what the disk refuses waits in memory, with one
+    warning, and is written with a later line; else an InputError is raised.
     """
 
-    # TensorBoard's events are written here and now: tensorboardX's own writer does it in a
-    # thread, which a full disk ends with a traceback, and then its queue blocks the training.
-
     def __init__(
-        self,
-        folder: Path,
-        first_step: int,
-        prefix: str = "",
-        go_on: bool = False,
-        lines: int | None = None,
+        self, folder: Path, lines: int, first_step: int, prefix: str = "", go_on: bool = False
     ) -> None:
-        path, events = folder / f"{prefix}log.txt", folder / f"{prefix}tensorboard"
-        self._path, self._go_on, self._is_refused = path, go_on, False
+        self._path, self._go_on, self._is_refused = folder / f"{prefix}log.txt", go_on, False
+        self._waiting: list[tuple[int, dict[str, float]]] = []
         try:
-            kept = []
-            if path.exists() and first_step > 0:
-                found = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                kept = [line for line in found if _step(line) <= first_step]
-                if lines is not None:
-                    kept = found[:lines]
+            kept = _first_lines(self._path, lines)
             self.lines = len(kept)
-            write_text(path, "".join(f"{line}\n" for line in kept), "log")
-            self._lines = _Records(path)
+            write_text(self._path, "".join(f"{line}\n" for line in kept), "log")
+            events = folder / f"{prefix}tensorboard"
             events.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-            self._events = _Records(events / name)
-            self._events.add(_framed(Event(wall_time=time.time(), file_version="brain.Event:2")))
-            # Events of an earlier try, beyond the checkpoint or without one, are marked as void.
+            # Not SummaryWriter, whose thread ends with a traceback on a full disk, after which its
+            # queue blocks the training.
+            self._events = EventsWriter(str(events / "events"), f".{time.time_ns()}")
+            # SummaryWriter's purge_step: events of an earlier start, beyond the checkpoint.
             start = SessionLog(status=SessionLog.START)
-            void = Event(wall_time=time.time(), step=first_step + 1, session_log=start)
-            self._events.add(_framed(void))
+            self._events.write_event(
+                Event(wall_time=time.time(), step=first_step + 1, session_log=start)
+            )
             self._events.flush()
         except OSError as error:
             raise self._refusal(error) from None
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line: `figures` (with the epoch among them) after optimizer step `step`."""
-        line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
-        self._lines.add(f"{json.dumps(line)}\n".encode())
+        self._waiting.append((step, dict(figures)))
         self.lines += 1
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
-        for value in values:
-            event = Event(wall_time=time.time(), step=step, summary=Summary(value=[value]))
-            self._events.add(_framed(event))
-        self._try(self._lines.flush, self._events.flush)
-
-    def sync(self) -> None:
-        """Bring log.txt to the disk itself, so that a power cut leaves what was logged."""
-        self._try(self._lines.flush, self._lines.sync)
-
-    def close(self) -> None:
-        """Write what waits, if the disk now takes it, and say what is lost if not."""
-        with contextlib.suppress(OSError):
-            self._lines.flush()
-            self._events.flush()
-        if self._lines.waiting:
-            logger.warning(f"{len(self._lines.waiting)} lines of {self._path} are lost")
-        for records in (self._lines, self._events):
-            with contextlib.suppress(OSError):
-                records.close()
-
-    def _try(self, *actions: Callable[[], None]) -> None:
         try:
-            for action in actions:
-                action()
+            self._write_waiting()
         except OSError as error:
             if not self._go_on:
                 raise self._refusal(error) from None
             if not self._is_refused:
                 logger.warning(f"{self._refusal(error)} What it lacks is written when it can be.")
             self._is_refused = True
-            return
-        if self._is_refused and not self._lines.waiting and not self._events.waiting:
-            logger.info(f"the log {self._path} is written again, and whole")
+        else:
+            if self._is_refused:
+                logger.info(f"the log {self._path} is written again, and whole")
             self._is_refused = False
+
+    def _write_waiting(self) -> None:
+        if self._is_refused:
+            self._events.flush()  # the rest of an event, before the next one
+        while self._waiting:
+            step, figures = self._waiting[0]
+            line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
+            _append(self._path, f"{json.dumps(line)}\n")
+            del self._waiting[0]
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+            self._events.write_event(
+                Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+            )
+            self._events.flush()
+
+    def sync(self) -> None:
+        """Bring log.txt to the disk itself, so that a power cut leaves what was logged."""
+        try:
+            sync(self._path)
+        except OSError as error:
+            if not self._go_on:
+                raise self._refusal(error) from None
+
+    def close(self) -> None:
+        """Write what waits, if the disk now takes it, and say what is lost if not."""
+        with contextlib.suppress(OSError):
+            self._write_waiting()
+        if self._waiting:
+            logger.warning(f"{len(self._waiting)} lines of {self._path} are lost")
+        with contextlib.suppress(OSError):
+            self._events.close()
 
     def _refusal(self, error: OSError) -> InputError:
         return InputError(
@@ -169,53 +161,31 @@ class RunLog:
         )
 
 
-class _Records:
-    """A file that grows by whole records; those that the disk refuses wait in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-        self._end = os.fstat(self._file.fileno()).st_size
-        self.waiting: list[bytes] = []
-
-    def add(self, record: bytes) -> None:
-        """For the next `flush`."""
-        self.waiting.append(record)
-
-    def flush(self) -> None:
-        """Write all that waits, or raise OSError and leave the file as it was."""
-        data = b"".join(self.waiting)
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._end)
-            raise
-        self._end += len(data)
-        self.waiting = []
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _framed(event: Event) -> bytes:
-    """An event as TensorBoard's files hold it: its length and itself, each with a checksum."""
-    data = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
-    return length + sums[0] + data + sums[1]
-
-
-def _step(line: str) -> float:
-    """The step of a log line; a torn last line belongs to what is cut."""
+def _append(path: Path, text: str) -> None:
+    """Add to a file's end, or raise OSError and leave the file as it was."""
+    end = path.stat().st_size
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        os.truncate(path, end)
+        raise
+
+
+def _first_lines(path: Path, count: int) -> list[str]:
+    """A log's first lines, without those that a power cut tore; none where there is no log."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines[:count] if _is_json(line)]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _short(value: float) -> float | None:

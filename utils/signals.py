@@ -6,13 +6,10 @@ A batch system that wants its machines back sends one of them some time before i
 import contextlib
 import os
 import signal
-import socket
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
-PATIENCE = 20.0  # seconds after which a wait for other processes is told
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -20,25 +17,22 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Preempted(BaseException):
     """The run was asked to stop and has lost nothing; str() is one sentence for the user.
 
-    Entry scripts turn it into that line and exit code `EXIT_PREEMPTED`. Like KeyboardInterrupt it
-    is no Exception: it comes at any place, and one that takes every Exception for a broken image
-    or a damaged checkpoint must not take this one.
-
-    perhaps_of_launcher: the signal may also be a launcher's that ends what one failed process
-    has left of its group. It cannot be told before the group stands.
+    Entry scripts turn it into that line and exit code `code`. Like KeyboardInterrupt it is no
+    Exception: it may be raised anywhere, also where an Exception would pass for a broken image or
+    a damaged checkpoint.
     """
 
-    def __init__(self, message: str, perhaps_of_launcher: bool = False) -> None:
+    def __init__(self, message: str, code: int = EXIT_PREEMPTED) -> None:
         super().__init__(message)
-        self.perhaps_of_launcher = perhaps_of_launcher
+        self.code = code
 
 
 class StopSignals:
     """In its block SIGTERM and SIGUSR1 stop the run; only in the main thread.
 
     Until `defer` is called a signal raises `Preempted` at once: there is nothing to save yet, and
-    what is going on may take minutes. After it a signal only sets `received`, and whoever owns
-    the loop looks there. The first signal counts; later ones, of either kind, change nothing, nor
+    what is going on may take minutes. After it a signal only sets `received`, which whoever owns
+    the loop reads. The first signal counts; later ones, of either kind, change nothing, nor
     do any after a `Preempted` has left the block.
     """
 
@@ -73,16 +67,20 @@ class StopSignals:
             self.received = signal.Signals(number).name
             if not self._deferred:
                 raise Preempted(
-                    _before_the_first_step(number),
-                    perhaps_of_launcher=number == signal.SIGTERM,
+                    f"stopped by {self.received} before the first step: nothing was lost; the "
+                    f"same command starts again.",
+                    _code_before_the_first_step(number),
                 )
 
 
-def _before_the_first_step(number: int) -> str:
-    name = signal.Signals(number).name
-    return (
-        f"stopped by {name} before the first step: nothing was lost; the same command starts again."
-    )
+def _code_before_the_first_step(number: int) -> int:
+    """1 for SIGTERM to one of several processes, else EXIT_PREEMPTED.
+
+    SIGTERM may come from a launcher because another process has failed. A job that failed so must
+    not be taken for a preempted one, which would be started again and again.
+    """
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return EXIT_PREEMPTED if is_alone or number == signal.SIGUSR1 else 1
 
 
 def _in_child(number: int) -> None:
@@ -108,52 +106,13 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextlib.contextmanager
-def heeded(while_waiting: str) -> Iterator[None]:
-    """In the block, where the main thread waits in C code for others, a signal ends the process.
-
-    Python's own handlers would run only after it. SIGUSR1 ends it with `EXIT_PREEMPTED`, Ctrl-C
-    with 130, and SIGTERM, where somebody handles it, with 1: it may be a launcher's. A wait of
-    more than PATIENCE seconds is told: `while_waiting`.
-    """
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
-    reading.settimeout(PATIENCE)
-    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_heed, args=(reading, while_waiting), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        writing.close()
-        thread.join()
-        reading.close()
-
-
-def _heed(reading: socket.socket, while_waiting: str) -> None:
-    codes = {signal.SIGUSR1: EXIT_PREEMPTED, signal.SIGINT: 130, signal.SIGTERM: 1}
-    while True:
-        try:
-            received = reading.recv(1)
-        except TimeoutError:
-            print(while_waiting, file=sys.stderr, flush=True)
-            reading.settimeout(None)
-            continue
-        if not received:
-            return
-        if received[0] in codes:
-            kind = "preempted" if received[0] == signal.SIGUSR1 else "error"
-            print(f"{kind}: {_before_the_first_step(received[0])}", file=sys.stderr, flush=True)
-            os._exit(codes[received[0]])
-
-
 def outlive_signals(worker_id: int) -> None:
     """A loader's worker_init_fn: signals to all processes of a job leave this one alive.
 
     Slurm signals a job step's every process, some sites twice, and the batches under way are still
     needed for the steps before the run stops. SIGTERM ends it only where its own parent sends it,
-    as the loader's terminate() does. (macOS does not tell who sends: there SIGTERM ends it.)
+    as multiprocessing does at the parent's exit. (macOS does not say who sends: there SIGTERM ends
+    it.)
     """
     if not hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

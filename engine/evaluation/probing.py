@@ -272,7 +272,9 @@ def _train(
     recipe = probe.recipe
     every = max(recipe.val_freq, recipe.epochs // LINES)
     batches = source.batches(sampler, probe.width)
-    log = RunLog(folder, probe.epoch, LOG_PREFIX) if probe.world.is_main else None
+    log = None
+    if probe.world.is_main:
+        log = RunLog(folder, len(probe.history), probe.epoch, LOG_PREFIX)
     while probe.epoch < recipe.epochs:
         loss = probe.train_epoch(batches, sampler.batches_per_epoch).item()
         if isinstance(source, AugmentedImages):

@@ -66,7 +66,7 @@ class Loop:
         self.log = None
         if is_main:
             go_on = run.cfg.CKPT.ON_ERROR == "go_on"
-            self.log = RunLog(folder, record.log_step, go_on=go_on, lines=record.log_lines)
+            self.log = RunLog(folder, record.log_lines, record.log_step, go_on=go_on)
             at_end.callback(self.log.close)
         is_hidden = not (is_main and on_terminal())
         self.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=is_hidden)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from engine.training.optim import start_momentum
 from engine.training.record import Record
 from engine.training.schedules import scaled_lr
 from engine.training.step import Pretraining
@@ -149,7 +148,6 @@ def _restore(run: Pretraining, state: dict) -> None:
             group |= {name: own[name] for name in ("fused", "foreach") if name in own}
         run.optimizer.load_state_dict(saved)
         _lay_out_as_parameters(run.optimizer)
-        start_momentum(run.optimizer)  # format 1 had none for parameters that stood still
     else:
         logger.warning("TRAIN.OPTIMIZER differs: the optimizer starts without its moments")
     if run.scaler.is_enabled() and state["scaler"]:

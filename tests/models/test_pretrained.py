@@ -396,11 +396,11 @@ def test_a_run_of_ours_loads_without_options_or_processes(trained):
     assert (image.shape, patches.shape) == ((1, 32), (1, 16, 32))
 
 
-def test_a_newer_format_is_refused(tmp_path):
-    newer = {"format": checkpoint.FORMAT + 1, "teacher": weights(VIT), "novelty": 1}
-    message = refusal(save(tmp_path, newer))
-    assert f"has checkpoint format {checkpoint.FORMAT + 1}" in message
-    assert f"reads up to {checkpoint.FORMAT}" in message
+@pytest.mark.parametrize("number", [checkpoint.FORMAT - 1, checkpoint.FORMAT + 1])
+def test_another_format_is_refused(tmp_path, number):
+    message = refusal(save(tmp_path, {"format": number, "teacher": weights(VIT), "novelty": 1}))
+    assert f"has checkpoint format {number}" in message
+    assert f"reads format {checkpoint.FORMAT} alone" in message
 
 
 # Starting from weights

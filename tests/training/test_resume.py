@@ -319,35 +319,16 @@ def test_where_no_checkpoint_is_whole_the_run_stops_and_touches_nothing(whole, r
 
 
 def test_lines_of_larger_step_numbers_stay_where_steps_are_numbered_anew(tmp_path):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0)
     for step in (10, 20, 30):
         log.write(step, {"epoch": step / 10})
     log.close()
     # The checkpoint was of step 20, which is step 5 now.
-    log = RunLog(tmp_path, 5, lines=2)
+    log = RunLog(tmp_path, 2, 5)
     log.write(6, {"epoch": 2.4})
     assert log.lines == 3
     log.close()
     assert [line["step"] for line in log_of(tmp_path)] == [10, 20, 6]
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_checkpoint_of_an_earlier_format_goes_on(
-    number, trained, pretrain, knn_options, tmp_path
-):
-    folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    state = load(folder, "checkpoint0003.pth") | {"format": number}
-    state["centres"] = state.pop("carried")
-    del state["model"]["rationale"], state["model"]["heads"]["projects"]
-    if number == 1:
-        for name in ("processes", "guard", "window", "watch", "bad_images", "log_lines"):
-            del state[name]
-        state["config"]["EVAL"]["MAX_BAD"] = state["config"]["DATA"].pop("MAX_BAD")
-    torch.save(state, folder / "checkpoint.pth")
-    done = pretrain(folder, f"{TRAINED} {knn_options}")
-    assert f"resuming from {folder}/checkpoint.pth at step 6" in done.stdout
-    assert_same_run(trained, folder)
 
 
 # Another number of processes

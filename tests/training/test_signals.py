@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from tests.processes import ended_ranks, run_python
+from tests.processes import ended_ranks
 from utils import distributed
 from utils.signals import (
     EXIT_PREEMPTED,
@@ -146,44 +147,47 @@ def test_a_signal_at_the_birth_of_a_loader_worker_does_not_hit_it():
     assert signals.received is None
 
 
-SCRIPT = """
-import os, signal
-from utils.errors import run_script
-from utils.signals import StopSignals
+CODES = [(signal.SIGUSR1, EXIT_PREEMPTED), (signal.SIGTERM, 1)]
 
-def main():
+
+def signalled(number: int) -> None:
+    """All processes get a signal before they meet, as from a scheduler or a launcher."""
     with StopSignals():
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-run_script(main)
-"""
-
-
-def test_a_preempted_script_says_one_line_and_ends_with_75(environment):
-    done = run_python("-c", SCRIPT, environment=environment, code=EXIT_PREEMPTED)
-    assert done.returncode == 75
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("preempted: stopped by SIGUSR1 before the first step: nothing was lost")
-
-
-def signalled(number: int, before_the_group: bool) -> None:
-    """All processes get a signal at start-up, as from a scheduler or a launcher."""
-    with StopSignals():
-        if before_the_group:
-            send(number)
-        distributed.start("cpu", 1)
         send(number)
-        time.sleep(30)
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_group_signalled_at_start_up_ends_together_with_75(number):
-    ended = ended_ranks(2, signalled, number, False)
-    assert [end.code for end in ended] == [75, 75]
-    assert [len(end.said) for end in ended] == [1, 0]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 1)])
-def test_before_the_group_stands_a_launchers_sigterm_is_no_preemption(number, code):
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_at_start_up_a_launchers_sigterm_to_a_group_is_no_preemption(number, code):
     """It may come because another process was refused, and would be for ever."""
-    assert [end.code for end in ended_ranks(2, signalled, number, True)] == [code, code]
+    ended = ended_ranks(2, signalled, number)
+    assert [end.code for end in ended] == [code, code]
+    kind = "preempted" if code == EXIT_PREEMPTED else "error"
+    assert [len(end.said) for end in ended] == [1, 0]
+    assert ended[0].said[0].startswith(f"{kind}: stopped by {number.name} before the first step")
+
+
+def first_is_signalled(number: int) -> None:
+    with StopSignals():
+        world = distributed.start("cpu", 1)
+        if world.is_main:
+            send(number)
+        dist.barrier()
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_before_the_first_step_one_process_ends_at_once_and_the_others_after_it(number, code):
+    ended = ended_ranks(2, first_is_signalled, number)
+    assert [end.code for end in ended] == [code, 1]
+
+
+def alone() -> None:
+    """A process by itself gets SIGTERM before its first step."""
+    with StopSignals():
+        send(signal.SIGTERM)
+
+
+def test_a_preempted_script_says_one_line_and_ends_with_75():
+    (end,) = ended_ranks(1, alone)
+    assert end.code == EXIT_PREEMPTED == 75
+    (line,) = end.said
+    assert line.startswith("preempted: stopped by SIGTERM before the first step: nothing was lost")
