@@ -297,6 +297,7 @@ def found_by_each(size: int, function: Callable[..., Any], *arguments) -> list[A
 
 
 def _work(rank: int, size: int, folder: str, function: Callable, arguments: tuple) -> None:
+    multiprocessing.set_start_method(None, force=True)  # else each starts a fork server of its own
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
