@@ -43,7 +43,7 @@ class Benchmark:
     folder: its name once unpacked. files: what must be in it, files and folders. read: the
     reader of its metadata. counts: what the official splits hold. source: for the user, how it
     can be had. fetch: called with (root, download=True), puts the folder into `root` unless
-    it is there; None where nothing can. fixed_name: whether the reader wants the folder's name.
+    it is there; None where nothing can. fixed_name: whether the reader needs that name.
     """
 
     folder: str

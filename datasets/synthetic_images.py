@@ -13,12 +13,12 @@ How the classes are built:
   `fine_classes` from 10 to 24 needs only 5 to 12 patterns that stay legible at 64 pixels.
 - Every pattern inks exactly half of the same disc in the same two tones, so neither the
   part's outline nor its mean colour tells classes apart: only its structure does.
-- Every pattern is its own mirror image, and is told from the others in grey, so flips,
+- Every pattern is its own mirror image, and differs from the others in grey, so flips,
   colour jitter and greyscale in the multi-crop recipe do not change the class.
 - All random draws depend on (seed, index) and never on the label: two labels of one body
   at the same index give the same image outside the part's box (with `class_cue` 0).
 
-What tells instances apart without telling classes apart, such as an image's own colours,
+What identifies an image without identifying its class, such as its own colours,
 offers a self-supervised network a shortcut past the part. `background_identity` and
 `body_variation` set how much of it there is.
 """

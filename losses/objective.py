@@ -142,7 +142,7 @@ class Contrastive:
     The student's first crop is the query, the teacher's second the key. Calling it on student
     views, teacher views, the queue and a temperature that it does not read gives (total, terms,
     hits): L_C, and for lcr L_F, a sum over the images of all processes; hits [B] is 1 where a
-    query's own key is nearer than the queue. lcr wants an image feature that is the mean of the
+    query's own key is nearer than the queue. lcr needs an image feature that is the mean of the
     patch features, and their predicted map in the student's views.
     """
 

@@ -82,11 +82,10 @@ class Network(nn.Module):
     ) -> Views | tuple[Views, Views]:
         """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.
 
-        One backbone forward per run of equally sized crops; LCR's branch wants one such run. With a
-        pooling, attention and
-        bags are added; given the teacher's views too, the pooling is applied to them as well,
-        its inputs detached and its parameters not, and both are returned. All parameters are
-        used inside this one call, as DDP wants it.
+        One backbone forward per run of equally sized crops; LCR's branch needs exactly one.
+        With a pooling, attention and bags are added. Given the teacher's views too, the pooling
+        is applied to them as well, its inputs detached and its parameters not, and both are
+        returned. All parameters are used inside this one call, as DDP requires.
         """
         image_features, patch_features = [], []
         for size in _runs_of_equal_size(crops):
