@@ -229,6 +229,9 @@ def _run_words(
     others = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:1] = [str(ROOT), *filter(None, others)]
     multiprocessing.set_start_method(None, force=True)
+    # Folders for temporary files: of this environment, and none of the test process's.
+    tempfile.tempdir = None
+    multiprocessing.current_process()._config.pop("tempdir", None)
     # The folder for its sockets is not its parent's, into which other users may not write.
     multiprocessing.current_process()._config.pop("tempdir", None)
     signal.signal(signal.SIGINT, signal.default_int_handler)

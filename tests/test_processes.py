@@ -10,12 +10,14 @@ from tests.processes import launch_python, run_python, start_python
 from tests.runs import assert_same_run
 
 STATE = """
-import os, signal, sys, multiprocessing, threading
+import os, signal, sys, multiprocessing, multiprocessing.util, tempfile, threading
 import torch
 print(sys.argv, __name__, os.getcwd(), sorted(os.environ.items()), sys.stdin.read())
 print([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)])
 print(torch.get_num_threads(), torch.is_grad_enabled())
 print(multiprocessing.get_start_method(), threading.active_count(), sys.stdout.line_buffering)
+print(os.path.dirname(multiprocessing.util.get_temp_dir()) == tempfile.gettempdir())
+print(tempfile.gettempdir())
 print("to stderr", file=sys.stderr)
 """
 ENDS = {
@@ -37,8 +39,10 @@ def test_a_forked_training_is_a_launched_one(trained, command, environment, knn_
     assert_same_run(tmp_path / "run", trained)
 
 
-def test_a_forked_process_is_as_a_new_interpreter(environment):
+def test_a_forked_process_is_as_a_new_interpreter(environment, tmp_path):
+    environment = {**environment, "TMPDIR": str(tmp_path)}
     found = [start("-c", STATE, "word", environment=environment) for start in STARTS]
+    assert os.listdir(tmp_path) == []
     assert found[0].stdout == found[1].stdout
     assert [done.stderr for done in found] == ["to stderr\n"] * 2
 
