@@ -9,7 +9,7 @@ The same command with the same --output_dir goes on where it stopped.
 
 from pathlib import Path
 
-from datasets.feed import Feed, step_sampler
+from datasets.feed import step_sampler
 from datasets.fine_grained import build_dataset, prepare
 from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
@@ -19,11 +19,10 @@ from engine.preflight import advice
 from engine.training import resume
 from engine.training.bad_images import BadImages
 from engine.training.determinism import explain_refusal, set_deterministic
+from engine.training.lines import summary
 from engine.training.loop import train
 from engine.training.record import Record
-from engine.training.schedules import scaled_lr
 from engine.training.step import Pretraining
-from models.pretrained import count_parameters
 from models.registry import resolve
 from utils import checkpoint, cli, config, distributed
 from utils.errors import InputError, run_script
@@ -118,26 +117,6 @@ def open_folder(cfg: config.Node, folder: Path, refused: list[Path]) -> None:
     for path in refused:
         logger.info(f"{path} is kept as {checkpoint.set_aside(path)}")
     config.write(cfg, folder / "config.yaml")
-
-
-def summary(run: Pretraining, images: int, feed: Feed) -> str:
-    """What is going to run, for people."""
-    cfg, student, processes = run.cfg, run.student, run.world.size
-    workers = usable_workers(cfg.DATA.WORKERS)
-    return (
-        f"{images} images in {cfg.DATA.PATH}; "
-        f"processes {processes} on {run.world.device.type}, {run.precision}\n"
-        f"{feed.description} (loader processes {workers} x {processes})\n"
-        f"{cfg.MODEL.ARCH}: backbone {count_parameters(student.backbone) / 1e6:.2f} M parameters, "
-        f"student in all {count_parameters(student) / 1e6:.2f} M; "
-        f"objective {run.objective.name}\n"
-        f"images per step {run.images_per_step} (batch {cfg.TRAIN.BATCH_SIZE_PER_GPU} x processes "
-        f"{processes} x accumulation {cfg.TRAIN.ACCUM_STEPS}); steps per epoch "
-        f"{run.steps_per_epoch}, in all {run.total_steps}; "
-        f"images left over each epoch {images - run.steps_per_epoch * run.images_per_step}\n"
-        f"base lr {cfg.TRAIN.BASE_LR:.3g} at 256 images, "
-        f"peak lr {scaled_lr(cfg, run.images_per_step):.3g}"
-    )
 
 
 if __name__ == "__main__":

@@ -16,14 +16,17 @@ from utils.logging import RunLog, logger
 
 
 class Checkpoints:
-    """When a run's checkpoints are due, and writing them: all processes together, by rank 0."""
+    """When a run's checkpoints are due, and writing them: all processes together, by rank 0.
+
+    saved_step: of the last one, -1 before the first.
+    """
 
     def __init__(self, run: Pretraining, record: Record, folder: Path, log: RunLog | None) -> None:
         self._run, self._record, self.folder, self._log = run, record, folder, log
         self._writer = None
         if run.world.is_main:
             self._writer = CheckpointWriter(folder, run.cfg.CKPT.ON_ERROR == "go_on")
-        self._saved_step, self._saved_at = -1, time.monotonic()
+        self.saved_step, self._saved_at = -1, time.monotonic()
 
     @property
     def failed(self) -> bool:
@@ -36,7 +39,7 @@ class Checkpoints:
         passed = time.monotonic() - self._saved_at
         return self._run.world.is_main and passed > 60 * minutes
 
-    def due(self, epoch_ends: bool, time_is_up: bool) -> bool:
+    def due(self, time_is_up: bool) -> bool:
         """Whether to write one; time_is_up: what rank 0's clock said up to a step ago.
 
         Not in a row of bad steps, though, which may not be the run's first sign of going wrong:
@@ -44,17 +47,17 @@ class Checkpoints:
         are written even then.
         """
         run = self._run
-        if run.step == run.total_steps or self._kept_as(epoch_ends):
+        if run.step == run.total_steps or self._kept_as():
             return True
         every_step = run.cfg.CKPT.EVERY_MINUTES == 0
         # What the clock said a step ago does not know of a checkpoint that was written then.
-        by_clock = time_is_up and run.step > self._saved_step + 1
+        by_clock = time_is_up and run.step > self.saved_step + 1
         return (every_step or by_clock) and not run.guard.in_row()
 
-    def save(self, epoch_ends: bool = False) -> None:
+    def save(self) -> None:
         """Hand the state to the writer, unless this step's was; raises InputError on all."""
         run, record = self._run, self._record
-        if self._saved_step == run.step:
+        if self.saved_step == run.step:
             return
         if not run.is_finite():
             raise InputError(
@@ -69,10 +72,10 @@ class Checkpoints:
 
         def hand_over() -> None:
             self._log.sync()
-            self._writer.save(state, self._kept_as(epoch_ends))
+            self._writer.save(state, self._kept_as())
 
         distributed.on_main(hand_over)
-        self._saved_step, self._saved_at = run.step, time.monotonic()
+        self.saved_step, self._saved_at = run.step, time.monotonic()
 
     def wait(self) -> None:
         """Until all is written; raises InputError on all processes where it was not."""
@@ -83,10 +86,12 @@ class Checkpoints:
         if self._writer:
             self._writer.close()
 
-    def _kept_as(self, epoch_ends: bool) -> str:
-        """The name under which this epoch's checkpoint is kept for good; empty if it is not."""
-        epoch, every = self._run.epoch, self._run.cfg.CKPT.KEEP_EVERY
-        return f"checkpoint{epoch:04d}.pth" if every and epoch_ends and epoch % every == 0 else ""
+    def _kept_as(self) -> str:
+        """The name under which this step's checkpoint is kept for good; empty if it is not."""
+        run, every = self._run, self._run.cfg.CKPT.KEEP_EVERY
+        if not every or run.step % (every * run.steps_per_epoch):
+            return ""
+        return f"checkpoint{run.epoch:04d}.pth"
 
 
 class CheckpointWriter:
