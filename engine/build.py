@@ -55,9 +55,7 @@ def objective(cfg: Node) -> Objective | Contrastive:
         return Contrastive(
             name=cfg.LOSS.OBJECTIVE,
             queue=cfg.MOCO.QUEUE,
-            temperature=cfg.MOCO.TEMPERATURE,
             fitting_weight=cfg.LCR.WEIGHT,
-            fitting_temperature=cfg.LCR.TEMPERATURE,
         )
     return Objective(
         name=cfg.LOSS.OBJECTIVE,
@@ -89,7 +87,6 @@ def augmentation(cfg: Node) -> Augmentation:
         local_crops_size=[size for _, size in crops],
         local_crops_scale=cfg.AUG.LOCAL_CROPS_SCALE,
         color_jitter=cfg.AUG.COLOR_JITTER,
-        color_jitter_prob=cfg.AUG.COLOR_JITTER_PROB,
         grey_prob=cfg.AUG.GRAY_PROB,
         solarise_prob=cfg.AUG.SOLARIZE_PROB,
         blur_prob=cfg.AUG.BLUR_PROB,

@@ -260,11 +260,6 @@ def check(cfg: Node) -> None:
     _check_crops(cfg)
     _check_schedules(cfg)
     _check_batch(cfg)
-    if cfg.DATA.CROPS == "workers" and cfg.DATA.CACHE != "none":
-        raise InputError(
-            f"DATA.CROPS workers contradicts DATA.CACHE {cfg.DATA.CACHE}: crops of kept images are "
-            f"made on the device. Set DATA.CROPS auto or DATA.CACHE none."
-        )
     if cfg.EVAL.KNN_EVERY and not (cfg.EVAL.KNN_TRAIN and cfg.EVAL.KNN_VAL):
         raise InputError("EVAL.KNN_EVERY needs EVAL.KNN_TRAIN and EVAL.KNN_VAL: two folders.")
 
@@ -355,7 +350,7 @@ def local_crops(cfg: Node) -> list[tuple[int, int]]:
 
 
 def crops_on_device(cfg: Node) -> bool:
-    """Whether whole batches are cropped on the device: what DATA.CROPS auto means, too."""
+    """Whether crops are made on the device, of a batch at a time."""
     return cfg.DATA.CROPS == "device" or cfg.DATA.CACHE != "none"
 
 

@@ -35,48 +35,40 @@ class Face:
         return {option.yes_no[0]: option for option in mine if option.yes_no}
 
 
+def _ignored(flags_by_reason: dict[str, str]) -> dict[str, str]:
+    """{reason: flags with spaces between} -> {flag: reason}."""
+    return {flag: why for why, flags in flags_by_reason.items() for flag in flags.split()}
+
+
+# Flags of EsViT without a meaning here, and why.
 _LAUNCH = {
-    "--dist_url": "torchrun and torch.distributed.launch give the address",
-    "--zip_mode": "images are read from folders",
+    "torchrun and torch.distributed.launch give the address": "--dist_url",
+    "images are read from folders": "--zip_mode --tsv_mode",
 }
-_EVALUATION = _LAUNCH | {
-    "--use_cuda": "features go where the network is; --device cpu keeps off GPUs"
+_PRETRAINING = {
+    "a run resumes from its own checkpoint": "--start_epoch",
+    "there is one sampler, shuffled every epoch": "--sampler",
+    "the dense losses have no mixed targets": "--use_mixup",
+    "there is no mixup": "--num_mixup_views --mixup --cutmix --cutmix-minmax --mixup-prob "
+    "--mixup-switch-prob --mixup-mode",
+    "there is no classifier": "--smoothing",
+    "there is one augmentation, DINO's; its options are AUG.*": "--aug-opt --aa",
+    "the option is AUG.COLOR_JITTER": "--color-jitter",
+    "crops are bicubic": "--train-interpolation",
+    "there is no random erasing": "--reprob --remode --recount --resplit",
 }
-_NO_MIXUP, _NO_ERASING = "there is no mixup", "there is no random erasing"
-_AUGMENTATION = "there is one augmentation, DINO's; its options are AUG.*"
+_KNN = {"features go where the network is; --device cpu keeps off GPUs": "--use_cuda"}
 
 PRETRAIN = Face(
     options.PRETRAIN,
     "--data_path FOLDER --output_dir FOLDER",
-    _LAUNCH
-    | {
-        "--start_epoch": "a run resumes from its own checkpoint",
-        "--tsv_mode": "images are read from folders",
-        "--sampler": "there is one sampler, shuffled every epoch",
-        "--use_mixup": "the dense losses have no mixed targets",
-        "--num_mixup_views": _NO_MIXUP,
-        "--mixup": _NO_MIXUP,
-        "--cutmix": _NO_MIXUP,
-        "--cutmix-minmax": _NO_MIXUP,
-        "--mixup-prob": _NO_MIXUP,
-        "--mixup-switch-prob": _NO_MIXUP,
-        "--mixup-mode": _NO_MIXUP,
-        "--smoothing": "there is no classifier",
-        "--aug-opt": _AUGMENTATION,
-        "--color-jitter": "the option is AUG.COLOR_JITTER",
-        "--aa": _AUGMENTATION,
-        "--train-interpolation": "crops are bicubic",
-        "--reprob": _NO_ERASING,
-        "--remode": _NO_ERASING,
-        "--recount": _NO_ERASING,
-        "--resplit": _NO_ERASING,
-    },
+    _ignored(_LAUNCH | _PRETRAINING),
     switches={"--check": "tell what the run would meet, in words and as check.json; no training"},
 )
 _USAGE = "--pretrained_weights FILE --data_path FOLDER --output_dir FOLDER"
-KNN = Face(options.KNN, _USAGE, _EVALUATION)
-RETRIEVAL = Face(options.RETRIEVAL, _USAGE, _LAUNCH)
-LINEAR = Face(options.LINEAR, _USAGE, _LAUNCH)
+KNN = Face(options.KNN, _USAGE, _ignored(_LAUNCH | _KNN))
+RETRIEVAL = Face(options.RETRIEVAL, _USAGE, _ignored(_LAUNCH))
+LINEAR = Face(options.LINEAR, _USAGE, _ignored(_LAUNCH))
 TABLE = Face(
     options.TABLE,
     "--checkpoint FILE [FILE ...] --data_path FOLDER --output_dir FOLDER",

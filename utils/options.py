@@ -164,7 +164,6 @@ section("MOCO", "contrast with a queue of keys; read by the objectives moco_v2 a
         WEIGHTS, (PRETRAIN,))
 option("MOCO.QUEUE", 65536, "keys of other images that a query is compared with",
        at_least=1, at_most=2**24, decides=SHAPES)
-option("MOCO.TEMPERATURE", 0.2, "of the similarities", at_least=1e-4)
 option("MOCO.BN_IMAGES", 32, "images of a process that share BatchNorm's statistics; keys are "
        "shuffled among such groups", at_least=2)
 
@@ -173,7 +172,6 @@ section("LCR", "the branch that is fitted to GradCAM; read by the objective lcr"
 option("LCR.CHANNELS", 32, "of its convolution", at_least=1, at_most=2**16, decides=SHAPES)
 option("LCR.WEIGHT", 0.01, "of L_F, a sum over the images of a micro-batch on all processes",
        at_least=0)
-option("LCR.TEMPERATURE", 0.4, "of both maps' softmax", at_least=1e-4)
 
 section("DATA", "the images", WEIGHTS, ALL)
 option("DATA.DATASET", "folder", "kind of data set: a name in datasets/fine_grained.py",
@@ -190,9 +188,9 @@ option("DATA.CACHE", "none", "where all images are kept decoded: none (nowhere),
        "machine's memory) or device (each process's)", choices=("none", "ram", "device"))
 option("DATA.CACHE_SIZE", 288, "pixels of the shorter side to which images are reduced before "
        "crops are made of them on the device; 0: not at all", at_least=0)
-option("DATA.CROPS", "auto", "who makes the crops: workers (of one image at a time), device (of a "
-       "batch at a time) or auto (device where images are kept, else workers)",
-       choices=("auto", "workers", "device"))
+option("DATA.CROPS", "workers", "who makes the crops of images that are not kept: workers (of one "
+       "image at a time) or device (of a batch at a time, as of kept images)",
+       choices=("workers", "device"))
 option("DATA.DOWNLOAD", False, "let torchvision fetch a benchmark that is not there",
        decides=NOTHING)
 
@@ -206,9 +204,8 @@ option("AUG.LOCAL_CROPS_SIZE", [96], "pixels", at_least=0, at_most=2**12, whole=
        flag="--local_crops_size")
 option("AUG.LOCAL_CROPS_SCALE", [0.05, 0.4], "share of the image's area, lowest and highest",
        at_least=0, at_most=1, length=2, flag="--local_crops_scale")
-option("AUG.COLOR_JITTER", [0.4, 0.4, 0.2, 0.1], "brightness, contrast, saturation, hue",
-       at_least=0, length=4)
-option("AUG.COLOR_JITTER_PROB", 0.8, "how often a crop is jittered", at_least=0, at_most=1)
+option("AUG.COLOR_JITTER", [0.4, 0.4, 0.2, 0.1], "brightness, contrast, saturation, hue; in 8 of "
+       "10 crops", at_least=0, length=4)
 option("AUG.GRAY_PROB", 0.2, "how often a crop loses its colour", at_least=0, at_most=1)
 option("AUG.BLUR_PROB", [1.0, 0.1, 0.5], "how often the first global crop, the second and local "
        "crops are blurred", at_least=0, at_most=1, length=3)

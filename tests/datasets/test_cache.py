@@ -193,10 +193,10 @@ def crops_of(cfg: config.Node, world: World, workers: int, batch: int) -> list[t
     return [torch.cat(views) for views in zip(*steps, strict=True)]
 
 
-@pytest.mark.parametrize("mode", ["ram+auto", "device+device", "none+device"])
+@pytest.mark.parametrize("mode", ["ram+workers", "device+device", "none+device"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crops_depend_neither_on_who_decodes_nor_on_workers(mode, workers, varied):
-    reference = crops_of(feed_config("ram+auto", varied.root, DATA__WORKERS=0), ALONE, 0, 4)
+    reference = crops_of(feed_config("ram+workers", varied.root, DATA__WORKERS=0), ALONE, 0, 4)
     cfg = feed_config(mode, varied.root, DATA__WORKERS=workers)
     found = crops_of(cfg, ALONE, workers, 4)
     assert [tuple(view.shape) for view in found] == [(24, 3, s, s) for s in (32, 32, 16, 16)]
@@ -205,13 +205,13 @@ def test_crops_depend_neither_on_who_decodes_nor_on_workers(mode, workers, varie
 
 
 def test_the_cap_takes_part_in_a_run(varied):
-    capped, whole = (feed_config("ram+auto", varied.root) for _ in range(2))
+    capped, whole = (feed_config("ram+workers", varied.root) for _ in range(2))
     config.put(whole, "DATA.CACHE_SIZE", 0, "the test")
     assert not torch.equal(crops_of(capped, ALONE, 0, 4)[0], crops_of(whole, ALONE, 0, 4)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mode", ["ram+auto", "device+auto"])
+@pytest.mark.parametrize("mode", ["ram+workers", "device+workers"])
 def test_a_gpus_batch_is_gathered_without_waiting_for_it(mode, varied):
     world = World(0, 1, torch.device("cuda", 0))
     kept = DecodedImages(varied, CAP, world, 0, on_device=mode.startswith("device"))
@@ -259,7 +259,7 @@ def found_by_one(world: World, root: Path, varied: Path) -> dict:
     for workers in (0, 2):
         found[f"one machine, workers {workers}"] = kept_by(world, root / own[0], workers)
     found["bad for a process"] = [bad_for(world, root / folder) for folder in own[1:]]
-    for mode in ("ram+auto", "none+device"):
+    for mode in ("ram+workers", "none+device"):
         found[mode] = crops_of(feed_config(mode, varied), world, 0, 2)
     return found
 
@@ -308,7 +308,7 @@ def test_an_image_that_one_process_cannot_read_is_bad_for_both(where, pair):
         assert [(i, image.path) for i, image in bad.items()] == [(3, str(root / name / "3.png"))]
 
 
-@pytest.mark.parametrize("mode", ["ram+auto", "none+device"])
+@pytest.mark.parametrize("mode", ["ram+workers", "none+device"])
 def test_two_processes_see_the_crops_of_one_with_twice_the_batch(mode, pair, varied):
     whole = crops_of(feed_config(mode, varied.root), ALONE, 0, 4)
     halves = [found[mode] for found in pair[1]]
@@ -354,7 +354,7 @@ def test_a_finished_run_decodes_nothing(in_ram, pretrain):
     ("changed", "words"),
     [
         (f"DATA.CACHE none DATA.CACHE_SIZE {CAP + 1} DATA.CROPS device", "_SIZE (was 40, now 41)"),
-        ("DATA.CACHE none DATA.CROPS workers", "DATA.CROPS (was auto, now workers)"),
+        ("DATA.CACHE none", "DATA.CACHE (was ram, now none)"),
     ],
 )
 def test_a_resume_with_other_crops_is_refused(in_ram, refuse, changed, words):

@@ -83,7 +83,7 @@ def valid_value(key: str) -> st.SearchStrategy:
 # What another option forbids, or a rule beside its declaration.
 ENTANGLED = {
     *("AUG.GLOBAL_CROPS_SCALE", "AUG.LOCAL_CROPS_SCALE", "AUG.COLOR_JITTER", "AUG.BLUR_PROB"),
-    *("AUG.LOCAL_CROPS_NUMBER", "AUG.LOCAL_CROPS_SIZE", "DATA.CROPS", "TRAIN.EPOCHS"),
+    *("AUG.LOCAL_CROPS_NUMBER", "AUG.LOCAL_CROPS_SIZE", "TRAIN.EPOCHS"),
     *("TRAIN.WARMUP_EPOCHS", "LOSS.WARMUP_TEACHER_TEMP_EPOCHS", "CMD.LT", "EVAL.KNN_EVERY"),
     "LOSS.OBJECTIVE",
     "TRAIN.BATCH_SIZE_PER_GPU",

@@ -477,7 +477,7 @@ def test_a_broken_member_of_a_shard_is_replaced(sets, tmp_path):
 
 # Kept images
 
-MODES = ["none+device", "ram+auto", "device+auto"]
+MODES = ["none+device", "ram+workers", "device+workers"]
 
 
 def fed(world: World, mode: str, folder: Path, workers: int, batch: int) -> dict:
@@ -531,7 +531,7 @@ def test_two_processes_know_the_same_bad_images_and_substitute_alike(spoiled):
         for mode in MODES:
             assert_fed_alike(mine[mode], mine["none+device"])
             assert mine[mode]["before"] == pair[0][mode]["before"]
-    assert all(len(set(batch)) == 4 for mine in pair for batch in mine["ram+auto"]["indices"])
+    assert all(len(set(batch)) == 4 for mine in pair for batch in mine["ram+workers"]["indices"])
 
 
 # What a run tells

@@ -424,7 +424,7 @@ def test_a_network_that_cannot_tell_images_apart_is_warned_about(pretrain, tmp_p
     for path in sorted((tmp_path / "same").iterdir())[1:]:
         shutil.copy(tmp_path / "same" / "00.png", path)
     quiet = """
-        AUG.GLOBAL_CROPS_SCALE [1.0,1.0] AUG.LOCAL_CROPS_NUMBER [] AUG.COLOR_JITTER_PROB 0
+        AUG.GLOBAL_CROPS_SCALE [1.0,1.0] AUG.LOCAL_CROPS_NUMBER [] AUG.COLOR_JITTER [0,0,0,0]
         AUG.GRAY_PROB 0 AUG.BLUR_PROB [0,0,0] AUG.SOLARIZE_PROB 0 LOSS.OBJECTIVE dino
     """
     done = pretrain(
