@@ -164,7 +164,7 @@ class _Filling(Dataset):
             if sorted((height, width)) != sorted(self.expected[index]):
                 expected = "{} x {}".format(*self.expected[index])
                 reason = f"by its header it would have {expected} pixels, it has {width} x {height}"
-                raise UnreadableImage(self.images.source(index)[1], reason)
+                raise UnreadableImage(self.images.name(index), reason)
         except UnreadableImage as error:
             return error.bad
         place = self.buffer.pixels[self.starts[index] : self.starts[index + 1]]

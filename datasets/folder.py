@@ -156,7 +156,7 @@ def _reason(error: Exception) -> str:
 
 
 class StoredImages(Dataset):
-    """Encoded images, wherever they lie: `source` says where, the rest follows from it.
+    """Encoded images, wherever they lie: `source` and `name` say where.
 
     unlisted: folders that could not be listed; the images below them are not among these.
     """
@@ -164,18 +164,20 @@ class StoredImages(Dataset):
     unlisted: Sequence[BadImage] = ()
 
     @abstractmethod
-    def source(self, index: int) -> tuple[Path | BinaryIO, str]:
-        """Image `index`: the path of its file, or a file opened, and what messages call it."""
+    def source(self, index: int) -> Path | BinaryIO:
+        """Image `index`: the path of its file, or a file opened."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What messages call image `index`; nothing is read for it."""
 
     def load(self, index: int, shorter_side: int = 0) -> Image.Image:
         """Image `index` through `load_image` and nothing else."""
-        file, name = self.source(index)
-        return load_image(file, shorter_side, name)
+        return load_image(self.source(index), shorter_side, self.name(index))
 
     def header_size(self, index: int) -> tuple[int, int]:
         """The two sides of image `index` by its header; see `header_size`."""
-        file, name = self.source(index)
-        return header_size(file, name)
+        return header_size(self.source(index), self.name(index))
 
 
 class LabelledImages(StoredImages):
@@ -205,9 +207,11 @@ class LabelledImages(StoredImages):
         image = self.load(index)
         return (self.transform(image) if self.transform else image), self.labels[index]
 
-    def source(self, index: int) -> tuple[Path | BinaryIO, str]:
-        path = self.root / self.paths[index]
-        return path, str(path)
+    def source(self, index: int) -> Path:
+        return self.root / self.paths[index]
+
+    def name(self, index: int) -> str:
+        return str(self.source(index))
 
     @cached_property
     def fingerprint(self) -> str:

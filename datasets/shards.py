@@ -67,39 +67,13 @@ class ShardIndex:
     sizes: list[int]
 
 
-class MemberNames(Sequence[str]):
-    """The names "/folder/shard.tar:member.jpg" of all images.
-
-    Kept as one array for each shard: a list of a million strings would be copied into every
-    worker process, by its reference counts. members: the names in each shard.
-    """
-
-    def __init__(self, shards: list[Path], members: list[list[str]]) -> None:
-        self.shards = shards
-        self.members = [np.array([os.fsencode(name) for name in names]) for names in members]
-        self.ends = np.cumsum([len(names) for names in members])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> str:
-        number, place = self.place(index)
-        return f"{self.shards[number]}:{os.fsdecode(self.members[number][place])}"
-
-    def place(self, index: int) -> tuple[int, int]:
-        """The shard's number and the image's among the shard's images."""
-        index = range(len(self))[index]
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        return number, index - int(self.ends[number - 1] if number else 0)
-
-
 class ImageShards(StoredImages):
     """The images of tar shards, shard after shard, without labels.
 
     shards: a folder, whose `*.tar` are the shards by name, or a brace pattern of their names,
     "/data/train-{000000..000146}.tar". Item i is (image, -1): a PIL RGB image, through
-    `transform` if one is given. `paths` are "/folder/shard.tar:member.jpg"; so is the path of
-    an `UnreadableImage`, which an item that cannot be decoded raises.
+    `transform` if one is given; an item that cannot be decoded raises `UnreadableImage`. The name
+    of an image is "/folder/shard.tar:member.jpg".
 
     Every shard has an index file beside it, or in the user's cache folder where that cannot be
     written; it is made at the first use and again when the shard's size or time changes. A
@@ -120,18 +94,31 @@ class ImageShards(StoredImages):
             np.fromiter(itertools.chain.from_iterable(column), np.int64)
             for column in ([i.offsets for i in indices], [i.sizes for i in indices])
         )
-        self.paths = MemberNames(self.shards, [index.names for index in indices])
+        self._ends = np.cumsum(self.counts)
+        # Arrays: a list of a million strings would be copied into every worker process, by its
+        # reference counts.
+        self._members = [np.array([os.fsencode(name) for name in index.names]) for index in indices]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard's number and the image's among the shard's images."""
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number]) + self.counts[number]
+
+    def name(self, index: int) -> str:
+        number, place = self._place(index)
+        return f"{self.shards[number]}:{os.fsdecode(self._members[number][place])}"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.load(index)
         return (self.transform(image) if self.transform else image), NO_LABEL
 
-    def source(self, index: int) -> tuple[io.BytesIO, str]:
-        """The bytes of image `index`, and its name; raises `UnreadableImage`."""
-        number, _ = self.paths.place(index)
+    def source(self, index: int) -> io.BytesIO:
+        """The bytes of image `index`; raises `UnreadableImage`."""
+        number, _ = self._place(index)
         reason, size = "its shard changed after it was indexed", int(self._sizes[index])
         try:
             shard = _open_shard(str(self.shards[number]), self._stamps[number])
@@ -139,15 +126,15 @@ class ImageShards(StoredImages):
                 # Unlike a mapped file, which ends the process where it has become shorter.
                 data = os.pread(shard.fileno(), size, int(self._offsets[index]))
                 if len(data) == size:
-                    return io.BytesIO(data), self.paths[index]
+                    return io.BytesIO(data)
         except OSError as error:
             reason = error.strerror or type(error).__name__
-        raise UnreadableImage(self.paths[index], reason)
+        raise UnreadableImage(self.name(index), reason)
 
 
 @functools.lru_cache(maxsize=OPEN_SHARDS)
 def _open_shard(path: str, stamp: Stamp) -> io.FileIO:
-    """This process's open shard; `stamp` tells a file from one that has taken its name.
+    """This process's open shard; `stamp` keeps it apart from a file that has taken its name.
 
     A thread or a forked process may read from what another has opened: reads give their place.
     """

@@ -110,7 +110,7 @@ class _Digests(Dataset):
 
 
 def _opened(images: StoredImages, index: int) -> BinaryIO:
-    source, _ = images.source(index)
+    source = images.source(index)
     return source if isinstance(source, io.BytesIO) else open(source, "rb")
 
 
@@ -158,7 +158,7 @@ def training(
     _judge_unreadable(cfg, len(images), unreadable, findings)
     below = max(LEAST_SIDE, min((size for _, size in local_crops(cfg)), default=0))
     tiny = {
-        _name(images, index): "{} x {}".format(*header.size)
+        images.name(index): "{} x {}".format(*header.size)
         for index, header in enumerate(headers)
         if header.size is not None and min(header.size) < below
     }
@@ -167,7 +167,7 @@ def training(
             f"{len(tiny):,} training images have a side of less than {below} pixels: their crops "
             "are enlarged from very little"
         )
-    groups = [[_name(images, index) for number, index in group if number == 0] for group in same]
+    groups = [[images.name(index) for number, index in group if number == 0] for group in same]
     groups = [group for group in groups if len(group) > 1]
     if groups:
         copies = sum(len(group) - 1 for group in groups)
@@ -206,7 +206,7 @@ def validation(
     if cfg.EVAL.KNN_EVERY:
         _judge_unreadable(cfg, len(held_out), unreadable, findings)
     leaks = [
-        [_name(held_out, index), _name(images, group[0][1])]
+        [held_out.name(index), images.name(group[0][1])]
         for group in same
         if group[0][0] == 0
         for number, index in group
@@ -237,7 +237,7 @@ def cache_bytes(cfg: Node, headers: list[Header]) -> int:
 def _unreadable(images: StoredImages, headers: list[Header]) -> dict[str, str]:
     """Why images have no readable header and folders cannot be listed, by path."""
     unreadable = {
-        _name(images, index): header.reason
+        images.name(index): header.reason
         for index, header in enumerate(headers)
         if header.size is None
     }
@@ -258,12 +258,6 @@ def _judge_unreadable(
         findings.warnings.append(
             f"{len(unreadable):,} of {images:,} images cannot be read: they are skipped and listed"
         )
-
-
-def _name(images: StoredImages, index: int) -> str:
-    """What messages call image `index`; nothing is read for it."""
-    path = images.paths[index]
-    return path if isinstance(images, ImageShards) else str(images.root / path)
 
 
 def _class_counts(images: LabelledImages | ImageShards) -> dict[str, int]:

@@ -155,8 +155,11 @@ class InMemory(StoredImages):
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def source(self, index: int) -> tuple[io.BytesIO, str]:
-        return io.BytesIO(self.encoded[index]), f"archive:{index}"
+    def source(self, index: int) -> io.BytesIO:
+        return io.BytesIO(self.encoded[index])
+
+    def name(self, index: int) -> str:
+        return f"archive:{index}"
 
 
 def test_images_that_are_no_files_are_kept_too_and_named(varied):
@@ -421,10 +424,10 @@ def icns(side: int) -> bytes:
 class Growing(InMemory):
     """Images that are replaced by others once their headers have been read."""
 
-    def source(self, index: int) -> tuple[io.BytesIO, str]:
-        file, name = super().source(index)
+    def source(self, index: int) -> io.BytesIO:
+        file = super().source(index)
         self.encoded[index] = png_of(noise(50, 70))
-        return file, name
+        return file
 
 
 def png_of(image: Image.Image) -> bytes:

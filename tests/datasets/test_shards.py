@@ -99,7 +99,7 @@ def test_a_folder_comes_back_from_its_shards(folder, shards):
     ]
     assert images.counts == [3, 3, 1]
     assert len(images) == len(files) == 7
-    order = [int(Path(path.split(":")[1]).stem) for path in images.paths]
+    order = [int(Path(path.split(":")[1]).stem) for path in map(images.name, range(7))]
     assert sorted(order) == list(range(7))
     assert order != sorted(order)  # the classes are mixed
     for i, number in enumerate(order):
@@ -174,7 +174,7 @@ def test_only_image_members_of_a_sample_count(tmp_path):
     images = ImageShards(tmp_path / "in")
     assert images.counts == [4, 4]
     assert seeds_of(images) == [1, 2, 4, 5] * 2
-    assert images.paths[3] == f"{tmp_path}/in/x.tar:{'n' * 120}é/1.png"
+    assert images.name(3) == f"{tmp_path}/in/x.tar:{'n' * 120}é/1.png"
 
 
 def test_shards_by_pattern_and_by_folder(tmp_path):

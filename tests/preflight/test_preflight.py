@@ -245,11 +245,9 @@ def test_members_of_shards_are_compared_and_read(data, tmp_path):
     assert sorted(len(group) for group in groups) == [2] * 15 + [4]
     for group in groups:
         assert {
-            shards.source(index)[0].getvalue()
-            if number == 0
-            else folder.source(index)[0].read_bytes()
+            shards.source(index).getvalue() if number == 0 else folder.source(index).read_bytes()
             for number, index in group
-        } == {folder.source(group[-1][1])[0].read_bytes()}
+        } == {folder.source(group[-1][1]).read_bytes()}
 
 
 def test_a_folder_to_go_on_in_is_found(data, check, tmp_path):
