@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from datasets.multicrop import GLOBAL_CROPS, IMAGENET_MEAN, IMAGENET_STD, Augmentation
+from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from utils.seeding import derive_seed
 
 RATIO = (3 / 4, 4 / 3)
@@ -105,16 +105,11 @@ class BatchedMultiCrop:
     """`MultiCrop` for a batch at once."""
 
     def __init__(self, settings: Augmentation) -> None:
-        self.sizes, self._places = settings.sizes, settings.places
-
-        def per_view(first, second, local) -> np.ndarray:
-            views_of_local = len(self.sizes) - GLOBAL_CROPS
-            return np.array([first, second] + [local] * views_of_local, dtype=np.float64)
-
-        scales = (settings.global_crops_scale, settings.local_crops_scale)
-        self._scale = per_view(scales[0], *scales)
-        self._blur_prob = per_view(*settings.blur_prob)
-        self._solarise_prob = per_view(0.0, settings.solarise_prob, 0.0)
+        self.sizes, views = settings.sizes, settings.views
+        self._places = [view.place for view in views]
+        self._scale = np.array([view.scale for view in views], dtype=np.float64)
+        self._blur_prob = np.array([view.blur_prob for view in views])
+        self._solarise_prob = np.array([view.solarise_prob for view in views])
         self._flip_prob, self._grey_prob = settings.flip_prob, settings.grey_prob
         self._jitter_prob = settings.color_jitter_prob
         jitter = v2.ColorJitter(*settings.color_jitter)

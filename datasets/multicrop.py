@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageFilter
@@ -13,7 +14,6 @@ from utils.seeding import AUGMENTATION, derive_seed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-GLOBAL_CROPS = 2
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -86,6 +86,20 @@ class RandomCrop:
             return _seeded(self._augment, image, seed)
 
 
+class View(NamedTuple):
+    """How one crop of an image is made.
+
+    place: (group, number in the group), which seeds it: the global crops are group 0, each local
+    size is a group. size: pixels of a side. scale: from, to, in shares of the image's area.
+    """
+
+    place: tuple[int, int]
+    size: int
+    scale: Sequence[float]
+    blur_prob: float
+    solarise_prob: float = 0.0
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Sizes and probabilities of the multi-crop augmentation; the defaults are DINO's.
@@ -115,21 +129,24 @@ class Augmentation:
         _check_local_crops(self.local_crops_number, self.local_crops_size)
 
     @property
-    def sizes(self) -> list[int]:
-        """The side of every crop in pixels, in the order in which they come."""
-        sizes = [self.global_crops_size] * GLOBAL_CROPS
-        for number, size in zip(self.local_crops_number, self.local_crops_size, strict=True):
-            sizes += [size] * number
-        return sizes
+    def views(self) -> list[View]:
+        """The crops in the order in which they come: two global ones, then the local ones."""
+        blur_first, blur_second, blur_local = self.blur_prob
+        whole = (self.global_crops_size, self.global_crops_scale)
+        views = [
+            View((0, 0), *whole, blur_first),
+            View((0, 1), *whole, blur_second, self.solarise_prob),
+        ]
+        local = zip(self.local_crops_number, self.local_crops_size, strict=True)
+        for group, (number, size) in enumerate(local, start=1):
+            for i in range(number):
+                views.append(View((group, i), size, self.local_crops_scale, blur_local))
+        return views
 
     @property
-    def places(self) -> list[tuple[int, int]]:
-        """(group, number in the group) of every crop, which seeds it.
-
-        The global crops are group 0, each local size is a group.
-        """
-        groups = enumerate((GLOBAL_CROPS, *self.local_crops_number))
-        return [(group, i) for group, number in groups for i in range(number)]
+    def sizes(self) -> list[int]:
+        """The side of every crop in pixels."""
+        return [view.size for view in self.views]
 
 
 class MultiCrop:
@@ -138,32 +155,22 @@ class MultiCrop:
     def __init__(self, settings: Augmentation) -> None:
         jitter = v2.ColorJitter(*settings.color_jitter)
 
-        def crop(
-            size: int, scale: Sequence[float], blur: float, solarise: float = 0.0
-        ) -> v2.Compose:
+        def crop(view: View) -> v2.Compose:
             return v2.Compose(
                 [
                     v2.RandomResizedCrop(
-                        size, scale=tuple(scale), interpolation=InterpolationMode.BICUBIC
+                        view.size, scale=tuple(view.scale), interpolation=InterpolationMode.BICUBIC
                     ),
                     v2.RandomHorizontalFlip(settings.flip_prob),
                     v2.RandomApply([jitter], settings.color_jitter_prob),
                     v2.RandomGrayscale(settings.grey_prob),
-                    v2.RandomApply([GaussianBlur()], blur),
-                    v2.RandomSolarize(threshold=128, p=solarise),
+                    v2.RandomApply([GaussianBlur()], view.blur_prob),
+                    v2.RandomSolarize(threshold=128, p=view.solarise_prob),
                     *_to_normalised_tensor(),
                 ]
             )
 
-        blur_first, blur_second, blur_local = settings.blur_prob
-        size, scale = settings.global_crops_size, settings.global_crops_scale
-        crops = [
-            crop(size, scale, blur_first),
-            crop(size, scale, blur_second, settings.solarise_prob),
-        ]
-        for size in settings.sizes[GLOBAL_CROPS:]:
-            crops.append(crop(size, settings.local_crops_scale, blur_local))
-        self._crops = list(zip(settings.places, crops, strict=True))
+        self._crops = [(view.place, crop(view)) for view in settings.views]
 
     def __call__(self, image: Image.Image, seed: int) -> list[Tensor]:
         """PIL RGB image -> float32 [3, S, S] per crop: the two global crops, then the local ones.
