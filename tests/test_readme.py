@@ -3,14 +3,13 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import compare
+from tests.processes import PATIENCE, ROOT
 from utils import cli, config, flags
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
@@ -24,7 +23,7 @@ def test_the_python_snippet_gives_image_and_patch_features(trained, tmp_path):
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
     # 224 pixels in patches of 8: 28 x 28.

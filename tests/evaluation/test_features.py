@@ -21,7 +21,7 @@ from engine.evaluation.feature_cache import Features
 from engine.evaluation.features import extract
 from models.registry import BackboneSpec, build_backbone
 from tests.datasets.benchmark_trees import save_image
-from tests.processes import found_by_each
+from tests.processes import PATIENCE, found_by_each
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 
@@ -265,7 +265,7 @@ def test_two_evaluations_may_keep_the_same_features_at_once(tmp_path):
     for writer in writers:
         assert writer.stdout.readline() == "written\n"
     for writer, text in zip(writers, ("1", "2"), strict=True):
-        _, errors = writer.communicate("\n", timeout=60)
+        _, errors = writer.communicate("\n", timeout=PATIENCE)
         assert writer.returncode == 0, errors
         assert (tmp_path / "f").read_text() == text
     assert os.listdir(tmp_path) == ["f"]

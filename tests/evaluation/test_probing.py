@@ -28,7 +28,7 @@ from engine.evaluation import feature_cache, linear
 from engine.evaluation.feature_cache import Features
 from models.pretrained import load_backbone
 from tests.datasets import benchmark_trees as trees
-from tests.processes import run_group, start_python
+from tests.processes import PATIENCE, run_group, start_python
 from utils.distributed import ALONE
 from utils.errors import run_script
 
@@ -259,7 +259,7 @@ def test_a_killed_probe_goes_on_to_the_same_figures(probe, checkpoint, data, tmp
     whole, folder = probe(options), tmp_path / "killed"
     words = ["--pretrained_weights", checkpoint, "--data_path", data, "--output_dir", folder]
     process = start_python("eval_linear.py", *words, *options.split(), environment=environment)
-    log, deadline = folder / "linear_log.txt", time.monotonic() + 120
+    log, deadline = folder / "linear_log.txt", time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and log.read_text().count("\n") > 3:
             break

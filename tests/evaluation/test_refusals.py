@@ -1,8 +1,6 @@
 """Bad input of the evaluations: one sentence, exit code 2, earlier results untouched."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from engine.evaluation import feature_cache
 from export import export_backbone
 from tests.disk import full_disk
 from tests.evaluation.runs import contents, copy_of, figures, process, refusal, results, works
-from tests.processes import ROOT
+from tests.processes import run_python
 from utils import checkpoint
 
 
@@ -139,15 +137,21 @@ def test_a_network_that_has_diverged_is_one_sentence(name, weights, data, tmp_pa
     assert os.listdir(tmp_path / "out") == []
 
 
+INTO_A_CLOSED_PIPE = """
+import os, runpy, sys
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_reader_that_has_seen_enough_stops_no_evaluation(basic, environment, tmp_path):
-    command = [sys.executable, "eval_knn.py", *basic.split(), "--output_dir", str(tmp_path)]
-    command += ["--device", "cpu", "--num_workers", "0", "EVAL.PICTURES", "false"]
-    started = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    started.stdout.close()
-    errors = started.stderr.read()
-    assert (started.wait(timeout=120), errors) == (0, b"")
+    words = ["eval_knn.py", *basic.split(), "--output_dir", tmp_path]
+    words += ["--device", "cpu", "--num_workers", "0", "EVAL.PICTURES", "false"]
+    done = run_python("-c", INTO_A_CLOSED_PIPE, *words, environment=environment)
+    assert done.stderr == ""
     assert results(tmp_path, "knn")["k"]
 
 

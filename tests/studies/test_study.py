@@ -26,7 +26,7 @@ from engine.studies.evaluation import measure
 from engine.studies.results import StudyResults
 from engine.studies.runs import IDENTITY, LOCK, STDOUT, locked, run_of
 from engine.studies.spec import load
-from tests.processes import run_python, start_python
+from tests.processes import PATIENCE, run_python, start_python
 from tests.studies.studies import TINY, study_file
 from utils import checkpoint
 from utils.distributed import ALONE
@@ -244,13 +244,13 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_figures(
     words = ["--study", finished / "tiny.yaml", "--output_dir", output, "--cells", "cmd"]
     log = output / "runs/cmd/seed0/log.txt"
     process = start_python("compare.py", *words, environment=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not log.exists() or len(log.read_text().splitlines()) < 5:
         assert time.monotonic() < deadline, "it does not train"
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(how)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, said
     assert not (output / "results/cmd-seed0.json").exists()
     if how != signal.SIGKILL:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import TRAINED
-from tests.processes import Script, run_python, start_group, start_python, workers_of
+from tests.processes import PATIENCE, Script, run_python, start_group, start_python, workers_of
 from tests.runs import assert_same_run, cfg_of, load, log_of
 from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
@@ -27,8 +27,6 @@ OFTEN = """
 ALONE = "TRAIN.BATCH_SIZE_PER_GPU 2"
 TOGETHER = "TRAIN.BATCH_SIZE_PER_GPU 2 TRAIN.ACCUM_STEPS 1 TRAIN.TIMEOUT_MINUTES 1"
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-# Seconds in which a process must have said or done what it is waited for.
-PATIENCE = 120
 
 
 class Lives:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.processes import PATIENCE, ROOT
 
 FOLDER = ROOT / "experiments" / "slurm"
 SHELL = sorted(path for path in FOLDER.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -126,14 +126,14 @@ def test_slurm_is_asked_for_a_signal_and_may_requeue(script):
 def test_only_a_preemption_is_requeued_and_every_code_is_passed_on(codes, ends, requeued, job):
     job = job("one_node")
     started = job.start("--check", "two words", PYTHON=str(job.folder / "task"), CODES=codes)
-    assert started.wait(timeout=20) == ends
+    assert started.wait(timeout=PATIENCE) == ends
     assert job.requeued() == requeued
 
 
 def test_tasks_learn_their_place(job):
     job = job("several_nodes")
     done = job.start("--cfg", "a b", PYTHON=str(job.folder / "task"), CODES="0 0")
-    assert done.wait(timeout=20) == 0
+    assert done.wait(timeout=PATIENCE) == 0
     port = 20000 + int(job.environment["SLURM_JOB_ID"]) % 12000
     assert sorted(job.lines()) == [
         f"{rank} 2 0 1 localhost {port}: main_cmd.py --cfg a b" for rank in (0, 1)
@@ -162,21 +162,21 @@ def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(script, nu
     job = job(script)
     words = options(command, job.folder, 20)
     started = job.start(*words)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while "step 3/40" not in job.said.read_text():
         assert started.poll() is None, job.said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     for task in (job.folder / "tasks").read_text().split():
         os.kill(int(task), number)
-    assert started.wait(timeout=60) == 75, job.said.read_text()
+    assert started.wait(timeout=PATIENCE) == 75, job.said.read_text()
     assert job.requeued() == 1
     told = [line for line in job.lines() if line.startswith("preempted: ")]
     assert len(told) == (1 if script == "one_node" else 2)  # once for each node
     assert all(number.name in line for line in told)
     before = steps_done(job)
     assert before < 40
-    assert job.start(*words).wait(timeout=120) == 0, job.said.read_text()
+    assert job.start(*words).wait(timeout=PATIENCE) == 0, job.said.read_text()
     assert job.requeued() == 1
     assert steps_done(job) == 40
     (resumed,) = [line for line in job.lines() if line.startswith("resuming from")]
@@ -187,7 +187,7 @@ def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(script, nu
 def test_a_run_on_several_nodes_completes(job, command):
     job = job("several_nodes")
     started = job.start(*options(command, job.folder, 2))
-    assert started.wait(timeout=120) == 0, job.said.read_text()
+    assert started.wait(timeout=PATIENCE) == 0, job.said.read_text()
     assert steps_done(job) == 4
     assert any("batch 4 x processes 2" in line for line in job.lines())
     assert job.requeued() == 0

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from tests.disk import forked, full_disk
-from tests.processes import run_python
+from tests.processes import PATIENCE, run_python
 from tests.runs import checkpoint_of, pretraining, small_config
 from utils import checkpoint, config
 from utils.checkpoint import LAST, PREVIOUS, NotIntact
@@ -44,7 +44,7 @@ def test_a_writer_killed_at_any_time_leaves_a_whole_file(tmp_path):
     with forked(save_forever) as (child, told):
         done = int(told.readline())
         # Kill while the next file is being written: its temporary name stands beside the old one.
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         partial = f".{path.name}.*.{child}.tmp"
         while not any(0 < size_of(file) < 12_000_000 for file in tmp_path.glob(partial)):
             assert time.monotonic() < deadline
