@@ -142,6 +142,7 @@ import os, runpy, sys
 reading, writing = os.pipe()
 os.close(reading)
 os.dup2(writing, 1)
+sys.stdout = open(1, "w", closefd=False)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
