@@ -98,7 +98,8 @@ class Script:
 
     def said(self) -> str:
         """What it has written up to now, stdout before stderr."""
-        return self.out.read_text() + ("" if self.merged else self.err.read_text())
+        paths = [self.out] if self.merged else [self.out, self.err]
+        return "".join(path.read_text(errors="replace") for path in paths)
 
     def wait_for(self, words: str) -> None:
         """Until it has written these words; it must not end before."""
@@ -229,10 +230,9 @@ def _run_words(
     others = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:1] = [str(ROOT), *filter(None, others)]
     multiprocessing.set_start_method(None, force=True)
-    # Folders for temporary files: of this environment, and none of the test process's.
+    # Folders for temporary files: where this environment says, and none of the test process's,
+    # into which other users may not write.
     tempfile.tempdir = None
-    multiprocessing.current_process()._config.pop("tempdir", None)
-    # The folder for its sockets is not its parent's, into which other users may not write.
     multiprocessing.current_process()._config.pop("tempdir", None)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):

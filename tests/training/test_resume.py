@@ -152,7 +152,6 @@ def test_a_run_killed_at_random_moments_ends_as_the_whole_one(
     assert_same_run(whole(processes, epochs), tmp_path)
 
 
-@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_goes_on_from_its_last_checkpoint(
     whole, command, environment, options, tmp_path
 ):
