@@ -95,7 +95,7 @@ def pretrain(signals: StopSignals) -> None:
 
     # From images to crops; where images are kept, they are decoded here.
     feed = build.feed(cfg, images, world)
-    record.bad_images.recall(folder)
+    record.bad_images.forget_repaired()
     record.bad_images.note(feed.bad)
     record.bad_images.exchange(folder)
 

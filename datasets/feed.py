@@ -7,7 +7,6 @@ There are three feeds. Each has a data set for the loader to read, by keys (epoc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from datasets.batched import BatchedMultiCrop
@@ -18,6 +17,7 @@ from datasets.loader import (
     Batch,
     DecodedDataset,
     Draws,
+    KeyedDataset,
     StepSampler,
     build_loader,
 )
@@ -32,15 +32,15 @@ from utils.signals import held
 class Feed(ABC):
     """The way from stored images to crops.
 
-    dataset: what a loader reads. bad: what is known to be unreadable before the first batch:
-    folders that cannot be listed and, of images that are kept, those that could not be decoded.
-    description: who decodes and who crops, for people. device: of the crops.
+    dataset: what a loader reads. device: of the crops. bad: what is known to be unreadable before
+    the first batch: folders that cannot be listed and, of images that are kept, those that could
+    not be decoded. description: who decodes and who crops, for people.
     """
 
-    dataset: FullBatches
-    bad: Sequence[BadImage]
     description: str
-    device: torch.device
+
+    def __init__(self, dataset: KeyedDataset, world: World, bad: Sequence[BadImage]) -> None:
+        self.dataset, self.device, self.bad = FullBatches(dataset), world.device, bad
 
     @abstractmethod
     def crops(self, batch: Batch) -> list[Tensor]:
@@ -58,8 +58,7 @@ class Feed(ABC):
 
         The crops of a batch are made when it is asked for, and not held after.
         """
-        pin_memory = self.device.type == "cuda"
-        loader = build_loader(self.dataset, sampler, workers, pin_memory)
+        loader = build_loader(self.dataset, sampler, workers, self.device.type == "cuda")
         with held():  # no stop signal hits a loader process before it is ready for one
             return map(self.crop, loader)
 
@@ -72,9 +71,8 @@ class WorkerCrops(Feed):
     def __init__(
         self, images: StoredImages, augmentation: Augmentation, seed: int, world: World
     ) -> None:
-        self.dataset = FullBatches(AugmentedDataset(images, MultiCrop(augmentation), seed))
-        self.bad = images.unlisted
-        self.device = world.device
+        augmented = AugmentedDataset(images, MultiCrop(augmentation), seed)
+        super().__init__(augmented, world, images.unlisted)
 
     def crops(self, batch: Batch) -> list[Tensor]:
         return [crop.to(self.device, non_blocking=True) for crop in batch.data]
@@ -96,10 +94,8 @@ class DeviceCrops(Feed):
     ) -> None:
         self._multicrop = BatchedMultiCrop(augmentation)
         decoded = DecodedDataset(images, shorter_side, self._multicrop.draw, seed)
-        self.dataset = FullBatches(decoded)
-        self.bad = images.unlisted
+        super().__init__(decoded, world, images.unlisted)
         self.description = f"{_cropped(world, shorter_side)}, decoded by the loader"
-        self.device = world.device
 
     def crops(self, batch: Batch) -> list[Tensor]:
         pixels, sizes, draws = batch.data
@@ -109,9 +105,9 @@ class DeviceCrops(Feed):
 
 
 class KeptImages(Feed):
-    """All images are decoded here, once, and kept; their crops are made on the device.
+    """All images were decoded once and are kept; their crops are made on the device.
 
-    The loader's processes only draw random numbers. For arguments and errors see `DecodedImages`.
+    The loader's processes only draw random numbers.
     """
 
     def __init__(
@@ -121,16 +117,12 @@ class KeptImages(Feed):
         seed: int,
         world: World,
         shorter_side: int,
-        workers: int,
-        on_device: bool,
+        kept: DecodedImages,
     ) -> None:
-        self._multicrop = BatchedMultiCrop(augmentation)
-        self.device = world.device
-        self._kept = DecodedImages(images, shorter_side, world, workers, on_device)
-        draws = Draws(len(images), self._multicrop.draw, seed, self._kept.bad)
-        self.dataset = FullBatches(draws)
-        self.bad = [*images.unlisted, *self._kept.bad.values()]
-        self.description = f"{_cropped(world, shorter_side)}, {self._kept.place}"
+        self._multicrop, self._kept = BatchedMultiCrop(augmentation), kept
+        draws = Draws(len(images), self._multicrop.draw, seed, kept.bad)
+        super().__init__(draws, world, [*images.unlisted, *kept.bad.values()])
+        self.description = f"{_cropped(world, shorter_side)}, {kept.place}"
 
     def crops(self, batch: Batch) -> list[Tensor]:
         return self._multicrop(self._kept.batch(batch.indices.tolist()), batch.data)
@@ -160,8 +152,8 @@ def build_feed(
         )
     if cache == "none":
         return DeviceCrops(images, augmentation, seed, world, shorter_side)
-    on_device = cache == "device"
-    return KeptImages(images, augmentation, seed, world, shorter_side, workers, on_device)
+    kept = DecodedImages(images, shorter_side, world, workers, on_device=cache == "device")
+    return KeptImages(images, augmentation, seed, world, shorter_side, kept)
 
 
 def _cropped(world: World, shorter_side: int) -> str:

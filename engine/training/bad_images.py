@@ -1,6 +1,5 @@
 """Images that a run could not read: one warning each, a list in its folder, a stop if too many."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,20 +43,12 @@ class BadImages:
         self.note(batch.bad)
         return batch
 
-    def recall(self, folder: Path) -> None:
-        """All processes, before a resumed run: know those of the list in `folder` too.
-
-        It may hold some that were met after the checkpoint. An image that has been repaired or
-        removed since is forgotten; a list of another number of images is of other data.
-        """
-
-        def still_bad() -> dict[str, str]:
-            met = {**_listed(folder, self.images), **self.known}
-            return {path: met[path] for path in sorted(met) if _is_bad(path)}
-
+    def forget_repaired(self) -> None:
+        """All processes, when a run goes on: forget images that were repaired or removed since."""
         # What the first process finds is taken, so that all know the same.
-        mine = still_bad() if distributed.position() == 0 else {}
-        self.known = distributed.gather_objects(mine)[0]
+        is_main = distributed.position() == 0
+        bad = {path: why for path, why in self.known.items() if _is_bad(path)} if is_main else {}
+        self.known = distributed.gather_objects(bad)[0]
 
     def exchange(self, folder: Path) -> None:
         """All processes together: warn of what is new and write the list, folder/bad_images.json.
@@ -94,16 +85,6 @@ class BadImages:
         # The run can do without: it has warned of each of them.
         except InputError as error:
             logger.warning(str(error))
-
-
-def _listed(folder: Path, images: int) -> dict[str, str]:
-    """The list in a run's folder; empty where there is none of ours, of so many images."""
-    try:
-        contents = json.loads((folder / LIST).read_bytes())
-        bad = contents["bad"] if contents["images"] == images else []
-        return {str(image["path"]): str(image["reason"]) for image in bad}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
 
 
 def _is_bad(path: str) -> bool:

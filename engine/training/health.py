@@ -1,4 +1,4 @@
-"""What tells a live run from a dead one: entropies, norms and ranks, and a plain warning.
+"""How a live run differs from a dead one: entropies, norms and ranks, and a plain warning.
 
 A loss can fall while the network collapses: all images get one target, or every target is
 uniform. These figures are computed only when a line of the log is written.
@@ -21,11 +21,11 @@ PATIENCE = 20
 
 @torch.no_grad()
 def measure(
-    teacher: Views, carried: Centres | KeyQueue, told: Tensor, teacher_temp: float
+    teacher: Views, carried: Centres | KeyQueue, per_image: Tensor, teacher_temp: float
 ) -> dict[str, Tensor]:
     """Figures of one micro-batch of this process, scalars on the device.
 
-    told: what the objective says of each image beside its loss (losses/objective.py).
+    per_image: the objective's third result, entropies or hits (losses/objective.py).
     Of every objective:
     feature_rank: effective rank of the teacher's image features in the batch: the
     exponential of the entropy of the normalised singular values after the mean is taken off.
@@ -42,8 +42,8 @@ def measure(
     """
     figures = {"feature_rank": effective_rank(teacher.image_features)}
     if isinstance(carried, KeyQueue):
-        return figures | {"contrast_accuracy": 100 * told.mean()}
-    centres, entropy = carried, told
+        return figures | {"contrast_accuracy": 100 * per_image.mean()}
+    centres, entropy = carried, per_image
     figures |= {
         "teacher_entropy": entropy.mean(),
         "teacher_kl_uniform": math.log(len(teacher.image_prototypes)) - entropy.mean(),

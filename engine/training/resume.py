@@ -36,7 +36,8 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
 
     images: in DATA.PATH. Raises InputError where files are there and none is ours and intact, or
     when options differ in more than epochs, paths, workers and logging, or the data in number,
-    naming them; RESUME force overrides the latter two. Another number of processes is told.
+    naming them; RESUME force overrides the latter two. Another number of processes is a
+    warning.
     """
     newest = checkpoint.newest_intact(Path(cfg.OUTPUT_DIR))
     if newest is None:

@@ -1,4 +1,4 @@
-"""Keys of shuffled batches: what BatchNorm tells of a batch must not tell which key is whose.
+"""Keys of shuffled batches: BatchNorm's statistics must not give away which key is whose.
 
 With groups of a batch normalised apart (models/grouped_norm.py), a query and its key in the same
 group share their group's statistics, by which the student could know the key without looking at

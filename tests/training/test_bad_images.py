@@ -595,38 +595,22 @@ def test_all_bad_stop_whatever_the_share(tmp_path):
 
 
 def test_a_resumed_run_counts_what_is_known_and_still_bad(tmp_path, caplog):
-    """Of a checkpoint and of the list; a repaired and a removed image are forgotten."""
+    """Of its checkpoint; a repaired and a removed image are forgotten."""
     save_images(tmp_path, 2, 0)
     (tmp_path / "bad.png").write_bytes(b"broken")
-    (tmp_path / "listed.png").write_bytes(b"broken")
-    named = [str(tmp_path / name) for name in ("00.png", "bad.png", "gone.png", "listed.png")]
-    earlier = BadImages(100, 0.05)
-    earlier.note([BadImage(path, "broken") for path in [*named, "/data/t.tar:x.png"]])
-    earlier.exchange(tmp_path)
-    caplog.clear()
-    images = BadImages(100, 0.03, {named[0]: "broken", named[1]: "broken"})
-    images.recall(tmp_path)
-    assert list(images.known) == ["/data/t.tar:x.png", named[1], named[3]]
+    named = [str(tmp_path / name) for name in ("00.png", "bad.png", "gone.png")]
+    known = dict.fromkeys(["/data/t.tar:x.png", *named], "broken")
+    images = BadImages(100, 0.02, known)
+    images.forget_repaired()
+    assert list(images.known) == ["/data/t.tar:x.png", named[1]]
     images.note([BadImage(path, "broken") for path in images.known])
     assert images.pending == 0
     images.exchange(tmp_path)
     assert not caplog.records
-    assert listed(tmp_path)["count"] == 3
+    assert listed(tmp_path)["count"] == 2
     images.note([BadImage(named[0], "broken again")])
-    with pytest.raises(InputError, match=r"4 of 100 images .* DATA.MAX_BAD 0.03"):
+    with pytest.raises(InputError, match=r"3 of 100 images .* DATA.MAX_BAD 0.02"):
         images.exchange(tmp_path)
-
-
-OTHER_DATA = '{"images": 99, "bad": [{"path": "/data/u.tar:x.png", "reason": "broken"}]}'
-OF_NO_KIND = ["", "[]", '{"images": 100, "bad": [1]}', '{"images": 100, "bad": 3}', "\xff"]
-
-
-@pytest.mark.parametrize("contents", [*OF_NO_KIND, OTHER_DATA])
-def test_a_list_that_is_none_is_no_hindrance(contents, tmp_path):
-    (tmp_path / LIST).write_bytes(contents.encode("latin-1"))
-    images = BadImages(100, 0.03, {"/data/t.tar:x.png": "broken"})
-    images.recall(tmp_path)
-    assert images.known == {"/data/t.tar:x.png": "broken"}
 
 
 def test_a_list_that_cannot_be_written_stops_nothing(tmp_path, caplog):
@@ -641,7 +625,7 @@ def test_a_list_that_cannot_be_written_stops_nothing(tmp_path, caplog):
 def exchanged(world: World, folder: Path) -> dict:
     """Three rounds: one of rank 1 alone, one of both with an overlap, one too many."""
     images, found = BadImages(100, 0.03), {}
-    images.recall(folder)
+    images.forget_repaired()
     images.note(bad("b") if world.rank else [])
     found["pending"] = images.pending
     images.exchange(folder)
