@@ -193,4 +193,5 @@ class TeacherEMA:
         good: a bool scalar on the device; where it is false, the teacher stays as it is.
         """
         weight = 1 - momentum if good is None else good * (1 - momentum)
-        torch._foreach_lerp_(self._teacher, self._student, [weight] * len(self._teacher))
+        for teacher, student in zip(self._teacher, self._student, strict=True):
+            teacher.lerp_(student, weight)

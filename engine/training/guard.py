@@ -118,30 +118,25 @@ class RunningStatistics:
             module
             for network in networks
             for module in network.modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase)
+            if getattr(module, "running_mean", None) is not None
         ]
-        buffers = [buffer for norm in norms for buffer in norm.buffers()]
-        dtypes = sorted({buffer.dtype for buffer in buffers}, key=str)
-        self._groups = [[b for b in buffers if b.dtype == dtype] for dtype in dtypes]
+        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
 
     def copy(self) -> list[Tensor]:
-        """Their values now: one flat tensor for each dtype."""
-        return [torch.cat([buffer.flatten() for buffer in group]) for group in self._groups]
+        """Their values now."""
+        return [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
     def keep_if(self, good: Tensor, before: list[Tensor]) -> None:
         """Leave them as they are where `good`, else put `before` back; the host does not wait."""
-        for group, old, new in zip(self._groups, before, self.copy(), strict=True):
-            kept = torch.where(good, new, old).split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(
-                group, [v.view_as(buffer) for v, buffer in zip(kept, group, strict=True)]
-            )
+        for buffer, old in zip(self._buffers, before, strict=True):
+            buffer.copy_(torch.where(good, buffer, old))
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether every number in them is finite, on all processes; waits for the device."""
-    norms = torch.stack(torch._foreach_norm([tensor.float() for tensor in tensors]))
-    return distributed.total((~norms.isfinite()).sum()).item() == 0
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
+    return distributed.total((~finite).sum()).item() == 0
 
 
 def stop_sentence(row: int, folder: Path, dump: Path, saved: bool) -> InputError:

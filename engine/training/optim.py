@@ -69,15 +69,12 @@ def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     float32 [P] for the parameters that have a gradient; nothing is fetched to the host.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    before = torch.stack(norms)
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     if limit > 0:
-        scales = torch._foreach_add(norms, 1e-6)
-        torch._foreach_reciprocal_(scales)
-        torch._foreach_mul_(scales, limit)
-        torch._foreach_clamp_max_(scales, 1.0)
-        torch._foreach_mul_(gradients, scales)
-    return before
+        scales = ((norms + 1e-6).reciprocal() * limit).clamp(max=1.0)
+        for gradient, scale in zip(gradients, scales.unbind(), strict=True):
+            gradient.mul_(scale)
+    return norms
 
 
 def cancel_last_layer(module: nn.Module) -> None:

@@ -211,7 +211,8 @@ def test_signals_to_the_whole_job_leave_the_loader_at_work(
         time.sleep(0.01)
     ((code, said),) = lives.end()
     assert code == EXIT_PREEMPTED, said
-    assert said.splitlines()[-1].startswith("preempted: stopped by SIGTERM after step")
+    # The first of those that wait for a busy interpreter is the one of the lowest number.
+    assert re.match(r"preempted: stopped by SIG(TERM|USR1) after step", said.splitlines()[-1])
     lives.start()
     assert lives.end()[0][0] == 0
     assert_same_run(whole(1), tmp_path)
