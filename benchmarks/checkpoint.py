@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     run = own_step.pretraining(settings)
     batches = own_step.drawn_batches(run)
     folder = Path(tempfile.mkdtemp(dir=args.folder))
-    writer = CheckpointWriter(folder, go_on=False)
+    writer = CheckpointWriter(folder)
 
     def step() -> None:
         run.step = 0  # the schedules end, and every turn may train the same step

@@ -80,15 +80,11 @@ class RunLog:
     A resumed run goes on where its checkpoint was written: of the log the first `lines` lines
     stay, as many as it had then, and TensorBoard shows no event after first_step. (Not by the
     lines' steps, which are numbered anew where a run goes on with steps of another size.) The
-    attribute `lines` is how many there are. go_on: what the disk refuses waits in memory, with one
-    warning, and is written with a later line; else an InputError is raised.
+    attribute `lines` is how many there are. What the disk refuses is an InputError.
     """
 
-    def __init__(
-        self, folder: Path, lines: int, first_step: int, prefix: str = "", go_on: bool = False
-    ) -> None:
-        self._path, self._go_on, self._is_refused = folder / f"{prefix}log.txt", go_on, False
-        self._waiting: list[tuple[int, dict[str, float]]] = []
+    def __init__(self, folder: Path, lines: int, first_step: int, prefix: str = "") -> None:
+        self._path = folder / f"{prefix}log.txt"
         try:
             kept = _first_lines(self._path, lines)
             self.lines = len(kept)
@@ -109,49 +105,26 @@ class RunLog:
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line: `figures` (with the epoch among them) after optimizer step `step`."""
-        self._waiting.append((step, dict(figures)))
-        self.lines += 1
+        line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
         try:
-            self._write_waiting()
-        except OSError as error:
-            if not self._go_on:
-                raise self._refusal(error) from None
-            if not self._is_refused:
-                logger.warning(f"{self._refusal(error)} What it lacks is written when it can be.")
-            self._is_refused = True
-        else:
-            if self._is_refused:
-                logger.info(f"the log {self._path} is written again, and whole")
-            self._is_refused = False
-
-    def _write_waiting(self) -> None:
-        if self._is_refused:
-            self._events.flush()  # the rest of an event, before the next one
-        while self._waiting:
-            step, figures = self._waiting[0]
-            line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
             _append(self._path, f"{json.dumps(line)}\n")
-            del self._waiting[0]
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
-            self._events.write_event(
-                Event(wall_time=time.time(), step=step, summary=Summary(value=values))
-            )
+            self.lines += 1
+            self._events.write_event(event)
             self._events.flush()
+        except OSError as error:
+            raise self._refusal(error) from None
 
     def sync(self) -> None:
         """Bring log.txt to the disk itself, so that a power cut leaves what was logged."""
         try:
             sync(self._path)
         except OSError as error:
-            if not self._go_on:
-                raise self._refusal(error) from None
+            raise self._refusal(error) from None
 
     def close(self) -> None:
-        """Write what waits, if the disk now takes it, and say what is lost if not."""
-        with contextlib.suppress(OSError):
-            self._write_waiting()
-        if self._waiting:
-            logger.warning(f"{len(self._waiting)} lines of {self._path} are lost")
+        """Close TensorBoard's file; every line and event is written already."""
         with contextlib.suppress(OSError):
             self._events.close()
 

@@ -264,8 +264,6 @@ option("CKPT.EVERY_MINUTES", 10.0, "minutes between writings of the last checkpo
        "every optimizer step", at_least=0)
 option("CKPT.KEEP_EVERY", 20, "epochs between checkpoints that are kept for good; 0: only the last",
        at_least=0, flag="--saveckp_freq")
-option("CKPT.ON_ERROR", "stop", "when a checkpoint or the log cannot be written: stop or go_on "
-       "(and try again at the next one)", choices=("stop", "go_on"))
 
 section("EVAL", "all evaluations, and the k-NN test during pretraining", FIGURES, EVALUATIONS)
 option("EVAL.SIZE", 0, "pixels of the centre crop; 0: those of the checkpoint's global crops, else "

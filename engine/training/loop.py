@@ -36,11 +36,10 @@ def train(
     written; InputError where a file cannot be written, too many images cannot be read or too
     many steps in a row were not finite.
     """
-    go_on = run.cfg.CKPT.ON_ERROR == "go_on"
     with contextlib.ExitStack() as at_end:
         log = None
         if run.world.is_main:
-            log = RunLog(folder, record.log_lines, record.log_step, go_on=go_on)
+            log = RunLog(folder, record.log_lines, record.log_step)
             at_end.callback(log.close)
         lines = Lines(run, record, log)
         at_end.callback(lines.close)

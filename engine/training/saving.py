@@ -25,12 +25,12 @@ class Checkpoints:
         self._run, self._record, self.folder, self._log = run, record, folder, log
         self._writer = None
         if run.world.is_main:
-            self._writer = CheckpointWriter(folder, run.cfg.CKPT.ON_ERROR == "go_on")
+            self._writer = CheckpointWriter(folder)
         self.saved_step, self._saved_at = -1, time.monotonic()
 
     @property
     def failed(self) -> bool:
-        """Whether a write failed that is to stop the run; on rank 0."""
+        """Whether a write failed; on rank 0."""
         return self._writer is not None and self._writer.failed
 
     def time_is_up(self) -> bool:
@@ -97,20 +97,19 @@ class Checkpoints:
 class CheckpointWriter:
     """Writes a run's last checkpoint in a thread, one at a time; on rank 0 alone.
 
-    go_on: a checkpoint that cannot be written is a warning, and the next one is tried; else an
-    InputError of the next `save` or `wait`. The files of before stand in both cases. However the
-    interpreter ends, a checkpoint that was begun is finished first; os._exit and SIGKILL leave
-    the files of before.
+    One that cannot be written is an InputError of the next `save` or `wait`, and leaves the files
+    of before. However the interpreter ends, a checkpoint that was begun is finished first;
+    os._exit and SIGKILL leave the files of before.
     """
 
-    def __init__(self, folder: Path, go_on: bool) -> None:
-        self._folder, self._go_on = folder, go_on
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future | None = None  # the last one, until its error was raised
 
     @property
     def failed(self) -> bool:
-        """Whether the last write failed, and not with a mere warning."""
+        """Whether the last write failed."""
         return not self.busy and self._error() is not None
 
     @property
@@ -122,14 +121,15 @@ class CheckpointWriter:
         """Copy the state and begin to write it, once the one before is written.
 
         See `utils.checkpoint.save_last` for the files and kept_as. The state may change as soon as
-        this returns. Raises InputError where the one before could not be written, unless go_on.
+        this returns. Raises InputError where the one before could not be written.
         """
         if self._error() is not None:
             self.wait()
-        self._written = self._executor.submit(self._write, on_host(state), kept_as)
+        copied = on_host(state)
+        self._written = self._executor.submit(checkpoint.save_last, copied, self._folder, kept_as)
 
     def wait(self) -> None:
-        """Until all is written; raises InputError where the last write failed, go_on or not."""
+        """Until all is written; raises InputError where the last write failed."""
         written, self._written = self._written, None
         if written is not None:
             written.result()
@@ -142,17 +142,8 @@ class CheckpointWriter:
         self._executor.shutdown()
 
     def _error(self) -> BaseException | None:
-        """Of the last write, once it is done; None where a warning was enough."""
-        error = self._written.exception() if self._written is not None else None
-        return None if self._go_on and isinstance(error, InputError) else error
-
-    def _write(self, copied: dict, kept_as: str) -> None:
-        try:
-            checkpoint.save_last(copied, self._folder, kept_as)
-        except InputError as error:
-            if self._go_on:
-                logger.warning(f"{error} The run goes on, and what was written before stands.")
-            raise
+        """Of the last write, once it is done."""
+        return self._written.exception() if self._written is not None else None
 
 
 def on_host(state: Any) -> Any:

@@ -79,7 +79,7 @@ def test_a_runs_copy_is_written_as_the_run_itself_would_be(tmp_path):
 
 def test_the_file_holds_the_moment_of_the_call(tmp_path):
     weights = torch.ones(200_000)
-    writer = CheckpointWriter(tmp_path, go_on=False)
+    writer = CheckpointWriter(tmp_path)
     for step in range(1, 6):
         writer.save({"step": step, "w": weights}, "checkpoint0002.pth" if step == 2 else "")
         weights += 1  # training goes on in place while the file is written
@@ -94,7 +94,7 @@ def test_the_file_holds_the_moment_of_the_call(tmp_path):
 
 def test_the_call_returns_before_the_file_is_written_and_the_next_one_waits(tmp_path):
     weights = torch.ones(50_000_000)
-    writer = CheckpointWriter(tmp_path, go_on=False)
+    writer = CheckpointWriter(tmp_path)
     writer.save({"step": 1, "w": weights})
     assert not (tmp_path / LAST).exists()
     writer.save({"step": 2, "w": weights[:10]})
@@ -116,7 +116,7 @@ def test_a_full_disk_stops_the_run_at_the_next_call(tmp_path, told, kept_as):
         folder = tmp_path / "disk"
         checkpoint.save_last({"step": 1}, folder)
         checkpoint.save_last({"step": 2}, folder)
-        writer = CheckpointWriter(folder, go_on=False)
+        writer = CheckpointWriter(folder)
         with fill(leaving=100_000):
             writer.save({"step": 3, "w": torch.zeros(100_000)}, kept_as)
             until_written(writer)
@@ -136,37 +136,8 @@ def test_a_full_disk_stops_the_run_at_the_next_call(tmp_path, told, kept_as):
     assert told == []
 
 
-def test_a_full_disk_is_a_warning_with_go_on_and_the_next_write_succeeds(tmp_path, told):
-    with small_disk(tmp_path / "disk", 4_000_000) as fill:
-        folder = tmp_path / "disk"
-        checkpoint.save_last({"step": 1}, folder)
-        writer = CheckpointWriter(folder, go_on=True)
-        with fill(leaving=100_000):
-            for _ in range(2):
-                writer.save({"step": 2, "w": torch.zeros(100_000)})
-            until_written(writer)
-        assert not writer.failed
-        assert checkpoint.load_file(folder / LAST) == {"step": 1}
-        assert [line.split(" could ")[0] for line in told] == [
-            f"WARNING: the checkpoint {folder / LAST}"
-        ] * 2
-        assert "The run goes on" in told[0]
-        writer.save({"step": 3})
-        writer.wait()
-        assert checkpoint.load_file(folder / LAST) == {"step": 3}
-        assert checkpoint.load_file(folder / PREVIOUS) == {"step": 1}
-        assert len(told) == 2
-        # Of the last write of all, a warning is not enough.
-        with fill(leaving=100_000):
-            writer.save({"step": 4, "w": torch.zeros(100_000)})
-            with pytest.raises(InputError, match=r"could not be written"):
-                writer.wait()
-        assert sorted(os.listdir(folder)) == [LAST, PREVIOUS]
-        writer.close()
-
-
 def test_a_failure_that_nobody_asked_for_is_told_at_the_end(tmp_path, told):
-    writer = CheckpointWriter(tmp_path / "none", go_on=False)
+    writer = CheckpointWriter(tmp_path / "none")
     writer.save({"step": 1})
     writer.close()
     (line,) = told
@@ -174,7 +145,7 @@ def test_a_failure_that_nobody_asked_for_is_told_at_the_end(tmp_path, told):
 
 
 def test_an_error_of_ours_is_no_warning(tmp_path, told):
-    writer = CheckpointWriter(tmp_path, go_on=True)
+    writer = CheckpointWriter(tmp_path)
     writer.save({"step": 1, "not plain": lambda: None})
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
         writer.save({"step": 2})
@@ -186,7 +157,7 @@ def test_the_process_ending_at_once_leaves_the_old_file(tmp_path):
     checkpoint.save_last({"step": 1}, tmp_path)
 
     def work(told: TextIO) -> None:
-        writer = CheckpointWriter(tmp_path, go_on=False)
+        writer = CheckpointWriter(tmp_path)
         writer.save({"step": 2, "w": torch.ones(50_000_000)})
         while not any(file.stat().st_size for file in tmp_path.glob(f".{LAST}.*")):
             time.sleep(0.001)
@@ -203,7 +174,7 @@ from pathlib import Path
 from engine.training.saving import CheckpointWriter
 from utils.errors import InputError, run_script
 def main():
-    CheckpointWriter(Path(sys.argv[1]), False).save({"step": 1, "w": torch.ones(20_000_000)})
+    CheckpointWriter(Path(sys.argv[1])).save({"step": 1, "w": torch.ones(20_000_000)})
     raise InputError("something else is wrong.")
 run_script(main)
 """
@@ -248,30 +219,7 @@ def events_of(folder: Path) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("leaving", [0, 4096])
-def test_a_log_on_a_full_disk_waits_and_is_whole_afterwards(tmp_path, told, leaving):
-    figures = {"loss": 1.0, "a figure of a long name" * 20: 2.0}
-    with small_disk(tmp_path / "disk", 1_000_000) as fill:
-        folder = tmp_path / "disk"
-        log = RunLog(folder, 0, 0, go_on=True)
-        with fill(leaving=leaving):
-            for step in range(1, 201):
-                log.write(step, figures)
-                log.sync()
-            before = lines_of(folder)
-            assert before == list(range(1, len(before) + 1))
-            assert len(before) < 200
-        (warning,) = told
-        assert warning.startswith(f"WARNING: the log {folder / 'log.txt'} cannot be written (")
-        log.write(201, figures)
-        assert lines_of(folder) == list(range(1, 202))
-        assert events_of(folder) == [step for step in range(1, 202) for _ in figures]
-        assert told[1:] == [f"INFO: the log {folder / 'log.txt'} is written again, and whole"]
-        log.close()
-        assert len(told) == 2
-
-
-def test_a_log_on_a_full_disk_stops_the_run_without_go_on(tmp_path, told):
+def test_a_log_on_a_full_disk_stops_the_run_and_has_no_torn_line(tmp_path, told):
     log = RunLog(tmp_path, 0, 0)
     log.write(1, {"loss": 1.0})
     size = (tmp_path / "log.txt").stat().st_size
@@ -283,15 +231,6 @@ def test_a_log_on_a_full_disk_stops_the_run_without_go_on(tmp_path, told):
     assert lines_of(tmp_path) == [1]
     log.close()
     assert told == []
-
-
-def test_lines_that_never_found_room_are_counted(tmp_path, told):
-    log = RunLog(tmp_path, 0, 0, go_on=True)
-    with full_disk(0):
-        for step in range(3):
-            log.write(step, {"loss": 1.0})
-        log.close()
-    assert told[1:] == [f"WARNING: 3 lines of {tmp_path / 'log.txt'} are lost"]
 
 
 def test_a_log_goes_on_after_its_first_lines_without_those_that_are_damaged(tmp_path):

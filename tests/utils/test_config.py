@@ -374,7 +374,6 @@ BAD = {
     "TRAIN.PRECISION": "fp8",
     "TRAIN.TIMEOUT_MINUTES": 0,
     "CKPT.EVERY_MINUTES": -1,
-    "CKPT.ON_ERROR": "never",
     "TRAIN.MAX_BAD_STEPS": 0,
     "CKPT.KEEP_EVERY": -1,
     "EVAL.KNN_EVERY": 1,
