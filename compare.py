@@ -22,10 +22,13 @@ from pathlib import Path
 from datasets import synthetic
 from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.features import Reading
 from engine.evaluation.provenance import provenance
 from engine.evaluation.source import Source, load_source
 from engine.pictures.curves import read_log
-from engine.studies import evaluation, tables
+from engine.studies import tables
+from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
 from engine.studies.runs import LOCK, Run, locked, pretrained, run_of
 from engine.studies.spec import Study, choose, load
@@ -203,8 +206,10 @@ def evaluate(
     splits, own = results.splits[data], cfg.clone()
     own.DATA.PATH = str(splits.train.root.parent)
     with quiet():
-        figures, zeros = evaluation.measure(source, own, results.study.protocol, splits, world)
-    behind = provenance(own, world, source, splits)
+        protocol = results.study.protocol
+        figures, zeros = figures_and_zeros(source, own, protocol, splits, world)
+    reading = Reading.of(own, world, source)
+    behind = provenance(own, SplitFeatures(source, splits, reading))
     known = ("command", "date", "commit", "versions", "device", "data")
     result = {
         "study": results.study.name,

@@ -11,12 +11,15 @@ accuracy of every class, the pairs most confused) and tsne.png.
 
 from pathlib import Path
 
-from engine.evaluation.evaluation import Evaluation, join, open_evaluation, results_folder
-from engine.evaluation.protocols import KnnResult, run_knn
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.measure import KNN, KNNFigures, measure
+from engine.evaluation.opening import join, open_features, results_folder
+from engine.evaluation.provenance import provenance
 from engine.pictures.classes import most_confused, per_class_accuracy, plot_classes
 from engine.pictures.drawing import save
 from engine.pictures.tsne import plot_tsne
 from utils import cli, distributed, flags
+from utils.config import Node
 from utils.errors import run_script
 from utils.files import write_json
 from utils.logging import logger
@@ -26,27 +29,26 @@ def main() -> None:
     command = cli.parse(__doc__, face=flags.KNN)
     world = join(command)
     cfg = command.cfg
-    evaluation = open_evaluation(command, world)
+    features = open_features(command, world)
     folder = results_folder(cfg, "eval_knn")
 
-    result = run_knn(evaluation)
-    for k, figures in result.figures["k"].items():
+    (found,) = measure(features, [KNN(cfg.KNN.KS, cfg.KNN.TEMPERATURE)])
+    for k, figures in found.figures["k"].items():
         logger.info(f"{k}-NN: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
 
-    distributed.on_main(lambda: write(evaluation, result, folder))
+    distributed.on_main(lambda: write(cfg, features, found, folder))
     logger.info(f"written: {folder}/knn.json" + ", classes.png, tsne.png" * cfg.EVAL.PICTURES)
     distributed.stop()
 
 
-def write(evaluation: Evaluation, result: KnnResult, folder: Path) -> None:
+def write(cfg: Node, features: SplitFeatures, found: KNNFigures, folder: Path) -> None:
     """The figures, also class by class, and their pictures: for the first number of neighbours."""
-    cfg, test = evaluation.cfg, evaluation.features("test")
-    k = cfg.KNN.KS[0]
-    by_class = per_class_accuracy(result.predicted[k], test.labels, test.classes)
-    confused = most_confused(result.predicted[k], test.labels, test.classes)
+    k, test = cfg.KNN.KS[0], features.of("test")
+    by_class = per_class_accuracy(found.predicted[k], test.labels, test.classes)
+    confused = most_confused(found.predicted[k], test.labels, test.classes)
     classes = {"k": k, "accuracy": by_class, "most_confused": confused}
-    figures = result.figures | {"classes": classes}
-    write_json(folder / "knn.json", figures | evaluation.provenance())
+    figures = found.figures | {"classes": classes}
+    write_json(folder / "knn.json", figures | provenance(cfg, features))
     if cfg.EVAL.PICTURES:
         save(plot_classes(by_class, confused, f"{k}-NN"), folder / "classes.png")
         figure = plot_tsne(test.values, test.labels, test.classes, cfg.SEED)

@@ -12,8 +12,10 @@ with that part of every class's labels. The same command goes on where it stoppe
 OUT: linear.json, and the heads, linear.pth.
 """
 
-from engine.evaluation.evaluation import join, open_evaluation, results_folder
-from engine.evaluation.probing import run_linear, share_folder
+from engine.evaluation.measure import measure
+from engine.evaluation.opening import join, open_features, results_folder
+from engine.evaluation.probing import LinearProbe
+from engine.evaluation.provenance import provenance
 from utils import cli, distributed, flags
 from utils.errors import InputError, run_script
 from utils.files import write_json
@@ -29,16 +31,16 @@ def main() -> None:
             "--classifier logistic works on features extracted once: drop --features augmented."
         )
     world = join(command)
-    evaluation = open_evaluation(command, world)
+    features = open_features(command, world)
     folder = results_folder(cfg, "eval_linear")
 
     results = []
     for share in cfg.LINEAR.LABEL_SHARES:
-        figures = run_linear(evaluation, share, cfg.SEED, share_folder(folder, share))
-        results.append(figures)
-        logger.info(describe(figures))
+        (found,) = measure(features, [LinearProbe.of(cfg, share, cfg.SEED, folder)])
+        results.append(found.figures)
+        logger.info(describe(found.figures))
 
-    contents = {"protocol": "linear probe", "results": results} | evaluation.provenance()
+    contents = {"protocol": "linear probe", "results": results} | provenance(cfg, features)
     distributed.on_main(lambda: write_json(folder / "linear.json", contents))
     logger.info(f"written: {folder / 'linear.json'}")
     distributed.stop()

@@ -11,11 +11,14 @@ the gallery, as the authors' released code does. Written into OUT: retrieval.jso
 
 from pathlib import Path
 
-from engine.evaluation.evaluation import Evaluation, join, open_evaluation, results_folder
-from engine.evaluation.protocols import RetrievalResult, run_retrieval
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.measure import Retrieval, RetrievalFigures, measure
+from engine.evaluation.opening import join, open_features, results_folder
+from engine.evaluation.provenance import provenance
 from engine.pictures.drawing import save
 from engine.pictures.retrieved import choose_queries, plot_retrieved
 from utils import cli, distributed, flags
+from utils.config import Node
 from utils.errors import run_script
 from utils.files import write_json
 from utils.logging import logger
@@ -25,11 +28,11 @@ def main() -> None:
     command = cli.parse(__doc__, face=flags.RETRIEVAL)
     world = join(command)
     cfg = command.cfg
-    evaluation = open_evaluation(command, world)
+    features = open_features(command, world)
     folder = results_folder(cfg, "eval_retrieval")
 
-    result = run_retrieval(evaluation)
-    figures = result.figures
+    (found,) = measure(features, [Retrieval(cfg.RETRIEVAL.SPLIT)])
+    figures = found.figures
     logger.info(
         f"retrieval, split {figures['split']}: {figures['queries']} queries, "
         f"{figures['gallery_images']} images in the gallery\n"
@@ -44,24 +47,24 @@ def main() -> None:
             f"gallery: they count as not found"
         )
 
-    distributed.on_main(lambda: write(evaluation, result, folder))
-    shown = cfg.EVAL.PICTURES and evaluation.splits is not None
+    distributed.on_main(lambda: write(cfg, features, found, folder))
+    shown = cfg.EVAL.PICTURES and features.splits is not None
     logger.info(f"written: {folder}/retrieval.json" + ", retrieval.png" * shown)
     if cfg.EVAL.PICTURES and not shown:
         logger.info("no picture: --data_path would give the images to show")
     distributed.stop()
 
 
-def write(evaluation: Evaluation, result: RetrievalResult, folder: Path) -> None:
+def write(cfg: Node, features: SplitFeatures, found: RetrievalFigures, folder: Path) -> None:
     """The figures, and where the images are at hand, some queries with their first hits."""
-    write_json(folder / "retrieval.json", result.figures | evaluation.provenance())
-    if evaluation.cfg.EVAL.PICTURES and evaluation.splits is not None:
-        images = evaluation.images_with_features()
-        chosen = choose_queries(result.measured.average_precision)
+    write_json(folder / "retrieval.json", found.figures | provenance(cfg, features))
+    if cfg.EVAL.PICTURES and features.splits is not None:
+        images = features.images_with_features()
+        chosen = choose_queries(found.ranked.average_precision)
         figure = plot_retrieved(
-            images.subset(result.queries.tolist()),
-            images.subset(result.gallery.tolist()),
-            result.measured.first[chosen],
+            images.subset(found.queries.tolist()),
+            images.subset(found.gallery.tolist()),
+            found.ranked.first[chosen],
             chosen,
             "Queries, from the best average precision to the worst, and their first hits",
         )

@@ -11,26 +11,21 @@ try takes up again: features/ and probes/.
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from engine.evaluation import table
-from engine.evaluation.evaluation import (
-    SPLITS,
-    Evaluation,
-    build_evaluation,
-    join,
-    open_source,
-    open_splits,
-)
-from engine.evaluation.probing import run_linear, share_folder
-from engine.evaluation.protocols import run_knn, run_retrieval
-from engine.evaluation.source import NO_KEY, RANDOM, random_like
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.features import Reading
+from engine.evaluation.measure import KNN, Retrieval, measure
+from engine.evaluation.opening import join, network_line, open_source, open_splits
+from engine.evaluation.probing import LinearProbe
+from engine.evaluation.provenance import provenance
+from engine.evaluation.source import NO_KEY, RANDOM, Source, random_like
 from utils import cli, config, distributed, flags
 from utils.config import Node
 from utils.errors import InputError, run_script
-from utils.files import make_folder, write_json, write_text
+from utils.files import make_folder
 from utils.logging import logger
 
 
@@ -47,128 +42,105 @@ def main() -> None:
     folder = Path(cfg.OUTPUT_DIR)
     distributed.on_main(lambda: make_folder(folder))
 
-    # The rows: all networks are opened, and shown an image, before any work.
+    # The networks: all are opened, and shown an image, before any work.
     sources = [open_source(path, command) for path in paths]
     splits = open_splits(cfg)
-    evaluations = [build_evaluation(cfg, world, source, splits, None) for source in sources]
-    probe = cfg.LINEAR
-    for evaluation in evaluations:
-        network = evaluation.encoder(probe.N_LAST_BLOCKS, probe.AVGPOOL_PATCHTOKENS)
-        network.widths(evaluation.size)
-    evaluations += zeros(evaluations)
+    networks = [
+        SplitFeatures(source, splits, Reading.of(cfg, world, source), cfg.EVAL.POOLING)
+        for source in sources
+    ]
+    for network in networks:
+        encoder = network.encoder(cfg.LINEAR.N_LAST_BLOCKS, cfg.LINEAR.AVGPOOL_PATCHTOKENS)
+        encoder.widths(network.reading.size)
+    # And a random initialisation for each shape of network and image size among these.
+    shapes = {
+        (repr(network.source.shape(cfg.EVAL.POOLING)), network.reading.size): network
+        for network in reversed(networks)
+    }
+    alike = [network for network in networks if network in shapes.values()]
+    networks += [with_source(network, random_like(network.source, cfg.SEED)) for network in alike]
 
     # The three protocols for each; what is done is written row by row.
-    rows, provenance = [], evaluations[0].provenance()
-    for evaluation in evaluations:
-        logger.info(f"{row_name(evaluation)}: {evaluation.network_line()}")
-        rows.append(row(evaluation, folder))
-        for key, heading in table.columns(cfg):
+    rows, behind = [], provenance(cfg, networks[0])
+    for network in networks:
+        logger.info(f"{row_name(network)}: {network_line(network)}")
+        rows.append(row(network, folder, cfg))
+        for key, heading in columns(cfg):
             logger.info(f"  {heading}: {table.cell(rows[-1]['figures'][key])} %")
-        distributed.on_main(lambda: write(folder, rows, provenance, cfg))
+        distributed.on_main(
+            lambda: table.write(folder, document(rows, behind, cfg), {"rows": rows} | behind)
+        )
     logger.info(f"written: {folder}/table.md, results.json")
     distributed.stop()
 
 
-def write(folder: Path, rows: list[dict], provenance: dict, cfg: Node) -> None:
-    """The rows so far."""
-    write_json(folder / "results.json", {"rows": rows} | provenance)
-    write_text(folder / "table.md", table.markdown(rows, provenance, cfg))
+def row(network: SplitFeatures, folder: Path, cfg: Node) -> dict:
+    """Figures of one network over the seeds, each a mean, a deviation and its values.
 
-
-def row(evaluation: Evaluation, folder: Path) -> dict:
-    """Figures of one network over the seeds, each a mean, a deviation and its values."""
+    A random initialisation is drawn anew for every seed.
+    """
     figures: dict[str, list[float]] = {}
     details, unreadable = [], {}
-    for network, seed, is_new in networks(evaluation, folder):
-        if is_new:
-            found = protocols(network)
-            details.append(found)
-            for key, value in flat(found).items():
+    is_random = network.source.weights.is_random
+    for seed in range(cfg.SEED, cfg.SEED + cfg.EVAL.SEEDS):
+        if is_random or seed == cfg.SEED:
+            if is_random:
+                network = with_source(network, random_like(network.source, seed))
+            network = replace(network, folder=folder / "features" / identity(network))
+        own = folder / "probes" / probe_identity(network, cfg) / f"seed_{seed}"
+        probes = [LinearProbe.of(cfg, share, seed, own) for share in shares_of(cfg)]
+        image_protocols = []
+        if is_random or seed == cfg.SEED:
+            knn = KNN(cfg.KNN.KS, cfg.KNN.TEMPERATURE)
+            image_protocols = [knn, Retrieval(cfg.RETRIEVAL.SPLIT)]
+        found = [result.figures for result in measure(network, [*image_protocols, *probes])]
+        if image_protocols:
+            knn, retrieval, *found = found
+            details.append({"knn": knn, "retrieval": retrieval})
+            for key, value in flat(knn, retrieval).items():
                 figures.setdefault(key, []).append(value)
-        for share in table.shares_of(network.cfg):
-            own = folder / "probes" / probe_identity(network) / f"seed_{seed}"
-            probed = run_linear(network, share, seed, share_folder(own, share))
+        for probed in found:
             details.append(probed)
-            figures.setdefault(f"linear_{share:g}", []).append(probed["top1"])
+            figures.setdefault(f"linear_{probed['label_share']:g}", []).append(probed["top1"])
         unreadable |= network.bad
     return {
-        "name": row_name(evaluation),
-        "network": evaluation.network_line(),
-        "weights": asdict(evaluation.source.weights),
-        "image_size": {"crop": evaluation.size, "resize": evaluation.resize},
+        "name": row_name(network),
+        "network": network_line(network),
+        "weights": asdict(network.source.weights),
+        "image_size": {"crop": network.reading.size, "resize": network.reading.resize},
         "figures": {key: table.spread(values) for key, values in figures.items()},
         "details": details,
         "unreadable_images": unreadable,
     }
 
 
-def networks(evaluation: Evaluation, folder: Path) -> Iterator[tuple[Evaluation, int, bool]]:
-    """The network to probe with each seed, and whether it is another than with the seed before.
-
-    A random initialisation is drawn anew for every seed. Features are kept in the table's folder.
-    """
-    cfg, source = evaluation.cfg, evaluation.source
-    network = kept(evaluation, folder)
-    for index, seed in enumerate(range(cfg.SEED, cfg.SEED + cfg.EVAL.SEEDS)):
-        if source.weights.is_random:
-            network = kept(replace(evaluation, source=random_like(source, seed)), folder)
-        yield network, seed, index == 0 or source.weights.is_random
-
-
-def protocols(evaluation: Evaluation) -> dict[str, dict]:
-    """k-NN and retrieval."""
-    # The probe's features hold the image feature too: they are extracted first, and once.
-    linear = evaluation.cfg.LINEAR
-    for split in SPLITS if linear.FEATURES == "cached" else ("test",):
-        evaluation.features(split, linear.N_LAST_BLOCKS, linear.AVGPOOL_PATCHTOKENS)
-    return {
-        "knn": run_knn(evaluation).figures,
-        "retrieval": run_retrieval(evaluation).figures,
-    }
-
-
-def flat(found: dict[str, dict]) -> dict[str, float]:
+def flat(knn: dict, retrieval: dict) -> dict[str, float]:
     """The figures that have a column or could have one, by key."""
     names = ("rank1", "rank5", "map", "map_at_100_released")
     return {
-        **{f"knn_{k}": figures["top1"] for k, figures in found["knn"]["k"].items()},
-        **{f"knn_{k}_top5": figures["top5"] for k, figures in found["knn"]["k"].items()},
-        **{name: found["retrieval"][name] for name in names},
+        **{f"knn_{k}": figures["top1"] for k, figures in knn["k"].items()},
+        **{f"knn_{k}_top5": figures["top5"] for k, figures in knn["k"].items()},
+        **{name: retrieval[name] for name in names},
     }
 
 
-def zeros(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """A random initialisation for each shape of network and image size among these."""
-    found: dict[tuple, Evaluation] = {}
-    for evaluation in evaluations:
-        shape = (repr(evaluation.source.shape(evaluation.cfg.EVAL.POOLING)), evaluation.size)
-        if shape not in found:
-            source = random_like(evaluation.source, evaluation.cfg.SEED)
-            found[shape] = replace(evaluation, source=source)
-    return list(found.values())
+def with_source(network: SplitFeatures, source: Source) -> SplitFeatures:
+    """The same for another network; no features yet."""
+    return replace(network, source=source, bad={}, held={})
 
 
-def kept(evaluation: Evaluation, folder: Path) -> Evaluation:
-    """The same, its features kept in the table's folder; nothing held yet."""
-    own = folder / "features" / identity(evaluation)
-    return build_evaluation(
-        evaluation.cfg, evaluation.world, evaluation.source, evaluation.splits, own
-    )
-
-
-def identity(evaluation: Evaluation) -> str:
+def identity(network: SplitFeatures) -> str:
     """A folder's name for a network at a size."""
-    return digest([evaluation.source.identity(evaluation.cfg.EVAL.POOLING), evaluation.size])
+    return digest([network.source.identity(network.pooling), network.reading.size])
 
 
-def probe_identity(evaluation: Evaluation) -> str:
+def probe_identity(network: SplitFeatures, cfg: Node) -> str:
     """A folder's name for a network's probes with these options."""
-    cfg = evaluation.cfg
     settings = config.to_dict(cfg)["LINEAR"]
     del settings["LABEL_SHARES"]
-    batch = cfg.EVAL.BATCH_SIZE_PER_GPU * evaluation.world.size
-    more = [evaluation.resize, cfg.EVAL.PRECISION, batch]
-    return digest([identity(evaluation), settings, more])
+    batch = cfg.EVAL.BATCH_SIZE_PER_GPU * network.reading.world.size
+    more = [network.reading.resize, cfg.EVAL.PRECISION, batch]
+    return digest([identity(network), settings, more])
 
 
 def digest(contents: list) -> str:
@@ -176,13 +148,69 @@ def digest(contents: list) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def row_name(evaluation: Evaluation) -> str:
+def row_name(network: SplitFeatures) -> str:
     """The checkpoint's path, with the key where it is not the teacher; or what is random."""
-    weights = evaluation.source.weights
+    weights = network.source.weights
     if weights.is_random:
-        return f"{RANDOM} ({weights.arch}, {evaluation.size} px)"
+        return f"{RANDOM} ({weights.arch}, {network.reading.size} px)"
     is_usual = weights.key in ("teacher", NO_KEY)
     return weights.path if is_usual else f"{weights.path} ({weights.key})"
+
+
+def columns(cfg: Node) -> list[tuple[str, str]]:
+    """(key of a row's figures, heading) in the order of the table."""
+    # 20 neighbours, the field's number, where it is asked for.
+    k = 20 if 20 in cfg.KNN.KS else cfg.KNN.KS[0]
+    ratio = " (ratio split)" if cfg.RETRIEVAL.SPLIT == "ratio" else ""
+    linear = "linear" if cfg.LINEAR.CLASSIFIER == "sgd" else "logistic"
+    found = [(f"knn_{k}", f"{k}-NN top-1")]
+    for share in shares_of(cfg):
+        few = "" if share == 1 else f", {100 * share:g} % of labels"
+        found.append((f"linear_{share:g}", f"{linear} top-1{few}"))
+    names = (("rank1", "Rank-1"), ("rank5", "Rank-5"), ("map", "mAP"))
+    return found + [(name, f"{heading}{ratio}") for name, heading in names]
+
+
+def shares_of(cfg: Node) -> list[float]:
+    """The shares of labels, the most first."""
+    return sorted(set(cfg.LINEAR.LABEL_SHARES), reverse=True)
+
+
+def document(rows: list[dict], behind: dict, cfg: Node) -> list[str]:
+    """The table, and below it what stands behind each number."""
+    data = behind["data"]
+    title = f"{data['name']} ({Path(cfg.DATA.PATH).absolute().name})"
+    seeds = (
+        f"± is the standard deviation over {cfg.EVAL.SEEDS} seeds: of the probe and of the choice "
+        f"of labels, and for a random initialisation of the network too; k-NN and retrieval of a "
+        f"checkpoint have none."
+        if cfg.EVAL.SEEDS > 1
+        else "One seed."
+    )
+    lines = [
+        f"# {title}: {data['classes']} classes, {data['train']['images']} training and "
+        f"{data['test']['images']} test images",
+        "",
+        *table.markdown(columns(cfg), [(r["name"], r["figures"]) for r in rows], "network"),
+        "",
+        f"Percent. {seeds} The linear probe counts after its last epoch.",
+        "",
+        *(f"- data: {note}" for note in data["notes"]),
+        f"- command: `{behind['command']}`",
+        f"- commit: {behind['commit'] or 'unknown'}; date: {behind['date']}",
+        f"- device: {behind['device']}, processes: {behind['processes']}",
+        "- versions: " + ", ".join(f"{k} {v}" for k, v in behind["versions"].items()),
+        f"- options that are not the defaults: {config.changed(cfg)}",
+    ]
+    for r in rows:
+        line = f"- {r['name']}: {r['network']}, pooling {cfg.EVAL.POOLING}"
+        if r["weights"]["path"] != RANDOM:
+            line += f", sha256 {r['weights']['sha256']}"
+        for split, images in sorted(r["unreadable_images"].items()):
+            line += f"; {len(images)} unreadable images of the {split} split are left out"
+        lines.append(line)
+    closing = "results.json holds every value, the options and those of each checkpoint's run."
+    return [*lines, "", closing]
 
 
 if __name__ == "__main__":

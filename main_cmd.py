@@ -13,8 +13,8 @@ from datasets.feed import step_sampler
 from datasets.fine_grained import build_dataset, prepare
 from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
-from engine.evaluation.evaluation import join
 from engine.evaluation.features import gallery_and_queries
+from engine.evaluation.opening import join
 from engine.preflight import advice
 from engine.training import resume
 from engine.training.bad_images import BadImages
@@ -65,8 +65,7 @@ def pretrain(signals: StopSignals) -> None:
         logger.warning(warning)
     held_out = None
     if cfg.EVAL.KNN_EVERY:
-        folders = (cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL)
-        held_out = gallery_and_queries(*folders, config.eval_size(cfg))
+        held_out = gallery_and_queries(cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL)
 
     # Networks, the same on every process; objective, optimizer, schedules.
     student, teacher = build.networks(cfg)

@@ -91,7 +91,7 @@ def main() -> None:
 
     # k-NN beside the network that the run began with.
     if where.gallery and where.queries:
-        trained, untrained = (report.image_knn(net.backbone, where) for net in (teacher, start))
+        trained, untrained = (report.image_knn(net, where) for net in (teacher, start))
         chance = 100 / len(labelled_folder(where.gallery).classes)
         results["knn"] = {
             "k": arguments.k,

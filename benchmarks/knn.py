@@ -101,7 +101,7 @@ def main() -> None:
         "ours": lambda: knn.neighbours(gallery, queries, args.k)[1],
         "scikit-learn, euclidean": lambda: rival("euclidean"),
         "scikit-learn, cosine": lambda: rival("cosine"),
-        "our retrieval, whole gallery": lambda: retrieval.measure(
+        "our retrieval, whole gallery": lambda: retrieval.retrieve(
             gallery, labels, queries, query_labels
         ),
     }

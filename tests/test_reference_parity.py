@@ -264,6 +264,6 @@ def test_retrieval(split):
     values, labels = torch.cat([train, test]), torch.cat([train_labels, test_labels])
     places = {"retrieval": retrieval.standard_split, "retrieval_ratio": retrieval.ratio_split}
     gallery, queries = places[split](len(train), len(test))
-    ours = retrieval.measure(values[gallery], labels[gallery], values[queries], labels[queries])
+    ours = retrieval.retrieve(values[gallery], labels[gallery], values[queries], labels[queries])
     for name, figure in read_json("evaluation.json")[split].items():
         assert getattr(ours, name) == pytest.approx(figure, rel=1e-5), name

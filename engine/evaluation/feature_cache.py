@@ -1,11 +1,11 @@
-"""Features on the disk: written once, used by every protocol, refused where they do not fit.
+"""Features of two splits: extracted once, used by every protocol, refused where they do not fit.
 
-A file is safetensors: the features, their labels, the images' paths, and in its metadata what
-made them (the checkpoint's sha256 among it), so that no figure comes from stale features.
+A file of them is safetensors: the features, their labels, the images' paths, and in its metadata
+what made them (the checkpoint's sha256 among it), so that no figure comes from stale features.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from datasets.benchmarks import Splits
+from datasets.folder import LabelledImages
+from datasets.synthetic_images import COARSE_NAMES
+from engine.evaluation.features import Encoder, Reading, check_bad
+from engine.evaluation.source import Source
+from utils import distributed
 from utils.checkpoint import save_safetensors
 from utils.errors import InputError
 from utils.files import make_folder
+from utils.logging import logger
 
 FORMAT = "1"
+SPLITS = ("train", "test")
+BAD_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,11 @@ class Features:
             avgpool_patchtokens=avgpool_patchtokens,
         )
 
+    def coarse(self) -> "Features":
+        """These features with the synthetic set's coarse classes for labels."""
+        labels = coarse_labels(self.labels, self.classes)
+        return replace(self, labels=labels, classes=[*COARSE_NAMES])
+
     def misfit(self, made_by: dict[str, str], blocks: int, avgpool_patchtokens: bool) -> str:
         """Why these features cannot stand for those wanted; empty where they can."""
         for name, wanted in made_by.items():
@@ -76,6 +90,176 @@ class Features:
                 f"{held_blocks} takes these)"
             )
         return ""
+
+
+def coarse_labels(labels: Tensor, classes: list[str]) -> Tensor:
+    """Fine labels [n] -> the places in COARSE_NAMES of what their names begin with, to "_"."""
+    places = [COARSE_NAMES.index(name.split("_", 1)[0]) for name in classes]
+    return torch.tensor(places)[labels]
+
+
+@dataclass
+class SplitFeatures:
+    """The features of a frozen network on two splits.
+
+    source, splits: None where only kept features are at hand. folder: where features are kept,
+    None for nowhere; must_fit: they are to be used and nothing else. bad: the unreadable images
+    that were left out, by split. Raises InputError for a pooling that the network lacks.
+    """
+
+    source: Source | None
+    splits: Splits | None
+    reading: Reading
+    pooling: str = "default"
+    folder: Path | None = None
+    must_fit: bool = False
+    bad: dict[str, list[str]] = field(default_factory=dict)
+    held: dict[str, Features] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.source is not None:
+            self.source.network.to(self.reading.world.device)
+            self.encoder()
+
+    def encoder(self, blocks: int = 1, avgpool_patchtokens: bool = False) -> Encoder:
+        """The network with the pooling; InputError where no checkpoint was given."""
+        if self.source is None:
+            raise InputError("no network: give --pretrained_weights.")
+        return Encoder(self.source, self.pooling, blocks, avgpool_patchtokens)
+
+    def images(self, split: str) -> LabelledImages:
+        """The images of `train` or `test`; InputError where no data was given."""
+        if self.splits is None:
+            raise InputError("no images: give --data_path (and --dataset).")
+        return self.splits.train if split == "train" else self.splits.test
+
+    def of(self, split: str, blocks: int = 1, avgpool_patchtokens: bool = False) -> Features:
+        """Features of `train` or `test`: held in memory, else kept on the disk, else extracted.
+
+        The same on every process. blocks, avgpool_patchtokens: as in Encoder, which ignores
+        them where the pooling or the family leaves no choice. Raises InputError where kept
+        features must fit and do not.
+        """
+        if self.source is not None:
+            encoder = self.encoder(blocks, avgpool_patchtokens)
+            blocks, avgpool_patchtokens = encoder.blocks, encoder.avgpool_patchtokens
+        elif self.pooling != "default":
+            blocks, avgpool_patchtokens = 1, False
+        made_by = self._made_by(split)
+        held = self.held.get(split)
+        if held is None or held.misfit(made_by, blocks, avgpool_patchtokens):
+            held = self._read(split, made_by, blocks, avgpool_patchtokens)
+            if held is None:
+                held = self._make(split, made_by, blocks, avgpool_patchtokens)
+            self._check(split, held)
+            self.held[split] = held
+            if held.bad:
+                self.bad[split] = held.bad
+                logger.warning(
+                    f"left out of the {split} split, unreadable: {len(held.bad)} of "
+                    f"{len(held.bad) + len(held.labels)} images: "
+                    + "; ".join(held.bad[:BAD_SHOWN])
+                    + ("; ..." if len(held.bad) > BAD_SHOWN else "")
+                )
+        return held.narrowed(blocks, avgpool_patchtokens)
+
+    def images_with_features(self) -> LabelledImages:
+        """The images whose features there are: those of `train`, then those of `test`."""
+        paths, labels = [], []
+        for split in SPLITS:
+            held = self.of(split)
+            paths += [str(Path(held.root) / path) for path in held.paths]
+            labels += held.labels.tolist()
+        return LabelledImages("", paths, labels, held.classes)
+
+    def _made_by(self, split: str) -> dict[str, str]:
+        """What is known of what decides a split's features."""
+        known = {}
+        if self.source is not None and self.source.weights is not None:
+            known = self.source.identity(self.pooling) | {
+                "size": str(self.reading.size),
+                "resize": str(self.reading.resize),
+                "precision": self.reading.precision,
+            }
+        if self.splits is not None:
+            known["images"] = self.images(split).fingerprint
+        return known
+
+    def _check(self, split: str, features: Features) -> None:
+        """Raise InputError for features that no figure should come from."""
+        images = len(features.bad) + len(features.labels)
+        check_bad(features.bad, images, self.reading.max_bad)
+        if not features.values.isfinite().all():
+            raise InputError(
+                f"the features of the {split} split hold infinite or undefined values: the network "
+                f"has diverged, or EVAL.PRECISION is too coarse for it."
+            )
+        for other, held in self.held.items():
+            names = (held.made_by.keys() | features.made_by.keys()) - {"images"}
+            different = [n for n in sorted(names) if held.made_by.get(n) != features.made_by.get(n)]
+            if held.classes != features.classes:
+                different.append("classes")
+            if different:
+                raise InputError(
+                    f"the features in {self.folder} do not belong together: {other} and {split} "
+                    f"differ in {', '.join(different)}. Extract both splits again."
+                )
+
+    def _path(self, split: str) -> Path:
+        suffix = "" if self.pooling == "default" else f"-{self.pooling}"
+        return self.folder / f"{split}{suffix}.safetensors"
+
+    def _read(
+        self, split: str, made_by: dict[str, str], blocks: int, avgpool: bool
+    ) -> Features | None:
+        """Kept features if they fit on every process, else None."""
+        if self.folder is None:
+            return None
+        path, found = self._path(split), None
+        if path.exists():
+            try:
+                found = load(path)
+                reason = found.misfit(made_by, blocks, avgpool)
+            except InputError as error:
+                reason = str(error)
+            if reason and self.must_fit:
+                raise InputError(f"the features in {path} are refused: {reason}")
+            if reason:
+                logger.info(f"the features in {path} are made again: {reason}")
+                found = None
+        elif self.must_fit:
+            kept = sorted(file.name for file in path.parent.glob("*.safetensors"))
+            raise InputError(
+                f"there are no features at {path}: {path.parent} holds {', '.join(kept) or 'none'}."
+            )
+        if not all(distributed.gather_objects(found is not None)):
+            return None
+        logger.info(f"features of the {split} split: from {path}")
+        if self.splits is not None:
+            # The same files, but perhaps under another root than when they were read.
+            found = replace(found, root=str(self.images(split).root))
+        return found
+
+    def _make(self, split: str, made_by: dict[str, str], blocks: int, avgpool: bool) -> Features:
+        encoder, images = self.encoder(blocks, avgpool), self.images(split)
+        widths = encoder.widths(self.reading.size)
+        if self.source.weights is not None:
+            logger.info(f"extracting features of {len(images)} images, the {split} split")
+        extracted = self.reading.extract(encoder, images)
+        features = Features(
+            values=extracted.values,
+            labels=extracted.labels,
+            paths=[images.paths[place] for place in extracted.places],
+            classes=images.classes,
+            root=str(images.root),
+            widths=widths,
+            avgpool_patchtokens=encoder.avgpool_patchtokens,
+            bad=[str(bad) for bad in extracted.bad],
+            made_by=made_by,
+        )
+        if self.folder is not None:
+            distributed.on_main(lambda: save(features, self._path(split)))
+        return features
 
 
 def save(features: Features, path: Path) -> None:

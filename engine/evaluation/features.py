@@ -7,17 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets.benchmarks import labelled_folder, same_classes
+from datasets.benchmarks import Splits, labelled_folder, same_classes
 from datasets.folder import LabelledImages
-from datasets.loader import BadImage, IndexedDataset, build_loader
-from datasets.multicrop import eval_transform
+from datasets.loader import BadImage, IndexedDataset, build_loader, usable_workers
+from datasets.multicrop import default_resize, eval_transform
 from engine.evaluation import attention
-from engine.evaluation.source import Source
+from engine.evaluation.source import Source, image_size
 from models.vit import ViT
 from utils import distributed
+from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import progress
+from utils.precision import autocast, precision_of
 
 NEEDS = {
     "mil": "mil needs the region head and the MIL pooling, which only runs of the objective cmd",
@@ -81,6 +83,67 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How labelled images reach a frozen network.
+
+    size, resize: pixels, see eval_transform. precision: fp32, bf16 or fp16. batch, workers: of
+    each process. max_bad: the share of images that may be unreadable; they are left out.
+    """
+
+    world: World
+    size: int
+    resize: int
+    precision: str = "fp32"
+    batch: int = 64
+    workers: int = 0
+    max_bad: float = 0.0
+
+    @classmethod
+    def of(cls, cfg: Node, world: World, source: Source | None) -> "Reading":
+        """By EVAL.* and DATA.*, at the size of the source's run unless EVAL.SIZE says another."""
+        size = image_size(source, cfg.EVAL.SIZE) if source is not None else 0
+        resize = cfg.EVAL.RESIZE or default_resize(size)
+        if size and resize < size:
+            raise InputError(
+                f"EVAL.RESIZE {resize} is less than the centre crop of {size} pixels (EVAL.SIZE)."
+            )
+        return cls(
+            world,
+            size,
+            resize,
+            precision_of(cfg, world.device, "EVAL.PRECISION"),
+            cfg.EVAL.BATCH_SIZE_PER_GPU,
+            usable_workers(cfg.DATA.WORKERS),
+            cfg.DATA.MAX_BAD,
+        )
+
+    def cast(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The same function of images on the device, in `precision`."""
+
+        def in_precision(images: Tensor) -> Tensor:
+            with autocast(self.precision, self.world.device):
+                return function(images)
+
+        return in_precision
+
+    def extract(
+        self,
+        function: Callable[[Tensor], Tensor],
+        images: LabelledImages,
+        max_bad: float | None = None,
+    ) -> "Extracted":
+        """`function` of these images' centre crops, in `precision`; see `extract` below."""
+        return extract(
+            self.cast(function),
+            images.through(eval_transform(self.size, self.resize)),
+            self.world,
+            self.batch,
+            self.workers,
+            self.max_bad if max_bad is None else max_bad,
+        )
+
+
+@dataclass(frozen=True)
 class Extracted:
     """What `extract` gives, the same on every process, on the CPU.
 
@@ -127,12 +190,12 @@ def extract(
             places.append(loaded.indices)
     bad = [image for images in distributed.gather_objects(bad) for image in images]
     check_bad(bad, len(dataset), max_bad)
-    values, indices = _gather(outputs, places, world)
+    values, indices = _gather(outputs, places)
     return Extracted(values, torch.tensor(dataset.labels)[indices], indices.tolist(), bad)
 
 
-def _gather(outputs: list[Tensor], places: list[Tensor], world: World) -> tuple[Tensor, Tensor]:
-    """The rows of all processes; one without any learns the rows' shape from the others."""
+def _gather(outputs: list[Tensor], places: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The rows of all processes; one without any gets the rows' shape from the others."""
     shapes = distributed.gather_objects(outputs[0].shape[1:] if outputs else None)
     shape = next(shape for shape in shapes if shape is not None)
     none = torch.empty(0, dtype=torch.int64)
@@ -155,15 +218,11 @@ def check_bad(bad: Collection[BadImage | str], images: int, share: float) -> Non
     )
 
 
-def gallery_and_queries(
-    gallery: str | Path, queries: str | Path, size: int
-) -> tuple[LabelledImages, LabelledImages]:
-    """Two labelled folders, centre-cropped, whose labels are the gallery's numbers of classes.
+def gallery_and_queries(gallery: str | Path, queries: str | Path) -> Splits:
+    """Two folders with class subfolders; the gallery is `train`, the queries are `test`.
 
     Raises InputError where a folder has no classes, or the queries have one that the gallery
     lacks.
     """
-    transform = eval_transform(size)
     first = labelled_folder(gallery)
-    second = same_classes(first, labelled_folder(queries))
-    return first.through(transform), second.through(transform)
+    return Splits("gallery and queries", first, same_classes(first, labelled_folder(queries)), [])

@@ -4,12 +4,20 @@ Pointing accuracy: the share of images whose most attended patch touches the par
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from datasets import synthetic
+from datasets.folder import LabelledImages
+from datasets.multicrop import eval_transform
+from engine.evaluation import attention
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.features import Reading, extract
+from models.backbone import Backbone
+from models.network import Network
 from utils.errors import InputError
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels; x1, y1 exclusive
@@ -54,14 +62,70 @@ def mass_on_part(attention: Tensor, touching: Tensor) -> float:
     return 100 * (attention.double() * touching).sum(1).mean().item()
 
 
-def figures(attention: Tensor, touching: Tensor) -> dict[str, float]:
-    """Pointing accuracy and the attention's mass, beside what no learning gives; percent."""
+def figures(maps: Tensor, touching: Tensor) -> dict[str, float]:
+    """Pointing accuracy beside its zeros, and the attention on the part, percent.
+
+    maps [n, N], rows that sum to 1; touching bool [n, N].
+    """
     return {
-        "accuracy": pointing(attention, touching),
+        "accuracy": pointing(maps, touching),
         "chance": chance(touching),
         "best_fixed_cell": best_fixed_cell(touching),
-        "mass_on_part": mass_on_part(attention, touching),
+        "mass_on_part": mass_on_part(maps, touching),
     }
+
+
+def touching_patches(backbone: Backbone, size: int, boxes: Sequence[Box], box_size: int) -> Tensor:
+    """Which patches of whole images shown at `size` pixels touch each box: bool [n, N].
+
+    boxes: in pixels of images of box_size x box_size.
+    """
+    cell = backbone.stride * box_size / size
+    return cells_touching(boxes, backbone.patch_grid(size, size), cell)
+
+
+def maps_of(
+    network: Network, images: LabelledImages, kinds: Sequence[str], reading: Reading
+) -> Tensor:
+    """The maps [n, kinds, N] float32 of whole images; see attention.py.
+
+    They are seen at reading.size in float32, and all must be readable.
+    """
+
+    def look(batch: Tensor) -> Tensor:
+        return torch.stack([attention.attention_map(network, batch, k) for k in kinds], dim=1)
+
+    whole = images.through(eval_transform(reading.size, reading.size))
+    return extract(look, whole, reading.world, reading.batch, reading.workers).values
+
+
+@dataclass(frozen=True)
+class PointingFigures:
+    """figures: kind of map -> what `figures` gives. maps: kind -> [n, N]."""
+
+    figures: dict[str, dict[str, float]]
+    maps: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """Where the network's maps look on the test images, whose parts' boxes must be known.
+
+    kinds: of attention.NAMES; () for all that the network has.
+    """
+
+    kinds: tuple[str, ...] = ()
+
+    def measure(self, features: SplitFeatures) -> PointingFigures:
+        network, images = features.source.network, features.images("test")
+        boxes, box_size = part_boxes([images.root / path for path in images.paths])
+        if not boxes:
+            raise InputError(f"{images.root} is not of a set that knows its parts' boxes.")
+        kinds = self.kinds or attention.kinds(network)
+        touching = touching_patches(network.backbone, features.reading.size, boxes, box_size)
+        found = maps_of(network, images, kinds, features.reading)
+        maps = {kind: found[:, place] for place, kind in enumerate(kinds)}
+        return PointingFigures({kind: figures(maps[kind], touching) for kind in kinds}, maps)
 
 
 def part_boxes(paths: Sequence[Path]) -> tuple[list[Box], int]:

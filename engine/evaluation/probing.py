@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from datasets.folder import LabelledImages
-from datasets.loader import AugmentedDataset, BadImage, EpochSampler, build_loader, usable_workers
+from datasets.loader import AugmentedDataset, BadImage, EpochSampler, build_loader
 from datasets.multicrop import RandomCrop
 from engine.evaluation import linear
-from engine.evaluation.evaluation import Evaluation
-from engine.evaluation.feature_cache import Features
-from engine.evaluation.features import Encoder, check_bad
+from engine.evaluation.feature_cache import SPLITS, Features, SplitFeatures
+from engine.evaluation.features import Encoder, Reading, check_bad
 from utils import checkpoint, distributed
+from utils.config import Node
 from utils.errors import InputError
 from utils.files import make_folder
 from utils.logging import RunLog, logger
@@ -32,9 +32,9 @@ Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # features [b, D], labels [b]
 class AugmentedImages:
     """The training split, through the network again in every epoch, each time another crop."""
 
-    evaluation: Evaluation
-    network: Encoder
+    encoder: Encoder
     images: LabelledImages
+    reading: Reading
     seed: int
     bad: set[BadImage] = field(default_factory=set)
 
@@ -49,23 +49,17 @@ class AugmentedImages:
 
     def batches(self, sampler: EpochSampler, width: int) -> Batches:
         """Features of this process's share of every batch, on the device."""
-        evaluation, device = self.evaluation, self.evaluation.world.device
-        crops = AugmentedDataset(self.images, RandomCrop(evaluation.size), self.seed)
-        workers = usable_workers(evaluation.cfg.DATA.WORKERS)
-        function, labels = evaluation.function(self.network), self.labels.to(device)
-        loader = build_loader(crops, sampler, workers, pin_memory=device.type == "cuda")
-        for batch in loader:
+        device = self.reading.world.device
+        crops = AugmentedDataset(self.images, RandomCrop(self.reading.size), self.seed)
+        function, labels = self.reading.cast(self.encoder), self.labels.to(device)
+        is_cuda = device.type == "cuda"
+        for batch in build_loader(crops, sampler, self.reading.workers, pin_memory=is_cuda):
             self.bad.update(batch.bad)
             indices = batch.indices.to(device, non_blocking=True)
             values = torch.empty(0, width, device=device)
             if batch.data is not None:
-                with torch.no_grad():
-                    values = function(batch.data.to(device, non_blocking=True)).float()
+                values = function(batch.data.to(device, non_blocking=True)).float()
             yield values, labels[indices], indices
-
-    def check(self) -> None:
-        """Raise InputError where the processes have met more unreadable images than allowed."""
-        check_bad(_all_bad(self), len(self.images), self.evaluation.cfg.DATA.MAX_BAD)
 
     def plain(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, D] and labels [n] of these images' centre crops.
@@ -73,7 +67,7 @@ class AugmentedImages:
         Those that cannot be read are left out: as part of all, training has judged them.
         """
         subset = self.images.subset(indices.tolist())
-        extracted = self.evaluation.extract(self.network, subset, max_bad=1)
+        extracted = self.reading.extract(self.encoder, subset, max_bad=1)
         return extracted.values, extracted.labels
 
 
@@ -83,7 +77,7 @@ class CachedFeatures:
 
     features: Features
     device: torch.device
-    bad: frozenset[BadImage] = frozenset()
+    bad: set[BadImage] = field(default_factory=set)  # of an epoch: none, they were left out
 
     @property
     def fingerprint(self) -> str:
@@ -107,178 +101,229 @@ class CachedFeatures:
         return self.features.values[indices], self.labels[indices]
 
 
-def share_folder(folder: Path, share: float) -> Path:
-    """Where the probe with a share of the labels keeps its files in a results folder; made."""
-    own = folder if share == 1 else folder / f"labels_{100 * share:g}_percent"
-    distributed.on_main(lambda: make_folder(own))
-    return own
+@dataclass(frozen=True)
+class LinearFigures:
+    """figures: for JSON."""
+
+    figures: dict
 
 
-def run_linear(evaluation: Evaluation, share: float, seed: int, folder: Path) -> dict:
-    """A linear probe on `share` of every class's training images, by the options LINEAR.*.
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear classifier on `share` of every class's training images; see docs/evaluation.md.
 
-    folder: for its log and its state, from which the same probe goes on.
-    Returns its figures. Raises InputError where the folder holds another probe's state.
+    classifier: sgd or logistic. augmented: new crops of the training images in every epoch, sgd
+    alone. blocks, avgpool_patchtokens: as in Encoder. lrs, cs: base learning rates and inverse
+    regularisations; with several, the best on the share `hold_out` of the training images
+    counts. outputs: of the classifier, 0 for one a class. folder: for the log and the state of
+    sgd, from which the same probe goes on. coarse: by the synthetic set's coarse classes, on
+    kept features alone.
     """
-    cfg = evaluation.cfg.LINEAR
-    started = time.perf_counter()
-    test = _features(evaluation, "test")
-    outputs = _outputs(cfg.NUM_LABELS, test.classes)
-    if cfg.CLASSIFIER == "sgd" and cfg.FEATURES == "augmented":
-        source = AugmentedImages(
-            evaluation,
-            evaluation.encoder(cfg.N_LAST_BLOCKS, cfg.AVGPOOL_PATCHTOKENS),
-            evaluation.dataset("train"),
+
+    share: float = 1.0
+    seed: int = 0
+    classifier: str = "sgd"
+    augmented: bool = False
+    blocks: int = 1
+    avgpool_patchtokens: bool = False
+    lrs: Sequence[float] = (0.001,)
+    cs: Sequence[float] = (1.0,)
+    hold_out: float = 0.1
+    epochs: int = 100
+    val_freq: int = 1
+    outputs: int = 0
+    folder: Path | None = None
+    coarse: bool = False
+
+    @classmethod
+    def of(cls, cfg: Node, share: float, seed: int, folder: Path) -> "LinearProbe":
+        """By the options LINEAR.*; below a folder of results."""
+        own = cfg.LINEAR
+        return cls(
+            share,
             seed,
+            own.CLASSIFIER,
+            own.CLASSIFIER == "sgd" and own.FEATURES == "augmented",
+            own.N_LAST_BLOCKS,
+            own.AVGPOOL_PATCHTOKENS,
+            own.SWEEP or [own.BASE_LR],
+            own.C,
+            own.HOLD_OUT,
+            own.EPOCHS,
+            own.VAL_FREQ,
+            own.NUM_LABELS,
+            folder if share == 1 else folder / f"labels_{100 * share:g}_percent",
         )
-    else:
-        source = CachedFeatures(_features(evaluation, "train"), evaluation.world.device)
-    labels = source.labels
-    logger.info(f"linear probe, {100 * share:g} % of the labels, seed {seed}")
-    if cfg.CLASSIFIER == "sgd" and len(cfg.SWEEP) > 1:
-        logger.info(f"top-1 below is for the base rates {'  '.join(f'{lr:g}' for lr in cfg.SWEEP)}")
-    used = torch.arange(len(labels)) if share == 1 else linear.stratified(labels, share, seed)
-    figures = {
-        "protocol": "linear probe",
-        "classifier": cfg.CLASSIFIER,
-        "features": "cached" if isinstance(source, CachedFeatures) else "augmented",
-        "label_share": share,
-        "seed": seed,
-        "test_images": len(test.labels),
-        "outputs": outputs,
-    }
-    if cfg.CLASSIFIER == "logistic":
-        figures |= _logistic(evaluation, source, used, test, outputs, seed)
-    else:
-        figures |= _sgd(evaluation, source, used, test, outputs, seed, folder)
-    bad = _all_bad(source)
-    if bad:
-        listed = {*evaluation.bad.get("train", []), *(str(image) for image in bad)}
-        evaluation.bad["train"] = sorted(listed)
-        logger.warning(f"{len(bad)} unreadable training images were left out; results list them")
-    figures["train_images"] = len(used) - len(bad)
-    figures["seconds"] = round(time.perf_counter() - started, 1)
-    return figures
+
+    def extract(self, features: SplitFeatures) -> None:
+        """Have the features of centre crops that the probe needs."""
+        for split in ("test",) if self.augmented else SPLITS:
+            self._features(features, split)
+
+    def measure(self, features: SplitFeatures) -> LinearFigures:
+        """Raises InputError where the folder holds another probe's state."""
+        started = time.perf_counter()
+        if self.classifier == "sgd":
+            distributed.on_main(lambda: make_folder(self.folder))
+        test = self._features(features, "test")
+        outputs = self.outputs or len(test.classes)
+        if outputs < len(test.classes):
+            raise InputError(
+                f"--num_labels {outputs} is less than the {len(test.classes)} classes of the data: "
+                f"leave it out to have as many as the data has."
+            )
+        reading = features.reading
+        if self.augmented:
+            encoder = features.encoder(self.blocks, self.avgpool_patchtokens)
+            data = AugmentedImages(encoder, features.images("train"), reading, self.seed)
+        else:
+            data = CachedFeatures(self._features(features, "train"), reading.world.device)
+        logger.info(f"linear probe, {100 * self.share:g} % of the labels, seed {self.seed}")
+        if self.classifier == "sgd" and len(self.lrs) > 1:
+            rates = "  ".join(f"{lr:g}" for lr in self.lrs)
+            logger.info(f"top-1 below is for the base rates {rates}")
+        used = torch.arange(len(data.labels))
+        if self.share < 1:
+            used = linear.stratified(data.labels, self.share, self.seed)
+        figures = {
+            "protocol": "linear probe",
+            "classifier": self.classifier,
+            "features": "augmented" if self.augmented else "cached",
+            "label_share": self.share,
+            "seed": self.seed,
+            "test_images": len(test.labels),
+            "outputs": outputs,
+        }
+        if self.classifier == "logistic":
+            figures |= self._logistic(data, used, test, outputs)
+        else:
+            figures |= self._sgd(data, used, test, outputs, reading)
+        bad = _all_bad(data)
+        if bad:
+            listed = {*features.bad.get("train", []), *(str(image) for image in bad)}
+            features.bad["train"] = sorted(listed)
+            logger.warning(
+                f"{len(bad)} unreadable training images were left out; results list them"
+            )
+        figures["train_images"] = len(used) - len(bad)
+        figures["seconds"] = round(time.perf_counter() - started, 1)
+        return LinearFigures(figures)
+
+    def _features(self, features: SplitFeatures, split: str) -> Features:
+        found = features.of(split, self.blocks, self.avgpool_patchtokens)
+        return found.coarse() if self.coarse else found
+
+    def _held_out(self, labels: Tensor, used: Tensor) -> Tensor:
+        """Indices of the used training images on which settings are compared."""
+        mask = linear.hold_out(labels[used], self.hold_out, self.seed)
+        if not mask.any():
+            raise InputError(
+                "no training image can be held out to choose by: every class has just one. Give "
+                "one learning rate or C."
+            )
+        return used[mask]
+
+    def _logistic(self, data: CachedFeatures, used: Tensor, test: Features, outputs: int) -> dict:
+        """Logistic regression; of several C the best on held-out training images, then all.
+
+        Every process does all of it: one alone could take longer than the others may wait.
+        """
+        comparison, chosen = [], self.cs[0]
+        if len(self.cs) > 1:
+            held = self._held_out(data.labels, used)
+            kept = used[~torch.isin(used, held)]
+            for c in self.cs:
+                scores = linear.logistic_scores(*data.plain(kept), data.plain(held)[0], outputs, c)
+                top1 = linear.top_accuracy(scores, data.labels[held])[0]
+                comparison.append({"C": c, "held_out_top1": top1})
+            chosen = max(comparison, key=lambda line: line["held_out_top1"])["C"]
+        scores = linear.logistic_scores(*data.plain(used), test.values, outputs, chosen)
+        top1, top5 = linear.top_accuracy(scores, test.labels)
+        return {"C": chosen, "top1": top1, "top5": top5, "sweep": comparison}
+
+    def _sgd(
+        self,
+        data: AugmentedImages | CachedFeatures,
+        used: Tensor,
+        test: Features,
+        outputs: int,
+        reading: Reading,
+    ) -> dict:
+        """Train the heads, or go on with them, and choose among the learning rates."""
+        world, batch = reading.world, reading.batch * reading.world.size
+        recipe = linear.Recipe(
+            tuple(self.lrs), self.epochs, batch, self.val_freq, outputs, self.seed
+        )
+        held_out = torch.zeros(len(data.labels), dtype=torch.bool)
+        if recipe.has_twins:
+            held_out[self._held_out(data.labels, used)] = True
+        probe = linear.Probe(recipe, test.values.shape[1], held_out, world)
+        settings = {
+            **{name: str(value) for name, value in asdict(recipe).items()},
+            **{f"test {name}": value for name, value in test.made_by.items()},
+            "blocks": str(len(test.widths)),
+            "mean of patches": str(test.avgpool_patchtokens),
+            "held out": str(self.hold_out if recipe.has_twins else 0),
+            "training features": type(data).__name__,
+            "training images": str(len(used)),
+            "training data": data.fingerprint,
+        }
+        _resume(probe, data, settings, self.folder / STATE)
+        distributed.agree(
+            {"the epoch to go on from": probe.epoch}, "put --output_dir where all of them see it"
+        )
+        sampler = EpochSampler(used.tolist(), batch, world, self.seed, probe.epoch, recipe.epochs)
+        _train(probe, data, sampler, test, settings, self.folder, reading.max_bad)
+
+        heads = [{"base_lr": lr} for lr in recipe.lrs]
+        for index, head in enumerate(heads):
+            best = max(probe.history, key=lambda line, i=index: line["top1"][i])
+            head |= {
+                "top1": probe.history[-1]["top1"][index],
+                "top5": probe.history[-1]["top5"][index],
+                "best_top1": best["top1"][index],
+                "best_epoch": best["epoch"],
+            }
+        figures = {"epochs": recipe.epochs, "batch": recipe.batch}
+        if not recipe.has_twins:
+            return {**figures, **heads[0], "sweep": []}
+        values, labels = data.plain(held_out.nonzero().flatten())
+        scores = probe.accuracy(values, labels)[0][len(heads) :]
+        for head, score in zip(heads, scores, strict=True):
+            head["held_out_top1"] = score
+        sound = probe.finite()
+        usable = [i for i in range(len(heads)) if sound[i] and sound[len(heads) + i]]
+        if not usable:
+            raise InputError("every learning rate of --sweep made the probe diverge: give lower.")
+        chosen = heads[max(usable, key=scores.__getitem__)]
+        return {**figures, "held_out_images": len(labels), **chosen, "sweep": heads}
 
 
-def _all_bad(source: AugmentedImages | CachedFeatures) -> set[BadImage]:
+def _all_bad(data: AugmentedImages | CachedFeatures) -> set[BadImage]:
     """The unreadable images that any process has met so far."""
-    return set().union(*distributed.gather_objects(set(source.bad)))
-
-
-def _features(evaluation: Evaluation, split: str) -> Features:
-    cfg = evaluation.cfg.LINEAR
-    return evaluation.features(split, cfg.N_LAST_BLOCKS, cfg.AVGPOOL_PATCHTOKENS)
-
-
-def _outputs(wanted: int, classes: list[str]) -> int:
-    if wanted and wanted < len(classes):
-        raise InputError(
-            f"--num_labels {wanted} is less than the {len(classes)} classes of the data: leave it "
-            f"out to have as many as the data has."
-        )
-    return wanted or len(classes)
-
-
-def _held_out(evaluation: Evaluation, labels: Tensor, used: Tensor, seed: int) -> Tensor:
-    """Indices of the used training images on which settings are compared."""
-    mask = linear.hold_out(labels[used], evaluation.cfg.LINEAR.HOLD_OUT, seed)
-    if not mask.any():
-        raise InputError(
-            "no training image can be held out to choose by: every class has just one. Give one "
-            "learning rate or C."
-        )
-    return used[mask]
-
-
-def _sgd(
-    evaluation: Evaluation,
-    source: AugmentedImages | CachedFeatures,
-    used: Tensor,
-    test: Features,
-    outputs: int,
-    seed: int,
-    folder: Path,
-) -> dict:
-    """Train the heads, or go on with them, and choose among the learning rates."""
-    cfg, world = evaluation.cfg, evaluation.world
-    recipe = linear.Recipe(
-        lrs=tuple(cfg.LINEAR.SWEEP or [cfg.LINEAR.BASE_LR]),
-        epochs=cfg.LINEAR.EPOCHS,
-        batch=cfg.EVAL.BATCH_SIZE_PER_GPU * world.size,
-        val_freq=cfg.LINEAR.VAL_FREQ,
-        outputs=outputs,
-        seed=seed,
-    )
-    held_out = torch.zeros(len(source.labels), dtype=torch.bool)
-    if recipe.has_twins:
-        held_out[_held_out(evaluation, source.labels, used, seed)] = True
-    probe = linear.Probe(recipe, test.values.shape[1], held_out, world)
-    settings = {
-        **{name: str(value) for name, value in asdict(recipe).items()},
-        **{f"test {name}": value for name, value in test.made_by.items()},
-        "blocks": str(len(test.widths)),
-        "mean of patches": str(test.avgpool_patchtokens),
-        "held out": str(cfg.LINEAR.HOLD_OUT if recipe.has_twins else 0),
-        "training features": type(source).__name__,
-        "training images": str(len(used)),
-        "training data": source.fingerprint,
-    }
-    _resume(probe, source, settings, folder)
-    distributed.agree(
-        {"the epoch to go on from": probe.epoch}, "put --output_dir where all of them see it"
-    )
-    sampler = EpochSampler(used.tolist(), recipe.batch, world, seed, probe.epoch, recipe.epochs)
-    _train(probe, source, sampler, test, settings, folder)
-
-    heads = [{"base_lr": lr} for lr in recipe.lrs]
-    for index, head in enumerate(heads):
-        head |= _over_epochs(probe.history, index)
-    figures = {"epochs": recipe.epochs, "batch": recipe.batch}
-    if not recipe.has_twins:
-        return {**figures, **heads[0], "sweep": []}
-    values, labels = source.plain(held_out.nonzero().flatten())
-    scores = probe.accuracy(values, labels)[0][len(heads) :]
-    for head, score in zip(heads, scores, strict=True):
-        head["held_out_top1"] = score
-    sound = probe.finite()
-    usable = [i for i in range(len(heads)) if sound[i] and sound[len(heads) + i]]
-    if not usable:
-        raise InputError("every learning rate of --sweep made the probe diverge: give lower ones.")
-    chosen = heads[max(usable, key=scores.__getitem__)]
-    return {**figures, "held_out_images": len(labels), **chosen, "sweep": heads}
-
-
-def _over_epochs(history: list[dict], head: int) -> dict:
-    """The last test, and the best in top-1: the first of equals."""
-    best = max(history, key=lambda line: line["top1"][head])
-    return {
-        "top1": history[-1]["top1"][head],
-        "top5": history[-1]["top5"][head],
-        "best_top1": best["top1"][head],
-        "best_epoch": best["epoch"],
-    }
+    return set().union(*distributed.gather_objects(data.bad))
 
 
 def _train(
     probe: linear.Probe,
-    source: AugmentedImages | CachedFeatures,
+    data: AugmentedImages | CachedFeatures,
     sampler: EpochSampler,
     test: Features,
     settings: dict[str, str],
     folder: Path,
+    max_bad: float,
 ) -> None:
     """All epochs that are left: train, test, log, keep the state."""
     recipe = probe.recipe
     every = max(recipe.val_freq, recipe.epochs // LINES)
-    batches = source.batches(sampler, probe.width)
+    batches = data.batches(sampler, probe.width)
     log = None
     if probe.world.is_main:
         log = RunLog(folder, len(probe.history), probe.epoch, LOG_PREFIX)
     while probe.epoch < recipe.epochs:
         loss = probe.train_epoch(batches, sampler.batches_per_epoch).item()
-        if isinstance(source, AugmentedImages):
-            source.check()
+        bad = _all_bad(data)
+        check_bad(bad, len(data.labels), max_bad)
         if not math.isfinite(loss) and not recipe.has_twins:
             raise InputError(
                 f"the probe's loss is {loss} at epoch {probe.epoch}: lower its learning rate, --lr."
@@ -294,28 +339,23 @@ def _train(
                 suffix = f"_lr{lr:g}" if recipe.has_twins else ""
                 figures |= {f"top1{suffix}": one, f"top5{suffix}": five}
             log.write(probe.epoch, figures)
-        bad = [asdict(image) for image in _all_bad(source)]
-        state = {"probe": settings, "bad": bad, **probe.state()}
+        state = {"probe": settings, "bad": [asdict(image) for image in bad], **probe.state()}
         distributed.on_main(lambda state=state: checkpoint.save(state, folder / STATE))
         if probe.epoch % every and probe.epoch < recipe.epochs:
             continue
-        logger.info(
-            f"epoch {probe.epoch}/{recipe.epochs}  loss {loss:.4f}  top-1 "
-            + "  ".join(f"{score:.2f}" for score in top1)
-            + " %"
-        )
+        shown = "  ".join(f"{score:.2f}" for score in top1)
+        logger.info(f"epoch {probe.epoch}/{recipe.epochs}  loss {loss:.4f}  top-1 {shown} %")
     if log:
         log.close()
 
 
 def _resume(
     probe: linear.Probe,
-    source: AugmentedImages | CachedFeatures,
+    data: AugmentedImages | CachedFeatures,
     settings: dict[str, str],
-    folder: Path,
+    path: Path,
 ) -> None:
-    """Go on from the state in `folder`, if there is one and it is of this probe."""
-    path = folder / STATE
+    """Go on from the state at `path`, if there is one and it is of this probe."""
     if not path.exists():
         return
     state = checkpoint.load_file(path)
@@ -325,36 +365,9 @@ def _resume(
     different = [name for name in settings if stored.get(name) != settings[name]]
     if different:
         raise InputError(
-            f"{folder} holds a probe of other settings ({', '.join(different)} differ): choose "
-            f"another --output_dir, or remove {path} to start anew there."
+            f"{path.parent} holds a probe of other settings ({', '.join(different)} differ): "
+            f"choose another --output_dir, or remove {path} to start anew there."
         )
     probe.load_state(state)
-    if isinstance(source, AugmentedImages):
-        source.bad.update(BadImage(**image) for image in state["bad"])
+    data.bad.update(BadImage(**image) for image in state["bad"])
     logger.info(f"going on with the probe in {path} at epoch {probe.epoch}")
-
-
-def _logistic(
-    evaluation: Evaluation,
-    source: CachedFeatures,
-    used: Tensor,
-    test: Features,
-    outputs: int,
-    seed: int,
-) -> dict:
-    """Logistic regression; of several C the best on held-out training images, refitted on all.
-
-    Every process does all of it: one alone could take longer than the others may wait.
-    """
-    cs, comparison = evaluation.cfg.LINEAR.C, []
-    if len(cs) > 1:
-        held = _held_out(evaluation, source.labels, used, seed)
-        kept = used[~torch.isin(used, held)]
-        for c in cs:
-            scores = linear.logistic_scores(*source.plain(kept), source.plain(held)[0], outputs, c)
-            top1 = linear.top_accuracy(scores, source.labels[held])[0]
-            comparison.append({"C": c, "held_out_top1": top1})
-    chosen = max(comparison, key=lambda line: line["held_out_top1"])["C"] if comparison else cs[0]
-    scores = linear.logistic_scores(*source.plain(used), test.values, outputs, chosen)
-    top1, top5 = linear.top_accuracy(scores, test.labels)
-    return {"C": chosen, "top1": top1, "top5": top5, "sweep": comparison}

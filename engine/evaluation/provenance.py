@@ -11,19 +11,15 @@ from pathlib import Path
 import torch
 import torchvision
 
-from datasets.benchmarks import Splits
-from engine.evaluation.source import Source
+from engine.evaluation.feature_cache import SPLITS, SplitFeatures
 from utils import config
 from utils.config import Node
-from utils.distributed import World
-
-SPLITS = ("train", "test")
 
 
-def provenance(
-    cfg: Node, world: World, source: Source | None = None, splits: Splits | None = None
-) -> dict:
-    """Plain data for JSON, of a command under these options; the network and the data if any."""
+def provenance(cfg: Node, features: SplitFeatures) -> dict:
+    """Plain data for JSON: what stands behind all figures of a command under these options."""
+    source, splits, reading = features.source, features.splits, features.reading
+    world = reading.world
     known = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
@@ -39,16 +35,27 @@ def provenance(
     }
     if source is not None:
         known["weights"] = asdict(source.weights)
+        known["image_size"] = {"crop": reading.size, "resize": reading.resize}
     if splits is not None:
         known["data"] = {
             "name": splits.name,
             "classes": len(splits.train.classes),
             **{
-                split: {"root": str(images.root), "images": len(images)}
-                for split, images in (("train", splits.train), ("test", splits.test))
+                split: {
+                    "root": str(features.images(split).root),
+                    "images": len(features.images(split)),
+                }
+                for split in SPLITS
             },
             "notes": splits.notes,
         }
+    if features.held:
+        known["features"] = {
+            split: {"images": len(held.labels), "made_by": held.made_by}
+            for split, held in features.held.items()
+        }
+    if features.bad:
+        known["unreadable_images"] = features.bad
     return known
 
 

@@ -16,7 +16,7 @@ NEVER = 2**62  # the rank of a positive that is not there
 
 
 @dataclass(frozen=True, eq=False)
-class Retrieval:
+class Ranked:
     """Figures in percent over all queries, and what they are made of.
 
     map: mean over queries of the average precision over the whole gallery: the mean over a
@@ -37,14 +37,14 @@ class Retrieval:
 
 
 @torch.no_grad()
-def measure(
+def retrieve(
     gallery: Tensor,
     gallery_labels: Tensor,
     queries: Tensor,
     query_labels: Tensor,
     first: int = 10,
     world: World = ALONE,
-) -> Retrieval:
+) -> Ranked:
     """Rank the whole gallery for each query; a gallery image of the same label is positive.
 
     gallery [n, D], queries [m, D]: features on the CPU of any scale and float type,
@@ -69,7 +69,7 @@ def measure(
     average, released, has_positives, rank1, rank5, places = over_blocks(
         ranked, queries, len(gallery), world
     )
-    return Retrieval(
+    return Ranked(
         rank1=100 * rank1.sum().item() / len(queries),
         rank5=100 * rank5.sum().item() / len(queries),
         map=100 * average.mean().item(),
@@ -148,4 +148,4 @@ def ratio_split(train: int, test: int, every: int = 9) -> tuple[Tensor, Tensor]:
     return places[~is_query], places[is_query]
 
 
-SPLITS = {"standard": standard_split, "ratio": ratio_split}
+DIVISIONS = {"standard": standard_split, "ratio": ratio_split}

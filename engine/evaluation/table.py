@@ -1,101 +1,61 @@
-"""The table of several networks under one protocol: rows of means and deviations, as Markdown."""
+"""The one writer of tables: rows of figures over seeds, as Markdown and as JSON."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from engine.evaluation.source import RANDOM
-from utils import config
-from utils.config import Node
+from utils.files import write_json, write_text
+
+Figure = dict  # as `spread` gives it
 
 
-def spread(values: Sequence[float]) -> dict:
+def spread(values: Sequence[float]) -> Figure:
     """Mean, standard deviation (n - 1; None for one value) and the values themselves."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
 
 
-def columns(cfg: Node) -> list[tuple[str, str]]:
-    """(key of a row's figures, heading) in the order of the table."""
-    k = shown_k(cfg)
-    shares = [(f"linear_{share:g}", _linear_heading(cfg, share)) for share in shares_of(cfg)]
-    ratio = " (ratio split)" if cfg.RETRIEVAL.SPLIT == "ratio" else ""
-    return [
-        (f"knn_{k}", f"{k}-NN top-1"),
-        *shares,
-        ("rank1", f"Rank-1{ratio}"),
-        ("rank5", f"Rank-5{ratio}"),
-        ("map", f"mAP{ratio}"),
-    ]
-
-
-def shown_k(cfg: Node) -> int:
-    """The number of neighbours in the table: 20, the field's, where it is asked for."""
-    return 20 if 20 in cfg.KNN.KS else cfg.KNN.KS[0]
-
-
-def shares_of(cfg: Node) -> list[float]:
-    """The shares of labels, the most first."""
-    return sorted(set(cfg.LINEAR.LABEL_SHARES), reverse=True)
-
-
-def _linear_heading(cfg: Node, share: float) -> str:
-    name = "linear" if cfg.LINEAR.CLASSIFIER == "sgd" else "logistic"
-    return f"{name} top-1" + ("" if share == 1 else f", {100 * share:g} % of labels")
-
-
-def cell(figure: dict) -> str:
+def cell(figure: Figure) -> str:
     """12.34 ± 0.56, or 12.34 where there is no deviation."""
     deviation = "" if figure["std"] is None else f" ± {figure['std']:.2f}"
     return f"{figure['mean']:.2f}{deviation}"
 
 
-def markdown(rows: list[dict], provenance: dict, cfg: Node) -> str:
-    """The table, and below it what stands behind each number."""
-    heads = columns(cfg)
-    data = provenance["data"]
-    train, test = data["train"]["images"], data["test"]["images"]
-    folder = Path(cfg.DATA.PATH).absolute().name
-    pooling = f"pooling {cfg.EVAL.POOLING}"
-    lines = [
-        f"# {data['name']} ({_escape(folder)}): {data['classes']} classes, {train} training and "
-        f"{test} test images",
-        "",
-        "| network | " + " | ".join(heading for _, heading in heads) + " |",
-        "|---|" + "---:|" * len(heads),
-    ]
-    for row in rows:
-        cells = " | ".join(cell(row["figures"][key]) for key, _ in heads)
-        lines.append(f"| {_escape(row['name'])} | {cells} |")
-    spread_text = (
-        f"± is the standard deviation over {cfg.EVAL.SEEDS} seeds: of the probe and of the choice "
-        f"of labels, and for a random initialisation of the network too; k-NN and retrieval of a "
-        f"checkpoint have none."
-        if cfg.EVAL.SEEDS > 1
-        else "One seed."
-    )
-    lines += [
-        "",
-        f"Percent. {spread_text} The linear probe counts after its last epoch.",
-        "",
-        *(f"- data: {_escape(note)}" for note in data["notes"]),
-        f"- command: `{provenance['command']}`",
-        f"- commit: {provenance['commit'] or 'unknown'}; date: {provenance['date']}",
-        f"- device: {provenance['device']}, processes: {provenance['processes']}",
-        "- versions: " + ", ".join(f"{k} {v}" for k, v in provenance["versions"].items()),
-        f"- options that are not the defaults: {config.changed(cfg)}",
-    ]
-    for row in rows:
-        line = f"- {_escape(row['name'])}: {row['network']}, {pooling}"
-        if row["weights"]["path"] != RANDOM:
-            line += f", sha256 {row['weights']['sha256']}"
-        for split, images in sorted(row["unreadable_images"].items()):
-            line += f"; {len(images)} unreadable images of the {split} split are left out"
-        lines.append(line)
-    lines.append("")
-    lines.append("results.json holds every value, the options and those of each checkpoint's run.")
-    return "\n".join(lines) + "\n"
+def difference(figure: Figure) -> str:
+    """+1.50 (+1.00, +2.00): the mean and each seed's; of one seed that alone."""
+    each = ", ".join(f"{value:+.2f}" for value in figure["values"])
+    return f"{figure['mean']:+.2f} ({each})" if len(figure["values"]) > 1 else each
 
 
-def _escape(text: str) -> str:
+def markdown(
+    columns: Sequence[tuple[str, str]],
+    rows: Sequence[tuple[str, dict[str, Figure]]],
+    corner: str = "",
+    text: Callable[[Figure], str] = cell,
+) -> list[str]:
+    """The lines of a table of the columns and rows in which there is a figure; [] without any.
+
+    columns: (name of a figure, heading); rows: (title, figures by name). corner: the heading
+    of the titles. text: a figure as its cell shows it.
+    """
+    columns = [(name, head) for name, head in columns if any(name in own for _, own in rows)]
+    rows = [(title, own) for title, own in rows if any(name in own for name, _ in columns)]
+    if not columns:
+        return []
+    heads = " | ".join(heading for _, heading in columns)
+    lines = [f"| {corner}".rstrip() + f" | {heads} |", "|---|" + "---:|" * len(columns)]
+    for title, figures in rows:
+        cells = [text(figures[name]) if name in figures else "–" for name, _ in columns]
+        lines.append(f"| {escape(title)} | {' | '.join(cells)} |")
+    return lines
+
+
+def escape(text: str) -> str:
+    """Text that may stand in a cell."""
     return text.replace("|", "\\|")
+
+
+def write(folder: Path, lines: Sequence[str], contents: dict) -> None:
+    """folder/table.md of these lines and folder/results.json of these contents."""
+    write_json(folder / "results.json", contents)
+    write_text(folder / "table.md", "\n".join(lines) + "\n")

@@ -7,12 +7,13 @@ from pathlib import Path
 from torch import Tensor
 
 from datasets.folder import ImageFolder
-from datasets.multicrop import eval_transform
+from datasets.multicrop import default_resize, eval_transform
 from engine.evaluation import pointing
 from engine.evaluation.attention import attention_map
-from engine.evaluation.features import extract, gallery_and_queries
-from engine.evaluation.knn import knn_accuracy
-from models.backbone import Backbone
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.features import Reading, extract, gallery_and_queries
+from engine.evaluation.measure import KNN, measure
+from engine.evaluation.source import Source
 from models.network import Network
 from utils.distributed import World
 
@@ -41,17 +42,14 @@ class Setting:
     workers: int = 0
 
 
-def image_knn(backbone: Backbone, where: Setting) -> dict[str, float]:
+def image_knn(network: Network, where: Setting) -> dict[str, float]:
     """k-NN of the image features, of resized centre crops as in eval_knn.py: percent."""
-    folders = gallery_and_queries(where.gallery, where.queries, where.size)
-    gallery, queries = (
-        extract(lambda images: backbone(images)[0], folder, where.world, where.batch, where.workers)
-        for folder in folders
+    splits = gallery_and_queries(where.gallery, where.queries)
+    reading = Reading(
+        where.world, where.size, default_resize(where.size), "fp32", where.batch, where.workers
     )
-    top1, top5 = knn_accuracy(
-        gallery.values, gallery.labels, queries.values, queries.labels, [where.k]
-    )[where.k]
-    return {"top1": top1, "top5": top5}
+    (found,) = measure(SplitFeatures(Source(None, network), splits, reading), [KNN([where.k])])
+    return found.figures["k"][str(where.k)]
 
 
 def attention_maps(network: Network, kind: str, where: Setting) -> Tensor:

@@ -15,7 +15,7 @@ from engine.preflight.images import Header, equal_files, read_headers
 from engine.training import resume
 from engine.training.schedules import scaled_lr
 from utils import distributed
-from utils.config import Node, crops_on_device, eval_size
+from utils.config import Node, crops_on_device
 from utils.distributed import World
 from utils.errors import InputError
 from utils.files import make_folder, write_json
@@ -74,7 +74,7 @@ def _report(
             found = findings.attempt(lambda: resume.find(cfg, number, per_step, world.size))
     if cfg.EVAL.KNN_EVERY:
         folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
-        findings.attempt(lambda: gallery_and_queries(*folders, eval_size(cfg)))
+        findings.attempt(lambda: gallery_and_queries(*folders))
     findings.crops = _crops(cfg, world)
     findings.memory = findings.attempt(
         lambda: machine.memory_needed(cfg, world, kept, found, findings)

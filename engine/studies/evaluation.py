@@ -5,7 +5,7 @@ once more a kind of map (engine/evaluation/attention.py).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,17 +13,13 @@ from torch import Tensor
 
 from datasets import synthetic
 from datasets.benchmarks import Splits
-from datasets.folder import LabelledImages
-from datasets.loader import usable_workers
-from datasets.multicrop import eval_transform
 from datasets.synthetic_images import COARSE_NAMES
-from engine.evaluation import attention, pointing
-from engine.evaluation.evaluation import SPLITS, Evaluation, build_evaluation
-from engine.evaluation.feature_cache import Features
-from engine.evaluation.features import extract
-from engine.evaluation.probing import run_linear
-from engine.evaluation.protocols import run_knn, run_retrieval
-from engine.evaluation.source import Source, image_size
+from engine.evaluation.feature_cache import SPLITS, SplitFeatures, coarse_labels
+from engine.evaluation.features import Reading
+from engine.evaluation.measure import KNN, Retrieval, measure
+from engine.evaluation.pointing import Pointing
+from engine.evaluation.probing import LinearProbe
+from engine.evaluation.source import Source
 from engine.studies.spec import Protocol
 from utils.config import Node
 from utils.distributed import World
@@ -31,32 +27,7 @@ from utils.distributed import World
 COARSE = "coarse_"  # before the name of a figure on the coarse classes
 
 
-@dataclass
-class CoarseEvaluation(Evaluation):
-    """`fine` with the coarse classes for labels; the features are its own."""
-
-    fine: Evaluation | None = None
-
-    @classmethod
-    def of(cls, fine: Evaluation) -> "CoarseEvaluation":
-        world, source, splits = fine.world, fine.source, fine.splits
-        return cls(fine.cfg, world, source, splits, fine.size, fine.resize, fine=fine)
-
-    def features(self, split: str, blocks: int = 1, avgpool_patchtokens: bool = False) -> Features:
-        """As in Evaluation; labels index COARSE_NAMES."""
-        held = self.fine.features(split, blocks, avgpool_patchtokens)
-        return replace(
-            held, labels=coarse_labels(held.labels, held.classes), classes=[*COARSE_NAMES]
-        )
-
-
-def coarse_labels(labels: Tensor, classes: list[str]) -> Tensor:
-    """Fine labels [n] -> the places in COARSE_NAMES of what their names begin with, to "_"."""
-    places = [COARSE_NAMES.index(name.split("_", 1)[0]) for name in classes]
-    return torch.tensor(places)[labels]
-
-
-def measure(
+def figures_and_zeros(
     source: Source, cfg: Node, protocol: Protocol, splits: Splits, world: World
 ) -> tuple[dict[str, float], dict[str, float]]:
     """All figures of a frozen network and, by the same names, their zeros.
@@ -66,38 +37,44 @@ def measure(
     are percent, but `ratio_*`, the attention on the part over chance. A zero is what guessing
     gives: `pointing_*` that of a random patch, `fixed_*` that of the best one patch for all.
     """
-    options = cfg.clone()
-    options.KNN.KS = [protocol.k]
-    options.EVAL.POOLING = "default"
-    options.LINEAR.CLASSIFIER = "logistic"
-    blocks = min(options.LINEAR.N_LAST_BLOCKS, len(source.network.backbone.all_blocks()))
-    options.LINEAR.N_LAST_BLOCKS = blocks
+    reading = Reading.of(cfg, world, source)
     knows_parts = (Path(cfg.DATA.PATH) / synthetic.PARTS_FILE).is_file()
-
+    logistic = LinearProbe(
+        seed=cfg.SEED,
+        classifier="logistic",
+        blocks=min(cfg.LINEAR.N_LAST_BLOCKS, len(source.network.backbone.all_blocks())),
+        avgpool_patchtokens=cfg.LINEAR.AVGPOOL_PATCHTOKENS,
+        cs=cfg.LINEAR.C,
+        hold_out=cfg.LINEAR.HOLD_OUT,
+        outputs=cfg.LINEAR.NUM_LABELS,
+    )
     figures: dict[str, float] = {}
     for pooling in [name for name in protocol.poolings if name in source.poolings()]:
-        own = options.clone()
-        own.EVAL.POOLING = pooling
-        fine = build_evaluation(own, world, source, splits, None)
-        if pooling == "default":
-            # The probe's features hold the image feature too: they are extracted first, and once.
-            for split in SPLITS:
-                fine.features(split, blocks, own.LINEAR.AVGPOOL_PATCHTOKENS)
-        labellings = {"": fine} | ({COARSE: CoarseEvaluation.of(fine)} if knows_parts else {})
-        for prefix, evaluation in labellings.items():
-            knn = run_knn(evaluation).figures["k"][str(protocol.k)]["top1"]
-            figures[f"{prefix}knn_{pooling}"] = knn
-            if pooling != "default":
-                continue
-            retrieval = run_retrieval(evaluation).figures
-            figures |= {f"{prefix}{name}": retrieval[name] for name in ("rank1", "map")}
-            probed = run_linear(evaluation, 1.0, cfg.SEED, Path())
-            figures[f"{prefix}linear"] = probed["top1"]
+        protocols = {}
+        for prefix in ("", COARSE) if knows_parts else ("",):
+            coarse = prefix == COARSE
+            protocols[prefix, "knn"] = KNN([protocol.k], cfg.KNN.TEMPERATURE, coarse)
+            if pooling == "default":
+                protocols[prefix, "retrieval"] = Retrieval(cfg.RETRIEVAL.SPLIT, coarse)
+                protocols[prefix, "linear"] = replace(logistic, coarse=coarse)
+        found = measure(SplitFeatures(source, splits, reading, pooling), list(protocols.values()))
+        for (prefix, kind), result in zip(protocols, found, strict=True):
+            if kind == "knn":
+                top1 = result.figures["k"][str(protocol.k)]["top1"]
+                figures[f"{prefix}knn_{pooling}"] = top1
+            elif kind == "retrieval":
+                figures |= {f"{prefix}{name}": result.figures[name] for name in ("rank1", "map")}
+            else:
+                figures[f"{prefix}linear"] = result.figures["top1"]
     zeros = guessing(splits, figures, knows_parts)
     if knows_parts:
-        seen, guessed = _attention(source, options, splits.test, world)
-        figures |= seen
-        zeros |= guessed
+        (found,) = measure(SplitFeatures(source, splits, reading), [Pointing()])
+        for kind, of_kind in found.figures.items():
+            chance, mass = of_kind["chance"], of_kind["mass_on_part"]
+            figures[f"pointing_{kind}"] = of_kind["accuracy"]
+            figures |= {f"mass_{kind}": mass, f"ratio_{kind}": mass / chance}
+            zeros |= {f"pointing_{kind}": chance, f"mass_{kind}": chance, f"ratio_{kind}": 1.0}
+            zeros[f"fixed_{kind}"] = of_kind["best_fixed_cell"]
     return figures, zeros
 
 
@@ -132,35 +109,3 @@ def _guessing(train: Tensor, test: Tensor, classes: int, prefix: str) -> dict[st
         f"{prefix}rank1": 100 * (hits / n)[found].mean().item(),
         f"{prefix}map": 100 * precision[found].mean().item(),
     }
-
-
-def _attention(
-    source: Source, cfg: Node, test: LabelledImages, world: World
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Where each kind of map looks on whole test images, and the zeros of that."""
-    network = source.network.to(world.device)
-    size, kinds = image_size(source, cfg.EVAL.SIZE), attention.kinds(network)
-
-    def maps_of(images: Tensor) -> Tensor:
-        return torch.stack([attention.attention_map(network, images, k) for k in kinds], dim=1)
-
-    maps = extract(
-        maps_of,
-        test.through(eval_transform(size, size)),
-        world,
-        cfg.EVAL.BATCH_SIZE_PER_GPU,
-        usable_workers(cfg.DATA.WORKERS),
-    ).values
-    boxes, box_size = pointing.part_boxes([test.root / path for path in test.paths])
-    cell = network.backbone.stride * box_size / size
-    touching = pointing.cells_touching(boxes, network.backbone.patch_grid(size, size), cell)
-    figures, zeros = {}, {}
-    chance = pointing.chance(touching)
-    for place, kind in enumerate(kinds):
-        mass = pointing.mass_on_part(maps[:, place], touching)
-        figures[f"pointing_{kind}"] = pointing.pointing(maps[:, place], touching)
-        figures[f"mass_{kind}"] = mass
-        figures[f"ratio_{kind}"] = mass / chance
-        zeros |= {f"pointing_{kind}": chance, f"mass_{kind}": chance, f"ratio_{kind}": 1.0}
-        zeros[f"fixed_{kind}"] = pointing.best_fixed_cell(touching)
-    return figures, zeros

@@ -7,8 +7,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from engine.evaluation import table
 from engine.evaluation.attention import NAMES as KINDS
-from engine.evaluation.table import cell as shown
 from engine.evaluation.table import spread
 from engine.pictures.curves import read_log
 from engine.studies.evaluation import COARSE
@@ -16,7 +16,7 @@ from engine.studies.results import Results
 from engine.studies.spec import Study
 from engine.studies.zeros import RandomRow
 from utils.errors import InputError
-from utils.files import replacing, write_json, write_text
+from utils.files import replacing
 
 _LABELS = (
     ("knn_default", "{k}-NN"),
@@ -116,12 +116,6 @@ def _spreads(figures: list[dict[str, float]]) -> dict[str, dict]:
     return {name: spread([each[name] for each in figures]) for name in names}
 
 
-def difference(figure: dict) -> str:
-    """+1.50 (+1.00, +2.00): the mean and each seed's; of one seed that alone."""
-    each = ", ".join(f"{value:+.2f}" for value in figure["values"])
-    return f"{figure['mean']:+.2f} ({each})" if len(figure["values"]) > 1 else each
-
-
 def write(
     study: Study, randoms: Iterable[RandomRow], results: Results, command: str, output: Path
 ) -> None:
@@ -143,10 +137,11 @@ def write(
         ]
         for heading, columns in SECTIONS.items():
             named = [(name, column.format(k=study.protocol.k)) for name, column in columns]
-            lines += _table(heading, named, rows, shown)
+            lines += _table(heading, named, rows, table.cell)
             if less:
                 base = study.cells[study.protocol.baselines[data]].title
-                lines += _table(f"{heading}: difference to {base}", named, less, difference)
+                title = f"{heading}: difference to {base}"
+                lines += _table(title, named, less, table.difference)
     lines += _behind(study, results, command)
     runs = [results[key] for key in sorted(results)]
     trained = [run["pretraining"]["seconds_of_steps"] for run in runs if "pretraining" in run]
@@ -159,30 +154,17 @@ def write(
         "figures": tables,
         "runs": runs,
     }
-    write_json(output / "results.json", contents)
-    write_text(output / "table.md", "\n".join(lines) + "\n")
+    table.write(output, lines, contents)
     plot_curves(study, seeds, output)
 
 
 def _table(
     heading: str, columns: list[tuple[str, str]], rows: list[dict], text: Callable[[dict], str]
 ) -> list[str]:
-    """A Markdown table of the columns and rows in which there is something; none without."""
-    columns = [(n, h) for n, h in columns if any(n in row["figures"] for row in rows)]
-    rows = [row for row in rows if any(name in row["figures"] for name, _ in columns)]
-    if not columns:
-        return []
-    lines = [
-        f"### {heading}",
-        "",
-        "| | " + " | ".join(column for _, column in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
-    for row in rows:
-        figures = row["figures"]
-        cells = [text(figures[name]) if name in figures else "–" for name, _ in columns]
-        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    """A table below its heading; [] without figures."""
+    titled = [(row["title"], row["figures"]) for row in rows]
+    lines = table.markdown(columns, titled, text=text)
+    return [f"### {heading}", "", *lines, ""] if lines else []
 
 
 def _behind(study: Study, results: Results, command: str) -> list[str]:

@@ -4,20 +4,21 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
-
-from datasets.folder import LabelledImages
+from datasets.benchmarks import Splits
 from datasets.loader import Batch, usable_workers
-from engine.evaluation.features import extract
-from engine.evaluation.knn import knn_accuracy
+from datasets.multicrop import default_resize
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.features import Reading
+from engine.evaluation.measure import KNN, measure
+from engine.evaluation.source import Source
 from engine.training import guard
 from engine.training.lines import Lines
 from engine.training.record import Record
 from engine.training.saving import Checkpoints
 from engine.training.step import Pretraining
-from utils import distributed
+from utils import config, distributed
 from utils.distributed import Ballot
-from utils.logging import RunLog, logger
+from utils.logging import RunLog
 from utils.signals import Preempted, StopSignals
 
 
@@ -26,7 +27,7 @@ def train(
     record: Record,
     batches: Iterable[Batch],
     folder: Path,
-    held_out: tuple[LabelledImages, LabelledImages] | None = None,
+    held_out: Splits | None = None,
     signals: StopSignals | None = None,
 ) -> None:
     """Train from `run.step` to the end, with log, k-NN and checkpoints in `folder`.
@@ -115,38 +116,23 @@ def knn_is_due(run: Pretraining) -> bool:
     return run.epoch % every == 0 or run.step == run.total_steps
 
 
-def held_out_knn(
-    run: Pretraining, held_out: tuple[LabelledImages, LabelledImages]
-) -> tuple[float, float]:
+def held_out_knn(run: Pretraining, held_out: Splits) -> tuple[float, float]:
     """k-NN top-1 and top-5, percent, of the teacher's image features on the held-out folders."""
-    cfg = run.cfg
+    cfg, size = run.cfg, config.eval_size(run.cfg)
     backbone = run.teacher.backbone.eval()
     # Each CPU process has statistics of its own: what is tested is what a checkpoint holds.
     distributed.broadcast(backbone.buffers())
-
-    def features(images: Tensor) -> Tensor:
-        with run.autocast():
-            return backbone.forward(images)[0]  # never compiled, whatever the sizes here
-
-    gallery, queries = (
-        extract(
-            features,
-            folder,
-            run.world,
-            cfg.EVAL.BATCH_SIZE_PER_GPU,
-            usable_workers(cfg.DATA.WORKERS),
-            cfg.DATA.MAX_BAD,
-        )
-        for folder in held_out
+    reading = Reading(
+        run.world,
+        size,
+        default_resize(size),
+        run.precision,
+        cfg.EVAL.BATCH_SIZE_PER_GPU,
+        usable_workers(cfg.DATA.WORKERS),
+        cfg.DATA.MAX_BAD,
     )
+    features = SplitFeatures(Source(None, run.teacher), held_out, reading)
+    (found,) = measure(features, [KNN([cfg.EVAL.KNN_K])])
     backbone.train()
-    for bad in (*gallery.bad, *queries.bad):
-        logger.warning(str(bad))
-    return knn_accuracy(
-        gallery.values,
-        gallery.labels,
-        queries.values,
-        queries.labels,
-        [cfg.EVAL.KNN_K],
-        world=run.world,
-    )[cfg.EVAL.KNN_K]
+    figures = found.figures["k"][str(cfg.EVAL.KNN_K)]
+    return figures["top1"], figures["top5"]

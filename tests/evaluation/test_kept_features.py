@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.evaluation import evaluation, feature_cache
+from engine.evaluation import feature_cache, opening
 from tests.evaluation.runs import (
     CLASSES,
     TEST,
@@ -131,9 +131,9 @@ def test_features_of_the_last_blocks_serve_knn_and_retrieval(
     """What the linear probe keeps, with the patches' mean, holds the image feature."""
     line = f"{basic} --dump_features {tmp_path} --num_workers 0 --device cpu"
     command = cli.parse("", line.split(), flags.KNN)
-    opened = evaluation.open_evaluation(command, distributed.start("cpu"))
+    opened = opening.open_features(command, distributed.start("cpu"))
     for split in ("train", "test"):
-        assert opened.features(split, blocks=2, avgpool_patchtokens=True).widths == [48, 48, 48]
+        assert opened.of(split, blocks=2, avgpool_patchtokens=True).widths == [48, 48, 48]
     before = contents(tmp_path)
     out = works("knn", line, f"--nb_knn 1 3 9 500 --output_dir {tmp_path}/out")
     assert out.count("from") == 2
@@ -146,15 +146,16 @@ def test_features_of_the_last_blocks_serve_knn_and_retrieval(
     # But what it lacks is made again.
     more = opened.encoder(2)
     assert torch.equal(
-        opened.features("test", blocks=2).values, opened.extract(more, opened.splits.test).values
+        opened.of("test", blocks=2).values,
+        opened.reading.extract(more, opened.splits.test).values,
     )
 
 
 def test_fewer_blocks_than_wanted_are_extracted_again(basic, knn_dump, tmp_path, capsys):
     folder = copy_of(knn_dump, tmp_path / "kept")
     command = cli.parse("", f"{basic} --dump_features {folder} --num_workers 0".split(), flags.KNN)
-    opened = evaluation.open_evaluation(command, evaluation.join(command))
-    assert opened.features("train", blocks=2).values.shape == (CLASSES * TRAIN, 96)
+    opened = opening.open_features(command, opening.join(command))
+    assert opened.of("train", blocks=2).values.shape == (CLASSES * TRAIN, 96)
     assert "made again: they hold the last 1 block" in capsys.readouterr().out
     assert feature_cache.load(folder / "train.safetensors").widths == [48, 48]
 

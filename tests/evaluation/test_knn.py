@@ -203,7 +203,8 @@ def folder(root, classes):
 def test_queries_are_numbered_by_the_gallerys_classes(tmp_path):
     gallery = folder(tmp_path / "gallery", ["ant", "bee", "cat"])
     queries = folder(tmp_path / "queries", ["bee", "cat"])
-    first, second = gallery_and_queries(gallery, queries, 16)
+    splits = gallery_and_queries(gallery, queries)
+    first, second = splits.train, splits.test
     assert first.labels == [0, 1, 2]
     assert second.labels == [1, 2]
     assert [label for _, label in second] == [1, 2]
@@ -213,4 +214,4 @@ def test_a_class_that_the_gallery_lacks_is_an_error(tmp_path):
     gallery = folder(tmp_path / "gallery", ["ant", "bee"])
     queries = folder(tmp_path / "queries", ["bee", "cat"])
     with pytest.raises(InputError, match="lacks: cat"):
-        gallery_and_queries(gallery, queries, 16)
+        gallery_and_queries(gallery, queries)

@@ -57,7 +57,7 @@ def slow_measure(gallery, gallery_labels, queries, query_labels, first: int = 10
     }
 
 
-def assert_is(ours: retrieval.Retrieval, expected: dict) -> None:
+def assert_is(ours: retrieval.Ranked, expected: dict) -> None:
     for name in FIGURES:
         assert getattr(ours, name) == pytest.approx(expected[name], rel=1e-12), name
     assert ours.average_precision.dtype == torch.float64
@@ -68,7 +68,7 @@ def assert_is(ours: retrieval.Retrieval, expected: dict) -> None:
 def test_average_precision_is_scikit_learns():
     gallery, gallery_labels = features(1, 120)
     queries, query_labels = features(2, 30)
-    ours = retrieval.measure(gallery, gallery_labels, queries, query_labels)
+    ours = retrieval.retrieve(gallery, gallery_labels, queries, query_labels)
     unit = [x.double() / x.double().norm(dim=1, keepdim=True) for x in (gallery, queries)]
     # No two cosines that float32 could take for each other.
     assert (unit[1] @ unit[0].T).sort(dim=1).values.diff(dim=1).min() > 3e-7
@@ -87,14 +87,14 @@ def test_tied_features_are_measured_as_by_plain_loops(images, block, monkeypatch
     monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
     monkeypatch.setattr(retrieval, "SORTED_ELEMENTS", max(1, block // 2))
     gallery, queries = tied_features(1, images), tied_features(2, 20, classes=6)
-    ours = retrieval.measure(*gallery, *queries)
+    ours = retrieval.retrieve(*gallery, *queries)
     assert ours.queries_without_positives > 0
     assert_is(ours, slow_measure(*gallery, *queries))
 
 
 def test_one_query_of_one_class_in_half_precision():
     gallery, queries = tied_features(1, 40, classes=1), tied_features(2, 1, classes=1)
-    ours = retrieval.measure(gallery[0].half(), gallery[1], queries[0].half(), queries[1], first=3)
+    ours = retrieval.retrieve(gallery[0].half(), gallery[1], queries[0].half(), queries[1], first=3)
     assert_is(ours, slow_measure(*gallery, *queries, first=3))
     assert ours.map == 100
 
@@ -103,7 +103,7 @@ def test_copies_in_the_gallery_come_in_its_order():
     image = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
     gallery, _ = features(1, 50, width=8)
     gallery[[7, 30, 31]] = image
-    ours = retrieval.measure(gallery, torch.arange(50), 3 * image, torch.tensor([31]), first=3)
+    ours = retrieval.retrieve(gallery, torch.arange(50), 3 * image, torch.tensor([31]), first=3)
     assert ours.first.tolist() == [[7, 30, 31]]
     assert ours.map == pytest.approx(100 / 3)
     assert (ours.rank1, ours.rank5) == (0, 100)
@@ -117,7 +117,7 @@ def test_a_cosine_of_minus_zero_ties_with_zero():
 
 def test_a_query_without_positives_counts_as_zero():
     gallery, labels = torch.eye(3), torch.tensor([0, 1, 2])
-    ours = retrieval.measure(gallery, labels, gallery[:2], torch.tensor([0, 9]))
+    ours = retrieval.retrieve(gallery, labels, gallery[:2], torch.tensor([0, 9]))
     assert ours.queries_without_positives == 1
     assert ours.average_precision.tolist() == [1, 0]
     assert [ours.rank1, ours.rank5, ours.map, ours.map_at_100_released] == [50, 50, 50, 50]
@@ -129,7 +129,7 @@ def test_the_released_figure_leaves_out_what_comes_after_100_places():
     gallery = torch.stack([angle.cos(), angle.sin()], dim=1)
     labels = torch.zeros(201).long()
     labels[[0, 200]] = 1
-    ours = retrieval.measure(gallery, labels, gallery[:1], torch.tensor([1]))
+    ours = retrieval.retrieve(gallery, labels, gallery[:1], torch.tensor([1]))
     assert ours.map_at_100_released == 100
     assert ours.map == pytest.approx(100 * (1 + 2 / 201) / 2)
 
@@ -142,7 +142,7 @@ def test_the_ratio_split_takes_every_ninth_test_image():
 
 def test_labels_that_do_not_fit_are_an_error():
     with pytest.raises(InputError, match="labels"):
-        retrieval.measure(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(2))
+        retrieval.retrieve(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(2))
 
 
 def found_by(world: World) -> dict:
@@ -156,7 +156,7 @@ def found_by(world: World) -> dict:
             found["rankings", count] = knn.rankings(*gallery, some[0], [1, 20, 200], world=world)
             found["accuracy", count] = knn.knn_accuracy(*gallery, *some, [20], world=world)
             found["cosines", count] = knn.neighbours(gallery[0], some[0], 20, world=world)
-            found["retrieval", count] = vars(retrieval.measure(*gallery, *some, world=world))
+            found["retrieval", count] = vars(retrieval.retrieve(*gallery, *some, world=world))
     finally:
         similarity.BLOCK_ELEMENTS = before
     return found
@@ -197,7 +197,7 @@ labels = torch.arange(20000) % 100
 few = queries[:10], labels[:10]
 run = {
     "knn": lambda q, y: knn.knn_accuracy(gallery, labels, q, y, [20]),
-    "retrieval": lambda q, y: retrieval.measure(gallery, labels, q, y),
+    "retrieval": lambda q, y: retrieval.retrieve(gallery, labels, q, y),
 }[sys.argv[1]]
 run(*few)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 import compare
 from datasets.fine_grained import load_splits
 from engine.evaluation import pointing
-from engine.evaluation.evaluation import build_evaluation
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.features import Reading
 from engine.evaluation.source import load_source
 from engine.pictures import report
 from engine.pictures.curves import read_log
-from engine.studies.evaluation import measure
+from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
 from engine.studies.runs import IDENTITY, LOCK, STDOUT, locked, run_of
 from engine.studies.spec import load
@@ -350,10 +351,8 @@ def test_fine_and_coarse_figures_are_those_of_plain_code_on_the_same_features(
     pooling, judged, finished
 ):
     _, source, cfg, splits, _ = judged
-    own = cfg.clone()
-    own.EVAL.POOLING = pooling
-    evaluation = build_evaluation(own, ALONE, source, splits, None)
-    train, test = evaluation.features("train"), evaluation.features("test")
+    features = SplitFeatures(source, splits, Reading.of(cfg, ALONE, source), pooling)
+    train, test = features.of("train"), features.of("test")
     expected = figures(finished / "out")["cmd-seed0"]
     for prefix, name_of in (
         ("", lambda p: p.split("/")[0]),
@@ -386,7 +385,7 @@ def test_pointing_figures_are_those_of_a_report(judged, finished):
 def test_poolings_that_a_network_lacks_are_left_out(judged):
     _, source, cfg, splits, study = judged
     protocol = replace(study.protocol, poolings=("default", "mil", "lcr"), k=3)
-    found, zeros = measure(source, cfg, protocol, splits, ALONE)
+    found, zeros = figures_and_zeros(source, cfg, protocol, splits, ALONE)
     pooled = {f"{level}knn_{name}" for level in ("", "coarse_") for name in ("default", "mil")}
     assert pooled == {name for name in found if "knn" in name} == {n for n in zeros if "knn" in n}
 

@@ -13,6 +13,7 @@ import compare
 from datasets.benchmarks import Splits
 from datasets.folder import LabelledImages
 from engine import build
+from engine.evaluation import table
 from engine.studies import tables
 from engine.studies.evaluation import guessing
 from engine.studies.results import StudyResults, misfit
@@ -93,11 +94,11 @@ def test_rows_and_paired_differences_are_those_computed_by_hand(tmp_path):
     (less,) = tables.differences(study, "small", found, [0, 1])
     assert less["name"] == "cmd"
     assert less["figures"]["knn_default"]["values"] == [1.0, 6.0]
-    assert tables.difference(less["figures"]["knn_default"]) == "+3.50 (+1.00, +6.00)"
+    assert table.difference(less["figures"]["knn_default"]) == "+3.50 (+1.00, +6.00)"
     # A seed that only one of them has is in no difference, and the row says so.
     del found["esvit", 1]
     (less,) = tables.differences(study, "small", found, [0, 1])
-    assert tables.difference(less["figures"]["knn_default"]) == "+1.00"
+    assert table.difference(less["figures"]["knn_default"]) == "+1.00"
     rows = tables.rows_of(study, "small", randoms, found, [0, 1])
     assert rows[-1]["title"] == "esvit (seed 0)"
 

@@ -1,0 +1,116 @@
+"""The one way to a figure: protocols, each a declaration, on the features of a frozen network."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.evaluation import knn, retrieval
+from engine.evaluation.feature_cache import Features, SplitFeatures
+from engine.evaluation.pointing import Pointing
+from engine.evaluation.probing import LinearProbe
+
+
+@dataclass(frozen=True)
+class KNNFigures:
+    """figures: for JSON. predicted: int64 [m], the best class of each test image for each k."""
+
+    figures: dict
+    predicted: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class KNN:
+    """k-NN classification of the test split; the training split is the gallery.
+
+    coarse: by the synthetic set's coarse classes.
+    """
+
+    ks: Sequence[int]
+    temperature: float = 0.07
+    coarse: bool = False
+
+    def measure(self, features: SplitFeatures) -> KNNFigures:
+        train, test = _both(features, self.coarse)
+        ranked = knn.rankings(
+            train.values,
+            train.labels,
+            test.values,
+            self.ks,
+            self.temperature,
+            len(train.classes),
+            features.reading.world,
+        )
+        scores = {k: knn.accuracy(ranking, test.labels) for k, ranking in ranked.items()}
+        figures = {
+            "protocol": "k-NN",
+            "temperature": self.temperature,
+            "gallery_images": len(train.labels),
+            "test_images": len(test.labels),
+            "k": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in scores.items()},
+        }
+        return KNNFigures(figures, {k: ranking[:, 0] for k, ranking in ranked.items()})
+
+
+@dataclass(frozen=True)
+class RetrievalFigures:
+    """figures: for JSON. queries, gallery: places of the images in `train` then `test`."""
+
+    figures: dict
+    ranked: retrieval.Ranked
+    queries: Tensor
+    gallery: Tensor
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Rank-1, Rank-5, mAP and mAP@100 as released; split: a name in retrieval.DIVISIONS."""
+
+    split: str = "standard"
+    coarse: bool = False
+
+    def measure(self, features: SplitFeatures) -> RetrievalFigures:
+        train, test = _both(features, self.coarse)
+        values = torch.cat([train.values, test.values])
+        labels = torch.cat([train.labels, test.labels])
+        divide = retrieval.DIVISIONS[self.split]
+        gallery, queries = divide(len(train.labels), len(test.labels))
+        ranked = retrieval.retrieve(
+            values[gallery],
+            labels[gallery],
+            values[queries],
+            labels[queries],
+            world=features.reading.world,
+        )
+        figures = {
+            "protocol": "retrieval",
+            "split": self.split,
+            "gallery_images": len(gallery),
+            "queries": len(queries),
+            "queries_without_positives": ranked.queries_without_positives,
+            "rank1": ranked.rank1,
+            "rank5": ranked.rank5,
+            "map": ranked.map,
+            "map_at_100_released": ranked.map_at_100_released,
+        }
+        return RetrievalFigures(figures, ranked, queries, gallery)
+
+
+def measure(
+    features: SplitFeatures, protocols: Sequence[KNN | Retrieval | LinearProbe | Pointing]
+) -> list:
+    """What each protocol finds, in order; `figures` of each are percent and plain data.
+
+    Every image goes through the network once for all protocols on features of centre crops.
+    """
+    for protocol in protocols:
+        # A probe's features hold the image feature too: they are extracted first.
+        if isinstance(protocol, LinearProbe):
+            protocol.extract(features)
+    return [protocol.measure(features) for protocol in protocols]
+
+
+def _both(features: SplitFeatures, coarse: bool) -> tuple[Features, Features]:
+    train, test = features.of("train"), features.of("test")
+    return (train.coarse(), test.coarse()) if coarse else (train, test)
