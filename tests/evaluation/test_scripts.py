@@ -365,7 +365,7 @@ def test_a_part_of_a_benchmark(name, weights, tmp_path):
     out = works(name, line, "DATA.PARTIAL true")
     known = results(tmp_path / "out", name)
     (note,) = known["data"]["notes"]
-    assert note.startswith(f"cub in {tmp_path} has 3 classes, the official data set has 200")
+    assert note.startswith(f"cub in {tmp_path} has 3 classes, 9 training and 6 test images")
     assert f"warning: {note}" in out
     assert (known["data"]["name"], known["data"]["classes"]) == ("cub", 3)
     assert known["gallery_images"] == 9
