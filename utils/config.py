@@ -163,44 +163,49 @@ def _scalar(text: str) -> object:
     return value
 
 
+def read_file(path: str | Path, flag: str = "--cfg") -> object:
+    """The contents of a small YAML file that `flag` names; InputError for whatever is wrong."""
+    try:
+        path = Path(os.path.expanduser(path))
+        if not path.is_file():
+            raise InputError(f"{flag}: there is no file {path}.")
+        with open(path, "rb") as file:
+            contents = file.read(LARGEST_FILE + 1)
+    except ValueError:  # a null character
+        raise InputError(f"{flag}: there is no file {path}.") from None
+    except OSError as error:
+        raise InputError(f"{flag}: {path} cannot be read ({error.strerror}).") from None
+    if len(contents) > LARGEST_FILE:
+        raise InputError(f"{path} is no file of options: it is larger than {LARGEST_FILE} bytes.")
+    try:
+        return read_yaml(contents.decode())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not a YAML file: {reason}.") from None
+
+
 def merge_file(cfg: Node, path: str | Path) -> list[str]:
     """Lay a YAML file's options over `cfg`; returns their names.
 
     InputError for a bad file, key or value.
     """
-    try:
-        path = Path(os.path.expanduser(path))
-        if not path.is_file():
-            raise InputError(f"--cfg: there is no file {path}.")
-        with open(path, "rb") as file:
-            contents = file.read(LARGEST_FILE + 1)
-    except ValueError:  # a null character
-        raise InputError(f"--cfg: there is no file {path}.") from None
-    except OSError as error:
-        raise InputError(f"--cfg: {path} cannot be read ({error.strerror}).") from None
-    if len(contents) > LARGEST_FILE:
-        raise InputError(f"{path} is no file of options: it is larger than {LARGEST_FILE} bytes.")
-    try:
-        tree = read_yaml(contents.decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not a YAML file: {reason}.") from None
+    tree = read_file(path)
     if not isinstance(tree, dict | None):
         raise InputError(f"{path} must hold options as SECTION: KEY: value.")
-    values = dict(_flat(tree or {}, str(path)))
+    values = dict(flat(tree or {}, str(path)))
     for key, value in values.items():
         put(cfg, key, value, str(path))
     return list(values)
 
 
-def _flat(tree: dict, source: str, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flat(tree: dict, source: str, prefix: str = "") -> Iterator[tuple[str, object]]:
     """(SECTION.KEY, value) of each option in nested data."""
     for key, value in tree.items():
         if not isinstance(key, str):
             raise InputError(f"{source}: {_shown(key)} stands where an option's name should.")
         if not prefix and key in SECTIONS and isinstance(value, dict | None):
             # None: all lines of the section are commented out.
-            yield from _flat(value or {}, source, f"{key}.")
+            yield from flat(value or {}, source, f"{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -218,7 +223,7 @@ def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
     if not isinstance(tree, dict):
         raise InputError(f"{source} holds no options of a run.")
     cfg, gone = defaults(), []
-    for key, value in _flat(tree, source):
+    for key, value in flat(tree, source):
         if key in OPTIONS or key in SECTIONS:
             put(cfg, key, value, source)
         else:

@@ -22,8 +22,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from datasets.synthetic_images import DIFFICULTIES, SyntheticConfig
 from utils import config
 from utils.config import Node
@@ -118,7 +116,7 @@ def load(path: str | Path, pairs: Iterable[tuple[str, Any]] = ()) -> Study:
     """
     path = Path(path).expanduser()
     sections = ("data", "base", "options", "seeds", "cells", "order", "evaluate")
-    tree = _mapping(_read(path), f"{path}", sections)
+    tree = _mapping(config.read_file(path, "--study"), f"{path}", sections)
     for section in ("data", "base", "cells"):
         if not tree.get(section):
             raise InputError(f"{path} is not a study: it lacks '{section}'.")
@@ -161,15 +159,6 @@ def choose(wanted: Iterable[str], known: Iterable[str], what: str) -> list[str]:
     return wanted
 
 
-def _read(path: Path) -> object:
-    try:
-        return config.read_yaml(path.read_text())
-    except OSError as error:
-        raise InputError(f"--study: {path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from None
-
-
 def _mapping(tree: object, where: str, known: Iterable[str] = ()) -> dict[str, Any]:
     """A mapping with text for keys, of these if any are given; of nothing an empty one."""
     if tree is None:
@@ -207,22 +196,11 @@ def _whole(tree: dict, key: str, default: int | None, least: int, where: str) ->
 def _options(tree: object, where: str) -> dict[str, Any]:
     """Options by name, in their types."""
     cfg, found = config.defaults(), {}
-    for key, value in _flat(_mapping(tree, where)).items():
+    for key, value in config.flat(_mapping(tree, where), where):
         config.put(cfg, key, value, where)
         if key in ("OUTPUT_DIR", "DATA.PATH", "SEED"):
             raise InputError(f"{where}: {key} is set for each run; it cannot be an option.")
         found[key] = config.get(cfg, key)
-    return found
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{SECTION: {KEY: value}} -> {SECTION.KEY: value}."""
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
     return found
 
 
