@@ -203,13 +203,11 @@ def evaluate(
 ) -> None:
     """Write the result of a cell's or a random row's network. about: what else it says."""
     data = results.data_set(name)
-    splits, own = results.splits[data], cfg.clone()
-    own.DATA.PATH = str(splits.train.root.parent)
+    splits, reading = results.splits[data], Reading.of(cfg, world, source)
     with quiet():
         protocol = results.study.protocol
-        figures, zeros = figures_and_zeros(source, own, protocol, splits, world)
-    reading = Reading.of(own, world, source)
-    behind = provenance(own, SplitFeatures(source, splits, reading))
+        figures, zeros = figures_and_zeros(source, splits, reading, cfg, protocol)
+    behind = provenance(cfg, SplitFeatures(source, splits, reading))
     known = ("command", "date", "commit", "versions", "device", "data")
     result = {
         "study": results.study.name,

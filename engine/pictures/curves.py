@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from engine.pictures.drawing import DPI, LOOK
@@ -17,6 +18,13 @@ CURVES = {
     "gradient norm": ("grad_norm",),
     "attention entropy (1: uniform)": ("attention_entropy",),
     "learning rate": ("lr",),
+}
+# Of several runs side by side; the k-NN where the runs have it.
+COMPARED = {
+    "loss": "loss",
+    "knn_top1": "k-NN of the teacher, %",
+    "feature_rank": "effective rank of the features",
+    "attention_entropy": "attention entropy (1: uniform)",
 }
 
 
@@ -51,4 +59,34 @@ def plot_curves(lines: list[dict]) -> Figure:
             axis.set_ylim(0, 1.05)
         if len(logged) > 1:
             axis.legend(fontsize="small")
+    return figure
+
+
+@LOOK
+def plot_runs(logs: dict[str, dict[int, list[dict]]]) -> Figure:
+    """Several runs over the epochs: a colour for each title, a dash for each seed.
+
+    logs: title -> seed -> the lines of `read_log`.
+    """
+    lines = [line for runs in logs.values() for log in runs.values() for line in log]
+    logged = [name for name in COMPARED if any(name in line for line in lines)]
+    rows = (len(logged) + 1) // 2
+    figure = Figure(figsize=(13, 4.2 * rows), dpi=DPI, layout="constrained")
+    palette, dashes = matplotlib.colormaps["tab20"].colors, ("-", "--", ":", "-.")
+    seeds = sorted({seed for runs in logs.values() for seed in runs})
+    curves = {}  # by label
+    for place, name in enumerate(logged):
+        axis = figure.add_subplot(rows, 2, place + 1, title=COMPARED[name], xlabel="epoch")
+        axis.grid(alpha=0.3)
+        for colour, (title, runs) in enumerate(logs.items()):
+            for seed, log in runs.items():
+                known = [line for line in log if line.get(name) is not None]
+                (curves[f"{title}, seed {seed}"],) = axis.plot(
+                    [line["epoch"] for line in known],
+                    [line[name] for line in known],
+                    dashes[seeds.index(seed) % len(dashes)],
+                    color=palette[colour % len(palette)],
+                    lw=1,
+                )
+    figure.legend(curves.values(), curves.keys(), loc="outside right upper", fontsize="small")
     return figure

@@ -1,12 +1,6 @@
-"""The figures of one network under a study's protocol.
+"""The figures of one network under a study's protocol, and beside each its zero."""
 
-Each image goes through the network once a pooling and, where its parts are known, each test image
-once more a kind of map (engine/evaluation/attention.py).
-"""
-
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +8,7 @@ from torch import Tensor
 from datasets import synthetic
 from datasets.benchmarks import Splits
 from datasets.synthetic_images import COARSE_NAMES
-from engine.evaluation.feature_cache import SPLITS, SplitFeatures, coarse_labels
+from engine.evaluation.feature_cache import SplitFeatures, coarse_labels
 from engine.evaluation.features import Reading
 from engine.evaluation.measure import KNN, Retrieval, measure
 from engine.evaluation.pointing import Pointing
@@ -22,24 +16,23 @@ from engine.evaluation.probing import LinearProbe
 from engine.evaluation.source import Source
 from engine.studies.spec import Protocol
 from utils.config import Node
-from utils.distributed import World
 
 COARSE = "coarse_"  # before the name of a figure on the coarse classes
 
 
 def figures_and_zeros(
-    source: Source, cfg: Node, protocol: Protocol, splits: Splits, world: World
+    source: Source, splits: Splits, reading: Reading, cfg: Node, protocol: Protocol
 ) -> tuple[dict[str, float], dict[str, float]]:
     """All figures of a frozen network and, by the same names, their zeros.
 
-    source: on the CPU. cfg: the options of its run, with DATA.PATH the folder that `splits` come
-    from; where that has parts.json, coarse classes and the parts' boxes are judged too. Figures
-    are percent, but `ratio_*`, the attention on the part over chance. A zero is what guessing
-    gives: `pointing_*` that of a random patch, `fixed_*` that of the best one patch for all.
+    cfg: the options of its run. Where the images are of the synthetic set, coarse classes and the
+    parts' boxes are evaluated too. Figures are percent, but `ratio_*`, the attention on the part
+    over chance. A zero is what guessing gives: `pointing_*` that of a random patch, `fixed_*` that
+    of the best one patch for all.
     """
-    reading = Reading.of(cfg, world, source)
-    knows_parts = (Path(cfg.DATA.PATH) / synthetic.PARTS_FILE).is_file()
-    logistic = LinearProbe(
+    figures: dict[str, float] = {}
+    zeros: dict[str, float] = {}
+    probe = LinearProbe(
         seed=cfg.SEED,
         classifier="logistic",
         blocks=min(cfg.LINEAR.N_LAST_BLOCKS, len(source.network.backbone.all_blocks())),
@@ -48,56 +41,48 @@ def figures_and_zeros(
         hold_out=cfg.LINEAR.HOLD_OUT,
         outputs=cfg.LINEAR.NUM_LABELS,
     )
-    figures: dict[str, float] = {}
-    for pooling in [name for name in protocol.poolings if name in source.poolings()]:
-        protocols = {}
-        for prefix in ("", COARSE) if knows_parts else ("",):
-            coarse = prefix == COARSE
-            protocols[prefix, "knn"] = KNN([protocol.k], cfg.KNN.TEMPERATURE, coarse)
+    labels = [torch.tensor(images.labels) for images in (splits.train, splits.test)]
+    classes = splits.train.classes
+    guesses = {"": guessing(*labels, len(classes))}
+    knows_parts = (splits.train.root.parent / synthetic.PARTS_FILE).is_file()
+    if knows_parts:
+        coarse = [coarse_labels(fine, classes) for fine in labels]
+        guesses[COARSE] = guessing(*coarse, len(COARSE_NAMES))
+    for pooling in protocol.poolings:
+        if pooling not in source.poolings():
+            continue
+        features = SplitFeatures(source, splits, reading, pooling)
+        for prefix, guess in guesses.items():
+            is_coarse = prefix == COARSE
+            protocols = [KNN([protocol.k], cfg.KNN.TEMPERATURE, is_coarse)]
             if pooling == "default":
-                protocols[prefix, "retrieval"] = Retrieval(cfg.RETRIEVAL.SPLIT, coarse)
-                protocols[prefix, "linear"] = replace(logistic, coarse=coarse)
-        found = measure(SplitFeatures(source, splits, reading, pooling), list(protocols.values()))
-        for (prefix, kind), result in zip(protocols, found, strict=True):
-            if kind == "knn":
-                top1 = result.figures["k"][str(protocol.k)]["top1"]
-                figures[f"{prefix}knn_{pooling}"] = top1
-            elif kind == "retrieval":
-                figures |= {f"{prefix}{name}": result.figures[name] for name in ("rank1", "map")}
-            else:
-                figures[f"{prefix}linear"] = result.figures["top1"]
-    zeros = guessing(splits, figures, knows_parts)
+                protocols.append(Retrieval(cfg.RETRIEVAL.SPLIT, is_coarse))
+                protocols.append(replace(probe, coarse=is_coarse))
+            knn, *others = (found.figures for found in measure(features, protocols))
+            figures[f"{prefix}knn_{pooling}"] = knn["k"][str(protocol.k)]["top1"]
+            zeros[f"{prefix}knn_{pooling}"] = guess["linear"]
+            if others:
+                retrieval, probed = others
+                figures |= {f"{prefix}{name}": retrieval[name] for name in ("rank1", "map")}
+                figures[f"{prefix}linear"] = probed["top1"]
+                zeros |= {f"{prefix}{name}": zero for name, zero in guess.items()}
     if knows_parts:
         (found,) = measure(SplitFeatures(source, splits, reading), [Pointing()])
-        for kind, of_kind in found.figures.items():
-            chance, mass = of_kind["chance"], of_kind["mass_on_part"]
-            figures[f"pointing_{kind}"] = of_kind["accuracy"]
+        for kind, seen in found.figures.items():
+            chance, mass = seen["chance"], seen["mass_on_part"]
+            figures[f"pointing_{kind}"] = seen["accuracy"]
             figures |= {f"mass_{kind}": mass, f"ratio_{kind}": mass / chance}
             zeros |= {f"pointing_{kind}": chance, f"mass_{kind}": chance, f"ratio_{kind}": 1.0}
-            zeros[f"fixed_{kind}"] = of_kind["best_fixed_cell"]
+            zeros[f"fixed_{kind}"] = seen["best_fixed_cell"]
     return figures, zeros
 
 
-def guessing(splits: Splits, names: Iterable[str], knows_coarse: bool) -> dict[str, float]:
-    """Chance, percent, for the figures of these names that come from labels.
+def guessing(train: Tensor, test: Tensor, classes: int) -> dict[str, float]:
+    """Chance, percent, for labels [n] and [m]: of a classifier, and of Rank-1 and mAP.
 
-    For k-NN and probe one class of all; for Rank-1 and mAP the mean over the test images in a
-    random order of the training images.
+    A classifier (`linear`) hits one class of all; `rank1` and `map` are means over the test images
+    in a random order of the training images.
     """
-    labels = [torch.tensor(getattr(splits, split).labels) for split in SPLITS]
-    zeros = _guessing(*labels, len(splits.train.classes), "")
-    if knows_coarse:
-        coarse = [coarse_labels(fine, splits.train.classes) for fine in labels]
-        zeros |= _guessing(*coarse, len(COARSE_NAMES), COARSE)
-    knn = {
-        name: zeros[f"{COARSE if name.startswith(COARSE) else ''}linear"]
-        for name in names
-        if name.removeprefix(COARSE).startswith("knn_")
-    }
-    return {name: zero for name, zero in (zeros | knn).items() if name in set(names)}
-
-
-def _guessing(train: Tensor, test: Tensor, classes: int, prefix: str) -> dict[str, float]:
     n = len(train)
     hits = train.bincount(minlength=classes)[test].double()
     found = hits > 0
@@ -105,7 +90,7 @@ def _guessing(train: Tensor, test: Tensor, classes: int, prefix: str) -> dict[st
     # The mean of average precision over all orders (ours; by the mean of each place's term).
     precision = (harmonic + (hits - 1) / max(n - 1, 1) * (n - harmonic)) / n
     return {
-        f"{prefix}linear": 100 / classes,
-        f"{prefix}rank1": 100 * (hits / n)[found].mean().item(),
-        f"{prefix}map": 100 * precision[found].mean().item(),
+        "linear": 100 / classes,
+        "rank1": 100 * (hits / n)[found].mean().item(),
+        "map": 100 * precision[found].mean().item(),
     }

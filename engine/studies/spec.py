@@ -225,8 +225,6 @@ def _cell(name: str, entry: object, base: object, data: dict[str, DataSet], wher
     """A cell with the options of its own. base: the study's."""
     tree = {"title": name, "base": base} | _mapping(entry, where)
     title, path = str(tree.pop("title")), ROOT / str(tree.pop("base"))
-    if "|" in title or "\n" in title:
-        raise InputError(f"{where}: a title is one line without '|'.")
     if not path.is_file():
         raise InputError(f"{where}: base names {path}, and there is no such file.")
     if len(data) > 1 and "data" not in tree:

@@ -1,22 +1,19 @@
 """The tables and the curves of a study, from the results that there are."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-
-import matplotlib
-from matplotlib.figure import Figure
 
 from engine.evaluation import table
 from engine.evaluation.attention import NAMES as KINDS
 from engine.evaluation.table import spread
-from engine.pictures.curves import read_log
+from engine.pictures.curves import plot_runs, read_log
+from engine.pictures.drawing import save
 from engine.studies.evaluation import COARSE
 from engine.studies.results import Results
 from engine.studies.spec import Study
 from engine.studies.zeros import RandomRow
 from utils.errors import InputError
-from utils.files import replacing
 
 _LABELS = (
     ("knn_default", "{k}-NN"),
@@ -35,12 +32,6 @@ SECTIONS = {
     "Attention on the part": tuple(
         (f"{name}_{kind}", f"{kind}: {heading}") for kind in KINDS for name, heading in _LOOKS
     ),
-}
-PANELS = {
-    "loss": "loss",
-    "knn_top1": "k-NN of the teacher, %",
-    "feature_rank": "effective rank of the features",
-    "attention_entropy": "attention entropy (1: uniform)",
 }
 NOTE = (
     "Percent (`× chance`: a ratio); mean ± standard deviation (n − 1) over the seeds; of "
@@ -155,7 +146,7 @@ def write(
         "runs": runs,
     }
     table.write(output, lines, contents)
-    plot_curves(study, seeds, output)
+    _plot_runs(study, seeds, output)
 
 
 def _table(
@@ -200,36 +191,14 @@ def _distinct(values: Iterable[object]) -> list[str]:
     return list(dict.fromkeys(str(value) for value in values))
 
 
-def plot_curves(study: Study, seeds: Sequence[int], output: Path) -> None:
-    """OUT/curves.png: the logs of all runs, a colour for each cell, a dash for each seed."""
-    logs = {}
-    for cell in study.cells:
+def _plot_runs(study: Study, seeds: Sequence[int], output: Path) -> None:
+    """OUT/curves.png: the logs of all runs."""
+    logs: dict[str, dict[int, list[dict]]] = {}
+    for cell in study.cells.values():
+        title = cell.title if len(study.data) == 1 else f"{cell.title} ({cell.data})"
         for seed in seeds:
-            try:
-                logs[cell, seed] = read_log(output / "runs" / cell / f"seed{seed}" / "log.txt")
-            except InputError:
-                continue  # not begun, or the runs are elsewhere
-    panels = [name for name in PANELS if any(name in line for log in logs.values() for line in log)]
-    if not panels:
-        return
-    rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(13, 4.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False)
-    palette = matplotlib.colormaps["tab20"].colors
-    colours = {cell: palette[place % len(palette)] for place, cell in enumerate(study.cells)}
-    curves = {}  # by label
-    for axis, name in zip(axes.flat, panels, strict=False):
-        for (cell, seed), log in logs.items():
-            points = [(line["epoch"], line[name]) for line in log if line.get(name) is not None]
-            if points:
-                dash = ("-", "--", ":", "-.")[seeds.index(seed) % 4]
-                label = f"{study.cells[cell].title}, seed {seed}"
-                x, y = zip(*points, strict=True)
-                (curves[label],) = axis.plot(x, y, dash, color=colours[cell], lw=1)
-        axis.set(title=PANELS[name], xlabel="epoch")
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    figure.legend(curves.values(), curves.keys(), loc="outside right upper", fontsize="small")
-    with replacing(output / "curves.png", "picture") as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+            with suppress(InputError):  # not begun, or the runs are elsewhere
+                log = read_log(output / "runs" / cell.name / f"seed{seed}" / "log.txt")
+                logs.setdefault(title, {})[seed] = log
+    if logs:
+        save(plot_runs(logs), output / "curves.png")

@@ -385,7 +385,8 @@ def test_pointing_figures_are_those_of_a_report(judged, finished):
 def test_poolings_that_a_network_lacks_are_left_out(judged):
     _, source, cfg, splits, study = judged
     protocol = replace(study.protocol, poolings=("default", "mil", "lcr"), k=3)
-    found, zeros = figures_and_zeros(source, cfg, protocol, splits, ALONE)
+    reading = Reading.of(cfg, ALONE, source)
+    found, zeros = figures_and_zeros(source, splits, reading, cfg, protocol)
     pooled = {f"{level}knn_{name}" for level in ("", "coarse_") for name in ("default", "mil")}
     assert pooled == {name for name in found if "knn" in name} == {n for n in zeros if "knn" in n}
 
