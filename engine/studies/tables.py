@@ -133,13 +133,13 @@ def write(
                 base = study.cells[study.protocol.baselines[data]].title
                 title = f"{heading}: difference to {base}"
                 lines += _table(title, named, less, table.difference)
-    lines += _behind(study, results, command)
     runs = [results[key] for key in sorted(results)]
+    behind = {name: _distinct(runs, name) for name in ("date", "commit", "device", "versions")}
+    lines += _behind(study, runs, behind, command)
     trained = [run["pretraining"]["seconds_of_steps"] for run in runs if "pretraining" in run]
     contents = {
         "study": study.name,
-        **{name: _one_or_all(run[name] for run in runs) for name in ("date", "commit", "device")},
-        "versions": _one_or_all(map(_versions, runs)),
+        **{name: found[0] if len(found) == 1 else found for name, found in behind.items()},
         "commands": [command],
         "seconds": round(sum(trained), 1),
         "figures": tables,
@@ -158,37 +158,35 @@ def _table(
     return [f"### {heading}", "", *lines, ""] if lines else []
 
 
-def _behind(study: Study, results: Results, command: str) -> list[str]:
+def _distinct(runs: list[dict], name: str) -> list[str]:
+    """What these results say under a name, as text, each once."""
+    found = []
+    for run in runs:
+        value = run[name]
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {inner}" for key, inner in value.items())
+        found.append(str(value))
+    return list(dict.fromkeys(found))
+
+
+def _behind(
+    study: Study, runs: list[dict], behind: dict[str, list[str]], command: str
+) -> list[str]:
     """What stands behind the numbers."""
     lines = [NOTE, "", f"- command: `{command}`"]
-    for name in ("commit", "device", "date"):
-        lines.append(f"- {name}: {', '.join(_distinct(run[name] for run in results.values()))}")
-    lines.append(f"- versions: {'; '.join(_distinct(map(_versions, results.values())))}")
+    lines += [f"- {name}: {'; '.join(values)}" for name, values in behind.items()]
     lines.append("- cells, each by its base and the options laid over it:")
     for cell in study.cells.values():
         options = (f"{key} {value}" for key, value in cell.options.items())
         lines.append(f"  - {cell.title}: {', '.join((cell.base.name, *options))}")
-    for name, seed in sorted(results):
-        about = results[name, seed].get("pretraining")
-        if about:
+    for run in runs:
+        if "pretraining" in run:
+            steps, seconds = (run["pretraining"][key] for key in ("steps", "seconds_of_steps"))
             lines.append(
-                f"- {name}, seed {seed}: {about['steps']} steps in {about['seconds_of_steps']:.0f} "
-                f"s; sha256 {results[name, seed]['checkpoint_sha256']}"
+                f"- {run['name']}, seed {run['seed']}: {steps} steps in {seconds:.0f} s; sha256 "
+                f"{run['checkpoint_sha256']}"
             )
     return [*lines, "", "results.json holds every value and each run's options."]
-
-
-def _versions(result: dict) -> str:
-    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-
-
-def _one_or_all(values: Iterable[object]) -> str | list[str]:
-    found = _distinct(values)
-    return found[0] if len(found) == 1 else found
-
-
-def _distinct(values: Iterable[object]) -> list[str]:
-    return list(dict.fromkeys(str(value) for value in values))
 
 
 def _plot_runs(study: Study, seeds: Sequence[int], output: Path) -> None:
