@@ -11,18 +11,22 @@ import argparse
 import copy
 import datetime
 import platform
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 
-from datasets.benchmarks import labelled_folder
+from datasets.benchmarks import Splits
 from datasets.folder import ImageFolder
+from datasets.multicrop import default_resize
 from engine import build
 from engine.evaluation import attention, pointing
-from engine.evaluation.source import load_source
-from engine.pictures import curves, maps, page, report
+from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.features import Reading, gallery_and_queries
+from engine.evaluation.measure import KNN, measure
+from engine.evaluation.pointing import Pointing
+from engine.evaluation.provenance import provenance
+from engine.evaluation.source import Source, load_source
+from engine.pictures import curves, maps, page
 from engine.pictures.drawing import Picture
 from engine.pictures.shown import show_images
 from engine.pictures.views import whole_views
@@ -31,75 +35,62 @@ from models.network import Network
 from models.pretrained import count_parameters
 from utils import checkpoint, config, distributed, seeding
 from utils.cli import Parser, at_least
+from utils.config import Node
 from utils.errors import InputError, run_script
 from utils.files import write_json
+from utils.seeding import derive_seed
 
 IMAGES_SHOWN = 24
+# The maps that training made, and how a report calls their zero: in JSON, in words.
+UNTRAINED = {
+    "mil": ("untrained_pooling", "untrained pooling on the trained network"),
+    "lcr": ("untrained_branch", "untrained branch on the trained network"),
+}
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--gallery", type=Path, help="for the k-NN: labelled images, not queries")
-    parser.add_argument("--queries", type=Path, help="images to classify and to show attention on")
-    parser.add_argument("--size", type=at_least(1), help="pixels of the images [the run's]")
-    parser.add_argument("--k", type=at_least(1), default=20, help="neighbours of the k-NN [20]")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--num_workers", type=at_least(0), default=0, help="loader processes [0]")
-    arguments = parser.parse_args()
+    arguments = parse()
+    folder, k = arguments.output_dir, arguments.k
     world = distributed.start(arguments.device)
-    device = world.device
 
-    # The run: its options, the teacher it made, and the network it began with.
-    path = arguments.output_dir / checkpoint.LAST
+    # The run: its options, the teacher it made, and the networks it began with.
+    path = folder / checkpoint.LAST
     state = checkpoint.load_own(path)
     cfg = config.from_dict(state["config"], str(path))
-    teacher = load_source(path).network.to(device)
-    start = build.networks(cfg)[1].to(device).eval()
+    source = load_source(path)
+    teacher = source.network
+    student_at_start, start = build.networks(cfg)
     size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
-    where = report.Setting(
-        arguments.gallery and arguments.gallery.resolve(),
-        arguments.queries and arguments.queries.resolve(),
-        size,
-        arguments.k,
-        world,
-        workers=arguments.num_workers,
-    )
     if size % teacher.backbone.patch_size:
         raise InputError(f"--size {size} must be a multiple of {teacher.backbone.patch_size}.")
-
-    # The curves, and what the run was.
-    log = curves.read_log(arguments.output_dir / "log.txt")
-    results = {
-        "title": f"{cfg.LOSS.OBJECTIVE} on {cfg.DATA.PATH}: {state['epoch']} epochs",
-        "command": shlex.join(["python", *sys.argv]),
-        "facts": {
-            "objective": cfg.LOSS.OBJECTIVE,
-            "architecture": cfg.MODEL.ARCH,
-            "parameters of the backbone": count_parameters(teacher.backbone),
-            "optimizer steps": state["step"],
-            "images per step": state["images_per_step"],
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-            "date": datetime.date.today().isoformat(),
-        },
-        "config": config.to_dict(cfg),
-        "tables": {},
-    }
-    tables = results["tables"]
+    log = curves.read_log(folder / "log.txt")
     pictures = {"loss_curves.png": Picture("Training curves", curves.plot_curves(log))}
 
+    # The images: for the k-NN two folders with classes, else any to show the attention on.
+    splits = None
+    if arguments.gallery and arguments.queries:
+        splits = gallery_and_queries(arguments.gallery, arguments.queries)
+    elif arguments.queries:
+        queries = ImageFolder(arguments.queries)
+        splits = Splits("queries", queries, queries, [])
+    reading = Reading(world, size, default_resize(size), workers=arguments.num_workers)
+    features = SplitFeatures(source, splits, reading)
+    figures, tables = {}, {}
+
     # k-NN beside the network that the run began with.
-    if where.gallery and where.queries:
-        trained, untrained = (report.image_knn(net, where) for net in (teacher, start))
-        chance = 100 / len(labelled_folder(where.gallery).classes)
-        results["knn"] = {
-            "k": arguments.k,
+    if arguments.gallery and arguments.queries:
+        at_start = SplitFeatures(Source(None, start.eval()), splits, reading)
+        trained, untrained = (
+            measure(of, [KNN([k])])[0].figures["k"][str(k)] for of in (features, at_start)
+        )
+        chance = 100 / len(splits.train.classes)
+        figures["knn"] = {
+            "k": k,
             "trained": trained,
             "random_initialisation": untrained,
             "chance_top1": chance,
         }
-        tables[f"k-NN of the image feature (k = {arguments.k}), percent"] = {
+        tables[f"k-NN of the image feature (k = {k}), percent"] = {
             "trained teacher, top-1": trained["top1"],
             "random initialisation, top-1": untrained["top1"],
             "trained teacher, top-5": trained["top5"],
@@ -108,25 +99,29 @@ def main() -> None:
         }
 
     # Where the attention points, if the run trained one.
-    trained_maps = [kind for kind in attention.kinds(teacher) if kind in report.UNTRAINED]
-    if trained_maps and where.queries:
-        (kind,) = trained_maps
-        names = ImageFolder(where.queries).paths
-        paths = [where.queries / name for name in names]
-        boxes, box_size = pointing.part_boxes(paths)
-        if boxes:
-            untrained = untrained_network(cfg, teacher, kind).to(device).eval()
-            figures = report.pointing_figures(teacher, untrained, kind, boxes, box_size, where)
-            results["pointing"] = figures
-            zero, zero_in_words = report.UNTRAINED[kind]
-            tables[f"Pointing of the {attention.NAMES[kind]} at the part, percent of images"] = {
-                "accuracy: the strongest patch touches the part's box": figures["accuracy"],
-                "zero: a random patch": figures["chance"],
-                "zero: the best fixed patch": figures["best_fixed_cell"],
-                f"zero: {zero_in_words}": figures[zero],
-                "attention mass on patches that touch the box": figures["attention_mass_on_part"],
+    kind = next((kind for kind in attention.kinds(teacher) if kind in UNTRAINED), None)
+    if kind and splits:
+        paths = [splits.test.root / name for name in splits.test.paths]
+        if pointing.part_boxes(paths)[0]:
+            untrained = untrained_network(cfg, teacher, student_at_start, kind).eval()
+            zero = SplitFeatures(Source(None, untrained), splits, reading)
+            found, found_untrained = (
+                measure(of, [Pointing((kind,))])[0].figures[kind] for of in (features, zero)
+            )
+            name, words = UNTRAINED[kind]
+            mass = found.pop("mass_on_part")
+            figures["pointing"] = found | {
+                name: found_untrained["accuracy"],
+                "attention_mass_on_part": mass,
             }
-        images = show_images(paths, names, IMAGES_SHOWN)
+            tables[f"Pointing of the {attention.NAMES[kind]} at the part, percent of images"] = {
+                "accuracy: the strongest patch touches the part's box": found["accuracy"],
+                "zero: a random patch": found["chance"],
+                "zero: the best fixed patch": found["best_fixed_cell"],
+                f"zero: {words}": found_untrained["accuracy"],
+                "attention mass on patches that touch the box": mass,
+            }
+        images = show_images(paths, splits.test.paths, IMAGES_SHOWN)
         shown = maps.maps_of_views(teacher, whole_views(images.squares, size), kind)
         pictures["attention.png"] = maps.whole_picture(images, {"": shown}, kind, per_line=6)
 
@@ -135,28 +130,53 @@ def main() -> None:
         print(name)
         for label, value in table.items():
             print(f"  {value:7.2f}  {label}")
-    folder = arguments.output_dir
-    write_json(folder / "results.json", results)
-    parts = [page.table(results["facts"].items()), page.command(results["command"])]
+    title = f"{cfg.LOSS.OBJECTIVE} on {cfg.DATA.PATH}: {state['epoch']} epochs"
+    facts = {
+        "objective": cfg.LOSS.OBJECTIVE,
+        "architecture": cfg.MODEL.ARCH,
+        "parameters of the backbone": count_parameters(teacher.backbone),
+        "optimizer steps": state["step"],
+        "images per step": state["images_per_step"],
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+    behind = provenance(cfg, features)
+    write_json(
+        folder / "results.json",
+        {"title": title, "facts": facts, "tables": tables} | figures | behind,
+    )
+    parts = [page.table(facts.items()), page.command(behind["command"])]
     if tables:
         parts.append(page.paragraph("Each figure stands beside its zero: what no learning gives."))
     for name, table in tables.items():
         parts += [page.heading(name), page.table(table.items())]
-    parts += page.pictures(folder, pictures)
-    page.write(folder / "report.html", results["title"], parts)
+    page.write(folder / "report.html", title, [*parts, *page.pictures(folder, pictures)])
     print(f"written: {folder / 'results.json'}, report.html and PNGs beside it")
 
 
-def untrained_network(cfg: config.Node, teacher: Network, kind: str) -> Network:
-    """The run's teacher with a fresh pooling, or LCR's branch as the run began with it."""
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="the run's folder")
+    add("--gallery", type=Path, help="for the k-NN: labelled images, not queries")
+    add("--queries", type=Path, help="images to classify and to show attention on")
+    add("--size", type=at_least(1), help="pixels of the evaluated images [the run's]")
+    add("--k", type=at_least(1), default=20, help="neighbours of the k-NN [20]")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--num_workers", type=at_least(0), default=0, help="loader processes [0]")
+    return parser.parse_args()
+
+
+def untrained_network(cfg: Node, teacher: Network, student_at_start: Network, kind: str) -> Network:
+    """The run's teacher with a fresh pooling, or with LCR's branch as the run began with it."""
     network = copy.deepcopy(teacher)
     if kind == "lcr":
-        network.rationale = build.networks(cfg)[0].rationale
+        network.rationale = student_at_start.rationale
         return network
     heads = network.head_spec
-    seed = seeding.derive_seed(cfg.SEED, seeding.UNTRAINED_POOLING)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.UNTRAINED_POOLING))
         network.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden)
     return network
 

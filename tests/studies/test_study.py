@@ -17,11 +17,12 @@ import torch.nn.functional as F
 
 import compare
 from datasets.fine_grained import load_splits
-from engine.evaluation import pointing
+from datasets.folder import load_image
+from datasets.multicrop import eval_transform
+from engine.evaluation import attention, pointing
 from engine.evaluation.feature_cache import SplitFeatures
 from engine.evaluation.features import Reading
 from engine.evaluation.source import load_source
-from engine.pictures import report
 from engine.pictures.curves import read_log
 from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
@@ -366,19 +367,20 @@ def test_fine_and_coarse_figures_are_those_of_plain_code_on_the_same_features(
             assert nearest == pytest.approx(expected[f"{prefix}rank1"])
 
 
-def test_pointing_figures_are_those_of_a_report(judged, finished):
+def test_pointing_figures_are_those_of_the_maps(judged, finished):
     path, _, cfg, splits, _ = judged
-    network = load_source(path).network
+    network, size = load_source(path).network, cfg.AUG.GLOBAL_CROPS_SIZE
     files = [splits.test.root / name for name in splits.test.paths]
-    boxes, size = pointing.part_boxes(files)
-    where = report.Setting(None, splits.test.root, cfg.AUG.GLOBAL_CROPS_SIZE, 5, ALONE)
-    expected = report.pointing_figures(network, network, "mil", boxes, size, where)
+    boxes, box_size = pointing.part_boxes(files)
+    touching = pointing.touching_patches(network.backbone, size, boxes, box_size)
+    images = torch.stack([eval_transform(size, size)(load_image(file)) for file in files])
+    expected = pointing.figures(attention.attention_map(network, images, "mil"), touching)
     found = results(finished / "out")["cmd-seed0"]
     assert found["figures"]["pointing_mil"] == expected["accuracy"]
-    assert found["figures"]["mass_mil"] == pytest.approx(expected["attention_mass_on_part"])
+    assert found["figures"]["mass_mil"] == pytest.approx(expected["mass_on_part"])
     assert found["zeros"]["pointing_mil"] == expected["chance"]
     assert found["zeros"]["fixed_mil"] == expected["best_fixed_cell"]
-    ratio = expected["attention_mass_on_part"] / expected["chance"]
+    ratio = expected["mass_on_part"] / expected["chance"]
     assert found["figures"]["ratio_mil"] == pytest.approx(ratio)
 
 
