@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.evaluation import attention, pointing
 from engine.pictures.drawing import LOOK, Picture, sheet, short
 from engine.pictures.shown import ShownImages
-from engine.pictures.views import Place, View, in_batches
+from engine.pictures.views import Place, PlacedView, in_batches
 from models.network import Network
 
 PER_LINE = 4  # images, of pictures with one column an image
@@ -46,20 +46,20 @@ class PatchMap:
         return self.values * len(self.values)
 
 
-def _patch_maps(network: Network, views: Sequence[View], values: Tensor) -> list[PatchMap]:
+def _patch_maps(network: Network, views: Sequence[PlacedView], values: Tensor) -> list[PatchMap]:
     """values: [n, N], of n views of one size."""
     size = views[0].pixels.shape[-1]
     grid, cell = network.backbone.patch_grid(size, size), network.backbone.stride / size
     return [PatchMap(of, grid, cell, view.place) for of, view in zip(values, views, strict=True)]
 
 
-def maps_of_views(network: Network, views: Sequence[View], kind: str) -> list[PatchMap]:
+def maps_of_views(network: Network, views: Sequence[PlacedView], kind: str) -> list[PatchMap]:
     """The map `kind` (see attention.py) of each of some views of one size."""
     look = partial(attention.attention_map, network, kind=kind)
     return _patch_maps(network, views, in_batches(look, network, views))
 
 
-def heads_of_views(network: Network, views: Sequence[View]) -> list[list[PatchMap]]:
+def heads_of_views(network: Network, views: Sequence[PlacedView]) -> list[list[PatchMap]]:
     """The map of each head of a ViT's last block, of each view: maps[view][head]."""
     values = in_batches(partial(attention.head_maps, network), network, views)
     of_heads = [_patch_maps(network, views, head) for head in values.unbind(dim=1)]
@@ -89,7 +89,7 @@ def whole_picture(
 
 
 def crops_picture(
-    images: ShownImages, networks: Mapping[str, Network], views: Sequence[Sequence[View]]
+    images: ShownImages, networks: Mapping[str, Network], views: Sequence[Sequence[PlacedView]]
 ) -> Picture:
     """Each network's first map of views of an image, at their place in it.
 

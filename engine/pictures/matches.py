@@ -10,11 +10,12 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from engine.pictures.drawing import LOOK, RIGHT, WRONG, Picture, sheet
-from engine.pictures.views import BATCH, Place, View, in_batches
+from engine.pictures.views import BATCH, Place, PlacedView, in_batches
 from losses.intra import match_patches
 from models.network import Network
 from utils.views import Views
 
+Pair = tuple[PlacedView, PlacedView]  # of one image and one size: student view, teacher view
 # A match counts where it is at most this many patches from the right one, along each side.
 BESIDE = 1
 _SIDE, _GAP = 2.0, 0.04  # of a view: inches; the gap between two, as a share of a view's side
@@ -41,8 +42,8 @@ class Correspondence:
     chance: Tensor
 
 
-def correspondences(network: Network, pairs: Sequence[tuple[View, View]]) -> list[Correspondence]:
-    """Of pairs (student view, teacher view) of one size; m*(n) as in L_R (losses/intra.py).
+def correspondences(network: Network, pairs: Sequence[Pair]) -> list[Correspondence]:
+    """Of pairs of views of one size; m*(n) as in L_R (losses/intra.py).
 
     Both views' features are of this one network, in eval mode.
     """
@@ -119,7 +120,7 @@ def correspondence_figures(found: Sequence[Correspondence]) -> dict[str, float]:
 
 @LOOK
 def correspondence_picture(
-    pairs: Sequence[tuple[View, View]],
+    pairs: Sequence[Pair],
     matches: Mapping[str, Sequence[Correspondence]],
     queries: int,
 ) -> Picture:
@@ -146,7 +147,7 @@ def correspondence_picture(
     return Picture("Which patches of two views match", figure, caption, 2 * per_line)
 
 
-def _draw_matches(axis: Axes, pair: tuple[View, View], found: Correspondence, queries: int) -> None:
+def _draw_matches(axis: Axes, pair: Pair, found: Correspondence, queries: int) -> None:
     """Both views in one picture: the left one from 0 to 1, the right one beyond a gap."""
     start = 1 + _GAP
     for view, left in zip(pair, (0, start), strict=True):

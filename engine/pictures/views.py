@@ -52,7 +52,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class View:
+class PlacedView:
     """A crop of an image: normalised pixels [3, S, S], and where it was cut."""
 
     pixels: Tensor
@@ -64,10 +64,10 @@ class View:
         return (self.pixels.permute(1, 2, 0) * std + mean).clamp(0, 1)
 
 
-def whole_views(squares: Sequence[Image.Image], size: int) -> list[View]:
+def whole_views(squares: Sequence[Image.Image], size: int) -> list[PlacedView]:
     """Each image as an evaluation shows it to a network, at `size` pixels."""
     transform = eval_transform(size, size)
-    return [View(transform(square), Place(0, 0, *square.size)) for square in squares]
+    return [PlacedView(transform(square), Place(0, 0, *square.size)) for square in squares]
 
 
 def seeded_views(
@@ -77,7 +77,7 @@ def seeded_views(
     local_crops: int,
     seed: int,
     plain: bool,
-) -> list[list[View]]:
+) -> list[list[PlacedView]]:
     """Of each image two global views of `size` and `local_crops` local ones of `local_size` pixels.
 
     Boxes, and unless `plain` flips and colours too, are drawn as in training (the scales and
@@ -98,13 +98,15 @@ def seeded_views(
         crops = augment(Images(pil_to_tensor(square)[None], sides), draws)
         columns = [getattr(cuts, name)[0] for name in ("left", "top", "width", "height", "flipped")]
         places = [Place(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
-        views.append([View(crop[0], place) for crop, place in zip(crops, places, strict=True)])
+        views.append(
+            [PlacedView(crop[0], place) for crop, place in zip(crops, places, strict=True)]
+        )
     return views
 
 
 @torch.no_grad()
 def in_batches(
-    function: Callable[[Tensor], Tensor], network: Network, views: Sequence[View]
+    function: Callable[[Tensor], Tensor], network: Network, views: Sequence[PlacedView]
 ) -> Tensor:
     """function(pixels [b, 3, S, S]) of views of one size, on the network's device, BATCH at a time.
 

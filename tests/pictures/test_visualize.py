@@ -31,7 +31,7 @@ from engine.pictures.matches import (
     judge,
 )
 from engine.pictures.shown import ShownImages
-from engine.pictures.views import Place, View, seeded_views, whole_views
+from engine.pictures.views import Place, PlacedView, seeded_views, whole_views
 from models.registry import BackboneSpec, build_backbone
 from tests.runs import SWIN, small_config
 from tests.test_readme import ROOT, commands
@@ -263,7 +263,7 @@ def test_many_images_go_by_the_batch_and_give_the_maps_of_one_forward():
     seen = []
     network.backbone.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     pixels = torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    many = [View(image, Place(0, 0, 64, 64)) for image in pixels]
+    many = [PlacedView(image, Place(0, 0, 64, 64)) for image in pixels]
     found = maps.maps_of_views(network, many, "similarity")
     assert max(seen) == views.BATCH
     expected = attention.attention_map(network, pixels, "similarity")
@@ -405,7 +405,7 @@ def test_crops_are_drawn_where_they_were_cut():
 
 def test_lines_lead_to_the_matches_and_rings_show_the_missed_places():
     """Two equal views: the first patch matches its own place, the others the last one."""
-    view = View(torch.zeros(3, 32, 32), Place(0, 0, 100, 100))
+    view = PlacedView(torch.zeros(3, 32, 32), Place(0, 0, 100, 100))
     found = judge(torch.tensor([0, *[24] * 24]), view.place, view.place, (5, 5), 0.2)
     picture = correspondence_picture([(view, view)], {"A": [found]}, 100)
     (axis,) = picture.figure.axes
