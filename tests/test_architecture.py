@@ -17,7 +17,7 @@ FLOORS = (
     {"models", "losses", "datasets"},
     {"utils"},
 )
-ROOMS = [room for floor in FLOORS for room in floor]
+ROOMS = sorted(room for floor in FLOORS for room in floor)
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 
 
