@@ -29,20 +29,11 @@ def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
     if name != "sgd":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-    start_momentum(optimizer)
+    # Where a parameter's very first step is skipped, torch would leave its momentum uninitialised.
+    for group in groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give SGD's parameters the momentum zero where they have none; nothing for AdamW.
-
-    Where a parameter's very first step is skipped, torch would leave it uninitialised.
-    """
-    if isinstance(optimizer, torch.optim.SGD):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if optimizer.state[parameter].get("momentum_buffer") is None:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def step_if(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
