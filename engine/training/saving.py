@@ -109,8 +109,9 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the last write failed."""
-        return not self.busy and self._error() is not None
+        """Whether the last write is over and failed."""
+        written = self._written
+        return written is not None and written.done() and written.exception() is not None
 
     @property
     def busy(self) -> bool:
@@ -123,8 +124,7 @@ class CheckpointWriter:
         See `utils.checkpoint.save_last` for the files and kept_as. The state may change as soon as
         this returns. Raises InputError where the one before could not be written.
         """
-        if self._error() is not None:
-            self.wait()
+        self.wait()
         copied = on_host(state)
         self._written = self._executor.submit(checkpoint.save_last, copied, self._folder, kept_as)
 
@@ -136,14 +136,11 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Until all is written, for good; an error that was not raised yet is a warning."""
-        if (error := self._error()) is not None:
+        try:
+            self.wait()
+        except Exception as error:  # the run ends by another one
             logger.warning(str(error))
-        self._written = None
         self._executor.shutdown()
-
-    def _error(self) -> BaseException | None:
-        """Of the last write, once it is done."""
-        return self._written.exception() if self._written is not None else None
 
 
 def on_host(state: Any) -> Any:
