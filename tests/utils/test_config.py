@@ -399,6 +399,27 @@ BAD = {
     "LINEAR.LABEL_SHARES": [0.1, 1.1],
     "LINEAR.NUM_LABELS": -1,
 }
+# The other end of ranges with two.
+BAD_TOO = {
+    "MODEL.DEPTHS": [1001],
+    "MODEL.DROP_PATH": -0.1,
+    "HEAD.OUT_DIM": 1,
+    "LOSS.CENTER_MOMENTUM": -0.1,
+    "DATA.MAX_BAD": -0.1,
+    "AUG.GLOBAL_CROPS_SCALE": [0.4, 1.1],
+    "AUG.LOCAL_CROPS_NUMBER": [101],
+    "AUG.COLOR_JITTER": [-0.1, 0.4, 0.2, 0.1],
+    "AUG.GRAY_PROB": 1.1,
+    "AUG.BLUR_PROB": [-0.1, 0.1, 0.5],
+    "AUG.SOLARIZE_PROB": -0.1,
+    "TRAIN.EPOCHS": 0,
+    "TRAIN.MOMENTUM_TEACHER": -0.1,
+    "TRAIN.MOMENTUM_TEACHER_END": -0.1,
+    "TRAIN.TIMEOUT_MINUTES": 10**6,
+    "LINEAR.EPOCHS": 10**12,
+    "LINEAR.HOLD_OUT": 0,
+    "LINEAR.LABEL_SHARES": [0],
+}
 # Truth values; paths and names, checked where they are opened; the architecture's figures.
 UNBOUNDED = {
     *("CMD.LS", "HEAD.USE_BN", "HEAD.NORM_LAST_LAYER"),
@@ -412,7 +433,7 @@ UNBOUNDED = {
 
 def test_a_bad_value_of_any_option_is_one_sentence_that_names_it():
     assert set(BAD) | UNBOUNDED == set(OPTIONS)
-    for key, bad in BAD.items():
+    for key, bad in (*BAD.items(), *BAD_TOO.items()):
         message = refusal(key, str(bad))
         assert key in message
         assert message.endswith((".", "?"))
