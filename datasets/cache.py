@@ -5,17 +5,17 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datasets.batched import Images
 from datasets.folder import BadImage, StoredImages, UnreadableImage, capped_size
-from datasets.loader import decode, pad, read_each
+from datasets.loader import decode, for_each, pad
 from utils import distributed
 from utils.distributed import World
 from utils.errors import InputError
@@ -24,8 +24,6 @@ from utils.logging import logger
 T = TypeVar("T")
 Size = tuple[int, int]  # (height, width), pixels
 GIB = 2**30
-_IMAGES_AT_ONCE = 16  # that a loader worker is handed
-_FEW_HEADERS = 2000  # are read, at 0.2 ms each, before loader workers would have started
 # Processes share memory through a file that has no name, so that none is left behind however a
 # process ends, and that /dev/shm, which is small in containers, does not bound. Linux has it;
 # elsewhere each process decodes all images by itself.
@@ -56,11 +54,9 @@ class DecodedImages:
     ) -> None:
         self.device, workers = world.device, workers if _CAN_SHARE else 0
         machine, on_device = _machine(world), on_device and world.device.type != "cpu"
-        headers = _Headers(images, shorter_side)
+        header = partial(_capped_header, images, shorter_side)
         share = distributed.share(len(images), world)
-        readers = workers if len(share) > _FEW_HEADERS else 0
-        found = read_each(headers, share, readers, _IMAGES_AT_ONCE, "reading headers")
-        by_rank = distributed.gather_objects(found)
+        by_rank = distributed.gather_objects(for_each(header, share, workers, "reading headers"))
         expected = [size for sizes in by_rank for size in sizes]
         _some_readable(_bad(expected), len(images))
         areas = [0 if isinstance(size, BadImage) else size[0] * size[1] for size in expected]
@@ -76,8 +72,8 @@ class DecodedImages:
         first = world.rank - machine.rank  # of this machine's processes
         with _shared_buffer(self.bytes, machine, first) as buffer:
             self.share = distributed.share(len(images), machine)
-            filling = _Filling(images, shorter_side, expected, self._starts, buffer)
-            found = read_each(filling, self.share, workers, _IMAGES_AT_ONCE, "decoding images")
+            fill = partial(_fill, images, shorter_side, expected, self._starts, buffer)
+            found = for_each(fill, self.share, workers, "decoding images")
             by_rank = distributed.gather_objects(found)
         self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
         # Each machine decodes its own copies, of which others may be damaged.
@@ -127,49 +123,37 @@ def gather_padded(pixels: Tensor, starts: Sequence[int], sizes: Sequence[Size]) 
 # Reading and decoding, shared out between processes and their loader workers
 
 
-class _Headers(Dataset):
-    """The size at which image i will be kept, perhaps turned, or a marker if it is unreadable."""
-
-    def __init__(self, images: StoredImages, shorter_side: int) -> None:
-        self.images, self.shorter_side = images, shorter_side
-
-    def __getitem__(self, index: int) -> Size | BadImage:
-        try:
-            return capped_size(self.images.header_size(index), self.shorter_side)
-        except UnreadableImage as error:
-            return error.bad
+def _capped_header(images: StoredImages, shorter_side: int, index: int) -> Size | BadImage:
+    """The size at which an image will be kept, perhaps turned; a marker if it is unreadable."""
+    try:
+        return capped_size(images.header_size(index), shorter_side)
+    except UnreadableImage as error:
+        return error.bad
 
 
-class _Filling(Dataset):
-    """Decodes image i into its place in the buffer: its size, or a marker if it is unreadable."""
-
-    def __init__(
-        self,
-        images: StoredImages,
-        shorter_side: int,
-        expected: list[Size | BadImage],
-        starts: list[int],
-        buffer: "_Buffer",
-    ) -> None:
-        self.images, self.shorter_side = images, shorter_side
-        self.expected, self.starts, self.buffer = expected, starts, buffer
-
-    def __getitem__(self, index: int) -> Size | BadImage:
-        if isinstance(self.expected[index], BadImage):
-            return self.expected[index]
-        try:
-            pixels = decode(self.images, index, self.shorter_side)
-            height, width, _ = pixels.shape
-            # By EXIF the sides may have changed places, which takes no other room.
-            if sorted((height, width)) != sorted(self.expected[index]):
-                expected = "{} x {}".format(*self.expected[index])
-                reason = f"by its header it would have {expected} pixels, it has {width} x {height}"
-                raise UnreadableImage(self.images.name(index), reason)
-        except UnreadableImage as error:
-            return error.bad
-        place = self.buffer.pixels[self.starts[index] : self.starts[index + 1]]
-        place.copy_(pixels.view(-1, 3))
-        return height, width
+def _fill(
+    images: StoredImages,
+    shorter_side: int,
+    expected: list[Size | BadImage],
+    starts: list[int],
+    buffer: "_Buffer",
+    index: int,
+) -> Size | BadImage:
+    """Decode an image into its place in the buffer: its size; a marker if it is unreadable."""
+    if isinstance(expected[index], BadImage):
+        return expected[index]
+    try:
+        pixels = decode(images, index, shorter_side)
+    except UnreadableImage as error:
+        return error.bad
+    height, width, _ = pixels.shape
+    # By EXIF the sides may have changed places, which takes no other room.
+    if sorted((height, width)) != sorted(expected[index]):
+        wanted = "{} x {}".format(*expected[index])
+        reason = f"by its header it would have {wanted} pixels, it has {width} x {height}"
+        return BadImage(images.name(index), reason)
+    buffer.pixels[starts[index] : starts[index + 1]].copy_(pixels.view(-1, 3))
+    return height, width
 
 
 def _bad(sizes: list[Size | BadImage]) -> dict[int, BadImage]:
@@ -291,16 +275,19 @@ def available() -> int:
 
 
 def _control_groups() -> Iterator[tuple[Path, str, str]]:
-    """Folders that may hold this process's memory limit, and the names of limit and usage."""
-    second = ("memory.max", "memory.current")
-    first = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    root = Path("/sys/fs/cgroup")
-    yield root, *second
-    yield root / "memory", *first
+    """Folders that may hold this process's memory limit, and the names of limit and usage.
+
+    In a container its group is the root, whatever the path says.
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             number, kinds, path = line.split(":", 2)
             if number == "0":
-                yield root / path.lstrip("/"), *second
+                root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
             elif "memory" in kinds.split(","):
-                yield root / "memory" / path.lstrip("/"), *first
+                root = Path("/sys/fs/cgroup/memory")
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            yield root, *names
+            yield root / path.lstrip("/"), *names

@@ -99,9 +99,8 @@ class DeviceCrops(Feed):
 
     def crops(self, batch: Batch) -> list[Tensor]:
         pixels, sizes, draws = batch.data
-        on_device = pixels.to(self.device, non_blocking=True)
-        images = channels_first(on_device, [tuple(size) for size in sizes.tolist()])
-        return self._multicrop(images, draws)
+        pixels = pixels.to(self.device, non_blocking=True)
+        return self._multicrop(channels_first(pixels, sizes.tolist()), draws)
 
 
 class KeptImages(Feed):

@@ -21,6 +21,7 @@ from utils.seeding import ORDER, derive_seed
 from utils.signals import outlive_signals
 
 Key = tuple[int, int]  # (epoch, index of the image)
+_INDICES_AT_ONCE = 16  # that a worker of `for_each` is handed
 
 
 def steps_per_epoch(length: int, batch: int, world: int, accumulation: int) -> int:
@@ -128,11 +129,12 @@ def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
 class Batch(NamedTuple):
     """What a loader brings: `data` batched (None where no image was read), their `indices`.
 
-    In pretraining `data` is what the crops are, or are made of: the crops as a list of V float32
-    [B, 3, S, S]; decoded images as `Padded`; or, for images that are kept, their draws alone,
-    float32 [B, V, D]. Elsewhere it is float32 [B, 3, S, S]. indices int64 [B], of the images that
-    `data` is made of; `bad` the images that could not be read: in pretraining others have taken
-    their places (see datasets/substitutes.py), elsewhere they are left out.
+    In pretraining `data` is the crops, a list of V float32 [B, 3, S, S], or what they are made
+    of: of decoded images (pixels, sizes, draws), the first two as `pad` gives them; of images
+    that are kept their draws alone, float32 [B, V, D]. Elsewhere it is float32 [B, 3, S, S].
+    indices int64 [B], of the images that `data` is made of; `bad` the images that could not be
+    read: in pretraining others take their places (datasets/substitutes.py), elsewhere they are
+    left out.
     """
 
     data: Any
@@ -201,18 +203,10 @@ class AugmentedDataset(KeyedDataset):
 
 
 class Draws(KeyedDataset):
-    """For images that are kept decoded: the random numbers of one image's crops alone.
-
-    The data are draw(seed), a float32 [V, D] such as `BatchedMultiCrop.draw` gives. bad: by
-    index what cannot be read.
-    """
+    """For images that are kept decoded: draw(seed) alone, float32 [V, D]. bad: by index."""
 
     def __init__(
-        self,
-        length: int,
-        draw: Callable[[int], Tensor],
-        seed: int,
-        bad: Mapping[int, BadImage],
+        self, length: int, draw: Callable[[int], Tensor], seed: int, bad: Mapping[int, BadImage]
     ) -> None:
         super().__init__(length, seed)
         self.draw, self.bad = draw, bad
@@ -223,30 +217,8 @@ class Draws(KeyedDataset):
         return self.draw(seed)
 
 
-class Decoded(NamedTuple):
-    """One decoded image, uint8 [h, w, 3], and its draws, float32 [V, D]."""
-
-    pixels: Tensor
-    draws: Tensor
-
-
-class Padded(NamedTuple):
-    """A batch of `Decoded`.
-
-    pixels: uint8 [B, H, W, 3], each image in the top-left corner, beyond it anything; sizes:
-    int64 [B, 2], height and width of each; draws: float32 [B, V, D].
-    """
-
-    pixels: Tensor
-    sizes: Tensor
-    draws: Tensor
-
-
 class DecodedDataset(KeyedDataset):
-    """Images decoded and reduced, with their draws: `Decoded`, for crops made on the device.
-
-    shorter_side: see `load_image`. draw: see `Draws`.
-    """
+    """For crops made on the device: (`decode`'s image, draw(seed)), draws float32 [V, D]."""
 
     def __init__(
         self, images: StoredImages, shorter_side: int, draw: Callable[[int], Tensor], seed: int
@@ -254,20 +226,20 @@ class DecodedDataset(KeyedDataset):
         super().__init__(len(images), seed)
         self.images, self.shorter_side, self.draw = images, shorter_side, draw
 
-    def data(self, index: int, seed: int) -> Decoded:
-        return Decoded(decode(self.images, index, self.shorter_side), self.draw(seed))
+    def data(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
+        return decode(self.images, index, self.shorter_side), self.draw(seed)
 
 
 def decode(images: StoredImages, index: int, shorter_side: int) -> Tensor:
-    """Image `index` by `load_image`, uint8 [h, w, 3]; what is kept and what is not come from here.
-
-    Raises `UnreadableImage`.
-    """
+    """Image `index` by `load_image`: uint8 [h, w, 3]; raises `UnreadableImage`."""
     return torch.from_numpy(np.array(images.load(index, shorter_side)))
 
 
 def pad(images: Sequence[Tensor], pinned: bool = False) -> tuple[Tensor, Tensor]:
-    """Images uint8 [h, w, 3] on the CPU in one tensor: the pixels and sizes of `Padded`."""
+    """Images uint8 [h, w, 3] on the CPU -> pixels uint8 [B, H, W, 3] and sizes int64 [B, 2].
+
+    Each image is in the top left corner, beyond it is anything; sizes are (height, width).
+    """
     sizes = torch.tensor([image.shape[:2] for image in images])
     height, width = sizes.amax(0).tolist()
     pixels = torch.empty(len(images), height, width, 3, dtype=torch.uint8, pin_memory=pinned)
@@ -282,12 +254,11 @@ def collate(samples: list[tuple[Any, int] | BadImage]) -> Batch:
     if len(bad) == len(samples):
         return Batch(None, torch.empty(0, dtype=torch.int64), bad)
     good = [sample for sample in samples if not isinstance(sample, BadImage)]
-    if not isinstance(good[0][0], Decoded):
+    if not isinstance(good[0][0], tuple):
         return Batch(*default_collate(good), bad)
-    images, indices = zip(*good, strict=True)
-    draws = torch.stack([image.draws for image in images])
-    padded = Padded(*pad([image.pixels for image in images]), draws)
-    return Batch(padded, torch.tensor(indices), bad)
+    decoded, indices = zip(*good, strict=True)
+    images, draws = zip(*decoded, strict=True)
+    return Batch((*pad(images), torch.stack(draws)), torch.tensor(indices), bad)
 
 
 def usable_workers(wanted: int) -> int:
@@ -317,14 +288,23 @@ def build_loader(
     )
 
 
-def read_each(dataset: Dataset, indices: range, workers: int, at_once: int, what: str) -> list:
-    """dataset[i] for the indices in order, by loader workers that are handed `at_once` of them.
+class _Results(Dataset):
+    """function(i) as item i."""
 
-    With progress, in which `what` says what is done.
-    """
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.function(index)
+
+
+def for_each(
+    function: Callable[[Any], Any], indices: Sequence, workers: int, what: str
+) -> list:
+    """function(i) for the indices in order, by loader workers, with progress: `what` is done."""
     loader = DataLoader(
-        dataset,
-        batch_sampler=BatchSampler(indices, at_once, drop_last=False),
+        _Results(function),
+        batch_sampler=BatchSampler(indices, _INDICES_AT_ONCE, drop_last=False),
         num_workers=workers,
         collate_fn=list,
         generator=torch.Generator(),  # the global one is left alone

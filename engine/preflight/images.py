@@ -8,15 +8,14 @@ import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-
-from torch.utils.data import Dataset
 
 from datasets.benchmarks import Benchmark
 from datasets.fine_grained import DATASETS, load_splits
 from datasets.folder import ImageFolder, LabelledImages, StoredImages, UnreadableImage, capped_size
-from datasets.loader import read_each
+from datasets.loader import for_each
 from datasets.shards import ImageShards
 from engine.evaluation.features import check_bad
 from engine.preflight.findings import Findings
@@ -28,8 +27,6 @@ from utils.errors import InputError
 LEAST_SIDE = 32  # pixels; shorter is tiny, whatever the crops
 HELD_OUT = ("val", "test")  # folders beside the training images
 _TAIL = 4096  # bytes: in compressed files of one length the last ones differ the most
-_FILES_AT_ONCE = 64  # that a loader worker is handed
-_FEW_FILES = 2000  # are read before loader workers would have started
 
 Index = tuple[int, int]  # (which of several data sets, index of the image in it)
 
@@ -50,7 +47,7 @@ class Header(NamedTuple):
 def read_headers(images: StoredImages, world: World, workers: int) -> list[Header]:
     """The headers of all images in order, a share read by each process; all together."""
     share = distributed.share(len(images), world)
-    mine = _each(_Headers(images), share, workers, "reading headers")
+    mine = for_each(partial(_header, images), share, workers, "reading headers")
     return [header for part in distributed.gather_objects(mine) for header in part]
 
 
@@ -67,7 +64,7 @@ def equal_files(
             if header.size is not None:
                 by_header[header].append((number, index))
     alike = [place for group in by_header.values() if len(group) > 1 for place in group]
-    digests = _each(_Digests(sets, alike), range(len(alike)), workers, "comparing images")
+    digests = for_each(partial(_digest, sets), alike, workers, "comparing images")
     by_bytes = defaultdict(list)
     for place, digest in zip(alike, digests, strict=True):
         if digest is not None:
@@ -75,38 +72,27 @@ def equal_files(
     return sorted(group for group in by_bytes.values() if len(group) > 1)
 
 
-class _Headers(Dataset):
-    """The header of image i."""
-
-    def __init__(self, images: StoredImages) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> Header:
-        try:
-            size = self.images.header_size(index)
-            with _opened(self.images, index) as file:
-                length = file.seek(0, os.SEEK_END)
-                file.seek(max(0, length - _TAIL))
-                return Header(size, length, _hash(file.read()))
-        except UnreadableImage as error:
-            return Header(None, reason=error.bad.reason)
-        except OSError as error:
-            return Header(None, reason=error.strerror)
+def _header(images: StoredImages, index: int) -> Header:
+    try:
+        size = images.header_size(index)
+        with _opened(images, index) as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - _TAIL))
+            return Header(size, length, _hash(file.read()))
+    except UnreadableImage as error:
+        return Header(None, reason=error.bad.reason)
+    except OSError as error:
+        return Header(None, reason=error.strerror)
 
 
-class _Digests(Dataset):
-    """A hash of all bytes of the image at the i-th index; None if it cannot be read."""
-
-    def __init__(self, sets: Sequence[StoredImages], indices: list[Index]) -> None:
-        self.sets, self.indices = sets, indices
-
-    def __getitem__(self, place: int) -> bytes | None:
-        number, index = self.indices[place]
-        try:
-            with _opened(self.sets[number], index) as file:
-                return _hash(file.read())
-        except (OSError, UnreadableImage):
-            return None
+def _digest(sets: Sequence[StoredImages], place: Index) -> bytes | None:
+    """A hash of all bytes of an image; None if it cannot be read."""
+    number, index = place
+    try:
+        with _opened(sets[number], index) as file:
+            return _hash(file.read())
+    except (OSError, UnreadableImage):
+        return None
 
 
 def _opened(images: StoredImages, index: int) -> BinaryIO:
@@ -116,12 +102,6 @@ def _opened(images: StoredImages, index: int) -> BinaryIO:
 
 def _hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _each(dataset: Dataset, indices: range, workers: int, what: str) -> list:
-    """dataset[i] for the indices in order, by loader workers where there are many."""
-    workers = workers if len(indices) > _FEW_FILES else 0
-    return read_each(dataset, indices, workers, _FILES_AT_ONCE, what)
 
 
 def validation_images(cfg: Node) -> LabelledImages | None:
