@@ -43,7 +43,7 @@ class Benchmark:
     folder: its name once unpacked. files: what must be in it, files and folders. read: the
     reader of its metadata. counts: what the official splits hold. source: for the user, how it
     can be had. fetch: called with (root, download=True), puts the folder into `root` unless
-    it is there; None where nothing can. fixed_name: whether the reader needs that name.
+    it is there; None where nothing can.
     """
 
     folder: str
@@ -52,16 +52,15 @@ class Benchmark:
     counts: Counts
     source: str
     fetch: Callable[..., Any] | None = None
-    fixed_name: bool = False
 
     def download(self, name: str, root: str | Path) -> None:
         """Put the official folder into `root`, unless it is there; InputError where it fails."""
-        path = _absolute(root)
-        if not self._missing(self._folder(path)):
+        root = _absolute(root)
+        if self._is_whole(self._folder(root)):
             return
         if self.fetch is None:
-            raise self._not_found(name, path)
-        parent = path.parent if path.name == self.folder else path
+            raise self._not_found(name, root)
+        parent = root.parent if root.name == self.folder else root
         try:
             self.fetch(parent, download=True)
         # Network, disk and archive each fail in their own ways.
@@ -74,35 +73,46 @@ class Benchmark:
     def splits(self, name: str, root: str | Path, partial: bool) -> Splits:
         """The splits in `root`, which holds the official folder or is it.
 
-        Raises InputError where the metadata are missing or broken and, unless `partial`, where
-        listed images are missing or the numbers are not the official ones.
+        Raises InputError where the metadata are missing or broken, where a split has no images,
+        and, unless `partial`, where listed images are missing or the numbers are not the official
+        ones. Images that are missing are left out.
         """
-        path = existing_folder(_absolute(root))
-        folder = self._folder(path)
-        if self._missing(folder):
-            raise self._not_found(name, path)
-        listing, notes = _present_images(name, folder, self._listing(folder), partial)
-        found = Counts(len(listing.classes), len(listing.train), len(listing.test))
+        root = existing_folder(_absolute(root))
+        folder = self._folder(root)
+        if not self._is_whole(folder):
+            raise self._not_found(name, root)
+        classes, *splits = self._listing(folder)
+        listed = [path for rows in splits for path, _ in rows]
+        missing = [path for path in listed if not (folder / path).is_file()]
+        notes = []
+        if missing:
+            notes.append(
+                f"{name} in {folder} lacks {len(missing):,} of the {len(listed):,} images that it "
+                f"lists (the first is {missing[0]})"
+            )
+        absent = set(missing)
+        train, test = ([row for row in rows if row[0] not in absent] for rows in splits)
+        found = Counts(len(classes), len(train), len(test))
         if found != self.counts:
             notes.append(
-                f"{name} in {path} has {found.classes:,} classes, {found.training:,} training and "
+                f"{name} in {root} has {found.classes:,} classes, {found.training:,} training and "
                 f"{found.test:,} test images; the official data set has {self.counts.classes:,}, "
                 f"{self.counts.training:,} and {self.counts.test:,}"
             )
-            if not partial:
-                raise InputError(
-                    f"{notes[0]}: complete it, or set DATA.PARTIAL true to use it as it is"
-                )
+        if notes and not partial:
+            raise InputError(
+                f"{notes[0]}: complete it, or set DATA.PARTIAL true to use what is there"
+            )
+        if not (train and test):
+            raise InputError(f"{notes[-1]}: unpack its images again")
         train, test = (
-            LabelledImages(folder, [p for p, _ in rows], [n for _, n in rows], listing.classes)
-            for rows in (listing.train, listing.test)
+            LabelledImages(folder, [p for p, _ in rows], [n for _, n in rows], classes)
+            for rows in (train, test)
         )
         return Splits(name, train, test, notes)
 
     def _listing(self, folder: Path) -> Listing:
-        """What the metadata list, every label checked."""
-        if self.fixed_name and folder.name != self.folder:
-            raise InputError(f"{folder} must be named {self.folder}: rename it or link to it")
+        """What the metadata list, checked."""
         try:
             listing = self.read(folder)
             for path, label in listing.train + listing.test:
@@ -110,6 +120,9 @@ class Benchmark:
                     raise ValueError(
                         f"{path} has class {label + 1}, there are {len(listing.classes)} classes"
                     )
+            both = {path for path, _ in listing.train} & {path for path, _ in listing.test}
+            if both:
+                raise ValueError(f"{min(both)} is listed for training and for test")
         # Readers meet broken files with exceptions of every kind.
         except Exception as error:
             raise InputError(
@@ -122,16 +135,13 @@ class Benchmark:
         inner = root / self.folder
         return inner if inner.is_dir() else root
 
-    def _missing(self, folder: Path) -> list[str]:
-        return [file for file in self.files if not (folder / file).exists()]
+    def _is_whole(self, folder: Path) -> bool:
+        return all((folder / file).exists() for file in self.files)
 
     def _not_found(self, name: str, root: Path) -> InputError:
-        folder = self._folder(root)
-        missing = self._missing(folder)
-        lacks = f"; {folder} lacks {', '.join(missing)}" if len(missing) < len(self.files) else ""
         return InputError(
             f"{name} was not found in {root}: expected {self.folder} in it, or this folder itself, "
-            f"with {', '.join(self.files)}{lacks}. {self.source}"
+            f"with {', '.join(self.files)}. {self.source}"
         )
 
 
@@ -143,43 +153,6 @@ def _absolute(root: str | Path) -> Path:
 def _reason(error: Exception) -> str:
     text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
     return (text or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _present_images(
-    name: str, folder: Path, listing: Listing, partial: bool
-) -> tuple[Listing, list[str]]:
-    """The listing without the images that are not on the disk, and a note about these.
-
-    Raises InputError where there are any and not `partial`, where they are a whole split, and
-    where an image is in both splits.
-    """
-    both = listing.train + listing.test
-    repeated = sorted({path for path, _ in listing.train} & {path for path, _ in listing.test})
-    if repeated:
-        raise InputError(
-            f"{name} in {folder} lists {len(repeated):,} images for training and for test (the "
-            f"first is {repeated[0]}): restore its official metadata"
-        )
-    missing = [path for path, _ in both if not (folder / path).is_file()]
-    notes = []
-    if missing:
-        lacks = (
-            f"{name} in {folder} lacks {len(missing):,} of the {len(both):,} images that it lists "
-            f"(the first is {missing[0]})"
-        )
-        if not partial:
-            raise InputError(
-                f"{lacks}: unpack its images again, or set DATA.PARTIAL true to leave these out"
-            )
-        notes.append(f"{lacks}: they are left out")
-    absent = set(missing)
-    train, test = (
-        [row for row in rows if row[0] not in absent] for rows in (listing.train, listing.test)
-    )
-    for split, rows in (("training", train), ("test", test)):
-        if not rows:
-            raise InputError(f"{name} in {folder} has no {split} images: unpack its images again")
-    return Listing(listing.classes, train, test), notes
 
 
 def folder_splits(name: str, root: str | Path) -> Splits:

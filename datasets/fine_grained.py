@@ -49,7 +49,6 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
         parsers.read_cars,
         Counts(196, 8144, 8041),
         "Its official address is gone: use a copy",
-        fixed_name=True,
     ),
     "aircraft": Benchmark(
         "fgvc-aircraft-2013b",
@@ -63,7 +62,6 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
         Counts(100, 6667, 3333),
         _DOWNLOAD,
         FGVCAircraft,
-        fixed_name=True,
     ),
     "nabirds": Benchmark(
         "nabirds",

@@ -298,9 +298,7 @@ class _Results(Dataset):
         return self.function(index)
 
 
-def for_each(
-    function: Callable[[Any], Any], indices: Sequence, workers: int, what: str
-) -> list:
+def for_each(function: Callable[[Any], Any], indices: Sequence, workers: int, what: str) -> list:
     """function(i) for the indices in order, by loader workers, with progress: `what` is done."""
     loader = DataLoader(
         _Results(function),

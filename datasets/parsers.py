@@ -5,6 +5,7 @@ an official validation split, training is train + val. Broken metadata raise exc
 kind, of which `Benchmark` makes one sentence; that all images are there is checked there too.
 """
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,25 +107,24 @@ def read_flowers(folder: Path) -> Listing:
 
 def read_cars(folder: Path) -> Listing:
     """Stanford Cars, by torchvision's reader."""
-    return _by_torchvision(folder, StanfordCars, ("train", "test"))
+    return _by_torchvision(folder, "stanford_cars", StanfordCars, ("train", "test"))
 
 
 def read_aircraft(folder: Path) -> Listing:
     """FGVC-Aircraft at the level of variants, by torchvision's reader."""
-    return _by_torchvision(folder, FGVCAircraft, ("trainval", "test"), annotation_level="variant")
+    return _by_torchvision(folder, "fgvc-aircraft-2013b", FGVCAircraft, ("trainval", "test"))
 
 
 def _by_torchvision(
-    folder: Path, reader: Callable[..., Any], splits: tuple[str, str], **options: str
+    folder: Path, name: str, reader: Callable[..., Any], splits: tuple[str, str]
 ) -> Listing:
-    """Both splits as torchvision lists them; `loader=str` gives paths in place of images."""
-    both = [reader(folder.parent, split=split, loader=str, **options) for split in splits]
-    train, test = (
-        [(Path(path).relative_to(folder).as_posix(), int(label)) for path, label in _items(images)]
-        for images in both
-    )
-    return Listing(list(both[0].classes), train, test)
-
-
-def _items(images: Any) -> list[tuple[str, int]]:
-    return [images[index] for index in range(len(images))]
+    """Both splits as torchvision lists them; it looks for a folder called `name`."""
+    listed = []
+    with tempfile.TemporaryDirectory() as parent:
+        link = Path(parent, name)
+        link.symlink_to(folder)
+        for split in splits:
+            images = reader(parent, split=split, loader=str)  # paths in the place of images
+            items = [images[index] for index in range(len(images))]
+            listed.append([(Path(p).relative_to(link).as_posix(), int(n)) for p, n in items])
+    return Listing(list(images.classes), *listed)

@@ -8,6 +8,7 @@ first dot of the file's name. Other members are left alone: pretraining needs no
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -119,17 +120,17 @@ class ImageShards(StoredImages):
     def source(self, index: int) -> io.BytesIO:
         """The bytes of image `index`; raises `UnreadableImage`."""
         number, _ = self._place(index)
-        reason, size = "its shard changed after it was indexed", int(self._sizes[index])
+        size, offset = int(self._sizes[index]), int(self._offsets[index])
         try:
             shard = _open_shard(str(self.shards[number]), self._stamps[number])
-            if _stamp(os.fstat(shard.fileno())) == self._stamps[number]:
-                # Unlike a mapped file, which ends the process where it has become shorter.
-                data = os.pread(shard.fileno(), size, int(self._offsets[index]))
-                if len(data) == size:
-                    return io.BytesIO(data)
+            unchanged = _stamp(os.fstat(shard.fileno())) == self._stamps[number]
+            # Unlike a mapped file, which ends the process where it has become shorter.
+            data = os.pread(shard.fileno(), size, offset)
         except OSError as error:
-            reason = error.strerror or type(error).__name__
-        raise UnreadableImage(self.name(index), reason)
+            raise UnreadableImage(self.name(index), error.strerror) from error
+        if not unchanged or len(data) < size:
+            raise UnreadableImage(self.name(index), "its shard changed after it was indexed")
+        return io.BytesIO(data)
 
 
 @functools.lru_cache(maxsize=OPEN_SHARDS)
@@ -224,43 +225,25 @@ def find_shards(pattern: str | Path) -> list[Path]:
 def read_indices(shards: list[Path]) -> list[ShardIndex]:
     """The index of every shard, made and kept for those that have none that fits."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        stamps = list(pool.map(_stamp_of, shards))
-        missing = [shard for shard, stamp in zip(shards, stamps, strict=True) if stamp is None]
+        there = pool.map(Path.exists, shards)
+        missing = [shard for shard, exists in zip(shards, there, strict=True) if not exists]
         if missing:
             raise InputError(
                 f"the shard {missing[0]} does not exist ({len(missing)} of {len(shards)} shards "
                 "are missing): complete the set, or give a folder or a pattern such as "
                 "/data/train-{000000..000146}.tar"
             )
-        indices = list(pool.map(_kept_index, shards, stamps))
-        places = [i for i, index in enumerate(indices) if index is None]
-        if places:
-            logger.info(f"indexing {len(places)} of {len(shards)} shards")
-            made = pool.map(_make_index, [shards[i] for i in places])
+        indices = dict(zip(shards, pool.map(_kept_index, shards), strict=True))
+        new = [shard for shard, index in indices.items() if index is None]
+        if new:
+            logger.info(f"indexing {len(new)} of {len(shards)} shards")
             try:
-                unkept = 0
-                bar = progress(made, "indexing shards", len(places))
-                for i, (index, kept) in zip(places, bar, strict=True):
-                    indices[i] = index
-                    unkept += not kept
+                made = progress(pool.map(_make_index, new), "indexing shards", len(new))
+                indices |= dict(zip(new, made, strict=True))
             finally:
                 # A damaged shard, or Ctrl-C, need not wait for all the others.
                 pool.shutdown(cancel_futures=True)
-            if unkept:
-                logger.warning(
-                    f"the index of {unkept} shards could not be kept, in {shards[0].parent} or in "
-                    "the user's cache folder: it is made again at every start"
-                )
-    return indices
-
-
-def _stamp_of(shard: Path) -> Stamp | None:
-    try:
-        return _stamp(shard.stat())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _unreadable(shard, error.strerror) from None
+    return list(indices.values())
 
 
 def _index_files(shard: Path) -> list[Path]:
@@ -272,10 +255,10 @@ def _index_files(shard: Path) -> list[Path]:
     return [folder / INDEX_FOLDER / name, cache / "cmd" / "shard_index" / key / name]
 
 
-def _kept_index(shard: Path, stamp: Stamp) -> ShardIndex | None:
+def _kept_index(shard: Path) -> ShardIndex | None:
     for path in _index_files(shard):
         try:
-            stored = json.loads(path.read_bytes())
+            stamp, stored = _stamp(shard.stat()), json.loads(path.read_bytes())
             if (stored["format"], *stored["stamp"]) == (INDEX_FORMAT, *stamp):
                 return ShardIndex(stamp, stored["names"], stored["offsets"], stored["sizes"])
         # There is none, or what is there is none of ours.
@@ -284,8 +267,8 @@ def _kept_index(shard: Path, stamp: Stamp) -> ShardIndex | None:
     return None
 
 
-def _make_index(shard: Path) -> tuple[ShardIndex, bool]:
-    """Read a shard's index from the tar, and keep it where it can be; whether it could."""
+def _make_index(shard: Path) -> ShardIndex:
+    """Read a shard's index from the tar, and keep it where it can be."""
     try:
         with open(shard, "rb") as file:
             stamp = _stamp(os.fstat(file.fileno()))
@@ -301,14 +284,12 @@ def _make_index(shard: Path) -> tuple[ShardIndex, bool]:
     index = ShardIndex(stamp, names, offsets, sizes)
     text = json.dumps({"format": INDEX_FORMAT, **asdict(index)})
     for path in _index_files(shard):
-        try:
+        with contextlib.suppress(OSError, InputError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 temporary.write_text(text)
-            return index, True
-        except (OSError, InputError):
-            continue
-    return index, False
+            break
+    return index
 
 
 def _images_of(shard: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int]]:
@@ -376,10 +357,9 @@ def _write_images(images: ImageFolder, folder: Path, per_shard: int) -> None:
         text = "".join(f"{name}\n" for name in images.classes)
         (folder / "classes.txt").write_bytes(os.fsencode(text))
     pattern = f"{folder}/shard-".replace("%", "%%") + "%06d.tar"
-    writer = webdataset.ShardWriter(
+    with webdataset.ShardWriter(
         pattern, maxcount=per_shard, maxsize=float("inf"), verbose=0, encoder=False, mtime=0
-    )
-    with writer:
+    ) as writer:
         for place in progress(order, "writing images", len(order)):
             path = images.root / images.paths[place]
             sample = {"__key__": f"{place:08d}", path.suffix[1:].lower(): path.read_bytes()}

@@ -32,7 +32,8 @@ def run(cfg: Node, world: World) -> None:
     is downloaded; an index of shards is made where there is none. Raises InputError, on all,
     where the run could not work; what is only unwise is a warning.
     """
-    distributed.on_main(lambda: machine.check_writable(cfg.OUTPUT_DIR))
+    if cfg.OUTPUT_DIR:
+        distributed.on_main(lambda: make_folder(Path(cfg.OUTPUT_DIR)))
     findings = Findings()
     findings.attempt(lambda: prepare(cfg.DATA.DATASET, cfg.DATA.PATH))
     data = cfg.DATA
@@ -129,7 +130,6 @@ def _print(findings: Findings, folder: Path | None) -> None:
     for warning in findings.warnings:
         logger.warning(warning)
     if folder:
-        make_folder(folder)
         write_json(folder / FILE, findings.as_dict(), "report")
         logger.info(f"the same as data, with all paths: {folder / FILE}")
     if findings.problems:

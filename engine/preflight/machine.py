@@ -16,7 +16,6 @@ from engine.training.acceleration import compile_network
 from engine.training.resume import Found, start_from
 from utils.config import Node, crops_on_device
 from utils.distributed import World
-from utils.errors import InputError
 from utils.precision import precision_of
 
 # Bytes that a process takes besides its tensors. Measured on a CPU: 0.75 GiB for Python, torch and
@@ -94,18 +93,6 @@ def _judge_shared_memory(needed: int, findings: Findings) -> None:
         )
 
 
-def check_writable(output: str) -> None:
-    """Raise InputError where OUTPUT_DIR, if one is given, cannot be written; makes nothing."""
-    existing = _existing(Path(output)) if output else None
-    if existing and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise InputError(f"--output_dir {output} cannot be written ({existing}): choose another.")
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
-
-
 def disk_needed(
     cfg: Node, folder: Path, size: int, found: Found | None, findings: Findings
 ) -> dict:
@@ -115,7 +102,7 @@ def disk_needed(
     stats = [path.stat() for path in folder.glob("*.pth") if path.is_file()]
     there = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}
     needed = max(0, (3 + kept) * size - sum(there.values()))
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(folder).free
     if size > free:
         findings.problems.append(
             f"a checkpoint takes about {size_in_words(size)} in {folder}, and "

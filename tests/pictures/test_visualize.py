@@ -469,7 +469,7 @@ def test_text_in_a_page_is_escaped(tmp_path):
         ("--checkpoint {missing} --images {images}", "there is no checkpoint at"),
         ("--checkpoint {image} --images {images}", "00.png"),
         ("--checkpoint {vit} --images {missing}", "does not exist"),
-        ("--checkpoint {vit} --images {empty}", "is empty: put images in it"),
+        ("--checkpoint {vit} --images {empty}", "holds no images"),
         ("--checkpoint {vit} --images {vit}", "vit.pth cannot be read"),
         ("--checkpoint {vit} --images {images} {image}", "give one folder, or files"),
         ("--checkpoint {vit} --images {images} --size 60", "must be a multiple of 8, the patch"),

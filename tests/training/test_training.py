@@ -153,9 +153,9 @@ def test_prototypes_stand_still_in_the_frozen_epoch_and_move_after_it(trained):
     ("options", "words"),
     [
         ("DATA.PATH /nowhere/at/all", "the data folder /nowhere/at/all does not exist"),
-        ("DATA.PATH {empty}", "is empty"),
+        ("DATA.PATH {empty}", "holds no images"),
         ("DATA.PATH {texts}", "holds no images"),
-        ("DATA.PATH {broken}", "has no readable images"),
+        ("DATA.PATH {broken}", "a batch cannot be filled"),
         ("DATA.DATASET cub", "cub was not found in {images}"),
         ("TRAIN.BATCH_SIZE_PER_GPU 17", "has 16 images but one step takes 17"),
         ("TRAIN.ACCUM_STEPS 3", "has 16 images but one step takes 24"),
@@ -188,7 +188,8 @@ def test_bad_input_is_one_line_before_anything_is_trained(options, words, refuse
     for folder in folders.values():
         folder.mkdir()
     (folders["texts"] / "a.txt").write_text("no image\n")
-    (folders["broken"] / "a.png").write_text("no image\n")
+    for i in range(16):
+        (folders["broken"] / f"{i}.png").write_text("no image\n")
     folders["images"] = images
     epochs = "" if "EPOCHS" in options else "TRAIN.EPOCHS 1"
     line = refuse(tmp_path / "run", f"{epochs} {options.format(**folders)}")
