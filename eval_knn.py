@@ -18,7 +18,7 @@ from engine.evaluation.provenance import provenance
 from engine.pictures.classes import most_confused, per_class_accuracy, plot_classes
 from engine.pictures.drawing import save
 from engine.pictures.tsne import plot_tsne
-from utils import cli, distributed, flags
+from utils import cli, distributed
 from utils.config import Node
 from utils.errors import run_script
 from utils.files import write_json
@@ -26,7 +26,7 @@ from utils.logging import logger
 
 
 def main() -> None:
-    command = cli.parse(__doc__, face=flags.KNN)
+    command = cli.parse(__doc__, face=cli.KNN)
     world = join(command)
     cfg = command.cfg
     features = open_features(command, world)

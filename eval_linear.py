@@ -16,14 +16,14 @@ from engine.evaluation.measure import measure
 from engine.evaluation.opening import join, open_features, results_folder
 from engine.evaluation.probing import LinearProbe
 from engine.evaluation.provenance import provenance
-from utils import cli, distributed, flags
+from utils import cli, distributed
 from utils.errors import InputError, run_script
 from utils.files import write_json
 from utils.logging import logger
 
 
 def main() -> None:
-    command = cli.parse(__doc__, face=flags.LINEAR)
+    command = cli.parse(__doc__, face=cli.LINEAR)
     cfg = command.cfg
     asks_for_augmented = "LINEAR.FEATURES" in command.typed and cfg.LINEAR.FEATURES == "augmented"
     if cfg.LINEAR.CLASSIFIER == "logistic" and asks_for_augmented:

@@ -17,7 +17,7 @@ from engine.evaluation.opening import join, open_features, results_folder
 from engine.evaluation.provenance import provenance
 from engine.pictures.drawing import save
 from engine.pictures.retrieved import choose_queries, plot_retrieved
-from utils import cli, distributed, flags
+from utils import cli, distributed
 from utils.config import Node
 from utils.errors import run_script
 from utils.files import write_json
@@ -25,7 +25,7 @@ from utils.logging import logger
 
 
 def main() -> None:
-    command = cli.parse(__doc__, face=flags.RETRIEVAL)
+    command = cli.parse(__doc__, face=cli.RETRIEVAL)
     world = join(command)
     cfg = command.cfg
     features = open_features(command, world)

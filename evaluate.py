@@ -22,7 +22,7 @@ from engine.evaluation.opening import join, network_line, open_source, open_spli
 from engine.evaluation.probing import LinearProbe
 from engine.evaluation.provenance import provenance
 from engine.evaluation.source import NO_KEY, RANDOM, Source, random_like
-from utils import cli, config, distributed, flags
+from utils import cli, config, distributed
 from utils.config import Node
 from utils.errors import InputError, run_script
 from utils.files import make_folder
@@ -30,7 +30,7 @@ from utils.logging import logger
 
 
 def main() -> None:
-    command = cli.parse(__doc__, face=flags.TABLE)
+    command = cli.parse(__doc__, face=cli.TABLE)
     cfg = command.cfg
     paths = command.extra.get("--checkpoint", [])
     for given, flag in ((paths, "--checkpoint"), (cfg.DATA.PATH, "--data_path")):

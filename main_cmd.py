@@ -41,7 +41,7 @@ def pretrain(signals: StopSignals) -> None:
     # Options: nothing runs before they are checked.
     command = cli.parse(__doc__)
     cfg = command.cfg
-    if not (cfg.OUTPUT_DIR or command.check):
+    if not (cfg.OUTPUT_DIR or "--check" in command.extra):
         raise InputError("no folder for the run: give --output_dir.")
     if not cfg.DATA.PATH:
         raise InputError("no images: give --data_path (python -m datasets.synthetic makes some).")
@@ -51,7 +51,7 @@ def pretrain(signals: StopSignals) -> None:
     world = join(command)
     set_deterministic(cfg)
     precision_of(cfg, world.device)  # refuses what the device lacks, before any work
-    if command.check:
+    if "--check" in command.extra:
         preflight.run(cfg, world)
         distributed.stop()
         return

@@ -39,7 +39,7 @@ from datasets.folder import (
     existing_folder,
 )
 from utils.errors import InputError, run_script
-from utils.files import new_folder, replacing
+from utils.files import replacing
 from utils.logging import logger, progress
 from utils.seeding import ORDER, derive_seed
 
@@ -345,7 +345,8 @@ def write_shards(
         raise InputError(f"--images_per_shard {images_per_shard} is too small: give 1 or more")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output {output} already exists: choose another folder or delete it")
-    with new_folder(output, "shards") as unfinished:
+    with replacing(output, "shards") as unfinished:
+        unfinished.mkdir(parents=True)
         _write_images(images, unfinished, images_per_shard)
     return len(images), -(-len(images) // images_per_shard)
 

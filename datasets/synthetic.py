@@ -25,7 +25,7 @@ from datasets.synthetic_images import (
     setting_range,
 )
 from utils.errors import InputError, run_script
-from utils.files import new_folder
+from utils.files import replacing
 from utils.logging import progress
 
 # Raise this whenever the same config and seed would no longer give the same images.
@@ -46,7 +46,7 @@ def write_folder(
 
     The splits hold `train` and `val` images, their classes balanced to within one image. A
     file's name is the index that `render` takes. The folder appears whole or not at all: the
-    set is first written beside it as `.<name>.partial-<process>`.
+    set is first written beside it under a hidden name.
 
     Returns:
         True if the set was written, False if the folder held the same set already.
@@ -69,7 +69,8 @@ def write_folder(
     if _holds(folder, header):
         return False
     try:
-        with new_folder(folder, "synthetic set") as unfinished:
+        with replacing(folder, "synthetic set") as unfinished:
+            unfinished.mkdir(parents=True)
             _write_images(config, header, unfinished)
     except InputError:
         # Another process may have been faster with the same set.

@@ -8,7 +8,7 @@ import pytest
 
 import compare
 from tests.processes import PATIENCE, ROOT
-from utils import cli, config, flags
+from utils import cli, config
 
 README = (ROOT / "README.md").read_text()
 
@@ -60,10 +60,10 @@ def test_every_written_command_parses(path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "face", "source"),
     [
-        ("eval_knn.py", flags.KNN, "INIT.WEIGHTS"),
-        ("eval_retrieval.py", flags.RETRIEVAL, "INIT.WEIGHTS"),
-        ("eval_linear.py", flags.LINEAR, "INIT.WEIGHTS"),
-        ("evaluate.py", flags.TABLE, "--checkpoint"),
+        ("eval_knn.py", cli.KNN, "INIT.WEIGHTS"),
+        ("eval_retrieval.py", cli.RETRIEVAL, "INIT.WEIGHTS"),
+        ("eval_linear.py", cli.LINEAR, "INIT.WEIGHTS"),
+        ("evaluate.py", cli.TABLE, "--checkpoint"),
     ],
 )
 def test_every_written_evaluation_parses(script, face, source, monkeypatch):

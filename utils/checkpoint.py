@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 
 from utils.errors import InputError
 from utils.files import replacing, sync_folder
@@ -41,7 +43,6 @@ _OF_A_RUN = (
     *("optimizer", "scaler", "carried", "processes", "guard", "window", "watch", "bad_images"),
     "log_lines",
 )
-_BLOCK = 1 << 20  # bytes that are read at a time
 _FOLDER = 0x10  # in a zip record's attributes
 
 
@@ -125,7 +126,6 @@ def _verify(path: Path) -> None:
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # by which torch tells its zip from its old format
             return
-        record = ""
         try:
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
@@ -133,23 +133,16 @@ def _verify(path: Path) -> None:
                     return  # torch.serialization.set_crc32_options(False) leaves them out
                 if sum(info.compress_size for info in records) > path.stat().st_size:
                     raise zipfile.BadZipFile("records overlap")
-                for info in records:
-                    record = info.filename
-                    stored = info.compress_type == zipfile.ZIP_STORED
-                    if stored and info.compress_size != info.file_size:
-                        raise zipfile.BadZipFile("sizes differ")
-                    # Of a folder torch's reader reads nothing, and calls what was there its data.
-                    if info.external_attr & _FOLDER and info.file_size:
-                        raise zipfile.BadZipFile("a folder with contents")
-                    with archive.open(info) as stream:
-                        while stream.read(_BLOCK):
-                            pass
+                if any(info.external_attr & _FOLDER and info.file_size for info in records):
+                    # torch's reader reads nothing of it, and calls what was there its data.
+                    raise zipfile.BadZipFile("a folder with contents")
+                damaged = archive.testzip()
         except Exception as error:  # whatever altered bytes make the parser do
             _raise_if_of_the_machine(error)
-            reason = "is not a checkpoint, or is damaged: it is no whole zip file"
-            if record:
-                reason = f"is damaged: its record {record[:80]!r} does not fit its checksum"
+            reason = "is damaged, or is not a checkpoint: it is no whole zip file"
             raise NotIntact(path, reason) from None
+    if damaged:
+        raise NotIntact(path, f"is damaged: its record {damaged[:80]!r} does not fit its checksum")
 
 
 def _unpickle(path: Path) -> Any:
@@ -184,11 +177,8 @@ def _raise_if_of_the_machine(error: Exception) -> None:
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file as load_safetensors
-
     try:
-        return load_safetensors(path)
+        return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         _raise_if_of_the_machine(error)
         raise NotIntact(path, "is not a safetensors file, or is damaged") from None
@@ -196,8 +186,6 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def metadata(path: str | Path) -> dict[str, str]:
     """What a safetensors file says beside its tensors; nothing for others."""
-    from safetensors import SafetensorError, safe_open
-
     if Path(path).suffix != ".safetensors":
         return {}
     try:
@@ -209,11 +197,8 @@ def metadata(path: str | Path) -> dict[str, str]:
 
 def sha256(path: str | Path) -> str:
     """The hash of a file's bytes, by which figures name the weights behind them."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_own(checkpoint: Any) -> bool:
@@ -261,16 +246,18 @@ def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | N
         raise InputError(f"{folder} cannot be read ({error.strerror}).") from None
     kept = sorted((int(match[1]), name) for name in names if (match := _KEPT.fullmatch(name)))
     refused: list[tuple[Path, str]] = []
-    found: list[tuple[Path, dict]] = []
-    for group in ([LAST], [PREVIOUS], [name for _, name in reversed(kept)]):
-        for path in (folder / name for name in group if name in names):
+
+    def first_intact(*candidates: str) -> list[tuple[Path, dict]]:
+        for path in (folder / name for name in candidates if name in names):
             try:
-                found.append((path, _load_run(path)))
-                break
+                return [(path, load_own(path, _OF_A_RUN))]
             except NotIntact as error:
                 refused.append((path, error.reason))
-        if found and found[0][0].name == LAST:
-            break
+        return []
+
+    found = first_intact(LAST)
+    if not found:
+        found = first_intact(PREVIOUS) + first_intact(*(name for _, name in reversed(kept)))
     if found:
         path, state = max(found, key=lambda item: item[1]["step"])  # PREVIOUS of equal ones
         return path, state, refused
@@ -281,14 +268,6 @@ def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | N
         f"no checkpoint in {folder} is intact: {tried}. Nothing was changed: use another "
         f"--output_dir, or move these files away to start anew.",
     )
-
-
-def _load_run(path: Path) -> dict:
-    """A whole checkpoint of a training run; raises as `load_own` does."""
-    state = load_own(path, _OF_A_RUN)
-    if type(state["step"]) is not int:
-        raise NotIntact(path, "is not a checkpoint of this project")
-    return state
 
 
 # Writing
@@ -372,11 +351,10 @@ def save_safetensors(
     tensors: dict[str, torch.Tensor], facts: dict[str, str], path: str | Path, what: str = "file"
 ) -> None:
     """Write tensors with facts beside them, whole; see `replacing` for `what` and errors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     with replacing(path, what) as temporary:
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, facts)
+            safetensors.torch.save_file(
+                {k: v.contiguous() for k, v in tensors.items()}, temporary, facts
+            )
         except SafetensorError as error:
             raise OSError(str(error)) from None

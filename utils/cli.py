@@ -1,4 +1,4 @@
-"""The command line: a thin face on the options of utils/options.py.
+"""The command line of each script: flags that set options, KEY VALUE pairs, and a few words beside.
 
 A flag that was not typed overrides nothing; KEY VALUE pairs override all.
 """
@@ -9,12 +9,91 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from utils import config
+from utils import config, options
 from utils.config import Node
 from utils.errors import InputError
-from utils.flags import PRETRAIN, Face
-from utils.options import OPTIONS, SECTIONS
+from utils.options import OPTIONS, SECTIONS, Option
+
+
+@dataclass(frozen=True)
+class Face:
+    """What one script's command line looks like.
+
+    script: the name under which utils/options.py declares its flags.
+    no_meaning: flags of EsViT that are accepted, and why they are ignored.
+    extra: flags that set no option, with argparse's arguments; the script reads them itself.
+    """
+
+    script: str
+    usage: str
+    no_meaning: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def flags(self) -> dict[str, Option]:
+        """The option that each flag sets."""
+        mine = [option for option in OPTIONS.values() if self.script in option.scripts]
+        return {flag: option for option in mine for flag in option.flags}
+
+    @property
+    def yes_no(self) -> dict[str, Option]:
+        """The option that each of EsViT's flags with a truth value sets."""
+        mine = [option for option in OPTIONS.values() if self.script in option.scripts]
+        return {option.yes_no[0]: option for option in mine if option.yes_no}
+
+
+def _ignored(flags_by_reason: dict[str, str]) -> dict[str, str]:
+    """{reason: flags with spaces between} -> {flag: reason}."""
+    return {flag: why for why, flags in flags_by_reason.items() for flag in flags.split()}
+
+
+# Flags of EsViT without a meaning here, and why.
+_LAUNCH = {
+    "torchrun and torch.distributed.launch give the address": "--dist_url",
+    "images are read from folders": "--zip_mode --tsv_mode",
+}
+_PRETRAINING = {
+    "a run resumes from its own checkpoint": "--start_epoch",
+    "there is one sampler, shuffled every epoch": "--sampler",
+    "the dense losses have no mixed targets": "--use_mixup",
+    "there is no mixup": "--num_mixup_views --mixup --cutmix --cutmix-minmax --mixup-prob "
+    "--mixup-switch-prob --mixup-mode",
+    "there is no classifier": "--smoothing",
+    "there is one augmentation, DINO's; its options are AUG.*": "--aug-opt --aa",
+    "the option is AUG.COLOR_JITTER": "--color-jitter",
+    "crops are bicubic": "--train-interpolation",
+    "there is no random erasing": "--reprob --remode --recount --resplit",
+}
+_KNN = {"features go where the network is; --device cpu keeps off GPUs": "--use_cuda"}
+
+PRETRAIN = Face(
+    options.PRETRAIN,
+    "--data_path FOLDER --output_dir FOLDER",
+    _ignored(_LAUNCH | _PRETRAINING),
+    extra={
+        "--check": {
+            "action": "store_true",
+            "help": "tell what the run would meet, in words and as check.json; no training",
+        }
+    },
+)
+_USAGE = "--pretrained_weights FILE --data_path FOLDER --output_dir FOLDER"
+KNN = Face(options.KNN, _USAGE, _ignored(_LAUNCH | _KNN))
+RETRIEVAL = Face(options.RETRIEVAL, _USAGE, _ignored(_LAUNCH))
+LINEAR = Face(options.LINEAR, _USAGE, _ignored(_LAUNCH))
+TABLE = Face(
+    options.TABLE,
+    "--checkpoint FILE [FILE ...] --data_path FOLDER --output_dir FOLDER",
+    extra={
+        "--checkpoint": {
+            "nargs": "+",
+            "metavar": "FILE",
+            "help": "checkpoints to compare, a row each",
+        }
+    },
+)
 
 
 @dataclass
@@ -22,15 +101,13 @@ class CommandLine:
     """A parsed command line.
 
     cfg: the options it makes. notes: lines to tell the user. typed: names of the options that
-    the YAML file or the command line gave. extra: what the face's extra flags got. check: whether
-    the run is only to be looked at (--check).
+    the YAML file or the command line gave. extra: what the face's extra flags got.
     """
 
     cfg: Node
     notes: list[str] = field(default_factory=list)
     typed: set[str] = field(default_factory=set)
-    extra: dict[str, list[str]] = field(default_factory=dict)
-    check: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,9 +148,7 @@ def _parser(description: str, face: Face) -> argparse.ArgumentParser:
         meaning = f"true: {yes}, false: {no} [{option.name}]"
         parser.add_argument(flag, dest=flag, help=meaning, metavar="BOOL")
     for flag, arguments in face.extra.items():
-        parser.add_argument(flag, dest=flag, metavar="VALUE", **arguments)
-    for flag, meaning in face.switches.items():
-        parser.add_argument(flag, dest=flag, action="store_true", help=meaning)
+        parser.add_argument(flag, dest=flag, **arguments)
     # torch.distributed.launch hands one of the two spellings to each process.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     for flag in face.no_meaning:
@@ -90,7 +165,8 @@ def parse(
     """
     parser = _parser(description, face)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments, pairs = split_pairs(arguments, face.switches)
+    switches = [flag for flag, how in face.extra.items() if how.get("action") == "store_true"]
+    arguments, pairs = split_pairs(arguments, switches)
     known, rest = parser.parse_known_args(arguments)
     words = vars(known)
     if rest:
@@ -99,8 +175,13 @@ def parse(
         hint = f" Did you mean {near[0]}?" if near else " See --help."
         raise InputError(f"unknown argument '{rest[0]}'.{hint}")
 
+    meant = {flag: _meant(words[flag], o) for flag, o in face.yes_no.items() if flag in words}
+    dense = "--use_dense_prediction"
+
     cfg = config.defaults()
     typed: dict[str, str] = {}  # option: who said so last
+    if dense in meant:  # cmd or dino, unless another objective is named
+        cfg.LOSS.OBJECTIVE = meant[dense]
     if "cfg" in words:
         for option in config.merge_file(cfg, words["cfg"]):
             typed[option] = f"{option} {config.get(cfg, option)} in {words['cfg']}"
@@ -111,13 +192,14 @@ def parse(
     if "--use_fp16" in words:
         if "--precision" in words:
             raise InputError("--use_fp16 and --precision say the same thing: drop one of them.")
-        config.put(cfg, "TRAIN.PRECISION", _meant("--use_fp16", words, face), "--use_fp16")
+        config.put(cfg, "TRAIN.PRECISION", meant["--use_fp16"], "--use_fp16")
         typed["TRAIN.PRECISION"] = f"--use_fp16 {words['--use_fp16']}"
     for key, value in pairs:
         config.put(cfg, key, value, "command line")
         typed[key] = f"{key} {value}"
-    if "--use_dense_prediction" in words:
-        _apply_dense_prediction(cfg, words, face, typed.get("LOSS.OBJECTIVE"))
+    if dense in meant and (meant[dense] == "dino") != (cfg.LOSS.OBJECTIVE == "dino"):
+        named = typed["LOSS.OBJECTIVE"]
+        raise InputError(f"{dense} {words[dense]} contradicts {named}: drop one of them.")
     for option in OPTIONS.values():
         if option.path:
             path = os.path.expanduser(config.get(cfg, option.name))
@@ -134,7 +216,7 @@ def parse(
         if flag in words
     ]
     extra = {flag: words[flag] for flag in face.extra if flag in words}
-    return CommandLine(cfg, notes, set(typed), extra, check="--check" in words)
+    return CommandLine(cfg, notes, set(typed), extra)
 
 
 def split_pairs(
@@ -166,25 +248,10 @@ def split_pairs(
     return rest, pairs
 
 
-def _meant(flag: str, words: dict[str, str], face: Face) -> str:
-    """What one of EsViT's flags with a truth value means, such as fp16 for --use_fp16 true."""
-    _, yes, no = face.yes_no[flag].yes_no
+def _meant(text: str, option: Option) -> str:
+    """The option's value by EsViT's flag with a truth value, such as fp16 for --use_fp16 true."""
+    flag, yes, no = option.yes_no
     values = {"true": yes, "on": yes, "1": yes, "false": no, "off": no, "0": no}
-    if words[flag].lower() not in values:
-        raise InputError(f"{flag} must be true or false, not '{words[flag]}'.")
-    return values[words[flag].lower()]
-
-
-def _apply_dense_prediction(
-    cfg: Node, words: dict[str, str], face: Face, named: str | None
-) -> None:
-    """--use_dense_prediction true means objective cmd, false dino.
-
-    An objective that is named explicitly and is dense (or not) in the same way may stand.
-    """
-    flag = "--use_dense_prediction"
-    meant = _meant(flag, words, face)
-    if named is None:
-        cfg.LOSS.OBJECTIVE = meant
-    elif (meant == "dino") != (cfg.LOSS.OBJECTIVE == "dino"):
-        raise InputError(f"{flag} {words[flag]} contradicts {named}: drop one of them.")
+    if text.lower() not in values:
+        raise InputError(f"{flag} must be true or false, not '{text}'.")
+    return values[text.lower()]

@@ -25,6 +25,13 @@ from utils.options import COMPARING, CONTRASTIVE, NOTHING, OPTIONS, SECTIONS, Op
 LARGEST_FILE = 1 << 16  # bytes
 LONGEST_VALUE = 1 << 12  # characters of a number or a list
 LARGEST_NUMBER = 2**63 - 1  # of whole ones, as in tensors
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list of numbers",
+    str: "a text",
+}
 
 
 def defaults() -> Node:
@@ -77,21 +84,15 @@ def _typed(value: object, option: Option, source: str) -> object:
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(n, int) and abs(n) > LARGEST_NUMBER for n in numbers):
         raise InputError(f"{where} must lie within {LARGEST_NUMBER}, the largest number.")
-    if isinstance(default, bool):
-        # EsViT's users type 0 and 1.
-        value = bool(value) if value in (0, 1) else value
-        fits, kind = isinstance(value, bool), "true or false"
-    elif isinstance(default, float):
-        fits, kind = _is_number(value), "a number"
-        value = float(value) if fits else value
-    elif isinstance(default, int):
-        fits, kind = _is_number(value) and isinstance(value, int), "a whole number"
-    elif isinstance(default, list):
-        fits, kind = all(_is_number(v) for v in value), "a list of numbers"
-    else:
-        fits, kind = isinstance(value, str), "a text"
+    if isinstance(default, bool) and value in (0, 1):  # EsViT's users type 0 and 1
+        value = bool(value)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    fits = type(value) is type(default)
+    if isinstance(default, list):
+        fits = all(type(v) in (int, float) for v in value)
     if not fits:
-        raise InputError(f"{where} must be {kind}, not {_shown(value)}.")
+        raise InputError(f"{where} must be {KINDS[type(default)]}, not {_shown(value)}.")
     if isinstance(value, str) and not _may_be_a_name(value):
         raise InputError(f"{where} must be text that can name a file, not {value!r}.")
     return value
@@ -102,10 +103,6 @@ def _shown(value: object) -> str:
         return repr(value)
     except ValueError:  # Python prints no number of thousands of digits
         return "so large a number"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _may_be_a_name(text: str) -> bool:
@@ -274,11 +271,6 @@ def _check_value(option: Option, value: Any) -> None:
     if option.choices and value not in option.choices:
         near = difflib.get_close_matches(value, option.choices, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        if name == "RESUME":
-            hint = (
-                " A run resumes from its own --output_dir; --pretrained_weights_ckpt starts from "
-                "another's weights."
-            )
         raise InputError(f"{name} must be one of {', '.join(option.choices)}, not '{value}'.{hint}")
     if isinstance(value, str):
         return

@@ -3,7 +3,7 @@
 python -m utils.config_docs > docs/configuration.md
 """
 
-from utils import flags
+from utils import cli
 from utils.options import OPTIONS, SECTIONS, SHAPES, WEIGHTS, Option
 
 _HEAD = """\
@@ -39,7 +39,7 @@ def page() -> str:
                 lines.append(_row(option))
         lines.append("")
     lines[-1] = _NO_MEANING
-    ignored = flags.PRETRAIN.no_meaning | flags.KNN.no_meaning
+    ignored = cli.PRETRAIN.no_meaning | cli.KNN.no_meaning
     lines += [f"- `{flag}`: {why}" for flag, why in ignored.items()]
     return "\n".join(lines) + "\n"
 

@@ -58,29 +58,25 @@ def run_script(main: Callable[[], None], if_interrupted: str = "nothing was chan
     try:
         main()
     except InputError as error:
-        _say(f"error: {error}", _is_first_here() or not error.everywhere)
         _record(error.with_traceback(None))
-        _leave(2)
+        _leave(2, f"error: {error}", everywhere=error.everywhere)
     except Preempted as stopped:
         kind = "preempted" if stopped.code == EXIT_PREEMPTED else "error"
-        _say(f"{kind}: {stopped}", _is_first_here())
-        _leave(stopped.code)
+        _leave(stopped.code, f"{kind}: {stopped}", everywhere=True)
     except KeyboardInterrupt:
-        _say(f"interrupted: {if_interrupted}", _is_first_here())
-        _leave(130)
+        _leave(130, f"interrupted: {if_interrupted}", everywhere=True)
     except Exception as error:
         if sentence := _end_of_another(error):
             # Not recorded: it is a consequence, and the first failure is to be reported.
-            _say(f"error: {sentence}")
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
             time.sleep(SECONDS_AFTER_THE_FIRST)
             _leave(1)
         _record(error)
         if sentence := _short_of_memory(error):
-            _say(f"error: {sentence}")
-        elif _is_alone():
+            _leave(1, f"error: {sentence}")
+        if _is_alone():
             raise
-        else:
-            traceback.print_exc()
+        traceback.print_exc()
         _leave(1)
 
 
@@ -123,40 +119,36 @@ def _is_group_up() -> bool:
 
 def _short_of_memory(error: Exception) -> str:
     """One sentence for the failures that only tell of too little memory; else empty."""
+    reason = str(error)
     if type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"the GPU's memory is too small for these options: lower TRAIN.BATCH_SIZE_PER_GPU and "
-            f"raise TRAIN.ACCUM_STEPS by the same factor, or set TRAIN.CHECKPOINTING true "
-            f"({_one_line('. '.join(str(error).split('. ')[:2]))})"
+        advice = (
+            "the GPU's memory is too small for these options: lower TRAIN.BATCH_SIZE_PER_GPU and "
+            "raise TRAIN.ACCUM_STEPS by the same factor, or set TRAIN.CHECKPOINTING true"
         )
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return (
-            f"this machine's memory is too small for these options: lower "
-            f"TRAIN.BATCH_SIZE_PER_GPU, HEAD.OUT_DIM or DATA.WORKERS ({_one_line(str(error))})"
+        reason = ". ".join(reason.split(". ")[:2])
+    elif isinstance(error, MemoryError) or "can't allocate memory" in reason:
+        advice = (
+            "this machine's memory is too small for these options: lower "
+            "TRAIN.BATCH_SIZE_PER_GPU, HEAD.OUT_DIM or DATA.WORKERS"
         )
-    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
-        return (
-            f"a loader process was killed, most often for want of memory: lower DATA.WORKERS "
-            f"({_one_line(str(error))})"
-        )
-    return ""
+    elif isinstance(error, RuntimeError) and "DataLoader worker (pid" in reason:
+        advice = "a loader process was killed, most often for want of memory: lower DATA.WORKERS"
+    else:
+        return ""
+    return f"{advice} ({_one_line(reason)})"
 
 
 def _is_alone() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def _is_first_here() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+def _leave(code: int, line: str = "", everywhere: bool = False) -> None:
+    """End the process with this exit code and a last line.
 
-
-def _say(line: str, is_mine: bool = True) -> None:
-    if is_mine:
-        print(line, file=sys.stderr, flush=True)
-
-
-def _leave(code: int) -> None:
-    """End the process with this exit code."""
+    everywhere: all processes end so, and the first one of each machine says the line.
+    """
+    if line and (not everywhere or os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(line, file=sys.stderr)
     if not _is_alone():
         # A process group in which others still wait cannot be taken apart in order: at the
         # interpreter's exit gloo's threads may abort the process, which hides the code.

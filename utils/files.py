@@ -23,21 +23,22 @@ ABANDONED_SECONDS = 24 * 3600
 
 @contextlib.contextmanager
 def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
-    """A temporary name to write to; at the end of the block it is renamed to `path`.
+    """A temporary name for a file or a folder; at the end of the block it is renamed to `path`.
 
-    The file must be closed by then; it is flushed to the disk first. Where the block fails,
-    whatever was at `path` is still there and nothing is left over; an OSError becomes an
-    InputError that calls the file `what`.
+    A file must be closed by then; it is flushed to the disk first. For a folder, `path` must be
+    absent or an empty folder. Where the block fails, whatever was at `path` is still there and
+    nothing is left over; an OSError becomes an InputError that calls it `what`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     try:
         for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             if _is_abandoned(other):
-                other.unlink(missing_ok=True)
+                _remove(other)
         yield temporary
-        temporary.chmod(0o666 & ~_UMASK)  # safetensors writes for the owner alone
-        sync(temporary)
+        if not temporary.is_dir():
+            temporary.chmod(0o666 & ~_UMASK)  # safetensors writes for the owner alone
+            sync(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -47,28 +48,15 @@ def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
         ) from None
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path, what: str) -> Iterator[Path]:
-    """A temporary folder to write into; at the end of the block it is renamed to `folder`.
-
-    So `folder`, which must not be there or be empty, appears whole or not at all. An OSError
-    becomes an InputError that calls its contents `what`.
-    """
-    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(folder)
-    except OSError as error:
-        raise InputError(
-            f"the {what} could not be written to {folder} ({error.strerror or error}): make room "
-            "or choose another folder."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _remove(path: Path) -> None:
+    """Remove a file or a folder; nothing where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path, option: str = "--output_dir") -> None:

@@ -29,11 +29,12 @@ T = TypeVar("T")
 
 
 class _ThroughProgressBar(logging.Handler):
-    """Lines that do not tear a progress bar on the same terminal."""
+    """Lines that do not tear a progress bar on the same terminal; a warning says that it is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(prefix + record.getMessage(), file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader, such as `head`, has seen enough; the work goes on.
@@ -41,19 +42,12 @@ class _ThroughProgressBar(logging.Handler):
 
 
 def setup(is_main: bool) -> None:
-    """Plain lines on stdout, from rank 0 alone; a warning says that it is one."""
+    """Plain lines on stdout, from rank 0 alone."""
     logger.handlers = [_ThroughProgressBar()]
-    logger.handlers[0].setFormatter(_Formatter())
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logger.propagate = False
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return prefix + record.getMessage()
 
 
 def on_terminal() -> bool:
@@ -85,7 +79,7 @@ class RunLog:
 
     def __init__(self, folder: Path, lines: int, first_step: int, prefix: str = "") -> None:
         self._path = folder / f"{prefix}log.txt"
-        try:
+        with self._writing():
             kept = _first_lines(self._path, lines)
             self.lines = len(kept)
             write_text(self._path, "".join(f"{line}\n" for line in kept), "log")
@@ -96,42 +90,39 @@ class RunLog:
             self._events = EventsWriter(str(events / "events"), f".{time.time_ns()}")
             # SummaryWriter's purge_step: events of an earlier start, beyond the checkpoint.
             start = SessionLog(status=SessionLog.START)
-            self._events.write_event(
-                Event(wall_time=time.time(), step=first_step + 1, session_log=start)
-            )
-            self._events.flush()
-        except OSError as error:
-            raise self._refusal(error) from None
+            self._write_event(first_step + 1, session_log=start)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line: `figures` (with the epoch among them) after optimizer step `step`."""
         line = {"step": step, **{name: _short(value) for name, value in figures.items()}}
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
-        try:
+        with self._writing():
             _append(self._path, f"{json.dumps(line)}\n")
             self.lines += 1
-            self._events.write_event(event)
-            self._events.flush()
-        except OSError as error:
-            raise self._refusal(error) from None
+            self._write_event(step, summary=Summary(value=values))
 
     def sync(self) -> None:
         """Bring log.txt to the disk itself, so that a power cut leaves what was logged."""
-        try:
+        with self._writing():
             sync(self._path)
-        except OSError as error:
-            raise self._refusal(error) from None
 
     def close(self) -> None:
         """Close TensorBoard's file; every line and event is written already."""
         with contextlib.suppress(OSError):
             self._events.close()
 
-    def _refusal(self, error: OSError) -> InputError:
-        return InputError(
-            f"the log {self._path} cannot be written ({error.strerror}).", everywhere=False
-        )
+    def _write_event(self, step: int, **contents: SessionLog | Summary) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **contents))
+        self._events.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"the log {self._path} cannot be written ({error.strerror}).", everywhere=False
+            ) from None
 
 
 def _append(path: Path, text: str) -> None:
@@ -150,15 +141,12 @@ def _first_lines(path: Path, count: int) -> list[str]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for line in lines[:count] if _is_json(line)]
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+    kept = []
+    for line in lines[:count]:
+        with contextlib.suppress(ValueError):
+            json.loads(line)
+            kept.append(line)
+    return kept
 
 
 def _short(value: float) -> float | None:

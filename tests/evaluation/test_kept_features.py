@@ -21,7 +21,7 @@ from tests.evaluation.runs import (
     works,
     write_data,
 )
-from utils import checkpoint, cli, distributed, flags
+from utils import checkpoint, cli, distributed
 
 
 def test_kept_features_are_used_again_with_the_same_figures(basic, knn_dump, tmp_path):
@@ -130,7 +130,7 @@ def test_features_of_the_last_blocks_serve_knn_and_retrieval(
 ):
     """What the linear probe keeps, with the patches' mean, holds the image feature."""
     line = f"{basic} --dump_features {tmp_path} --num_workers 0 --device cpu"
-    command = cli.parse("", line.split(), flags.KNN)
+    command = cli.parse("", line.split(), cli.KNN)
     opened = opening.open_features(command, distributed.start("cpu"))
     for split in ("train", "test"):
         assert opened.of(split, blocks=2, avgpool_patchtokens=True).widths == [48, 48, 48]
@@ -153,7 +153,7 @@ def test_features_of_the_last_blocks_serve_knn_and_retrieval(
 
 def test_fewer_blocks_than_wanted_are_extracted_again(basic, knn_dump, tmp_path, capsys):
     folder = copy_of(knn_dump, tmp_path / "kept")
-    command = cli.parse("", f"{basic} --dump_features {folder} --num_workers 0".split(), flags.KNN)
+    command = cli.parse("", f"{basic} --dump_features {folder} --num_workers 0".split(), cli.KNN)
     opened = opening.open_features(command, opening.join(command))
     assert opened.of("train", blocks=2).values.shape == (CLASSES * TRAIN, 96)
     assert "made again: they hold the last 1 block" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from engine.evaluation.source import (
 from models.network import Network
 from models.registry import BackboneSpec, build_backbone
 from tests.runs import pretraining, small_config
-from utils import checkpoint, cli, flags
+from utils import checkpoint, cli
 from utils.errors import InputError
 
 SWIN = BackboneSpec("swin_tiny", 16, (1, 1, 2, 1), (1, 2, 4, 8))
@@ -69,7 +69,7 @@ def cmd_run(tmp_path_factory) -> tuple[Path, dict]:
 
 def load(path, words: str = "") -> tuple[Source, cli.CommandLine]:
     """The network as the scripts read it from a command line."""
-    command = cli.parse("", ["--pretrained_weights", str(path), *words.split()], flags.KNN)
+    command = cli.parse("", ["--pretrained_weights", str(path), *words.split()], cli.KNN)
     cfg = command.cfg
     return load_source(cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY, cfg, command.typed), command
 

@@ -19,7 +19,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from datasets.loader import EpochSampler, StepSampler, epoch_order, steps_per_epoch
 from datasets.shards import ShardOrder
 from engine.training.schedules import cosine, teacher_temperature
-from utils import checkpoint, cli, config, flags
+from utils import checkpoint, cli, config
 from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
@@ -159,7 +159,7 @@ def test_a_check_passes_or_names_an_option(chosen):
 
 
 # Flags that set one option each, the last of several for it.
-FLAG_OF = {option.name: flag for flag, option in flags.PRETRAIN.flags.items()}
+FLAG_OF = {option.name: flag for flag, option in cli.PRETRAIN.flags.items()}
 PLAIN = sorted(
     key
     for key in set(FLAG_OF) - ENTANGLED

@@ -21,7 +21,7 @@ from engine.preflight.images import equal_files, read_headers
 from tests.conftest import NETWORK, save_images
 from tests.processes import found_by_each, run_group
 from tests.runs import batch_of, checkpoint_of, pretraining, small_config
-from utils import checkpoint, cli, flags
+from utils import checkpoint, cli
 from utils.distributed import ALONE
 from utils.errors import InputError, run_script
 
@@ -371,15 +371,15 @@ def test_an_objective_that_contrasts_is_estimated_by_its_own_crops_and_queue():
 
 
 def test_the_flag_is_pretrainings_alone_and_takes_no_value():
-    assert cli.parse("", ["--check"]).check
-    assert not cli.parse("", []).check
+    assert cli.parse("", ["--check"]).extra == {"--check": True}
+    assert cli.parse("", []).extra == {}
     assert cli.parse("", ["--check", "SEED", "3"]).cfg.SEED == 3
     with pytest.raises(InputError, match=r"TRAIN\.EPOCH\b"):
         cli.parse("", ["--check", "TRAIN.EPOCH", "3"])
     with pytest.raises(InputError, match="--check"):
         cli.parse("", ["--check=yes"])
     with pytest.raises(InputError, match="unknown argument '--check'"):
-        cli.parse("", ["--check"], flags.KNN)
+        cli.parse("", ["--check"], cli.KNN)
 
 
 def test_two_processes_speak_once(data, tmp_path, environment):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils import cli, config, config_docs, flags
+from utils import cli, config, config_docs
 from utils.errors import InputError
 from utils.options import FIGURES, NOTHING, OPTIONS, SHAPES, WEIGHTS
 
@@ -551,7 +551,7 @@ def test_help_names_each_flag_with_its_option(capsys):
         parse("--help")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for flag, option in flags.PRETRAIN.flags.items():
+    for flag, option in cli.PRETRAIN.flags.items():
         assert f"{flag} VALUE" in text
         assert f"{option.meaning} [{option.name}]" in text
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT, run_python
-from utils import cli, config, flags
+from utils import cli, config
 from utils.errors import InputError
 from utils.options import OPTIONS
 
@@ -22,11 +22,11 @@ LINES, FILES = 700, 350
 SECONDS = 2.0  # of this process's own time, for one input: one, and one for a busy machine
 CHARACTERS = 2000  # of a message
 FACES = {
-    "main_cmd.py": flags.PRETRAIN,
-    "eval_knn.py": flags.KNN,
-    "eval_retrieval.py": flags.RETRIEVAL,
-    "eval_linear.py": flags.LINEAR,
-    "evaluate.py": flags.TABLE,
+    "main_cmd.py": cli.PRETRAIN,
+    "eval_knn.py": cli.KNN,
+    "eval_retrieval.py": cli.RETRIEVAL,
+    "eval_linear.py": cli.LINEAR,
+    "evaluate.py": cli.TABLE,
 }
 NAMES = list(OPTIONS)
 
@@ -120,7 +120,7 @@ def value(draw: random.Random) -> str:
     return draw.choice(VALUES) if draw.random() < 0.8 else noise(draw)
 
 
-def wrong_line(draw: random.Random, face: flags.Face) -> list[str]:
+def wrong_line(draw: random.Random, face: cli.Face) -> list[str]:
     """A command line with something wrong; now and then it is right after all."""
     names = [*face.flags, *face.no_meaning, *face.extra, "--cfg", "--local_rank"]
     flag, other = draw.choice(names), draw.choice(names)
@@ -197,7 +197,7 @@ def wrong_file(draw: random.Random, tidy: str) -> bytes:
     return made if isinstance(made, bytes) else made.encode(errors="surrogatepass")
 
 
-def complaint(arguments: list[str], face: flags.Face) -> tuple[str, str]:
+def complaint(arguments: list[str], face: cli.Face) -> tuple[str, str]:
     """(how it ended, what is wrong with that, else "")."""
     start = time.process_time()
     try:
@@ -349,7 +349,7 @@ def test_a_wrong_file_is_told_what_is_wrong(text, said, tmp_path):
 )
 def test_a_wrong_word_is_told_what_is_wrong(words, said):
     with pytest.raises(InputError) as caught:
-        cli.parse("a test", words, flags.LINEAR if "--sweep" in words else flags.PRETRAIN)
+        cli.parse("a test", words, cli.LINEAR if "--sweep" in words else cli.PRETRAIN)
     assert said in str(caught.value)
 
 
