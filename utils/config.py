@@ -325,15 +325,12 @@ def _check_batch(cfg: Node) -> None:
             f"Its recipe: --cfg experiments/{objective}.yaml; AUG.LOCAL_CROPS_NUMBER [] alone "
             f"keeps the optimizer, momentum, head and crops of the others."
         )
-    if images < 2 and objective in CONTRASTIVE:
+    compares = objective in CONTRASTIVE or (objective == "cmd" and cfg.CMD.LT in COMPARING)
+    if images < 2 and compares:
+        way_out = " (or set CMD.LT none)" if objective == "cmd" else ""
         raise InputError(
-            f"LOSS.OBJECTIVE {objective} contrasts images: TRAIN.BATCH_SIZE_PER_GPU must be at "
-            f"least 2, not {images}."
-        )
-    if images < 2 and objective == "cmd" and cfg.CMD.LT in COMPARING:
-        raise InputError(
-            f"CMD.LT {cfg.CMD.LT} compares images of a batch: TRAIN.BATCH_SIZE_PER_GPU must be at "
-            f"least 2, not {images} (or set CMD.LT none)."
+            f"LOSS.OBJECTIVE {objective} compares the images of a batch: "
+            f"TRAIN.BATCH_SIZE_PER_GPU must be at least 2, not {images}{way_out}."
         )
 
 

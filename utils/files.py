@@ -54,7 +54,7 @@ def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
 def _remove(path: Path) -> None:
     """Remove a file or a folder; nothing where there is none."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
