@@ -11,6 +11,7 @@ try takes up again: features/ and probes/.
 
 import hashlib
 import json
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -79,30 +80,24 @@ def row(network: SplitFeatures, folder: Path, cfg: Node) -> dict:
 
     A random initialisation is drawn anew for every seed.
     """
-    figures: dict[str, list[float]] = {}
+    figures: dict[str, list[float]] = defaultdict(list)
     details, unreadable = [], {}
     is_random = network.source.weights.is_random
     for seed in range(cfg.SEED, cfg.SEED + cfg.EVAL.SEEDS):
+        drawn = network
+        if is_random:
+            drawn = with_source(network, random_like(network.source, seed))
+        drawn = replace(drawn, folder=folder / "features" / identity(drawn))
+        own = folder / "probes" / probe_identity(drawn, cfg) / f"seed_{seed}"
+        protocols = []
         if is_random or seed == cfg.SEED:
-            if is_random:
-                network = with_source(network, random_like(network.source, seed))
-            network = replace(network, folder=folder / "features" / identity(network))
-        own = folder / "probes" / probe_identity(network, cfg) / f"seed_{seed}"
-        probes = [LinearProbe.of(cfg, share, seed, own) for share in shares_of(cfg)]
-        image_protocols = []
-        if is_random or seed == cfg.SEED:
-            knn = KNN(cfg.KNN.KS, cfg.KNN.TEMPERATURE)
-            image_protocols = [knn, Retrieval(cfg.RETRIEVAL.SPLIT)]
-        found = [result.figures for result in measure(network, [*image_protocols, *probes])]
-        if image_protocols:
-            knn, retrieval, *found = found
-            details.append({"knn": knn, "retrieval": retrieval})
-            for key, value in flat(knn, retrieval).items():
-                figures.setdefault(key, []).append(value)
-        for probed in found:
-            details.append(probed)
-            figures.setdefault(f"linear_{probed['label_share']:g}", []).append(probed["top1"])
-        unreadable |= network.bad
+            protocols = [KNN(cfg.KNN.KS, cfg.KNN.TEMPERATURE), Retrieval(cfg.RETRIEVAL.SPLIT)]
+        protocols += [LinearProbe.of(cfg, share, seed, own) for share in shares_of(cfg)]
+        for found in measure(drawn, protocols):
+            details.append(found.figures)
+            for key, value in flat(found.figures).items():
+                figures[key].append(value)
+        unreadable |= drawn.bad
     return {
         "name": row_name(network),
         "network": network_line(network),
@@ -114,14 +109,14 @@ def row(network: SplitFeatures, folder: Path, cfg: Node) -> dict:
     }
 
 
-def flat(knn: dict, retrieval: dict) -> dict[str, float]:
-    """The figures that have a column or could have one, by key."""
-    names = ("rank1", "rank5", "map", "map_at_100_released")
-    return {
-        **{f"knn_{k}": figures["top1"] for k, figures in knn["k"].items()},
-        **{f"knn_{k}_top5": figures["top5"] for k, figures in knn["k"].items()},
-        **{name: retrieval[name] for name in names},
-    }
+def flat(found: dict) -> dict[str, float]:
+    """The figures of a protocol that have a column or could have one, by key."""
+    if found["protocol"] == "k-NN":
+        top1 = {f"knn_{k}": each["top1"] for k, each in found["k"].items()}
+        return top1 | {f"knn_{k}_top5": each["top5"] for k, each in found["k"].items()}
+    if found["protocol"] == "retrieval":
+        return {name: found[name] for name in ("rank1", "rank5", "map", "map_at_100_released")}
+    return {f"linear_{found['label_share']:g}": found["top1"]}
 
 
 def with_source(network: SplitFeatures, source: Source) -> SplitFeatures:

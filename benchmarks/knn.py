@@ -24,8 +24,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from benchmarks.common import device_name, write_report
-from engine.evaluation import knn, retrieval, similarity
-from engine.evaluation.similarity import Gallery, searchable, unit
+from engine.evaluation import retrieval, similarity
+from engine.evaluation.similarity import Gallery, over_blocks, searchable, unit
+from utils.distributed import ALONE
 from utils.errors import run_script
 
 CPU = torch.device("cpu")
@@ -44,6 +45,15 @@ def draw_features(kind: str, images: int, width: int, seed: int) -> tuple[Tensor
         common = 2 * torch.randn(width, generator=shared)
         values = (values + centres[labels] + common) * torch.arange(1.0, width + 1) ** -0.5
     return unit(values, CPU), labels
+
+
+def neighbours(gallery: Tensor, queries: Tensor, k: int) -> Tensor:
+    """The places [m, k] in the gallery of each query's neighbours, by the product's search."""
+    search = searchable(gallery, queries, k, CPU)
+    (places,) = over_blocks(
+        lambda block, _: search.nearest(block, k)[1:], queries, len(gallery), ALONE
+    )
+    return places
 
 
 def timed(function: Callable) -> tuple[float, object]:
@@ -98,7 +108,7 @@ def main() -> None:
         return search.fit(gallery.numpy()).kneighbors(queries.numpy())[1]
 
     contestants = {
-        "ours": lambda: knn.neighbours(gallery, queries, args.k)[1],
+        "ours": lambda: neighbours(gallery, queries, args.k),
         "scikit-learn, euclidean": lambda: rival("euclidean"),
         "scikit-learn, cosine": lambda: rival("cosine"),
         "our retrieval, whole gallery": lambda: retrieval.retrieve(

@@ -153,12 +153,13 @@ def check_crop_sizes(cfg: Node, multiple: int) -> None:
             )
 
 
-def model_description(cfg: Node, student: Network) -> dict:
+def model_description(cfg: Node) -> dict:
     """What rebuilds the networks from a checkpoint alone; plain data."""
+    goal = objective(cfg)
     return {
         "backbone": backbone_spec(cfg).to_dict(),
         "heads": asdict(head_spec(cfg)),
-        "region_head": student.head_dense is not None,
-        "pooling": student.pool is not None,
-        "rationale": cfg.LCR.CHANNELS if student.rationale is not None else 0,
+        "region_head": goal.needs_region_head,
+        "pooling": goal.needs_pooling,
+        "rationale": cfg.LCR.CHANNELS if goal.needs_rationale else 0,
     }

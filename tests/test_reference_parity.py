@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.evaluation import retrieval
-from engine.evaluation.knn import knn_accuracy
+from engine.evaluation import knn, retrieval
 from engine.training.schedules import cosine, teacher_temperature
 from losses.objective import Objective
 from losses.targets import Centres
@@ -253,17 +252,18 @@ def test_knn():
     figures = read_json("evaluation.json")
     ks = [int(name.removeprefix("knn")) for name in figures if name.startswith("knn")]
     assert ks
-    ours = knn_accuracy(*evaluation_features(), ks)
+    *inputs, test_labels = evaluation_features()
+    ours = knn.rankings(*inputs, ks, 0.07, classes=12)
     for k in ks:
-        assert ours[k] == pytest.approx(figures[f"knn{k}"], rel=1e-5)
+        assert knn.accuracy(ours[k], test_labels) == pytest.approx(figures[f"knn{k}"], rel=1e-5)
 
 
 @pytest.mark.parametrize("split", ["retrieval", "retrieval_ratio"])
 def test_retrieval(split):
     train, train_labels, test, test_labels = evaluation_features()
     values, labels = torch.cat([train, test]), torch.cat([train_labels, test_labels])
-    places = {"retrieval": retrieval.standard_split, "retrieval_ratio": retrieval.ratio_split}
-    gallery, queries = places[split](len(train), len(test))
+    kind = "ratio" if split == "retrieval_ratio" else "standard"
+    gallery, queries = retrieval.divide(kind, len(train), len(test))
     ours = retrieval.retrieve(values[gallery], labels[gallery], values[queries], labels[queries])
     for name, figure in read_json("evaluation.json")[split].items():
         assert getattr(ours, name) == pytest.approx(figure, rel=1e-5), name

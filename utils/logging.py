@@ -69,7 +69,7 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 class RunLog:
-    """log.txt and TensorBoard of one run's folder; `prefix` sets both names apart.
+    """log.txt and TensorBoard of one run's folder.
 
     A resumed run goes on where its checkpoint was written: of the log the first `lines` lines
     stay, as many as it had then, and TensorBoard shows no event after first_step. (Not by the
@@ -77,13 +77,13 @@ class RunLog:
     attribute `lines` is how many there are. What the disk refuses is an InputError.
     """
 
-    def __init__(self, folder: Path, lines: int, first_step: int, prefix: str = "") -> None:
-        self._path = folder / f"{prefix}log.txt"
+    def __init__(self, folder: Path, lines: int, first_step: int) -> None:
+        self._path = folder / "log.txt"
         with self._writing():
             kept = _first_lines(self._path, lines)
             self.lines = len(kept)
             write_text(self._path, "".join(f"{line}\n" for line in kept), "log")
-            events = folder / f"{prefix}tensorboard"
+            events = folder / "tensorboard"
             events.mkdir(exist_ok=True)
             # Not SummaryWriter, whose thread ends with a traceback on a full disk, after which its
             # queue blocks the training.

@@ -65,11 +65,6 @@ class Features:
             avgpool_patchtokens=avgpool_patchtokens,
         )
 
-    def coarse(self) -> "Features":
-        """These features with the synthetic set's coarse classes for labels."""
-        labels = coarse_labels(self.labels, self.classes)
-        return replace(self, labels=labels, classes=[*COARSE_NAMES])
-
     def misfit(self, made_by: dict[str, str], blocks: int, avgpool_patchtokens: bool) -> str:
         """Why these features cannot stand for those wanted; empty where they can."""
         for name, wanted in made_by.items():
@@ -104,7 +99,8 @@ class SplitFeatures:
 
     source, splits: None where only kept features are at hand. folder: where features are kept,
     None for nowhere; must_fit: they are to be used and nothing else. bad: the unreadable images
-    that were left out, by split. Raises InputError for a pooling that the network lacks.
+    that were left out, by split. coarse: with the synthetic set's coarse classes for labels.
+    Raises InputError for a pooling that the network lacks.
     """
 
     source: Source | None
@@ -113,6 +109,7 @@ class SplitFeatures:
     pooling: str = "default"
     folder: Path | None = None
     must_fit: bool = False
+    coarse: bool = False
     bad: dict[str, list[str]] = field(default_factory=dict)
     held: dict[str, Features] = field(default_factory=dict)
 
@@ -161,7 +158,11 @@ class SplitFeatures:
                     + "; ".join(held.bad[:BAD_SHOWN])
                     + ("; ..." if len(held.bad) > BAD_SHOWN else "")
                 )
-        return held.narrowed(blocks, avgpool_patchtokens)
+        found = held.narrowed(blocks, avgpool_patchtokens)
+        if self.coarse:
+            labels = coarse_labels(found.labels, found.classes)
+            found = replace(found, labels=labels, classes=[*COARSE_NAMES])
+        return found
 
     def images_with_features(self) -> LabelledImages:
         """The images whose features there are: those of `train`, then those of `test`."""
@@ -260,6 +261,13 @@ class SplitFeatures:
         if self.folder is not None:
             distributed.on_main(lambda: save(features, self._path(split)))
         return features
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a protocol finds on the features of both splits: figures are percent, plain data."""
+
+    figures: dict
 
 
 def save(features: Features, path: Path) -> None:

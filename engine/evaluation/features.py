@@ -126,12 +126,7 @@ class Reading:
 
         return in_precision
 
-    def extract(
-        self,
-        function: Callable[[Tensor], Tensor],
-        images: LabelledImages,
-        max_bad: float | None = None,
-    ) -> "Extracted":
+    def extract(self, function: Callable[[Tensor], Tensor], images: LabelledImages) -> "Extracted":
         """`function` of these images' centre crops, in `precision`; see `extract` below."""
         return extract(
             self.cast(function),
@@ -139,7 +134,7 @@ class Reading:
             self.world,
             self.batch,
             self.workers,
-            self.max_bad if max_bad is None else max_bad,
+            self.max_bad,
         )
 
 

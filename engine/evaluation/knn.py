@@ -9,21 +9,6 @@ from utils.distributed import ALONE, World
 TOP = 5
 
 
-def knn_accuracy(
-    gallery: Tensor,
-    gallery_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    ks: list[int],
-    temperature: float = 0.07,
-    world: World = ALONE,
-) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 accuracy in percent, for each k; see `rankings`. query_labels [m] int64."""
-    classes = int(torch.cat([gallery_labels, query_labels]).max()) + 1
-    ranked = rankings(gallery, gallery_labels, queries, ks, temperature, classes, world)
-    return {k: accuracy(ranking, query_labels) for k, ranking in ranked.items()}
-
-
 def accuracy(ranking: Tensor, labels: Tensor) -> tuple[float, float]:
     """Top-1 and top-5 accuracy, percent, of ranked classes [m, <= 5] against labels [m]."""
     correct = ranking == labels[:, None]
@@ -37,24 +22,22 @@ def rankings(
     gallery_labels: Tensor,
     queries: Tensor,
     ks: list[int],
-    temperature: float = 0.07,
-    classes: int | None = None,
+    temperature: float,
+    classes: int,
     world: World = ALONE,
 ) -> dict[int, Tensor]:
     """The best classes of each query, best first: [m, min(5, classes)] int64 for each k.
 
     gallery [n, D], queries [m, D]: features on the CPU of any scale and float type,
-    L2-normalised here; gallery_labels [n] int64, below `classes` (by default their largest
-    plus 1). world: the processes that share the work, and the device. The result is on the
-    CPU, on every process, with the same bits for any number of processes.
+    L2-normalised here; gallery_labels [n] int64, below `classes`. world: the processes that
+    share the work, and the device. The result is on the CPU, on every process, with the same
+    bits for any number of processes.
     A neighbour votes for its class with exp(cosine / temperature) in float32. Ties: neighbours
     by gallery order, classes by index; classes without a vote follow in index order, as in the
     reference. A k above n counts the whole gallery. Raises InputError for features that cannot
     be compared.
     """
     check(gallery, queries, gallery_labels)
-    if classes is None:
-        classes = int(gallery_labels.max()) + 1
     most = min(max(ks), len(gallery))
     search = searchable(gallery, queries, most, world.device)
 
@@ -74,20 +57,3 @@ def best_classes(votes: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Classes [m, min(5, classes)] by the sum of their votes [m, k], equals by index."""
     scores = votes.new_zeros(len(votes), classes).scatter_add_(1, labels, votes)
     return nearest(scores, min(TOP, classes))[1]
-
-
-@torch.no_grad()
-def neighbours(
-    gallery: Tensor, queries: Tensor, k: int, world: World = ALONE
-) -> tuple[Tensor, Tensor]:
-    """Cosines float32 and gallery places int64, [m, min(k, n)], of each query's neighbours.
-
-    Inputs, processes and ties as in `rankings`.
-    """
-    check(gallery, queries)
-    k = min(k, len(gallery))
-    search = searchable(gallery, queries, k, world.device)
-    values, places = over_blocks(
-        lambda block, _: search.nearest(block, k), queries, len(gallery), world
-    )
-    return values, places

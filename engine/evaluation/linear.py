@@ -50,7 +50,7 @@ class Probe:
     """Linear heads in training, the same on every process.
 
     held_out: bool [images], what the twins must not see. history: one dict for each tested
-    epoch: epoch, loss, top1 and top5 (percent, one for each head).
+    epoch: epoch, loss, top1 and top5 (percent, one for each learning rate).
     """
 
     recipe: Recipe
@@ -143,11 +143,9 @@ class Probe:
         return top1, top5
 
     def finite(self) -> list[bool]:
-        """Whether every value of each head is finite."""
-        return [
-            bool(weight.isfinite().all() & bias.isfinite().all())
-            for weight, bias in zip(self.weights, self.biases, strict=True)
-        ]
+        """Whether every weight of each head is finite."""
+        heads = zip(self.weights, self.biases, strict=True)
+        return [bool(weight.isfinite().all() & bias.isfinite().all()) for weight, bias in heads]
 
     def state(self) -> dict:
         """What a later process needs to go on: tensors and plain data."""
@@ -205,6 +203,7 @@ def logistic_scores(train: Tensor, labels: Tensor, test: Tensor, outputs: int, c
     images gets -inf.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     classes = labels.unique()
@@ -212,11 +211,9 @@ def logistic_scores(train: Tensor, labels: Tensor, test: Tensor, outputs: int, c
     if len(classes) == 1:
         scores[:, classes] = 0
         return scores
-    scaler = StandardScaler().fit(train.numpy())
-    model = LogisticRegression(C=c, max_iter=1000).fit(
-        scaler.transform(train.numpy()), labels.numpy()
-    )
-    decision = torch.from_numpy(model.decision_function(scaler.transform(test.numpy()))).double()
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
+    model.fit(train.numpy(), labels.numpy())
+    decision = torch.from_numpy(model.decision_function(test.numpy())).double()
     if decision.ndim == 1:  # two classes
         decision = torch.stack([-decision, decision], dim=1)
     scores[:, classes] = decision

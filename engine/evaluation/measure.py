@@ -7,32 +7,27 @@ import torch
 from torch import Tensor
 
 from engine.evaluation import knn, retrieval
-from engine.evaluation.feature_cache import Features, SplitFeatures
+from engine.evaluation.feature_cache import Found, SplitFeatures
 from engine.evaluation.pointing import Pointing
 from engine.evaluation.probing import LinearProbe
 
 
 @dataclass(frozen=True)
-class KNNFigures:
-    """figures: for JSON. predicted: int64 [m], the best class of each test image for each k."""
+class KNNFigures(Found):
+    """predicted: int64 [m], the best class of each test image for each k."""
 
-    figures: dict
     predicted: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
 class KNN:
-    """k-NN classification of the test split; the training split is the gallery.
-
-    coarse: by the synthetic set's coarse classes.
-    """
+    """k-NN classification of the test split; the training split is the gallery."""
 
     ks: Sequence[int]
     temperature: float = 0.07
-    coarse: bool = False
 
     def measure(self, features: SplitFeatures) -> KNNFigures:
-        train, test = _both(features, self.coarse)
+        train, test = features.of("train"), features.of("test")
         ranked = knn.rankings(
             train.values,
             train.labels,
@@ -54,10 +49,9 @@ class KNN:
 
 
 @dataclass(frozen=True)
-class RetrievalFigures:
-    """figures: for JSON. queries, gallery: places of the images in `train` then `test`."""
+class RetrievalFigures(Found):
+    """queries, gallery: places of the images in `train` then `test`."""
 
-    figures: dict
     ranked: retrieval.Ranked
     queries: Tensor
     gallery: Tensor
@@ -65,17 +59,15 @@ class RetrievalFigures:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Rank-1, Rank-5, mAP and mAP@100 as released; split: a name in retrieval.DIVISIONS."""
+    """Rank-1, Rank-5, mAP and mAP@100 as released; split: as in `divide`."""
 
     split: str = "standard"
-    coarse: bool = False
 
     def measure(self, features: SplitFeatures) -> RetrievalFigures:
-        train, test = _both(features, self.coarse)
+        train, test = features.of("train"), features.of("test")
         values = torch.cat([train.values, test.values])
         labels = torch.cat([train.labels, test.labels])
-        divide = retrieval.DIVISIONS[self.split]
-        gallery, queries = divide(len(train.labels), len(test.labels))
+        gallery, queries = retrieval.divide(self.split, len(train.labels), len(test.labels))
         ranked = retrieval.retrieve(
             values[gallery],
             labels[gallery],
@@ -99,7 +91,7 @@ class Retrieval:
 
 def measure(
     features: SplitFeatures, protocols: Sequence[KNN | Retrieval | LinearProbe | Pointing]
-) -> list:
+) -> list[Found]:
     """What each protocol finds, in order; `figures` of each are percent and plain data.
 
     Every image goes through the network once for all protocols on features of centre crops.
@@ -109,8 +101,3 @@ def measure(
         if isinstance(protocol, LinearProbe):
             protocol.extract(features)
     return [protocol.measure(features) for protocol in protocols]
-
-
-def _both(features: SplitFeatures, coarse: bool) -> tuple[Features, Features]:
-    train, test = features.of("train"), features.of("test")
-    return (train.coarse(), test.coarse()) if coarse else (train, test)

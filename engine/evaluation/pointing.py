@@ -14,7 +14,7 @@ from datasets import synthetic
 from datasets.folder import LabelledImages
 from datasets.multicrop import eval_transform
 from engine.evaluation import attention
-from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.feature_cache import Found, SplitFeatures
 from engine.evaluation.features import Reading, extract
 from models.backbone import Backbone
 from models.network import Network
@@ -100,23 +100,16 @@ def maps_of(
 
 
 @dataclass(frozen=True)
-class PointingFigures:
-    """figures: kind of map -> what `figures` gives. maps: kind -> [n, N]."""
-
-    figures: dict[str, dict[str, float]]
-    maps: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class Pointing:
     """Where the network's maps look on the test images, whose parts' boxes must be known.
 
-    kinds: of attention.NAMES; () for all that the network has.
+    kinds: of attention.NAMES; () for all that the network has. The figures of each are those of
+    `figures`.
     """
 
     kinds: tuple[str, ...] = ()
 
-    def measure(self, features: SplitFeatures) -> PointingFigures:
+    def measure(self, features: SplitFeatures) -> Found:
         network, images = features.source.network, features.images("test")
         boxes, box_size = part_boxes([images.root / path for path in images.paths])
         if not boxes:
@@ -124,8 +117,7 @@ class Pointing:
         kinds = self.kinds or attention.kinds(network)
         touching = touching_patches(network.backbone, features.reading.size, boxes, box_size)
         found = maps_of(network, images, kinds, features.reading)
-        maps = {kind: found[:, place] for place, kind in enumerate(kinds)}
-        return PointingFigures({kind: figures(maps[kind], touching) for kind in kinds}, maps)
+        return Found({kind: figures(found[:, i], touching) for i, kind in enumerate(kinds)})
 
 
 def part_boxes(paths: Sequence[Path]) -> tuple[list[Box], int]:

@@ -1,9 +1,10 @@
 """The linear probe as a protocol: features by augmentation or kept ones, resume, its figures."""
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,17 +14,16 @@ from datasets.folder import LabelledImages
 from datasets.loader import AugmentedDataset, BadImage, EpochSampler, build_loader
 from datasets.multicrop import RandomCrop
 from engine.evaluation import linear
-from engine.evaluation.feature_cache import SPLITS, Features, SplitFeatures
+from engine.evaluation.feature_cache import SPLITS, Features, Found, SplitFeatures
 from engine.evaluation.features import Encoder, Reading, check_bad
 from utils import checkpoint, distributed
 from utils.config import Node
 from utils.errors import InputError
-from utils.files import make_folder
-from utils.logging import RunLog, logger
+from utils.files import make_folder, write_text
+from utils.logging import logger
 
 STATE = "linear.pth"
-LOG_PREFIX = "linear_"
-LINES = 20  # on the screen for each probe; its log has every test
+LOG = "linear_log.txt"
 
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # features [b, D], labels [b], indices [b]
 
@@ -67,7 +67,7 @@ class AugmentedImages:
         Those that cannot be read are left out: as part of all, training has judged them.
         """
         subset = self.images.subset(indices.tolist())
-        extracted = self.reading.extract(self.encoder, subset, max_bad=1)
+        extracted = replace(self.reading, max_bad=1).extract(self.encoder, subset)
         return extracted.values, extracted.labels
 
 
@@ -102,13 +102,6 @@ class CachedFeatures:
 
 
 @dataclass(frozen=True)
-class LinearFigures:
-    """figures: for JSON."""
-
-    figures: dict
-
-
-@dataclass(frozen=True)
 class LinearProbe:
     """A linear classifier on `share` of every class's training images; see docs/evaluation.md.
 
@@ -116,8 +109,7 @@ class LinearProbe:
     alone. blocks, avgpool_patchtokens: as in Encoder. lrs, cs: base learning rates and inverse
     regularisations; with several, the best on the share `hold_out` of the training images
     counts. outputs: of the classifier, 0 for one a class. folder: for the log and the state of
-    sgd, from which the same probe goes on. coarse: by the synthetic set's coarse classes, on
-    kept features alone.
+    sgd, from which the same probe goes on.
     """
 
     share: float = 1.0
@@ -133,7 +125,6 @@ class LinearProbe:
     val_freq: int = 1
     outputs: int = 0
     folder: Path | None = None
-    coarse: bool = False
 
     @classmethod
     def of(cls, cfg: Node, share: float, seed: int, folder: Path) -> "LinearProbe":
@@ -160,7 +151,7 @@ class LinearProbe:
         for split in ("test",) if self.augmented else SPLITS:
             self._features(features, split)
 
-    def measure(self, features: SplitFeatures) -> LinearFigures:
+    def measure(self, features: SplitFeatures) -> Found:
         """Raises InputError where the folder holds another probe's state."""
         started = time.perf_counter()
         if self.classifier == "sgd":
@@ -207,11 +198,10 @@ class LinearProbe:
             )
         figures["train_images"] = len(used) - len(bad)
         figures["seconds"] = round(time.perf_counter() - started, 1)
-        return LinearFigures(figures)
+        return Found(figures)
 
     def _features(self, features: SplitFeatures, split: str) -> Features:
-        found = features.of(split, self.blocks, self.avgpool_patchtokens)
-        return found.coarse() if self.coarse else found
+        return features.of(split, self.blocks, self.avgpool_patchtokens)
 
     def _held_out(self, labels: Tensor, used: Tensor) -> Tensor:
         """Indices of the used training images on which settings are compared."""
@@ -268,13 +258,65 @@ class LinearProbe:
             "training images": str(len(used)),
             "training data": data.fingerprint,
         }
-        _resume(probe, data, settings, self.folder / STATE)
+        self._resume(probe, data, settings)
         distributed.agree(
             {"the epoch to go on from": probe.epoch}, "put --output_dir where all of them see it"
         )
         sampler = EpochSampler(used.tolist(), batch, world, self.seed, probe.epoch, recipe.epochs)
-        _train(probe, data, sampler, test, settings, self.folder, reading.max_bad)
+        batches = data.batches(sampler, probe.width)
+        while probe.epoch < recipe.epochs:
+            loss = probe.train_epoch(batches, sampler.batches_per_epoch).item()
+            bad = _all_bad(data)
+            check_bad(bad, len(data.labels), reading.max_bad)
+            if not math.isfinite(loss) and not recipe.has_twins:
+                raise InputError(
+                    f"the probe's loss is {loss} at epoch {probe.epoch}: lower its learning rate, "
+                    f"--lr."
+                )
+            if probe.epoch % recipe.val_freq == 0 or probe.epoch == recipe.epochs:
+                top1, top5 = probe.accuracy(test.values, test.labels)
+                heads = len(recipe.lrs)  # without their twins
+                line = {"epoch": probe.epoch, "loss": loss if math.isfinite(loss) else None}
+                probe.history.append({**line, "top1": top1[:heads], "top5": top5[:heads]})
+                state = {"probe": settings, "bad": [asdict(i) for i in bad], **probe.state()}
+                distributed.on_main(lambda state=state: self._save(state))
+                shown = "  ".join(f"{score:.2f}" for score in top1[:heads])
+                logger.info(
+                    f"epoch {probe.epoch}/{recipe.epochs}  loss {loss:.4f}  top-1 {shown} %"
+                )
+        return self._chosen(probe, data, held_out)
 
+    def _save(self, state: dict) -> None:
+        checkpoint.save(state, self.folder / STATE)
+        lines = (f"{json.dumps(line)}\n" for line in state["history"])
+        write_text(self.folder / LOG, "".join(lines), "log")
+
+    def _resume(
+        self, probe: linear.Probe, data: AugmentedImages | CachedFeatures, settings: dict[str, str]
+    ) -> None:
+        """Go on from the state in the folder, if there is one and it is of this probe."""
+        path = self.folder / STATE
+        if not path.exists():
+            return
+        state = checkpoint.load_file(path)
+        stored = state.get("probe") if isinstance(state, dict) else None
+        if not isinstance(stored, dict):
+            raise InputError(f"{path} is not a linear probe: choose another --output_dir.")
+        different = [name for name in settings if stored.get(name) != settings[name]]
+        if different:
+            raise InputError(
+                f"{path.parent} holds a probe of other settings ({', '.join(different)} differ): "
+                f"choose another --output_dir, or remove {path} to start anew there."
+            )
+        probe.load_state(state)
+        data.bad.update(BadImage(**image) for image in state["bad"])
+        logger.info(f"going on with the probe in {path} at epoch {probe.epoch}")
+
+    def _chosen(
+        self, probe: linear.Probe, data: AugmentedImages | CachedFeatures, held_out: Tensor
+    ) -> dict:
+        """The figures of the trained head, of several those of the best twin's."""
+        recipe = probe.recipe
         heads = [{"base_lr": lr} for lr in recipe.lrs]
         for index, head in enumerate(heads):
             best = max(probe.history, key=lambda line, i=index: line["top1"][i])
@@ -302,72 +344,3 @@ class LinearProbe:
 def _all_bad(data: AugmentedImages | CachedFeatures) -> set[BadImage]:
     """The unreadable images that any process has met so far."""
     return set().union(*distributed.gather_objects(data.bad))
-
-
-def _train(
-    probe: linear.Probe,
-    data: AugmentedImages | CachedFeatures,
-    sampler: EpochSampler,
-    test: Features,
-    settings: dict[str, str],
-    folder: Path,
-    max_bad: float,
-) -> None:
-    """All epochs that are left: train, test, log, keep the state."""
-    recipe = probe.recipe
-    every = max(recipe.val_freq, recipe.epochs // LINES)
-    batches = data.batches(sampler, probe.width)
-    log = None
-    if probe.world.is_main:
-        log = RunLog(folder, len(probe.history), probe.epoch, LOG_PREFIX)
-    while probe.epoch < recipe.epochs:
-        loss = probe.train_epoch(batches, sampler.batches_per_epoch).item()
-        bad = _all_bad(data)
-        check_bad(bad, len(data.labels), max_bad)
-        if not math.isfinite(loss) and not recipe.has_twins:
-            raise InputError(
-                f"the probe's loss is {loss} at epoch {probe.epoch}: lower its learning rate, --lr."
-            )
-        if probe.epoch % recipe.val_freq and probe.epoch < recipe.epochs:
-            continue
-        scores = probe.accuracy(test.values, test.labels)
-        top1, top5 = (heads[: len(recipe.lrs)] for heads in scores)
-        probe.history.append({"epoch": probe.epoch, "top1": top1, "top5": top5})
-        if log:
-            figures = {"epoch": probe.epoch, "loss": loss}
-            for lr, one, five in zip(recipe.lrs, top1, top5, strict=True):
-                suffix = f"_lr{lr:g}" if recipe.has_twins else ""
-                figures |= {f"top1{suffix}": one, f"top5{suffix}": five}
-            log.write(probe.epoch, figures)
-        state = {"probe": settings, "bad": [asdict(image) for image in bad], **probe.state()}
-        distributed.on_main(lambda state=state: checkpoint.save(state, folder / STATE))
-        if probe.epoch % every and probe.epoch < recipe.epochs:
-            continue
-        shown = "  ".join(f"{score:.2f}" for score in top1)
-        logger.info(f"epoch {probe.epoch}/{recipe.epochs}  loss {loss:.4f}  top-1 {shown} %")
-    if log:
-        log.close()
-
-
-def _resume(
-    probe: linear.Probe,
-    data: AugmentedImages | CachedFeatures,
-    settings: dict[str, str],
-    path: Path,
-) -> None:
-    """Go on from the state at `path`, if there is one and it is of this probe."""
-    if not path.exists():
-        return
-    state = checkpoint.load_file(path)
-    stored = state.get("probe") if isinstance(state, dict) else None
-    if not isinstance(stored, dict):
-        raise InputError(f"{path} is not a linear probe: choose another --output_dir.")
-    different = [name for name in settings if stored.get(name) != settings[name]]
-    if different:
-        raise InputError(
-            f"{path.parent} holds a probe of other settings ({', '.join(different)} differ): "
-            f"choose another --output_dir, or remove {path} to start anew there."
-        )
-    probe.load_state(state)
-    data.bad.update(BadImage(**image) for image in state["bad"])
-    logger.info(f"going on with the probe in {path} at epoch {probe.epoch}")

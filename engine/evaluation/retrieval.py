@@ -132,20 +132,14 @@ def sort_rows(keys: Tensor) -> Tensor:
     return keys
 
 
-def standard_split(train: int, test: int) -> tuple[Tensor, Tensor]:
-    """Gallery and queries, int64 places in train then test: all of train, all of test."""
-    return torch.arange(train), torch.arange(train, train + test)
+def divide(split: str, train: int, test: int, every: int = 9) -> tuple[Tensor, Tensor]:
+    """Gallery and queries, int64 places in train then test.
 
-
-def ratio_split(train: int, test: int, every: int = 9) -> tuple[Tensor, Tensor]:
-    """Gallery and queries, int64 places in train then test, of the released CMD code.
-
-    Every ninth test image (the first, the tenth, ...) is a query; the gallery is train, then
-    the other test images.
+    split: `standard`, all of train and all of test; or `ratio`, of the released CMD code: every
+    ninth test image (the first, the tenth, ...) is a query, and the gallery is all the others.
     """
     places = torch.arange(train + test)
-    is_query = (places >= train) & ((places - train) % every == 0)
+    is_query = places >= train
+    if split == "ratio":
+        is_query &= (places - train) % every == 0
     return places[~is_query], places[is_query]
-
-
-DIVISIONS = {"standard": standard_split, "ratio": ratio_split}

@@ -77,22 +77,14 @@ class Gallery:
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
-        self._blocks: dict[torch.dtype, Tensor] = {}
 
     def similarity(self, queries: Tensor) -> Tensor:
-        """Cosines [b, n] float32; the next call overwrites them."""
-        return self._product(queries, self.features)
+        """Cosines [b, n] float32."""
+        return queries @ self.features.T
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Cosines and places [b, k] of the k nearest, equals in the gallery's order."""
         return nearest(self.similarity(queries), k)
-
-    def _product(self, queries: Tensor, features: Tensor) -> Tensor:
-        # Memory is used again: fresh pages cost a tenth of the product's time.
-        block = self._blocks.get(queries.dtype)
-        if block is None or len(block) < len(queries):
-            block = self._blocks[queries.dtype] = queries.new_empty(len(queries), len(features))
-        return torch.mm(queries, features.T, out=block[: len(queries)])
 
 
 class RoundedGallery(Gallery):
@@ -119,7 +111,7 @@ class RoundedGallery(Gallery):
         belongs to the k nearest. Rounding keeps order, so rounded products compare alike.
         """
         rounded = queries.bfloat16()
-        product = self._product(rounded, self.rounded)
+        product = rounded @ self.rounded.T
         kth = product.topk(k, dim=1).values[:, -1].float()
         # Cauchy-Schwarz for the rounding of both factors; the last term is for the float32
         # sums of both products and of what stands here.

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from engine import build
+from engine.evaluation import attention
 from models import registry
 from models.network import HeadSpec, Network
 from models.pretrained import WeightsFile, load_strictly
@@ -21,15 +22,6 @@ from utils.seeding import derive_seed
 
 RANDOM = "random initialisation"
 NO_KEY = "none"  # of a file that holds one network alone
-# MODEL.* options that a user may type over what a checkpoint says, and the spec's names.
-_SPEC_OPTIONS = {
-    "MODEL.EMBED_DIM": "embed_dim",
-    "MODEL.DEPTHS": "depths",
-    "MODEL.NUM_HEADS": "num_heads",
-    "MODEL.WINDOW_SIZE": "window_size",
-    "MODEL.PATCH_SIZE": "patch_size",
-    "MODEL.IMG_SIZE": "img_size",
-}
 
 
 @dataclass(frozen=True)
@@ -69,13 +61,8 @@ class Source:
 
     def poolings(self) -> list[str]:
         """The values of EVAL.POOLING that this network can do."""
-        has = {
-            "default": True,
-            "mean": True,
-            "mil": self.network.pool is not None,
-            "lcr": self.network.rationale is not None,
-        }
-        return [pooling for pooling in has if has[pooling]]
+        attended = [kind for kind in attention.kinds(self.network) if kind in ("mil", "lcr")]
+        return ["default", "mean", *attended]
 
     def shape(self, pooling: str) -> dict[str, str]:
         """All but the weights that decides the features of this pooling."""
@@ -135,7 +122,10 @@ def load_source(
             f"encoder (--checkpoint_key student)"
         )
     if own and registry.identity(spec) == registry.identity(file.spec):
-        return _frozen(weights, _stored_network(own, file.key, path))
+        network = _network(**own["model"])
+        # The student's pooling and branch are in the teacher's state too.
+        load_strictly(network, own[file.key], f"{path} ({file.key})")
+        return _frozen(weights, network)
     try:
         return _frozen(weights, Network(replace(file, spec=spec).backbone()))
     except InputError as error:
@@ -147,62 +137,47 @@ def load_source(
         ) from None
 
 
-def _stored_network(state: dict, key: str, path: str | Path) -> Network:
-    """A network of a checkpoint of ours: "teacher" or "student"."""
-    described = state["model"]
-    network = Network(
-        build_backbone(BackboneSpec.from_dict(described["backbone"])),
-        HeadSpec(**described["heads"]),
-        described["region_head"],
-        # The student's pooling is in the teacher's state too.
-        described["pooling"],
-        described.get("rationale", 0),  # earlier versions had none
-    )
-    load_strictly(network, state[key], f"{path} ({key})")
-    return network
+def _network(
+    backbone: dict, heads: dict | None, region_head: bool, pooling: bool, rationale: int = 0
+) -> Network:
+    """By what a checkpoint of ours says of its networks; see build.model_description."""
+    spec = HeadSpec(**heads) if heads else None
+    built = build_backbone(BackboneSpec.from_dict(backbone))
+    return Network(built, spec, region_head, pooling, rationale)
 
 
 def random_like(source: Source, seed: int) -> Source:
     """A freshly initialised network of the same shape, from a seed: the zero of every figure."""
     network = source.network
-    drawn = _drawn(
-        BackboneSpec.from_dict(source.weights.backbone),
-        network.head_spec,
-        network.head_dense is not None,
-        network.pool is not None,
-        network.rationale.channels if network.rationale is not None else 0,
-        seed,
-    )
-    weights = replace(source.weights, path=RANDOM, sha256=f"seed {seed}", key=NO_KEY, epoch=0)
-    return _frozen(weights, drawn)
+    described = {
+        "backbone": source.weights.backbone,
+        "heads": asdict(network.head_spec) if network.head_spec else None,
+        "region_head": network.head_dense is not None,
+        "pooling": network.pool is not None,
+        "rationale": network.rationale.channels if network.rationale is not None else 0,
+    }
+    return _random(described, source.weights, seed)
 
 
 def random_from_options(cfg: Node, seed: int) -> Source:
     """A freshly initialised network of the shape that a run of these options has."""
-    goal, spec = build.objective(cfg), build.backbone_spec(cfg)
-    channels = cfg.LCR.CHANNELS if goal.needs_rationale else 0
-    drawn = _drawn(
-        spec, build.head_spec(cfg), goal.needs_region_head, goal.needs_pooling, channels, seed
+    described = build.model_description(cfg)
+    weights = Weights(
+        RANDOM, "", NO_KEY, cfg.MODEL.ARCH, described["backbone"], run_config=config.to_dict(cfg)
     )
-    tree = config.to_dict(cfg)
-    weights = Weights(RANDOM, f"seed {seed}", NO_KEY, spec.arch, spec.to_dict(), 0, tree)
-    return _frozen(weights, drawn)
+    return _random(described, weights, seed)
 
 
-def _drawn(
-    spec: BackboneSpec,
-    heads: HeadSpec | None,
-    region_head: bool,
-    pooling: bool,
-    rationale: int,
-    seed: int,
-) -> Network:
+def _random(described: dict, weights: Weights, seed: int) -> Source:
     """A network initialised as a run with SEED `seed` would, but for the prototypes."""
+    if described["heads"]:
+        # Prototypes have no part in a feature: the fewest.
+        described = described | {"heads": described["heads"] | {"out_dim": 2}}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, seeding.INITIALISATION))
-        # Prototypes have no part in a feature: the fewest.
-        heads = heads and replace(heads, out_dim=2)
-        return Network(build_backbone(spec), heads, region_head, pooling, rationale)
+        network = _network(**described)
+    weights = replace(weights, path=RANDOM, sha256=f"seed {seed}", key=NO_KEY, epoch=0)
+    return _frozen(weights, network)
 
 
 def _frozen(weights: Weights, network: Network) -> Source:
@@ -227,9 +202,8 @@ def _chosen_spec(known: BackboneSpec, cfg: Node, typed: Collection[str]) -> Back
         resolve(wanted)
         same_family = ARCHITECTURES[wanted.arch]["family"] == ARCHITECTURES[known.arch]["family"]
         spec = replace(known, embed_dim=0, depths=(), num_heads=()) if same_family else wanted
-        spec = replace(spec, arch=wanted.arch)
-    overrides = {name: asdict(wanted)[name] for key, name in _SPEC_OPTIONS.items() if key in typed}
-    return replace(spec, **overrides)
+    names = [field.name for field in fields(wanted) if f"MODEL.{field.name.upper()}" in typed]
+    return replace(spec, **{name: getattr(wanted, name) for name in names})
 
 
 def image_size(source: Source, size: int = 0) -> int:

@@ -53,12 +53,11 @@ def figures_and_zeros(
             continue
         features = SplitFeatures(source, splits, reading, pooling)
         for prefix, guess in guesses.items():
-            is_coarse = prefix == COARSE
-            protocols = [KNN([protocol.k], cfg.KNN.TEMPERATURE, is_coarse)]
+            labelled = replace(features, coarse=prefix == COARSE)
+            protocols = [KNN([protocol.k], cfg.KNN.TEMPERATURE)]
             if pooling == "default":
-                protocols.append(Retrieval(cfg.RETRIEVAL.SPLIT, is_coarse))
-                protocols.append(replace(probe, coarse=is_coarse))
-            knn, *others = (found.figures for found in measure(features, protocols))
+                protocols += [Retrieval(cfg.RETRIEVAL.SPLIT), probe]
+            knn, *others = (found.figures for found in measure(labelled, protocols))
             figures[f"{prefix}knn_{pooling}"] = knn["k"][str(protocol.k)]["top1"]
             zeros[f"{prefix}knn_{pooling}"] = guess["linear"]
             if others:

@@ -226,6 +226,6 @@ class Pretraining:
             "carried": self.carried.state_dict(),
             "guard": self.guard.state_dict(),
             "config": config.to_dict(self.cfg),
-            "model": build.model_description(self.cfg, self.student),
+            "model": build.model_description(self.cfg),
             "versions": {"torch": str(torch.__version__)},
         }

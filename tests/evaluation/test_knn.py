@@ -30,19 +30,19 @@ def test_top1_is_scikit_learns(block, monkeypatch):
         theirs = KNeighborsClassifier(
             k, algorithm="brute", weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)
         ).fit(unit[0], gallery_labels)
-        ours = knn.knn_accuracy(
-            *map(torch.from_numpy, (gallery, gallery_labels, queries, query_labels)), [k]
-        )
+        inputs = map(torch.from_numpy, (gallery, gallery_labels, queries))
+        ours = knn.rankings(*inputs, [k], 0.07, classes=7)[k]
         expected = 100 * (theirs.predict(unit[1]) == query_labels).mean()
-        assert ours[k][0] == pytest.approx(expected)
+        found = knn.accuracy(ours, torch.from_numpy(query_labels))
+        assert found[0] == pytest.approx(expected)
 
 
 def test_a_k_above_the_gallery_and_fewer_than_five_classes_work():
     gallery, labels = features(1, 6, classes=2)
     inputs = (torch.from_numpy(gallery), torch.from_numpy(labels))
-    accuracy = knn.knn_accuracy(*inputs, *inputs, [1, 1000])
-    assert accuracy[1] == (100, 100)
-    assert accuracy[1000] == knn.knn_accuracy(*inputs, *inputs, [6])[6]
+    ranked = knn.rankings(*inputs, inputs[0], [1, 6, 1000], 0.07, classes=2)
+    assert knn.accuracy(ranked[1], inputs[1]) == (100, 100)
+    assert torch.equal(ranked[1000], ranked[6])
 
 
 def test_equal_neighbours_come_in_gallery_order():
@@ -106,14 +106,14 @@ def test_a_small_temperature_is_the_nearest_neighbour():
     gallery, labels = features(1, 300)
     queries, _ = features(2, 40)
     gallery, queries = torch.from_numpy(gallery), torch.from_numpy(queries)
-    ranked = knn.rankings(gallery, torch.from_numpy(labels), queries, [1, 200], temperature=1e-3)
+    ranked = knn.rankings(gallery, torch.from_numpy(labels), queries, [1, 200], 1e-3, 7)
     assert torch.equal(ranked[200][:, 0], ranked[1][:, 0])
 
 
 def test_classes_without_a_vote_follow_by_index():
     gallery = torch.eye(3)
     labels = torch.tensor([4, 2, 6])
-    ranked = knn.rankings(gallery, labels, gallery[1:2], [1, 2], classes=8)
+    ranked = knn.rankings(gallery, labels, gallery[1:2], [1, 2], 0.07, classes=8)
     assert ranked[1].tolist() == [[2, 0, 1, 3, 4]]
     assert ranked[2].tolist() == [[2, 4, 0, 1, 3]]
 
@@ -155,25 +155,28 @@ def test_features_that_rounding_cannot_tell_apart_are_searched_plainly():
     assert type(searchable(gallery, leaning(2, 50), 1000, CPU)) is Gallery
 
 
+def places_found(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Each query's four nearest [m, 4]: every image is a class of its own."""
+    own = torch.arange(len(gallery))
+    return knn.rankings(gallery, own, queries, [4], 0.07, len(gallery))[4][:, :4]
+
+
 def test_copies_in_the_gallery_are_neighbours_in_its_order():
     image = leaning(1, 1)
     gallery = torch.cat([leaning(2, 300), image, leaning(3, 500), image.repeat(3, 1)])
-    values, places = knn.neighbours(gallery, 5 * image, 4)
-    assert places.tolist() == [[300, 801, 802, 803]]
-    assert torch.allclose(values, torch.ones(1, 4))
+    assert places_found(gallery, 5 * image).tolist() == [[300, 801, 802, 803]]
 
 
 def test_half_precision_features_rank_as_their_float32_values():
     gallery, queries = leaning(1, 200).half(), leaning(2, 30).half()
-    half = knn.neighbours(gallery, queries, 9)
-    assert torch.equal(half[1], knn.neighbours(gallery.float(), queries.float(), 9)[1])
-    assert half[0].dtype == torch.float32
+    half = places_found(gallery, queries)
+    assert torch.equal(half, places_found(gallery.float(), queries.float()))
 
 
 def test_the_features_given_stay_as_they_are():
     gallery, queries = leaning(1, 50), leaning(2, 5)
     before = gallery.clone(), queries.clone()
-    knn.neighbours(gallery, queries, 3)
+    places_found(gallery, queries)
     assert torch.equal(gallery, before[0])
     assert torch.equal(queries, before[1])
 
@@ -190,7 +193,7 @@ def test_the_features_given_stay_as_they_are():
 )
 def test_features_that_cannot_be_compared_are_errors(gallery, labels, queries, message):
     with pytest.raises(InputError, match=message):
-        knn.rankings(gallery, labels, queries, [1])
+        knn.rankings(gallery, labels, queries, [1], 0.07, classes=1)
 
 
 def folder(root, classes):

@@ -81,7 +81,7 @@ def stored(folder: Path, name: str, **options) -> Path:
         "step": 0,
         "epoch": 0,
         "config": config.to_dict(cfg),
-        "model": build.model_description(cfg, student),
+        "model": build.model_description(cfg),
         "student": student.state_dict(),
         "teacher": teacher.state_dict() | only,
     }
