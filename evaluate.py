@@ -54,12 +54,11 @@ def main() -> None:
         encoder = network.encoder(cfg.LINEAR.N_LAST_BLOCKS, cfg.LINEAR.AVGPOOL_PATCHTOKENS)
         encoder.widths(network.reading.size)
     # And a random initialisation for each shape of network and image size among these.
-    shapes = {
-        (repr(network.source.shape(cfg.EVAL.POOLING)), network.reading.size): network
-        for network in reversed(networks)
-    }
-    alike = [network for network in networks if network in shapes.values()]
-    networks += [with_source(network, random_like(network.source, cfg.SEED)) for network in alike]
+    shapes: dict[tuple[str, int], SplitFeatures] = {}
+    for network in networks:
+        shape = repr(network.source.shape(cfg.EVAL.POOLING))
+        shapes.setdefault((shape, network.reading.size), network)
+    networks += [with_source(own, random_like(own.source, cfg.SEED)) for own in shapes.values()]
 
     # The three protocols for each; what is done is written row by row.
     rows, behind = [], provenance(cfg, networks[0])

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from datasets import synthetic
-from datasets.folder import LabelledImages
 from datasets.multicrop import eval_transform
 from engine.evaluation import attention
 from engine.evaluation.feature_cache import Found, SplitFeatures
-from engine.evaluation.features import Reading, extract
+from engine.evaluation.features import extract
 from models.backbone import Backbone
-from models.network import Network
 from utils.errors import InputError
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels; x1, y1 exclusive
@@ -38,40 +36,20 @@ def cells_touching(boxes: Sequence[Box], grid: tuple[int, int], cell: float) -> 
     return (down[:, :, None] & across[:, None, :]).flatten(1)
 
 
-def pointing(attention: Tensor, touching: Tensor) -> float:
-    """Percent of images whose strongest patch touches the box; the first of equals.
-
-    attention [n, N] (any monotone form, such as its logarithm), touching bool [n, N].
-    """
-    strongest = attention.argmax(dim=1, keepdim=True)
-    return 100 * touching.gather(1, strongest).double().mean().item()
-
-
-def chance(touching: Tensor) -> float:
-    """Percent of cells that touch the box: what a random patch would score."""
-    return 100 * touching.double().mean().item()
-
-
-def best_fixed_cell(touching: Tensor) -> float:
-    """Percent scored by always naming the one cell that touches most often."""
-    return 100 * touching.double().mean(0).max().item()
-
-
-def mass_on_part(attention: Tensor, touching: Tensor) -> float:
-    """Percent of the attention (rows of [n, N] that sum to 1) on cells that touch the box."""
-    return 100 * (attention.double() * touching).sum(1).mean().item()
-
-
 def figures(maps: Tensor, touching: Tensor) -> dict[str, float]:
     """Pointing accuracy beside its zeros, and the attention on the part, percent.
 
-    maps [n, N], rows that sum to 1; touching bool [n, N].
+    maps [n, N], rows that sum to 1; touching bool [n, N]: the cells that touch the box. accuracy:
+    of images whose strongest cell (the first of equals) touches it. chance: what a random cell
+    would score. best_fixed_cell: what always naming the one best cell would. mass_on_part: the
+    attention on cells that touch.
     """
+    strongest, touching = maps.argmax(dim=1, keepdim=True), touching.double()
     return {
-        "accuracy": pointing(maps, touching),
-        "chance": chance(touching),
-        "best_fixed_cell": best_fixed_cell(touching),
-        "mass_on_part": mass_on_part(maps, touching),
+        "accuracy": 100 * touching.gather(1, strongest).mean().item(),
+        "chance": 100 * touching.mean().item(),
+        "best_fixed_cell": 100 * touching.mean(0).max().item(),
+        "mass_on_part": 100 * (maps.double() * touching).sum(1).mean().item(),
     }
 
 
@@ -84,39 +62,31 @@ def touching_patches(backbone: Backbone, size: int, boxes: Sequence[Box], box_si
     return cells_touching(boxes, backbone.patch_grid(size, size), cell)
 
 
-def maps_of(
-    network: Network, images: LabelledImages, kinds: Sequence[str], reading: Reading
-) -> Tensor:
-    """The maps [n, kinds, N] float32 of whole images; see attention.py.
-
-    They are seen at reading.size in float32, and all must be readable.
-    """
-
-    def look(batch: Tensor) -> Tensor:
-        return torch.stack([attention.attention_map(network, batch, k) for k in kinds], dim=1)
-
-    whole = images.through(eval_transform(reading.size, reading.size))
-    return extract(look, whole, reading.world, reading.batch, reading.workers).values
-
-
 @dataclass(frozen=True)
 class Pointing:
     """Where the network's maps look on the test images, whose parts' boxes must be known.
 
-    kinds: of attention.NAMES; () for all that the network has. The figures of each are those of
+    The images are seen whole, at reading.size in float32, and all must be readable. kinds: of
+    attention.NAMES; () for all that the network has. The figures of each are those of
     `figures`.
     """
 
     kinds: tuple[str, ...] = ()
 
     def measure(self, features: SplitFeatures) -> Found:
-        network, images = features.source.network, features.images("test")
+        network, reading = features.source.network, features.reading
+        images = features.images("test")
         boxes, box_size = part_boxes([images.root / path for path in images.paths])
         if not boxes:
             raise InputError(f"{images.root} is not of a set that knows its parts' boxes.")
         kinds = self.kinds or attention.kinds(network)
-        touching = touching_patches(network.backbone, features.reading.size, boxes, box_size)
-        found = maps_of(network, images, kinds, features.reading)
+        touching = touching_patches(network.backbone, reading.size, boxes, box_size)
+
+        def look(batch: Tensor) -> Tensor:
+            return torch.stack([attention.attention_map(network, batch, k) for k in kinds], dim=1)
+
+        whole = images.through(eval_transform(reading.size, reading.size))
+        found = extract(look, whole, reading.world, reading.batch, reading.workers).values
         return Found({kind: figures(found[:, i], touching) for i, kind in enumerate(kinds)})
 
 

@@ -42,12 +42,12 @@ def test_pointing_and_its_zeros_on_known_maps():
     attention = torch.tensor(
         [[0.1, 0.6, 0.2, 0.1], [0.2, 0.3, 0.3, 0.2], [0.0, 0.0, 0.0, 1.0], [0.7, 0.1, 0.1, 0.1]]
     )
-    assert pointing.pointing(attention, touching) == 75  # misses the second
-    assert pointing.chance(touching) == pytest.approx(100 * 5 / 16)
-    assert pointing.best_fixed_cell(touching) == 75  # the first cell
-    assert pointing.mass_on_part(attention, touching) == pytest.approx(
-        100 * (0.7 + 0.2 + 1 + 0.7) / 4
-    )
+    assert pointing.figures(attention, touching) == {
+        "accuracy": 75,  # misses the second
+        "chance": pytest.approx(100 * 5 / 16),
+        "best_fixed_cell": 75,  # the first cell
+        "mass_on_part": pytest.approx(100 * (0.7 + 0.2 + 1 + 0.7) / 4),
+    }
 
 
 def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_path):
@@ -134,8 +134,9 @@ def test_boxes_reach_the_report(environment, tmp_path, pretrain):
     touching = pointing.cells_touching(
         [box for path, box in boxes.items() if path.startswith("val/")], (8, 8), 8
     )
-    assert figures["chance"] == pytest.approx(pointing.chance(touching))
-    assert figures["best_fixed_cell"] == pytest.approx(pointing.best_fixed_cell(touching))
+    share = touching.double()
+    assert figures["chance"] == pytest.approx(100 * share.mean().item())
+    assert figures["best_fixed_cell"] == pytest.approx(100 * share.mean(0).max().item())
 
 
 def test_a_report_of_lcr_shows_the_branchs_map_and_its_pointing(environment, tmp_path, pretrain):
@@ -159,9 +160,9 @@ def test_a_report_of_lcr_shows_the_branchs_map_and_its_pointing(environment, tmp
     for branch in (teacher.rationale, build.networks(cfg_of(folder))[0].eval().rationale):
         with torch.no_grad():
             predicted = branch(teacher.backbone(images)[1])
-        accuracies.append(pointing.pointing(predicted, touching))
+        accuracies.append(pointing.figures(predicted, touching)["accuracy"])
     assert [figures["accuracy"], figures["untrained_branch"]] == pytest.approx(accuracies)
-    assert figures["chance"] == pytest.approx(pointing.chance(touching))
+    assert figures["chance"] == pytest.approx(100 * touching.double().mean().item())
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 2
 
 
