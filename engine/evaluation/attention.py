@@ -48,7 +48,7 @@ def attention_map(network: Network, images: Tensor, kind: str) -> Tensor:
     if kind not in kinds(network):
         raise ValueError(f"the network has no map '{kind}'; it has: {', '.join(kinds(network))}")
     if kind == "self":
-        maps = head_maps(network, images).mean(dim=1)
+        maps = network.backbone.class_attention(images).mean(dim=1)
         return maps / maps.sum(dim=1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
     image_feature, patch_features = network.backbone(images)
     if kind == "similarity":
@@ -61,18 +61,6 @@ def over_patches(network: Network, patch_features: Tensor, kind: str) -> Tensor:
     if kind == "mil":
         return network.pool(network.head_dense(patch_features)).exp()
     return rationale_weights(network.rationale(patch_features))
-
-
-@torch.no_grad()
-def head_maps(network: Network, images: Tensor) -> Tensor:
-    """[CLS]-to-patch self-attention of each head of a ViT's last block: [B, heads, N] float32.
-
-    As the block uses it: what a row lacks to 1, [CLS] gives to itself. Raises ValueError for
-    other networks than ViTs.
-    """
-    if not isinstance(network.backbone, ViT):
-        raise ValueError("only a ViT has self-attention from a [CLS] token to the patches")
-    return network.backbone.class_attention(images)
 
 
 def similarity(image_feature: Tensor, patch_features: Tensor) -> Tensor:

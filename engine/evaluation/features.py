@@ -27,7 +27,7 @@ NEEDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoder:
     """Images [B, 3, S, S] -> features [B, D], float32, by a frozen network.
 
@@ -50,11 +50,10 @@ class Encoder:
                 f"EVAL.POOLING {NEEDS[self.pooling]} of this project have; "
                 f"{self.source.weights.path} has none. Use default or mean."
             )
-        is_vit = isinstance(self.source.network.backbone, ViT)
-        is_default = self.pooling == "default"
-        object.__setattr__(self, "blocks", self.blocks if is_default else 1)
-        averages = self.avgpool_patchtokens and is_default and is_vit
-        object.__setattr__(self, "avgpool_patchtokens", averages)
+        if self.pooling != "default":
+            self.blocks, self.avgpool_patchtokens = 1, False
+        if not isinstance(self.source.network.backbone, ViT):
+            self.avgpool_patchtokens = False
 
     @torch.no_grad()
     def parts(self, images: Tensor) -> tuple[Tensor, ...]:

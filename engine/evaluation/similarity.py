@@ -144,7 +144,7 @@ class RoundedGallery(Gallery):
 
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 faster than float32."""
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 def searchable(gallery: Tensor, queries: Tensor, k: int, device: torch.device) -> Gallery:

@@ -61,7 +61,7 @@ def maps_of_views(network: Network, views: Sequence[PlacedView], kind: str) -> l
 
 def heads_of_views(network: Network, views: Sequence[PlacedView]) -> list[list[PatchMap]]:
     """The map of each head of a ViT's last block, of each view: maps[view][head]."""
-    values = in_batches(partial(attention.head_maps, network), network, views)
+    values = in_batches(network.backbone.class_attention, network, views)
     of_heads = [_patch_maps(network, views, head) for head in values.unbind(dim=1)]
     return [list(of_view) for of_view in zip(*of_heads, strict=True)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine import build
-from engine.evaluation.attention import attention_map, head_maps, kinds
+from engine.evaluation.attention import attention_map, kinds
 from models.mil import GatedAttentionPool
 from models.network import Network
 from tests.runs import RESNET, SWIN, small_config
@@ -72,7 +72,7 @@ def test_heads_are_softmax_of_the_last_blocks_queries_and_keys():
             key = qkv[image, :, width + head * channels : width + (head + 1) * channels]
             whole = (query @ key.T / channels**0.5).softmax(dim=1)
             expected[image, head] = whole[0, 1:]
-    found = head_maps(network, images)
+    found = network.backbone.class_attention(images).detach()
     torch.testing.assert_close(found, expected)
     assert (found.sum(dim=-1) < 1).all()  # [CLS] keeps some
     mean = expected.mean(dim=1)
@@ -94,16 +94,11 @@ def test_heads_are_the_weights_that_the_forward_uses():
         network.backbone(images)
     for handle in handles:
         handle.remove()
-    patches = head_maps(network, images)
+    patches = network.backbone.class_attention(images)
     weights = torch.cat([1 - patches.sum(-1, keepdim=True), patches], dim=-1)
     values = seen["qkv"].unflatten(-1, (3, 3, 16))[:, :, 2]  # [B, 65, heads, 16]
     mixed = torch.einsum("bhn,bnhc->bhc", weights, values).flatten(1)
     torch.testing.assert_close(attention.proj(mixed), seen["out"][:, 0], rtol=1e-4, atol=1e-4)
-
-
-def test_only_a_vit_has_heads():
-    with pytest.raises(ValueError, match="only a ViT"):
-        head_maps(network_of(SWIN), some_images())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
