@@ -250,7 +250,10 @@ def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | N
     def first_intact(*candidates: str) -> list[tuple[Path, dict]]:
         for path in (folder / name for name in candidates if name in names):
             try:
-                return [(path, load_own(path, _OF_A_RUN))]
+                state = load_own(path, _OF_A_RUN)
+                if type(state["step"]) is not int:
+                    raise NotIntact(path, "is not a checkpoint of this project")
+                return [(path, state)]
             except NotIntact as error:
                 refused.append((path, error.reason))
         return []

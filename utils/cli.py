@@ -163,14 +163,13 @@ def parse(
 
     Raises InputError for an unknown flag, key, value, or a contradiction between flags.
     """
-    parser = _parser(description, face)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     switches = [flag for flag, how in face.extra.items() if how.get("action") == "store_true"]
     arguments, pairs = split_pairs(arguments, switches)
-    known, rest = parser.parse_known_args(arguments)
+    known, rest = _parser(description, face).parse_known_args(arguments)
     words = vars(known)
     if rest:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags = ["--cfg", *face.flags, *face.yes_no, *face.extra, *face.no_meaning]
         near = difflib.get_close_matches(rest[0], flags, n=1)
         hint = f" Did you mean {near[0]}?" if near else " See --help."
         raise InputError(f"unknown argument '{rest[0]}'.{hint}")

@@ -409,6 +409,13 @@ def test_a_kept_one_newer_than_the_previous_is_preferred(folder, whole):
     assert [file.name for file, _ in refused] == [LAST]
 
 
+def test_one_whose_step_is_no_number_is_passed_over(folder, whole):
+    checkpoint.save(whole | {"step": "many"}, folder / LAST)
+    path, _, [(refused, reason)] = checkpoint.newest_intact(folder)
+    assert (path.name, refused.name) == (PREVIOUS, LAST)
+    assert reason == "is not a checkpoint of this project"
+
+
 def test_kept_ones_go_by_their_number(whole, tmp_path):
     for number in (9, 10000, 200):
         checkpoint.save(at_step(whole, number), tmp_path / f"checkpoint{number:04d}.pth")
