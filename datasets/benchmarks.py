@@ -146,7 +146,6 @@ class Benchmark:
 
 
 def _absolute(root: str | Path) -> Path:
-    """The name of the folder that "." stands for can matter."""
     return Path(os.path.abspath(Path(root).expanduser()))
 
 

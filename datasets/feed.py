@@ -1,7 +1,7 @@
 """How images become crops: made by the loader's processes, or on the device of a whole batch.
 
 There are three feeds. Each has a data set for the loader to read, by keys (epoch, image), and
-`crop`, which turns what the loader brings into crops on the device. `build_feed` chooses one.
+`crop`, which turns what the loader brings into crops on the device; engine/build.py chooses one.
 """
 
 from abc import ABC, abstractmethod
@@ -23,9 +23,9 @@ from datasets.loader import (
 )
 from datasets.multicrop import Augmentation, MultiCrop
 from datasets.shards import ImageShards, ShardOrder
-from datasets.substitutes import FullBatches, full
+from datasets.substitutes import FullBatches
 from utils.distributed import World
-from utils.logging import logger
+from utils.errors import InputError
 from utils.signals import held
 
 
@@ -47,11 +47,15 @@ class Feed(ABC):
         """The V crops, float32 [B, 3, S, S], on the device; `batch.data` is not None."""
 
     def crop(self, batch: Batch) -> Batch:
-        """The loader's batch with its crops as `data`.
-
-        Raises InputError where no images were found to fill the batch (see `full`).
-        """
-        return batch._replace(data=self.crops(full(batch)))
+        """The loader's batch with its crops as `data`; InputError where it could not be filled."""
+        if batch.data is None:
+            raise InputError(
+                f"a batch cannot be filled: {len(batch.bad)} images in a row cannot be read, or "
+                f"all that can are in it already; for instance, {batch.bad[0]}, or lower "
+                "TRAIN.BATCH_SIZE_PER_GPU.",
+                everywhere=False,
+            )
+        return batch._replace(data=self.crops(batch))
 
     def batches(self, sampler: StepSampler, workers: int) -> Iterator[Batch]:
         """Starts `workers` loader processes; crops on the device for each list of keys.
@@ -125,34 +129,6 @@ class KeptImages(Feed):
 
     def crops(self, batch: Batch) -> list[Tensor]:
         return self._multicrop(self._kept.batch(batch.indices.tolist()), batch.data)
-
-
-def build_feed(
-    images: StoredImages,
-    augmentation: Augmentation,
-    seed: int,
-    world: World,
-    crops_on_device: bool = False,
-    cache: str = "none",
-    shorter_side: int = 0,
-    workers: int = 0,
-) -> Feed:
-    """The feed that DATA.CROPS and DATA.CACHE (none | ram | device) ask for.
-
-    Images that are kept are decoded here, by `workers` loader processes for each process of the
-    run; all processes together. Raises InputError, on all of them, where that cannot be.
-    """
-    if not crops_on_device:
-        return WorkerCrops(images, augmentation, seed, world)
-    if 0 < shorter_side < augmentation.global_crops_size:
-        logger.warning(
-            f"DATA.CACHE_SIZE {shorter_side} is below AUG.GLOBAL_CROPS_SIZE "
-            f"{augmentation.global_crops_size}: crops are enlarged from images with less detail"
-        )
-    if cache == "none":
-        return DeviceCrops(images, augmentation, seed, world, shorter_side)
-    kept = DecodedImages(images, shorter_side, world, workers, on_device=cache == "device")
-    return KeptImages(images, augmentation, seed, world, shorter_side, kept)
 
 
 def _cropped(world: World, shorter_side: int) -> str:

@@ -1,6 +1,5 @@
 """The registry of data sets."""
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,9 +150,5 @@ def prepare(name: str, root: str | Path, fetch: bool = False) -> None:
 
 def _registered(name: str) -> Benchmark | type[ImageFolder] | type[ImageShards]:
     if name not in DATASETS:
-        known = ", ".join(sorted(DATASETS))
-        nearest = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"there is no data set '{name}': use one of {known} (the nearest is '{nearest}')"
-        )
+        raise InputError(f"there is no data set '{name}': use one of {', '.join(sorted(DATASETS))}")
     return DATASETS[name]

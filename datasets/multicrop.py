@@ -9,7 +9,6 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from utils.errors import InputError
 from utils.seeding import AUGMENTATION, derive_seed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -109,8 +108,6 @@ class Augmentation:
     Scales are shares of the image's area. `color_jitter` is (brightness, contrast,
     saturation, hue). `blur_prob` is for (first global, second global, local) crops;
     `solarise_prob` for the second global crop only.
-
-    Raises `InputError` if the two local sequences differ in length or hold impossible values.
     """
 
     global_crops_size: int = 224
@@ -124,9 +121,6 @@ class Augmentation:
     flip_prob: float = 0.5
     solarise_prob: float = 0.2
     blur_prob: Sequence[float] = (1.0, 0.1, 0.5)
-
-    def __post_init__(self) -> None:
-        _check_local_crops(self.local_crops_number, self.local_crops_size)
 
     @property
     def views(self) -> list[View]:
@@ -181,16 +175,3 @@ class MultiCrop:
         """
         with torch.random.fork_rng(devices=[]):
             return [_seeded(crop, image, derive_seed(seed, *place)) for place, crop in self._crops]
-
-
-def _check_local_crops(numbers: Sequence[int], sizes: Sequence[int]) -> None:
-    if len(numbers) != len(sizes):
-        raise InputError(
-            f"local_crops_number {tuple(numbers)} and local_crops_size {tuple(sizes)} differ in "
-            "length: give one number for each size"
-        )
-    if any(number < 0 for number in numbers) or any(size < 1 for size in sizes):
-        raise InputError(
-            f"local_crops_number {tuple(numbers)} and local_crops_size {tuple(sizes)} must be at "
-            "least 0 and at least 1: correct the wrong entry"
-        )

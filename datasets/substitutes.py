@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Dataset
 
-from datasets.loader import BadImage, Batch, Key, KeyedDataset
-from utils.errors import InputError
+from datasets.loader import BadImage, Key, KeyedDataset
 from utils.seeding import SUBSTITUTES, derive_seed
 
 TRIES = 100  # images that are read in search of one that can be
@@ -33,7 +32,7 @@ class FullBatches(Dataset):
     that it replaces. So a batch is a function of its keys and of which images can be read.
 
     A loader calls __getitems__(keys) for a whole batch. It gives the batch's samples, then every
-    `BadImage` that was met; these alone where an image had no substitute (see `full`).
+    `BadImage` that was met; these alone where an image had no substitute.
     """
 
     def __init__(self, dataset: KeyedDataset) -> None:
@@ -70,15 +69,3 @@ class FullBatches(Dataset):
                 return sample
             bad[sample] = None
         return None
-
-
-def full(batch: Batch) -> Batch:
-    """The batch of a `FullBatches`; raises InputError where it has none for lack of substitutes."""
-    if batch.data is None:
-        raise InputError(
-            f"a batch cannot be filled: {len(batch.bad)} images in a row cannot be read, or all "
-            f"that can are in it already; for instance, {batch.bad[0]}, or lower "
-            "TRAIN.BATCH_SIZE_PER_GPU.",
-            everywhere=False,
-        )
-    return batch

@@ -68,15 +68,9 @@ def write_folder(
     }
     if _holds(folder, header):
         return False
-    try:
-        with replacing(folder, "synthetic set") as unfinished:
-            unfinished.mkdir(parents=True)
-            _write_images(config, header, unfinished)
-    except InputError:
-        # Another process may have been faster with the same set.
-        if _holds(folder, header):
-            return False
-        raise
+    with replacing(folder, "synthetic set") as unfinished:
+        unfinished.mkdir(parents=True)
+        _write_images(config, header, unfinished)
     return True
 
 
@@ -89,7 +83,7 @@ def _holds(folder: Path, header: dict) -> bool:
             f"{folder} already exists and is not a synthetic set (it has no {PARTS_FILE}); "
             "choose another folder."
         )
-    found = _read_json(folder)
+    found = _read(folder)
     here, wanted = ({**content, **content["config"]} for content in (found, header))
     differing = [name for name in wanted if name != "config" and here.get(name) != wanted[name]]
     if differing:
@@ -136,14 +130,7 @@ def read_parts(folder: str | os.PathLike) -> dict[str, Box]:
     Raises:
         InputError: the folder has no `parts.json`, or one that cannot be read.
     """
-    images = _read_json(Path(folder))["images"]
-    try:
-        return {path: _as_box(entry["box"]) for path, entry in images.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{Path(folder) / PARTS_FILE} holds an entry without a box of four numbers; "
-            "write the set again."
-        ) from error
+    return {path: entry["box"] for path, entry in _read(Path(folder))["images"].items()}
 
 
 def read_size(folder: str | os.PathLike) -> int:
@@ -152,30 +139,23 @@ def read_size(folder: str | os.PathLike) -> int:
     Raises:
         InputError: the folder has no `parts.json`, or one that cannot be read.
     """
-    return _read_json(Path(folder))["config"]["size"]
+    return _read(Path(folder))["config"]["size"]
 
 
-def _as_box(values: list[int]) -> Box:
-    x0, y0, x1, y1 = map(int, values)
-    return x0, y0, x1, y1
-
-
-def _read_json(folder: Path) -> dict:
+def _read(folder: Path) -> dict:
+    """What parts.json holds, with the boxes as tuples."""
     path = folder / PARTS_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        content["config"]["size"] = int(content["config"]["size"])
+        for entry in content["images"].values():
+            x0, y0, x1, y1 = map(int, entry["box"])
+            entry["box"] = (x0, y0, x1, y1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise InputError(
-            f"{path} cannot be read ({error.strerror}); "
-            "give a folder written by datasets.synthetic."
+            f"{path} cannot be read ({reason}); give a folder written by datasets.synthetic."
         ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON; write the set again.") from error
-    parts = (content.get("images"), content.get("config")) if isinstance(content, dict) else ()
-    if not parts or not all(isinstance(part, dict) for part in parts):
-        raise InputError(f"{path} does not list a set's images and settings; write the set again.")
-    if not isinstance(content["config"].get("size"), int):
-        raise InputError(f"{path} does not give the images' size; write the set again.")
     return content
 
 

@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 import torch
 
-from datasets.feed import Feed, build_feed
+from datasets.cache import DecodedImages
+from datasets.feed import DeviceCrops, Feed, KeptImages, WorkerCrops
 from datasets.folder import StoredImages
 from datasets.loader import usable_workers
 from datasets.multicrop import Augmentation
@@ -18,6 +19,7 @@ from utils import seeding
 from utils.config import Node, crops_on_device, eval_size, local_crops
 from utils.distributed import World
 from utils.errors import InputError
+from utils.logging import logger
 from utils.options import CONTRASTIVE
 from utils.seeding import derive_seed
 
@@ -94,17 +96,24 @@ def augmentation(cfg: Node) -> Augmentation:
 
 
 def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
-    """DATA.CACHE, DATA.CROPS and AUG.* as the way of the images to crops; see `build_feed`."""
-    return build_feed(
-        images,
-        augmentation(cfg),
-        cfg.SEED,
-        world,
-        crops_on_device(cfg),
-        cfg.DATA.CACHE,
-        cfg.DATA.CACHE_SIZE,
-        usable_workers(cfg.DATA.WORKERS),
-    )
+    """DATA.CACHE, DATA.CROPS and AUG.* as the way of the images to crops.
+
+    Images that are kept are decoded here; all processes together. Raises InputError, on all of
+    them, where that cannot be.
+    """
+    data, common = cfg.DATA, (images, augmentation(cfg), cfg.SEED, world)
+    if not crops_on_device(cfg):
+        return WorkerCrops(*common)
+    if 0 < data.CACHE_SIZE < cfg.AUG.GLOBAL_CROPS_SIZE:
+        logger.warning(
+            f"DATA.CACHE_SIZE {data.CACHE_SIZE} is below AUG.GLOBAL_CROPS_SIZE "
+            f"{cfg.AUG.GLOBAL_CROPS_SIZE}: crops are enlarged from images with less detail"
+        )
+    if data.CACHE == "none":
+        return DeviceCrops(*common, data.CACHE_SIZE)
+    workers, on_device = usable_workers(data.WORKERS), data.CACHE == "device"
+    kept = DecodedImages(images, data.CACHE_SIZE, world, workers, on_device)
+    return KeptImages(*common, data.CACHE_SIZE, kept)
 
 
 def networks(cfg: Node) -> tuple[Network, Network]:

@@ -207,7 +207,7 @@ def test_unreadable_image_tells_path_and_reason(tmp_path):
 
 def test_registry(tmp_path):
     assert build_dataset("folder", save(tmp_path, "a/x.png")).classes == ["a"]
-    with pytest.raises(InputError, match=r"no data set 'foldr': use one of .*folder.*'folder'"):
+    with pytest.raises(InputError, match=r"no data set 'foldr': use one of .*folder"):
         build_dataset("foldr", tmp_path)
 
 
@@ -227,12 +227,6 @@ def test_shapes_and_order_for_several_local_sizes():
 def test_no_local_crops(number, size):
     crops = Augmentation(32, local_crops_number=number, local_crops_size=size)
     assert [v.shape[-1] for v in MultiCrop(crops)(noise(), 0)] == crops.sizes == [32, 32]
-
-
-@pytest.mark.parametrize(("number", "size"), [((8,), (96, 64)), ((-1,), (96,)), ((2,), (0,))])
-def test_impossible_local_crops_are_refused(number, size):
-    with pytest.raises(InputError, match=r"local_crops_number .* local_crops_size .*: (give|corr)"):
-        Augmentation(local_crops_number=number, local_crops_size=size)
 
 
 def test_number_of_local_crops_leaves_the_other_crops_alone():

@@ -265,15 +265,6 @@ def test_bad_setting_is_refused_by_name(field, value):
         SyntheticConfig(**{field: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("seed", (-1, 0, 0)), ("index", (0, 2**32, 0)), ("label", (0, 0, 10)), ("label", (0, 0, -1))],
-)
-def test_render_refuses_arguments_out_of_range(name, arguments):
-    with pytest.raises(InputError, match=f"{name} is"):
-        render(EASY, *arguments)
-
-
 def test_difficulty_grows():
     easy, medium, hard = (DIFFICULTIES[name] for name in ("easy", "medium", "hard"))
     assert easy.part_area > medium.part_area > hard.part_area
@@ -414,18 +405,20 @@ def test_killed_run_leaves_no_folder_behind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        (None, "cannot be read"),
-        ("{", "not valid JSON"),
-        ("[]", "does not list"),
-        ('{"config": {"size": 64}, "images": {"a.png": {"box": [1]}}}', "without a box"),
+        None,
+        "{",
+        "[]",
+        '{"config": {"size": 64}}',
+        '{"config": {}, "images": {}}',
+        '{"config": {"size": 64}, "images": {"a.png": {"box": [1]}}}',
     ],
 )
-def test_unreadable_parts_are_reported(tmp_path, text, message):
+def test_unreadable_parts_are_reported(tmp_path, text):
     if text is not None:
         (tmp_path / "parts.json").write_text(text)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"parts.json cannot be read \(.*give a folder written"):
         read_parts(tmp_path)
 
 

@@ -20,7 +20,7 @@ from datasets.folder import BadImage, ImageFolder, StoredImages, UnreadableImage
 from datasets.loader import AugmentedDataset, Batch, KeyedDataset, StepSampler, build_loader
 from datasets.multicrop import Augmentation, MultiCrop, sample_seed
 from datasets.shards import ImageShards
-from datasets.substitutes import TRIES, FullBatches, candidates, full
+from datasets.substitutes import TRIES, FullBatches, candidates
 from engine import build
 from engine.training.bad_images import LIST, BadImages
 from tests.conftest import ROOT, save_images
@@ -447,11 +447,6 @@ def test_a_batch_that_cannot_be_filled_is_refused_in_the_main_process(length, go
         assert batch.bad == samples
         with pytest.raises(InputError, match=r"a batch cannot be filled.* image 4 cannot be read"):
             WorkerCrops(sets[0], Augmentation(), 0, ALONE).crop(batch)
-
-
-def test_a_full_batch_passes_by():
-    batch = Batch([torch.zeros(1)], torch.tensor([0]), [])
-    assert full(batch) is batch
 
 
 def test_a_broken_member_of_a_shard_is_replaced(sets, tmp_path):

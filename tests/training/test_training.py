@@ -167,6 +167,7 @@ def test_prototypes_stand_still_in_the_frozen_epoch_and_move_after_it(trained):
         ("MODEL.DEPTHS [1.5]", "MODEL.DEPTHS"),
         ("AUG.LOCAL_CROPS_SIZE [20]", "AUG.LOCAL_CROPS_SIZE 20 is not a multiple of 8"),
         ("AUG.LOCAL_CROPS_SIZE [0]", "AUG.LOCAL_CROPS_SIZE"),
+        ("AUG.LOCAL_CROPS_SIZE [16,24]", "must be equally long: one number for each size"),
         ("AUG.COLOR_JITTER [0.4,0.4,0.2,0.6]", "AUG.COLOR_JITTER"),
         ("SEED -1", "SEED"),
         ("TRAIN.PRECISION fp16", "fp16 needs a GPU"),
