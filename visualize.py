@@ -188,7 +188,10 @@ def tables(results: dict) -> list[str]:
             "best_fixed_cell": "the best fixed patch would",
             "mass_on_part": "share of the map on the part",
         }
-        rows = [[row[name] for name in columns] for row in results["pointing"]]
+        rows = [
+            [attention.NAMES[row[name]] if name == "map" else row[name] for name in columns]
+            for row in results["pointing"]
+        ]
         parts.append(page.table(rows, columns.values()))
     parts.append(page.heading("Matches of patches between two views, percent of patches"))
     rows = [list(row.values()) for row in results["correspondence"] if row["patches"]]

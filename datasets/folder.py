@@ -119,6 +119,8 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image turned by its EXIF orientation; as it is stored where that cannot be read."""
     image.load()  # damaged pixels are found here; below, damaged EXIF data are forgiven
     try:
+        image.getexif()  # read before the raw bytes go, which PIL would write anew, damage and all
+        image.info.pop("exif", None)
         return ImageOps.exif_transpose(image)
     except Exception:
         return image.copy()

@@ -299,11 +299,14 @@ class _Results(Dataset):
 
 
 def for_each(function: Callable[[Any], Any], indices: Sequence, workers: int, what: str) -> list:
-    """function(i) for the indices in order, by loader workers, with progress: `what` is done."""
+    """function(i) for the indices in order, by loader workers, with progress: `what` is done.
+
+    A worker is started for every _INDICES_AT_ONCE indices at most.
+    """
     loader = DataLoader(
         _Results(function),
         batch_sampler=BatchSampler(indices, _INDICES_AT_ONCE, drop_last=False),
-        num_workers=workers,
+        num_workers=min(workers, len(indices) // _INDICES_AT_ONCE),
         collate_fn=list,
         generator=torch.Generator(),  # the global one is left alone
     )

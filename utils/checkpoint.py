@@ -197,8 +197,11 @@ def metadata(path: str | Path) -> dict[str, str]:
 
 def sha256(path: str | Path) -> str:
     """The hash of a file's bytes, by which figures name the weights behind them."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_own(checkpoint: Any) -> bool:

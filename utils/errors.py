@@ -59,7 +59,9 @@ def run_script(main: Callable[[], None], if_interrupted: str = "nothing was chan
         main()
     except InputError as error:
         _record(error.with_traceback(None))
-        _leave(2, f"error: {error}", everywhere=error.everywhere)
+        # A launcher reports the sentence of a process that fails alone; without one each says it.
+        everywhere = error.everywhere and "TORCHELASTIC_ERROR_FILE" in os.environ
+        _leave(2, f"error: {error}", everywhere)
     except Preempted as stopped:
         kind = "preempted" if stopped.code == EXIT_PREEMPTED else "error"
         _leave(stopped.code, f"{kind}: {stopped}", everywhere=True)

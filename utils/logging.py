@@ -127,7 +127,7 @@ class RunLog:
 
 def _append(path: Path, text: str) -> None:
     """Add to a file's end, or raise OSError and leave the file as it was."""
-    end = path.stat().st_size
+    end = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)

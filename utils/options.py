@@ -22,6 +22,8 @@ ALL = (PRETRAIN, *EVALUATIONS)
 
 # Objectives that contrast a pair of crops; the others distil.
 CONTRASTIVE = ("moco_v2", "lcr")
+# Options of earlier versions that are constants now: a run with another value cannot go on.
+CONSTANTS = {"MOCO.TEMPERATURE": 0.2, "LCR.TEMPERATURE": 0.4, "AUG.COLOR_JITTER_PROB": 0.8}
 # Forms of L_T that compare the images of a batch.
 COMPARING = ("residual", "diverse", "contrast")
 

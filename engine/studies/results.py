@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets.benchmarks import Splits
 from engine.evaluation.provenance import SPLITS
-from engine.studies.spec import Study
+from engine.studies.spec import NOT_READ, Study
 from engine.studies.zeros import random_rows
 from utils import config
 from utils.config import Node
@@ -103,7 +103,7 @@ def misfit(stored: dict, wanted: dict, where: Path, weights_only: bool = False) 
         was, now = (config.from_dict(tree.get("options"), str(where)) for tree in (stored, wanted))
         differences += [
             f"{name} (was {config.get(was, name)}, now {config.get(now, name)})"
-            for name in config.differing(was, now, decisive)
+            for name in config.differing(was, now, set(decisive) - set(NOT_READ))
         ]
     return "; ".join(differences)
 

@@ -29,6 +29,9 @@ from utils.errors import InputError
 from utils.options import OPTIONS
 
 ROOT = Path(__file__).parents[2]
+# Options that decide figures elsewhere: a study says poolings and seeds itself, and its probe is a
+# logistic regression, which knows no batch.
+NOT_READ = ("EVAL.BATCH_SIZE_PER_GPU", "EVAL.POOLING", "EVAL.SEEDS")
 RANDOM = "random"  # first part of the names of randomly initialised networks
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from engine import build
 from engine.evaluation.source import Source, random_from_options
-from engine.studies.spec import RANDOM, Study
+from engine.studies.spec import NOT_READ, RANDOM, Study
 from models import registry
 from utils import config
 from utils.config import Node
@@ -46,7 +46,7 @@ def random_rows(study: Study) -> dict[str, RandomRow]:
 def _shape(cfg: Node) -> dict:
     """What decides the figures of a random backbone but its seed."""
     # EVAL.SIZE as it is resolved.
-    judged = [name for name in config.deciding(FIGURES) if name != "EVAL.SIZE"]
+    judged = [n for n in config.deciding(FIGURES) if n not in ("EVAL.SIZE", *NOT_READ)]
     return {
         "backbone": repr(registry.identity(build.backbone_spec(cfg))),
         "size": config.eval_size(cfg),

@@ -50,6 +50,7 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
         (name, config.get(stored, name), config.get(cfg, name))
         for name in config.differing(cfg, stored, _must_agree(cfg, stored))
     ]
+    changes += config.changed_constants(state["config"], str(path))
     others = state["processes"] != processes
     per_process = images_per_step // processes
     if state["images_per_step"] != images_per_step and not (
