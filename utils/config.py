@@ -231,7 +231,7 @@ def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
 
 
 def changed_constants(tree: dict, source: str) -> list[tuple[str, object, object]]:
-    """(name, value there, value now) of what a stored run had as an option and is a constant now."""
+    """(name, value there, value now) of a stored run's options that are constants now."""
     was = dict(flat(tree, source))
     return [(name, was[name], now) for name, now in CONSTANTS.items() if was.get(name, now) != now]
 

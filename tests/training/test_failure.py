@@ -58,6 +58,8 @@ def happens(how: str, is_victim: bool) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "throws":
         raise ValueError("a bug")
+    if how == "refuses as all would":
+        raise InputError("no image is there")
     if how == "refuses":
         raise InputError("the file x is broken", everywhere=False)
     if how == "lacks memory":
@@ -133,10 +135,17 @@ def test_a_gpu_without_room_is_one_sentence_with_what_to_lower():
     assert "TRAIN.CHECKPOINTING true (CUDA out of memory. Tried to allocate 2 GiB)" in line
 
 
-def test_what_all_refuse_is_said_once():
-    ended = ended_ranks(3, steps, "all refuse")
+def test_what_all_refuse_is_said_once_under_a_launcher(tmp_path):
+    ended = ended_ranks(3, steps, "all refuse", 0, "all_reduce", tmp_path)
     assert [end.code for end in ended] == [2, 2, 2]
     assert [end.said for end in ended] == [["error: no image is there"], [], []]
+
+
+def test_what_one_refuses_is_said_where_no_launcher_reports_it():
+    """Whether the others refuse it too, a process cannot know: each says it."""
+    ended = ended_ranks(2, steps, "refuses as all would", 1)
+    others_end(ended, 1)
+    assert (ended[1].code, ended[1].said) == (2, ["error: no image is there"])
 
 
 def test_all_are_preempted_together_with_75_and_one_line():
