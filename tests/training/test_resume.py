@@ -16,6 +16,7 @@ import torch
 from tests.conftest import TRAINED
 from tests.processes import PATIENCE, Script, run_python, start_group, start_python, workers_of
 from tests.runs import assert_same_run, cfg_of, load, log_of
+from utils import checkpoint
 from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
 
@@ -415,6 +416,18 @@ def test_a_resume_with_other_options_is_refused_by_name(changed, named, trained,
     assert ("--resume force" in line) == ("OUT_DIM" not in changed)
     assert before[0] == (trained / "config.yaml").read_bytes()
     assert before[1] == (trained / "checkpoint.pth").read_bytes()
+
+
+def test_a_run_with_another_value_of_what_is_a_constant_now_is_refused(trained, refuse, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    state = load(trained)
+    state["config"]["MOCO"]["TEMPERATURE"] = 0.07
+    checkpoint.save(state, tmp_path / "run" / "checkpoint.pth")
+    line = refuse(tmp_path / "run", TRAINED)
+    assert "MOCO.TEMPERATURE (was 0.07, now 0.2)" in line
+    state["config"]["MOCO"]["TEMPERATURE"] = 0.2
+    checkpoint.save(state, tmp_path / "run" / "checkpoint.pth")
+    assert "HEAD.OUT_DIM" in refuse(tmp_path / "run", f"{TRAINED} HEAD.OUT_DIM 32")
 
 
 def test_a_resume_may_change_length_paths_workers_and_print_frequency(
