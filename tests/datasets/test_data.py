@@ -187,7 +187,9 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
 
 def test_exif_orientation_is_applied_beside_a_damaged_tag(tmp_path):
     # Two entries (tag, type, count, value): a width that is a text, and the orientation.
-    entries = struct.pack("<HHI4s", 0x0100, 2, 4, b"wid") + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    entries = struct.pack("<HHI4s", 0x0100, 2, 4, b"wid") + struct.pack(
+        "<HHIHH", 0x0112, 3, 1, 6, 0
+    )
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (20, 40)
