@@ -150,6 +150,7 @@ def start_group(size: int, *words, environment: Mapping[str, str], **how) -> lis
     """start_python(WORDS) by `size` processes at once, each told its place as by a launcher."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     place |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    place["TORCHELASTIC_ERROR_FILE"] = os.devnull  # what they report is not looked at
     return [
         start_python(
             *words,

@@ -80,10 +80,11 @@ def compiled(run: Pretraining, backend: str) -> Pretraining:
 @pytest.mark.parametrize(
     ("arch", "objective"),
     [
-        # Without and with regions and pooling, BatchNorm; windows of padded maps, LCR's branch.
+        # Without and with regions and pooling.
         ("vit", "dino"),
         ("vit", "cmd mix"),
-        ("swin", "lcr"),
+        # Windows of padded maps, LCR's branch.
+        pytest.param("swin", "lcr", marks=pytest.mark.slow),
         # What is compiled are the networks alone: the other objectives have the same ones.
         *(
             pytest.param("vit", name, marks=pytest.mark.slow)

@@ -216,7 +216,7 @@ def test_a_writer_that_is_killed_again_and_again_never_leaves_nothing(whole, tmp
 
     ballast = torch.zeros(1_000_000)
     reached = [1]
-    for _ in range(20):
+    for _ in range(10):
         with forked(save_forever) as (child, told):
             announced = int(told.readline())
             until = time.monotonic() + draw.uniform(0, 0.2)
