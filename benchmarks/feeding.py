@@ -38,7 +38,7 @@ WAYS = {
     "device": {"DATA.CROPS": "device", "DATA.CACHE": "device"},
 }
 DRAWN_SIZE = (375, 500)  # pixels, as many photographs of ImageNet have
-STEPS = 10**9  # that a loader is told: were it to run dry, its last batches would come free
+STEPS = 10**9  # that a loader expects: were it to run dry, its last batches would come free
 
 
 def add_feeding_options(parser: argparse.ArgumentParser) -> None:

@@ -68,8 +68,8 @@ def parse() -> argparse.Namespace:
     common.add_contestant_option(parser)
     for name, axis in AXES.items():
         points = axis.on_gpu if on_gpu else axis.on_cpu
-        told = f"points of {axis.label}; without a number there are none (%(default)s)"
-        parser.add_argument(f"--{name}_axis", type=int, nargs="*", default=points, help=told)
+        meaning = f"points of {axis.label}; without a number there are none (%(default)s)"
+        parser.add_argument(f"--{name}_axis", type=int, nargs="*", default=points, help=meaning)
     parser.add_argument("--warm_up", type=int, default=1, help="steps that do not count")
     parser.add_argument("--steps", type=common.positive, default=3, help="the median counts")
     common.add_crop_options(parser, batch=64 if on_gpu else 2)

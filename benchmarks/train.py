@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     settings = common.settings_of(args, args.contestant)
     rates: dict[str, list[float]] = {name: [] for name in (STEP_ALONE, *args.ways)}
     with stored_images(args) as paths:
-        # First the images, whose errors are told before any network is built.
+        # First the images, whose errors are printed before any network is built.
         feedings = {way: Feeding(settings, way, paths[way], args) for way in args.ways}
         run = own_step.pretraining(settings)
         for _ in range(args.turns):

@@ -243,7 +243,7 @@ class Ballot:
     """Small counts that all processes cast at every step, and whose sums all learn alike.
 
     So that they decide the same at the same step, such as to stop for a signal that one of them
-    got. With several processes the sums are told one call later: casting does not wait for those
+    got. With several processes the sums come one call later: casting does not wait for those
     who are a little behind. It is between hosts: no device waits.
     """
 

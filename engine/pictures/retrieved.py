@@ -43,7 +43,7 @@ def plot_retrieved(
     chosen: Sequence[int],
     title: str,
 ) -> Figure:
-    """One row a chosen query: the query, then its first hits, right and wrong ones told apart.
+    """One row a chosen query: the query, then its first hits, right and wrong ones marked.
 
     queries, gallery: labels of both number the gallery's classes; -1 is neither right nor wrong.
     The files are shown as they are, cropped to the centre square; `transform` is not used.
