@@ -23,6 +23,7 @@ from utils.files import make_folder, write_text
 from utils.logging import logger
 
 STATE = "linear.pth"
+LINES = 20  # on the screen, at most; the log has every test
 LOG = "linear_log.txt"
 
 Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # features [b, D], labels [b], indices [b]
@@ -281,9 +282,10 @@ class LinearProbe:
                 state = {"probe": settings, "bad": [asdict(i) for i in bad], **probe.state()}
                 distributed.on_main(lambda state=state: self._save(state))
                 shown = "  ".join(f"{score:.2f}" for score in top1[:heads])
-                logger.info(
-                    f"epoch {probe.epoch}/{recipe.epochs}  loss {loss:.4f}  top-1 {shown} %"
-                )
+                if probe.epoch % -(-recipe.epochs // LINES) == 0 or probe.epoch == recipe.epochs:
+                    logger.info(
+                        f"epoch {probe.epoch}/{recipe.epochs}  loss {loss:.4f}  top-1 {shown} %"
+                    )
         return self._chosen(probe, data, held_out)
 
     def _save(self, state: dict) -> None:
