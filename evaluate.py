@@ -81,7 +81,7 @@ def row(network: SplitFeatures, folder: Path, cfg: Node) -> dict:
     """
     figures: dict[str, list[float]] = defaultdict(list)
     details, unreadable = [], {}
-    network = replace(network, held={}, bad={})  # features go with the row
+    network = with_source(network, network.source)  # features go with the row
     is_random = network.source.weights.is_random
     for seed in range(cfg.SEED, cfg.SEED + cfg.EVAL.SEEDS):
         drawn = network
