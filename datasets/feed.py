@@ -52,8 +52,7 @@ class Feed(ABC):
             raise InputError(
                 f"a batch cannot be filled: {len(batch.bad)} images in a row cannot be read, or "
                 f"all that can are in it already; for instance, {batch.bad[0]}, or lower "
-                "TRAIN.BATCH_SIZE_PER_GPU.",
-                everywhere=False,
+                "TRAIN.BATCH_SIZE_PER_GPU."
             )
         return batch._replace(data=self.crops(batch))
 

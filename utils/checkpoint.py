@@ -324,9 +324,7 @@ def set_aside(path: Path) -> Path:
         path.rename(target)
         sync_folder(path.parent)
     except OSError as error:
-        raise InputError(
-            f"{path} could not be set aside: {error.strerror}.", everywhere=False
-        ) from None
+        raise InputError(f"{path} could not be set aside: {error.strerror}.") from None
     return target
 
 

@@ -19,7 +19,7 @@ from yacs.config import CfgNode as Node
 from utils.errors import InputError
 from utils.files import write_text
 from utils.logging import logger
-from utils.options import COMPARING, CONSTANTS, CONTRASTIVE, NOTHING, OPTIONS, SECTIONS, Option
+from utils.options import COMPARING, CONTRASTIVE, NOTHING, OPTIONS, SECTIONS, Option
 
 # Reading YAML takes seconds for each megabyte; all options are 4 kB.
 LARGEST_FILE = 1 << 16  # bytes
@@ -228,12 +228,6 @@ def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
     if gone:
         logger.warning(f"{source} holds options that exist no more: {', '.join(gone)} are ignored.")
     return cfg
-
-
-def changed_constants(tree: dict, source: str) -> list[tuple[str, object, object]]:
-    """(name, value there, value now) of a stored run's options that are constants now."""
-    was = dict(flat(tree, source))
-    return [(name, was[name], now) for name, now in CONSTANTS.items() if was.get(name, now) != now]
 
 
 def write(cfg: Node, path: str | Path) -> None:

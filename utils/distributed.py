@@ -58,7 +58,6 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
                 f"Start at most {count} processes here, or set DEVICE cpu."
                 if count
                 else "DEVICE cuda: no GPU was found on this machine. Set DEVICE cpu (or auto).",
-                everywhere=count == 0,
             )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)

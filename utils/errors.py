@@ -22,12 +22,10 @@ class InputError(Exception):
     """The user's input cannot be worked with: what is wrong, where, and what to do.
 
     One line of printable text, whatever the message quotes; of a long one the middle is left out.
-    everywhere: all processes raise it together, so that one of each machine speaks for them.
     """
 
-    def __init__(self, message: str, everywhere: bool = True) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(_one_line(message))
-        self.everywhere = everywhere
 
 
 def _one_line(text: str) -> str:
@@ -59,14 +57,14 @@ def run_script(main: Callable[[], None], if_interrupted: str = "nothing was chan
         main()
     except InputError as error:
         _record(error.with_traceback(None))
-        # A launcher reports the sentence of a process that fails alone; without one each says it.
-        everywhere = error.everywhere and "TORCHELASTIC_ERROR_FILE" in os.environ
-        _leave(2, f"error: {error}", everywhere)
+        # Processes often refuse alike. A launcher reports the sentence of one that does so alone;
+        # without a launcher each says it.
+        _leave(2, f"error: {error}", once="TORCHELASTIC_ERROR_FILE" in os.environ)
     except Preempted as stopped:
         kind = "preempted" if stopped.code == EXIT_PREEMPTED else "error"
-        _leave(stopped.code, f"{kind}: {stopped}", everywhere=True)
+        _leave(stopped.code, f"{kind}: {stopped}", once=True)
     except KeyboardInterrupt:
-        _leave(130, f"interrupted: {if_interrupted}", everywhere=True)
+        _leave(130, f"interrupted: {if_interrupted}", once=True)
     except Exception as error:
         if sentence := _end_of_another(error):
             # Not recorded: it is a consequence, and the first failure is to be reported.
@@ -144,12 +142,9 @@ def _is_alone() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def _leave(code: int, line: str = "", everywhere: bool = False) -> None:
-    """End the process with this exit code and a last line.
-
-    everywhere: all processes end so, and the first one of each machine says the line.
-    """
-    if line and (not everywhere or os.environ.get("LOCAL_RANK", "0") == "0"):
+def _leave(code: int, line: str = "", once: bool = False) -> None:
+    """End the process with this exit code and a last line; once: of a machine's first process."""
+    if line and not (once and os.environ.get("LOCAL_RANK", "0") != "0"):
         print(line, file=sys.stderr)
     if not _is_alone():
         # A process group in which others still wait cannot be taken apart in order: at the

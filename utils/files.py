@@ -43,8 +43,7 @@ def replacing(path: str | Path, what: str = "file") -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         raise InputError(
-            f"the {what} {path} could not be written: {error.strerror or error}.",
-            everywhere=False,
+            f"the {what} {path} could not be written: {error.strerror or error}."
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -65,8 +64,7 @@ def make_folder(path: Path, option: str = "--output_dir") -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{option} {path} cannot be written ({error.strerror}): choose another.",
-            everywhere=False,
+            f"{option} {path} cannot be written ({error.strerror}): choose another."
         ) from None
 
 

@@ -121,7 +121,7 @@ class RunLog:
             yield
         except OSError as error:
             raise InputError(
-                f"the log {self._path} cannot be written ({error.strerror}).", everywhere=False
+                f"the log {self._path} cannot be written ({error.strerror})."
             ) from None
 
 

@@ -22,8 +22,6 @@ ALL = (PRETRAIN, *EVALUATIONS)
 
 # Objectives that contrast a pair of crops; the others distil.
 CONTRASTIVE = ("moco_v2", "lcr")
-# Options of earlier versions that are constants now: a run with another value cannot go on.
-CONSTANTS = {"MOCO.TEMPERATURE": 0.2, "LCR.TEMPERATURE": 0.4, "AUG.COLOR_JITTER_PROB": 0.8}
 # Forms of L_T that compare the images of a batch.
 COMPARING = ("residual", "diverse", "contrast")
 
@@ -255,8 +253,8 @@ option("TRAIN.TIMEOUT_MINUTES", 30.0, "after which a process that waits for anot
        at_least=0.01, at_most=10**5, decides=NOTHING)
 
 section("INIT", "starting weights", WEIGHTS, ALL)
-option("INIT.WEIGHTS", "", "checkpoint to start student and teacher from, at epoch 0, or to "
-       "evaluate", path=True, flag="--pretrained_weights --pretrained_weights_ckpt",
+option("INIT.WEIGHTS", "", "checkpoint to evaluate; in pretraining, to start student and teacher "
+       "from at epoch 0", path=True, flag="--pretrained_weights --pretrained_weights_ckpt",
        scripts=(PRETRAIN, *ONE_NETWORK), resume_may_change=True)
 option("INIT.CHECKPOINT_KEY", "teacher", "which of its networks: teacher, student, or another name "
        "in it", flag="--checkpoint_key", resume_may_change=True)

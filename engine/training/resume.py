@@ -36,8 +36,8 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
 
     images: in DATA.PATH. Raises InputError where files are there and none is ours and intact, or
     when options differ in more than epochs, paths, workers and logging, or the data in number,
-    naming them; RESUME force overrides the latter two. Another number of processes is a
-    warning.
+    naming them; RESUME force overrides the latter two, but not where weights have other shapes.
+    Another number of processes is a warning.
     """
     newest = checkpoint.newest_intact(Path(cfg.OUTPUT_DIR))
     if newest is None:
@@ -50,7 +50,6 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
         (name, config.get(stored, name), config.get(cfg, name))
         for name in config.differing(cfg, stored, _must_agree(cfg, stored))
     ]
-    changes += config.changed_constants(state["config"], str(path))
     others = state["processes"] != processes
     per_process = images_per_step // processes
     if state["images_per_step"] != images_per_step and not (
@@ -61,9 +60,9 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
         name = "the number of images in DATA.PATH, in steps per epoch"
         changes.append((name, state["steps_per_epoch"], steps))
     text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
-    if changes and cfg.RESUME != "force":
-        # Weights of another shape cannot go on, even by force.
-        reshaped = {name for name, _, _ in changes} & set(config.deciding(SHAPES))
+    # Weights of another shape cannot go on, even by force.
+    reshaped = {name for name, _, _ in changes} & set(config.deciding(SHAPES))
+    if reshaped or (changes and cfg.RESUME != "force"):
         force = ", or --resume force to go on with the new ones"
         raise InputError(
             f"{path} is from a run with other options: {text}. Use the old options, or "

