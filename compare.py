@@ -32,7 +32,7 @@ from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
 from engine.studies.runs import LOCK, Run, locked, pretrained, run_of
 from engine.studies.spec import Study, choose, load
-from engine.studies.zeros import RandomRow, random_source
+from engine.studies.zeros import random_source
 from utils import checkpoint, cli, config, distributed, logging
 from utils.config import Node
 from utils.distributed import World
@@ -118,7 +118,7 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
         for seed in arguments.seeds if set(row.cells) & set(arguments.cells) else ():
             if (row.name, seed) not in finished:
                 with noted(f"{row.name}-seed{seed}", failed):
-                    evaluate_random(results, row, seed, world)
+                    evaluate(results, row.name, seed, world)
     total = len(arguments.cells) * len(arguments.seeds)
     logger.info(f"{study.name}: {total} runs, of which {total - len(waiting)} are done")
     write_tables(results)
@@ -129,7 +129,7 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
                 logger.warning("\n  ".join([f"{run.name}: exit code {code}", *run.tail()]))
             else:
                 with noted(run.name, failed):
-                    evaluate_run(results, run, world)
+                    evaluate(results, run.cell, run.seed, world, run)
             write_tables(results)
     if failed:
         listed = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
@@ -161,67 +161,54 @@ def open_data(study: Study, name: str, folder: Path | None, output: Path) -> Spl
     return splits
 
 
-def evaluate_random(results: StudyResults, row: RandomRow, seed: int, world: World) -> None:
-    """Evaluate a randomly initialised network."""
-    source = random_source(results.study, row, seed)
-    cfg = results.study.config(row.cells[0], seed)
-    evaluate(results, row.name, seed, source, cfg, world, {})
-
-
-def evaluate_run(results: StudyResults, run: Run, world: World) -> None:
-    """Evaluate the network that a run has left."""
-    cell, cfg = results.study.cells[run.cell], results.study.config(run.cell, run.seed)
-    path = run.folder / checkpoint.LAST
-    source = load_source(path, cfg.INIT.CHECKPOINT_KEY)
-    state = checkpoint.load_own(path)
-    log = read_log(run.folder / "log.txt")
-    about = {
-        "pretraining": {
-            "command": run.written,
-            "steps": state["step"],
-            "epochs": state["epoch"],
-            "images_per_step": state["images_per_step"],
-            "seconds_of_steps": seconds_of_steps(log, state["images_per_step"]),
-            "versions": state["versions"],
-        },
-        "curve": few([line for line in log if "loss" in line]),
-        "checkpoint_sha256": source.weights.sha256,
-        "base": cell.base.name,
-        "options": cell.options,
-    }
-    evaluate(results, run.cell, run.seed, source, cfg, world, about)
-
-
 def evaluate(
-    results: StudyResults,
-    name: str,
-    seed: int,
-    source: Source,
-    cfg: Node,
-    world: World,
-    about: dict,
+    results: StudyResults, name: str, seed: int, world: World, run: Run | None = None
 ) -> None:
-    """Write the result of a cell's or a random row's network. about: what else it says."""
-    data = results.data_set(name)
-    splits, reading = results.splits[data], Reading.of(cfg, world, source)
+    """Write the result of a random row, or of the network that a cell's run has left."""
+    study = results.study
+    row = results.random[name] if run is None else study.cells[name]
+    cfg = study.config(name if run else row.cells[0], seed)
+    source, about = trained(run, cfg) if run else (random_source(study, row, seed), {})
+    splits, reading = results.splits[row.data], Reading.of(cfg, world, source)
     with quiet():
-        protocol = results.study.protocol
-        figures, zeros = figures_and_zeros(source, splits, reading, cfg, protocol)
+        figures, zeros = figures_and_zeros(source, splits, reading, cfg, study.protocol)
     behind = provenance(cfg, SplitFeatures(source, splits, reading))
     known = ("command", "date", "commit", "versions", "device", "data")
     result = {
-        "study": results.study.name,
+        "study": study.name,
         "name": name,
         "seed": seed,
-        "data_set": data,
+        "data_set": row.data,
         "figures": figures,
         "zeros": zeros,
         **{key: behind[key] for key in known},
         **about,
     }
+    if run:
+        result |= {"base": row.base.name, "options": row.options}
     results.write(name, seed, result)
     shown = [f"{column} {figures[column]:.2f}" for column in SHORT if column in figures]
     logger.info(f"{name}-seed{seed}: {', '.join(shown)}")
+
+
+def trained(run: Run, cfg: Node) -> tuple[Source, dict]:
+    """The network that a run has left, and how it was trained."""
+    path = run.folder / checkpoint.LAST
+    source, state = load_source(path, cfg.INIT.CHECKPOINT_KEY), checkpoint.load_own(path)
+    log = read_log(run.folder / "log.txt")
+    pretraining = {
+        "command": run.written,
+        "steps": state["step"],
+        "epochs": state["epoch"],
+        "images_per_step": state["images_per_step"],
+        "seconds_of_steps": seconds_of_steps(log, state["images_per_step"]),
+        "versions": state["versions"],
+    }
+    return source, {
+        "pretraining": pretraining,
+        "curve": few([line for line in log if "loss" in line]),
+        "checkpoint_sha256": source.weights.sha256,
+    }
 
 
 def write_tables(results: StudyResults) -> None:

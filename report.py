@@ -9,8 +9,6 @@ A DATA folder made by `python -m datasets.synthetic` knows each part's box (DATA
 
 import argparse
 import copy
-import datetime
-import platform
 from pathlib import Path
 
 import torch
@@ -59,7 +57,7 @@ def main() -> None:
     cfg = config.from_dict(state["config"], str(path))
     source = load_source(path)
     teacher = source.network
-    student_at_start, start = build.networks(cfg)
+    student_at_start, teacher_at_start = build.networks(cfg)
     size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
     if size % teacher.backbone.patch_size:
         raise InputError(f"--size {size} must be a multiple of {teacher.backbone.patch_size}.")
@@ -74,14 +72,14 @@ def main() -> None:
         queries = ImageFolder(arguments.queries)
         splits = Splits("queries", queries, queries, [])
     reading = Reading(world, size, default_resize(size), workers=arguments.num_workers)
-    features = SplitFeatures(source, splits, reading)
+    # Printed and written, each figure beside its zero: results.json by these names, the tables.
     figures, tables = {}, {}
 
     # k-NN beside the network that the run began with.
-    if arguments.gallery and arguments.queries:
-        at_start = SplitFeatures(Source(None, start.eval()), splits, reading)
+    if arguments.gallery and splits:
         trained, untrained = (
-            measure(of, [KNN([k])])[0].figures["k"][str(k)] for of in (features, at_start)
+            measure(SplitFeatures(of, splits, reading), [KNN([k])])[0].figures["k"][str(k)]
+            for of in (source, Source(None, teacher_at_start.eval()))
         )
         chance = 100 / len(splits.train.classes)
         figures["knn"] = {
@@ -104,28 +102,24 @@ def main() -> None:
         paths = [splits.test.root / name for name in splits.test.paths]
         if pointing.part_boxes(paths)[0]:
             untrained = untrained_network(cfg, teacher, student_at_start, kind).eval()
-            zero = SplitFeatures(Source(None, untrained), splits, reading)
-            found, found_untrained = (
-                measure(of, [Pointing((kind,))])[0].figures[kind] for of in (features, zero)
+            found, zero = (
+                measure(SplitFeatures(of, splits, reading), [Pointing((kind,))])[0].figures[kind]
+                for of in (source, Source(None, untrained))
             )
             name, words = UNTRAINED[kind]
             mass = found.pop("mass_on_part")
-            figures["pointing"] = found | {
-                name: found_untrained["accuracy"],
-                "attention_mass_on_part": mass,
-            }
+            figures["pointing"] = found | {name: zero["accuracy"], "attention_mass_on_part": mass}
             tables[f"Pointing of the {attention.NAMES[kind]} at the part, percent of images"] = {
                 "accuracy: the strongest patch touches the part's box": found["accuracy"],
                 "zero: a random patch": found["chance"],
                 "zero: the best fixed patch": found["best_fixed_cell"],
-                f"zero: {words}": found_untrained["accuracy"],
+                f"zero: {words}": zero["accuracy"],
                 "attention mass on patches that touch the box": mass,
             }
         images = show_images(paths, splits.test.paths, IMAGES_SHOWN)
         shown = maps.maps_of_views(teacher, whole_views(images.squares, size), kind)
         pictures["attention.png"] = maps.whole_picture(images, {"": shown}, kind, per_line=6)
 
-    # Printed and written.
     for name, table in tables.items():
         print(name)
         for label, value in table.items():
@@ -137,16 +131,14 @@ def main() -> None:
         "parameters of the backbone": count_parameters(teacher.backbone),
         "optimizer steps": state["step"],
         "images per step": state["images_per_step"],
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
     }
-    behind = provenance(cfg, features)
-    write_json(
-        folder / "results.json",
-        {"title": title, "facts": facts, "tables": tables} | figures | behind,
-    )
-    parts = [page.table(facts.items()), page.command(behind["command"])]
+    behind = provenance(cfg, SplitFeatures(source, splits, reading))
+    write_json(folder / "results.json", {"title": title, "facts": facts} | figures | behind)
+    known = {name: behind[name] for name in ("device", "commit", "date")}
+    parts = [
+        page.table((facts | behind["versions"] | known).items()),
+        page.command(behind["command"]),
+    ]
     if tables:
         parts.append(page.paragraph("Each figure stands beside its zero: what no learning gives."))
     for name, table in tables.items():

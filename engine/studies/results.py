@@ -10,7 +10,6 @@ from engine.evaluation.provenance import SPLITS
 from engine.studies.spec import NOT_READ, Study
 from engine.studies.zeros import random_rows
 from utils import config
-from utils.config import Node
 from utils.errors import InputError
 from utils.files import make_folder, write_json
 from utils.logging import logger
@@ -58,10 +57,6 @@ class StudyResults:
                 logger.warning(f"{path} is of another study and left out: {different}")
         return found
 
-    def data_set(self, name: str) -> str:
-        """The data set of a cell or a random row."""
-        return (self.random.get(name) or self.study.cells[name]).data
-
     def write(self, name: str, seed: int, result: dict) -> None:
         """Write the result of a cell or a random row whole, and what it is of."""
         path = self.output / "results" / f"{name}-seed{seed}.json"
@@ -70,22 +65,19 @@ class StudyResults:
 
     def identity(self, name: str, seed: int) -> dict:
         """What decides the figures of a cell or a random row; plain data."""
-        row, protocol = self.random.get(name), self.study.protocol
-        known = {"evaluate": {"poolings": list(protocol.poolings), "k": protocol.k}}
-        if row is None:
-            cfg = self.study.config(name, seed)
-            known |= {"options": config.to_dict(cfg), "processes": self.processes}
-        else:
+        protocol = self.study.protocol
+        known: dict = {"evaluate": {"poolings": list(protocol.poolings), "k": protocol.k}}
+        if name in self.random:
+            row = self.random[name]
             known["network"] = row.shape
-        splits = self.splits.get(self.data_set(name))
-        if splits is not None:
+        else:
+            row = self.study.cells[name]
+            known["options"] = config.to_dict(self.study.config(name, seed))
+            known["processes"] = self.processes
+        if row.data in self.splits:
+            splits = self.splits[row.data]
             known["images"] = {split: getattr(splits, split).fingerprint for split in SPLITS}
         return known
-
-
-def training_identity(cfg: Node, processes: int, images: str) -> dict:
-    """What decides a run's weights; plain data. images: the training split's fingerprint."""
-    return {"options": config.to_dict(cfg), "processes": processes, "images": images}
 
 
 def misfit(stored: dict, wanted: dict, where: Path, weights_only: bool = False) -> str:
@@ -94,7 +86,7 @@ def misfit(stored: dict, wanted: dict, where: Path, weights_only: bool = False) 
     weights_only: options that decide figures but no weights may differ.
     """
     differences = [
-        f"{name} (was {_short(stored.get(name))}, now {_short(value)})"
+        f"{name} (was {in_words(stored.get(name))}, now {in_words(value)})"
         for name, value in wanted.items()
         if name != "options" and stored.get(name) != value
     ]
@@ -111,16 +103,16 @@ def misfit(stored: dict, wanted: dict, where: Path, weights_only: bool = False) 
 def _read(path: Path) -> dict:
     try:
         contents = json.loads(path.read_text())
-    except (OSError, ValueError):
-        contents = None
-    parts = ("figures", "zeros", "identity")
-    if not isinstance(contents, dict) or not all(isinstance(contents.get(p), dict) for p in parts):
-        raise InputError(f"{path} is not a result of a study: remove it to have it made again.")
-    return contents
+        if all(isinstance(contents[part], dict) for part in ("figures", "zeros", "identity")):
+            return contents
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise InputError(f"{path} is not a result of a study: remove it to have it made again.")
 
 
-def _short(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """Plain data on one line, long texts cut."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_short(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {in_words(inner)}" for key, inner in value.items())
     text = str(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

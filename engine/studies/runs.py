@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from datasets.benchmarks import Splits
-from engine.studies.results import misfit, training_identity
+from engine.studies.results import misfit
 from engine.studies.spec import ROOT, Study
+from utils import config
 from utils.errors import InputError
 from utils.files import make_folder, write_json
 from utils.logging import logger
@@ -31,7 +32,7 @@ INTERVAL = 0.1  # seconds between two looks at the children
 class Run:
     """One cell with one seed. command: the child's. folder: its output.
 
-    identity: what decides its weights, as results.training_identity gives it.
+    identity: what decides its weights: options, processes, the training images' fingerprint.
     """
 
     cell: str
@@ -66,8 +67,7 @@ class Run:
                 f"{self.folder} holds a run, but no {IDENTITY} that says what it was trained "
                 f"with: use {remedy}"
             )
-        differences = misfit(stored, self.identity, path, weights_only=True)
-        if differences:
+        if differences := misfit(stored, self.identity, path, weights_only=True):
             raise InputError(
                 f"{self.folder} holds a run of another study: {differences}. Use the study as it "
                 f"was, {remedy}"
@@ -99,8 +99,11 @@ def run_of(
         }
     for key, value in options.items():
         command += [key, str(value)]
-    images = splits.train.fingerprint
-    identity = training_identity(study.config(cell, seed), processes, images)
+    identity = {
+        "options": config.to_dict(study.config(cell, seed)),
+        "processes": processes,
+        "images": splits.train.fingerprint,
+    }
     return Run(cell, seed, command, folder, identity)
 
 

@@ -38,12 +38,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 @dataclass(frozen=True)
 class DataSet:
-    """images: what write_folder renders, None for a folder that the user has.
+    """What write_folder renders; images: None for a folder that the user has."""
 
-    seed, train, val: of the rendered images; 0 for a folder.
-    """
-
-    name: str
     images: SyntheticConfig | None = None
     seed: int = 0
     train: int = 0
@@ -72,7 +68,7 @@ class Protocol:
     poolings: tuple[str, ...]
     k: int
     baselines: dict[str, str]
-    knn_every: int = 0
+    knn_every: int
 
 
 @dataclass(frozen=True)
@@ -106,10 +102,9 @@ class Study:
 
     def runs(self, cells: Iterable[str], seeds: Iterable[int]) -> Iterator[tuple[str, int]]:
         """(cell, seed) of these cells and seeds, in the order of the study."""
-        wanted = set(cells)
         for group in self.order:
             for seed in seeds:
-                yield from ((cell, seed) for cell in group if cell in wanted)
+                yield from ((cell, seed) for cell in group if cell in cells)
 
 
 def load(path: str | Path, pairs: Iterable[tuple[str, Any]] = ()) -> Study:
@@ -124,7 +119,7 @@ def load(path: str | Path, pairs: Iterable[tuple[str, Any]] = ()) -> Study:
         if not tree.get(section):
             raise InputError(f"{path} is not a study: it lacks '{section}'.")
     data = {
-        name: _data_set(name, entry, f"{path}, data {name}")
+        name: _data_set(entry, f"{path}, data {name}")
         for name, entry in _named(tree["data"], f"{path}, data").items()
     }
     if sum(entry.images is None for entry in data.values()) > 1:
@@ -133,19 +128,15 @@ def load(path: str | Path, pairs: Iterable[tuple[str, Any]] = ()) -> Study:
     typed = _options(dict(pairs), "command line")
     cells = {}
     for name, entry in _named(tree["cells"], f"{path}, cells").items():
-        cell = _cell(name, entry, tree["base"], data, f"{path}, cell {name}")
-        cells[name] = replace(cell, options=shared | cell.options | typed)
+        own = {"title": name, "base": tree["base"]}
+        own |= _mapping(entry, f"{path}, cell {name}")
+        cells[name] = _cell(name, own, data, shared, typed, f"{path}, cell {name}")
     seeds = tree.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(_is_whole(seed) for seed in seeds):
         raise InputError(f"{path}: seeds must be a list of whole numbers from 0, not {seeds}.")
-    study = Study(
-        path,
-        data,
-        tuple(dict.fromkeys(seeds)),
-        cells,
-        _order(tree.get("order"), cells, f"{path}, order"),
-        _protocol(tree.get("evaluate"), cells, f"{path}, evaluate"),
-    )
+    order = _order(tree.get("order") or [], cells, f"{path}, order")
+    protocol = _protocol(tree.get("evaluate"), cells, f"{path}, evaluate")
+    study = Study(path, data, tuple(dict.fromkeys(seeds)), cells, order, protocol)
     for name in cells:
         study.config(name)
     return study
@@ -207,39 +198,41 @@ def _options(tree: object, where: str) -> dict[str, Any]:
     return found
 
 
-def _data_set(name: str, entry: object, where: str) -> DataSet:
+def _data_set(entry: object, where: str) -> DataSet:
     if entry == "folder":
-        return DataSet(name)
+        return DataSet()
     settings = [field.name for field in fields(SyntheticConfig)]
     kind = _mapping(entry, f"{where} ('folder' or 'synthetic')", ("synthetic",))
     known = ("train", "val", "seed", "difficulty", *settings)
-    tree = _mapping(kind.get("synthetic"), where, known)
-    train, val = (_whole(tree, key, None, 0, where) for key in ("train", "val"))
-    (difficulty,) = choose([tree.get("difficulty", "easy")], DIFFICULTIES, f"{where}, difficulty")
+    tree = {"difficulty": "easy"} | _mapping(kind.get("synthetic"), where, known)
+    choose([tree["difficulty"]], DIFFICULTIES, f"{where}, difficulty")
     given = {key: value for key, value in tree.items() if key in settings}
     try:
-        images = replace(DIFFICULTIES[difficulty], **given)
+        images = replace(DIFFICULTIES[tree["difficulty"]], **given)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    return DataSet(name, images, _whole(tree, "seed", 0, 0, where), train, val)
+    numbers = {"seed": 0, "train": None, "val": None}
+    return DataSet(images, **{key: _whole(tree, key, of, 0, where) for key, of in numbers.items()})
 
 
-def _cell(name: str, entry: object, base: object, data: dict[str, DataSet], where: str) -> Cell:
-    """A cell with the options of its own. base: the study's."""
-    tree = {"title": name, "base": base} | _mapping(entry, where)
-    title, path = str(tree.pop("title")), ROOT / str(tree.pop("base"))
-    if not path.is_file():
-        raise InputError(f"{where}: base names {path}, and there is no such file.")
+def _cell(
+    name: str, tree: dict, data: dict[str, DataSet], shared: dict, typed: dict, where: str
+) -> Cell:
+    """shared: options below the cell's own; typed: above them."""
     if len(data) > 1 and "data" not in tree:
         raise InputError(f"{where}: `data` must say which of {', '.join(data)} it is on.")
     (chosen,) = choose([tree.pop("data", next(iter(data)))], data, f"{where}, data")
-    return Cell(name, title, chosen, path, _options(tree, where))
+    title, base = str(tree.pop("title")), ROOT / str(tree.pop("base"))
+    if not base.is_file():
+        raise InputError(f"{where}: base names {base}, and there is no such file.")
+    return Cell(name, title, chosen, base, shared | _options(tree, where) | typed)
 
 
-def _order(tree: object, cells: dict[str, Cell], where: str) -> tuple[tuple[str, ...], ...]:
-    groups = [] if tree is None else tree
+def _order(groups: object, cells: dict[str, Cell], where: str) -> tuple[tuple[str, ...], ...]:
     if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
-        raise InputError(f"{where}: must be groups of cells, such as [[a, b], [c]], not {tree!r}.")
+        raise InputError(
+            f"{where}: must be groups of cells, such as [[a, b], [c]], not {groups!r}."
+        )
     named = choose([cell for group in groups for cell in group], cells, where)
     if len(set(named)) < len(named):
         raise InputError(f"{where}: a cell is there twice.")
@@ -249,18 +242,13 @@ def _order(tree: object, cells: dict[str, Cell], where: str) -> tuple[tuple[str,
 
 def _protocol(tree: object, cells: dict[str, Cell], where: str) -> Protocol:
     tree = _mapping(tree, where, ("poolings", "k", "baseline", "knn_every"))
-    poolings = tree.get("poolings", ["default"])
+    poolings, named = tree.get("poolings", ["default"]), tree.get("baseline", [])
     if not isinstance(poolings, list) or "default" not in poolings:
         raise InputError(f"{where}: poolings must be a list with 'default' in it, not {poolings}.")
     choose(poolings, OPTIONS["EVAL.POOLING"].choices, f"{where}, poolings")
-    named = tree.get("baseline", [])
     named = choose(named if isinstance(named, list) else [named], cells, f"{where}, baseline")
     baselines = {cells[name].data: name for name in named}
     if len(baselines) < len(named):
         raise InputError(f"{where}: a data set has one baseline, not several.")
-    return Protocol(
-        tuple(dict.fromkeys(poolings)),
-        _whole(tree, "k", 20, 1, where),
-        baselines,
-        _whole(tree, "knn_every", 0, 0, where),
-    )
+    k, knn_every = _whole(tree, "k", 20, 1, where), _whole(tree, "knn_every", 0, 0, where)
+    return Protocol(tuple(dict.fromkeys(poolings)), k, baselines, knn_every)

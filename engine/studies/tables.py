@@ -10,7 +10,7 @@ from engine.evaluation.table import spread
 from engine.pictures.curves import plot_runs, read_log
 from engine.pictures.drawing import save
 from engine.studies.evaluation import COARSE
-from engine.studies.results import Results
+from engine.studies.results import Results, in_words
 from engine.studies.spec import Study
 from engine.studies.zeros import RandomRow
 from utils.errors import InputError
@@ -52,18 +52,13 @@ def rows_of(
     for row in own:
         which = "" if len(own) == 1 else f" ({study.cells[row.cells[0]].title})"
         zeros: dict[str, float] = {}
-        for name, seed in results:
-            if name == row.name or name in row.cells:
-                zeros |= results[name, seed]["zeros"]
-        guesses, fixed = {}, {}
-        for name, zero in zeros.items():
-            if name.startswith("fixed_"):
-                fixed[name.replace("fixed_", "pointing_")] = spread([zero])
-            else:
-                guesses[name] = spread([zero])
-        for title, figures in (("chance", guesses), ("best fixed patch", fixed)):
-            if figures:
-                rows.append(_row(f"{title} {row.name}", title + which, [], figures))
+        for (name, _), result in results.items():
+            if name in (row.name, *row.cells):
+                zeros |= result["zeros"]
+        fixed = {name: zeros.pop(name) for name in [*zeros] if name.startswith("fixed_")}
+        fixed = {name.replace("fixed_", "pointing_"): zero for name, zero in fixed.items()}
+        for title, figures in (("chance", zeros), ("best fixed patch", fixed)):
+            rows += _row(f"{title} {row.name}", title + which, [], [figures] if figures else [])
         rows += _found(row.name, f"random initialisation{which}", results, seeds)
     for cell in study.cells.values():
         if cell.data == data:
@@ -76,35 +71,29 @@ def differences(study: Study, data: str, results: Results, seeds: Sequence[int])
     base = study.protocol.baselines.get(data)
     rows = []
     for cell in study.cells.values():
-        both = [s for s in seeds if (cell.name, s) in results and (base, s) in results]
-        if cell.data != data or cell.name == base or not both:
+        if cell.data != data or cell.name == base:
             continue
-        less = []
-        for seed in both:
-            ours, theirs = (results[name, seed]["figures"] for name in (cell.name, base))
-            less.append({name: ours[name] - theirs[name] for name in ours if name in theirs})
-        rows.append(_row(cell.name, cell.title, both, _spreads(less)))
+        both = [s for s in seeds if (cell.name, s) in results and (base, s) in results]
+        pairs = [[results[name, s]["figures"] for name in (cell.name, base)] for s in both]
+        less = [{name: a[name] - b[name] for name in a if name in b} for a, b in pairs]
+        rows += _row(cell.name, cell.title, both, less)
     return rows
 
 
-def _row(name: str, title: str, seeds: list[int], figures: dict) -> dict:
-    return {"name": name, "title": title, "seeds": seeds, "figures": figures}
+def _row(name: str, title: str, seeds: list[int], figures: list[dict[str, float]]) -> list[dict]:
+    """The row of what all of some figures have, each as a spread; none without figures."""
+    if not figures:
+        return []
+    shared = [each for each in figures[0] if all(each in other for other in figures)]
+    spreads = {each: spread([other[each] for other in figures]) for each in shared}
+    return [{"name": name, "title": title, "seeds": seeds, "figures": spreads}]
 
 
 def _found(name: str, title: str, results: Results, seeds: Sequence[int]) -> list[dict]:
     """The row of what is there under a name, if anything."""
     there = [seed for seed in seeds if (name, seed) in results]
-    if not there:
-        return []
     note = "" if len(there) == len(seeds) else f" (seed {', '.join(map(str, there))})"
-    figures = _spreads([results[name, seed]["figures"] for seed in there])
-    return [_row(name, title + note, there, figures)]
-
-
-def _spreads(figures: list[dict[str, float]]) -> dict[str, dict]:
-    """What all of these have, each as a spread."""
-    names = [name for name in figures[0] if all(name in each for each in figures)]
-    return {name: spread([each[name] for each in figures]) for name in names}
+    return _row(name, title + note, there, [results[name, seed]["figures"] for seed in there])
 
 
 def write(
@@ -135,13 +124,25 @@ def write(
                 lines += _table(title, named, less, table.difference)
     runs = [results[key] for key in sorted(results)]
     behind = {name: _distinct(runs, name) for name in ("date", "commit", "device", "versions")}
-    lines += _behind(study, runs, behind, command)
-    trained = [run["pretraining"]["seconds_of_steps"] for run in runs if "pretraining" in run]
+    lines += [NOTE, "", f"- command: `{command}`"]
+    lines += [f"- {name}: {'; '.join(values)}" for name, values in behind.items()]
+    lines.append("- cells, each by its base and the options laid over it:")
+    for cell in study.cells.values():
+        options = (f"{key} {value}" for key, value in cell.options.items())
+        lines.append(f"  - {cell.title}: {', '.join((cell.base.name, *options))}")
+    trained = [run for run in runs if "pretraining" in run]
+    for run in trained:
+        steps, seconds = (run["pretraining"][key] for key in ("steps", "seconds_of_steps"))
+        lines.append(
+            f"- {run['name']}, seed {run['seed']}: {steps} steps in {seconds:.0f} s; sha256 "
+            f"{run['checkpoint_sha256']}"
+        )
+    lines += ["", "results.json holds every value and each run's options."]
     contents = {
         "study": study.name,
         **{name: found[0] if len(found) == 1 else found for name, found in behind.items()},
         "commands": [command],
-        "seconds": round(sum(trained), 1),
+        "seconds": round(sum(run["pretraining"]["seconds_of_steps"] for run in trained), 1),
         "figures": tables,
         "runs": runs,
     }
@@ -160,33 +161,7 @@ def _table(
 
 def _distinct(runs: list[dict], name: str) -> list[str]:
     """What these results say under a name, as text, each once."""
-    found = []
-    for run in runs:
-        value = run[name]
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {inner}" for key, inner in value.items())
-        found.append(str(value))
-    return list(dict.fromkeys(found))
-
-
-def _behind(
-    study: Study, runs: list[dict], behind: dict[str, list[str]], command: str
-) -> list[str]:
-    """What stands behind the numbers."""
-    lines = [NOTE, "", f"- command: `{command}`"]
-    lines += [f"- {name}: {'; '.join(values)}" for name, values in behind.items()]
-    lines.append("- cells, each by its base and the options laid over it:")
-    for cell in study.cells.values():
-        options = (f"{key} {value}" for key, value in cell.options.items())
-        lines.append(f"  - {cell.title}: {', '.join((cell.base.name, *options))}")
-    for run in runs:
-        if "pretraining" in run:
-            steps, seconds = (run["pretraining"][key] for key in ("steps", "seconds_of_steps"))
-            lines.append(
-                f"- {run['name']}, seed {run['seed']}: {steps} steps in {seconds:.0f} s; sha256 "
-                f"{run['checkpoint_sha256']}"
-            )
-    return [*lines, "", "results.json holds every value and each run's options."]
+    return list(dict.fromkeys(in_words(run[name]) for run in runs))
 
 
 def _plot_runs(study: Study, seeds: Sequence[int], output: Path) -> None:

@@ -77,6 +77,5 @@ def random_source(study: Study, row: RandomRow, seed: int) -> Source:
         if network.pool is None and other.pool is not None:
             network.head_spec = other.head_spec
             network.head_dense, network.pool = other.head_dense, other.pool
-        if network.rationale is None:
-            network.rationale = other.rationale
+        network.rationale = network.rationale or other.rationale
     return made

@@ -65,7 +65,7 @@ def finished(tmp_path_factory, environment) -> Path:
         patch.setenv("OMP_NUM_THREADS", "1")
         done = StudyResults(study, output)
         done.splits["small"] = splits
-        compare.evaluate_run(done, run, ALONE)
+        compare.evaluate(done, run.cell, run.seed, ALONE, run)
         words = ["--study", study.path, "--output_dir", output]
         patch.setattr(sys, "argv", ["compare.py", *map(str, words)])
         run_script(compare.main)
