@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from engine.pictures.drawing import DPI, LOOK
 from utils.errors import InputError
 
-# The panels, at most six of which a run logs.
+# The panels, at most six of which a run logs. Beside the loss stand its terms, the figures whose
+# names begin with a capital letter.
 CURVES = {
-    "loss": ("loss", "L_I", "L_R", "L_S", "L_T", "T", "S", "L_C", "L_F"),
+    "loss": ("loss",),
     "teacher, nats": ("teacher_entropy", "teacher_kl_uniform", "teacher_information"),
     "queries nearest to their own key, percent": ("contrast_accuracy",),
     "effective rank of the features": ("feature_rank",),
@@ -46,8 +47,9 @@ def plot_curves(lines: list[dict]) -> Figure:
     epochs = [line["epoch"] for line in steps]
     figure = Figure(figsize=(13, 6.5), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(2, 3)
+    terms = [name for name in steps[0] if name[0].isupper()]
     for title, names in CURVES.items():
-        logged = [name for name in names if name in steps[0]]
+        logged = [name for name in (*names, *terms * (title == "loss")) if name in steps[0]]
         if not logged:
             continue
         axis = figure.add_subplot(grid[len(figure.axes)])

@@ -21,16 +21,14 @@ def stratified_subset(labels: Tensor, most: int, seed: int) -> Tensor:
     labels: int64 [n]. `seed` decides which images of a class, and which classes give one more
     where shares are not whole. All are taken where n <= most.
     """
-    labels = labels.cpu()
+    count, labels = min(most, len(labels)), labels.cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].sort(stable=True).indices]  # by class, random within
-    _, numbers, counts = labels[order].unique_consecutive(return_inverse=True, return_counts=True)
-    within = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[numbers]
-    # Evenly spread over (0, 1) in each class, from a random offset: the lowest are its share.
-    offsets = torch.rand(len(counts), generator=generator, dtype=torch.float64)
-    spread = (within + offsets[numbers]) / counts[numbers]
-    return order[spread.sort(stable=True).indices[:most]].sort().values
+    # At even distances in that order, from a random start.
+    start = torch.rand(1, generator=generator, dtype=torch.float64)
+    places = (torch.arange(count) + start) * len(labels) / max(count, 1)
+    return order[places.long()].sort().values
 
 
 @LOOK

@@ -34,9 +34,8 @@ def run(cfg: Node, world: World) -> None:
     """
     if cfg.OUTPUT_DIR:
         distributed.on_main(lambda: make_folder(Path(cfg.OUTPUT_DIR)))
-    findings = Findings()
-    findings.attempt(lambda: prepare(cfg.DATA.DATASET, cfg.DATA.PATH))
-    data = cfg.DATA
+    findings, data = Findings(), cfg.DATA
+    findings.attempt(lambda: prepare(data.DATASET, data.PATH))
     images = findings.attempt(lambda: build_dataset(data.DATASET, data.PATH, partial=data.PARTIAL))
     held_out = findings.attempt(lambda: image_findings.validation_images(cfg))
     sets = [part for part in (images, held_out) if part is not None]
@@ -44,8 +43,7 @@ def run(cfg: Node, world: World) -> None:
         {"images for training and validation": [len(part) for part in sets]},
         "put them where all of them see the same files",
     )
-    workers = usable_workers(cfg.DATA.WORKERS)
-    headers = [read_headers(part, world, workers) for part in sets]
+    headers = [read_headers(part, world, usable_workers(data.WORKERS)) for part in sets]
     distributed.on_main(lambda: _report(cfg, world, images, held_out, headers, findings))
 
 
@@ -59,6 +57,7 @@ def _report(
 ) -> None:
     """Fill the findings, print and write them; InputError where there is a problem."""
     found, kept = None, 0
+    folder = Path(cfg.OUTPUT_DIR) if cfg.OUTPUT_DIR else None
     if images is not None:
         kept = image_findings.cache_bytes(cfg, headers[0])
         sets = [images] if held_out is None else [images, held_out]
@@ -68,34 +67,32 @@ def _report(
             findings.validation = image_findings.validation(
                 cfg, images, held_out, headers[1], same, findings
             )
-        findings.batch = findings.attempt(lambda: _batch(cfg, world, len(images), findings))
-        if cfg.OUTPUT_DIR:
-            per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
-            number = len(images)
-            found = findings.attempt(lambda: resume.find(cfg, number, per_step, world.size))
+        per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
+        findings.batch = findings.attempt(
+            lambda: _batch(cfg, world, len(images), per_step, findings)
+        )
+        if folder:
+            found = findings.attempt(lambda: resume.find(cfg, len(images), per_step, world.size))
     if cfg.EVAL.KNN_EVERY:
-        folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
-        findings.attempt(lambda: gallery_and_queries(*folders))
+        findings.attempt(lambda: gallery_and_queries(cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL))
     findings.crops = _crops(cfg, world)
     findings.memory = findings.attempt(
         lambda: machine.memory_needed(cfg, world, kept, found, findings)
     )
-    folder = Path(cfg.OUTPUT_DIR) if cfg.OUTPUT_DIR else None
     if folder and findings.memory:
         size = findings.memory["checkpoint_bytes"]
         findings.disk = machine.disk_needed(cfg, folder, size, found, findings)
     _print(findings, folder)
 
 
-def _batch(cfg: Node, world: World, images: int, findings: Findings) -> dict:
+def _batch(cfg: Node, world: World, images: int, per_step: int, findings: Findings) -> dict:
     """The batch against the data; InputError where a step takes more than there is."""
     train = cfg.TRAIN
-    per_step = train.BATCH_SIZE_PER_GPU * world.size * train.ACCUM_STEPS
     steps = steps_per_epoch(images, train.BATCH_SIZE_PER_GPU, world.size, train.ACCUM_STEPS)
     if per_step > LARGE_STEP * images:
         findings.warnings.append(
-            f"a step takes {per_step:,} of {images:,} images, so that an epoch has {steps:,} "
-            "steps: few for the schedules and the teacher; consider a smaller batch or more epochs"
+            f"a step takes {per_step:,} of {images:,} images; steps an epoch: {steps:,}, few for "
+            "the schedules and the teacher; consider a smaller batch or more epochs"
         )
     findings.warnings += advice.warnings(cfg, world.size, images)
     return {

@@ -119,5 +119,5 @@ def disk_needed(
         "checkpoints_kept_for_good": kept,
         "needed_bytes": needed,
         "free_bytes": free,
-        "goes_on_from_step": found.state["step"] if found else 0,
+        **({"goes_on_from_step": found.state["step"]} if found else {}),
     }
