@@ -65,21 +65,17 @@ def parse() -> tuple[argparse.Namespace, Study]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--study", type=Path, required=True, help="a YAML of experiments/studies")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the study's folder")
-    parser.add_argument("--data_path", type=Path, help="train and val, where the set is a folder")
-    parser.add_argument("--cells", nargs="+", metavar="CELL", help="these alone, e.g. cmd,esvit")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="these alone")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time [1]")
-    parser.add_argument("--processes", type=int, default=1, help="of each run, by torchrun [1]")
-    parser.add_argument("--table", action="store_true", help="write the tables; run nothing")
+    add, one = parser.add_argument, cli.at_least(1)
+    add("--study", type=Path, required=True, help="a YAML of experiments/studies")
+    add("--output_dir", type=Path, required=True, help="the study's folder")
+    add("--data_path", type=Path, help="train and val, where the set is a folder")
+    add("--cells", nargs="+", metavar="CELL", help="these alone, e.g. cmd,esvit")
+    add("--seeds", nargs="+", type=cli.at_least(0), metavar="SEED", help="these alone")
+    add("--jobs", type=one, default=1, help="cells at a time [1]")
+    add("--processes", type=one, default=1, help="of each run, by torchrun [1]")
+    add("--table", action="store_true", help="write the tables; run nothing")
     words, pairs = cli.split_pairs(sys.argv[1:], ["--table"])
     arguments = parser.parse_args(words)
-    for name in ("jobs", "processes"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(arguments, name)}.")
-    if any(seed < 0 for seed in arguments.seeds or ()):
-        raise InputError(f"--seeds must be at least 0, not {arguments.seeds}.")
     study = load(arguments.study, pairs)
     cells = [name for word in arguments.cells or study.cells for name in word.split(",") if name]
     arguments.cells = list(dict.fromkeys(choose(cells, study.cells, "--cells")))

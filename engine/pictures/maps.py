@@ -68,7 +68,8 @@ def heads_of_views(network: Network, views: Sequence[PlacedView]) -> list[list[P
 
 def pointing_of(maps: Sequence[PatchMap], images: ShownImages) -> dict[str, float]:
     """How the maps of whole images point at the parts, percent; see pointing.figures."""
-    touching = pointing.cells_touching(images.boxes, maps[0].grid, maps[0].cell * images.box_size)
+    cell = maps[0].cell * images.squares[0].width
+    touching = pointing.cells_touching(images.boxes, maps[0].grid, cell)
     return pointing.figures(torch.stack([of.values for of in maps]), touching)
 
 
@@ -175,8 +176,8 @@ def _maps_over_images(
             elif names:
                 name = PurePath(images.names[index])
                 axis.set_title(short(name.parent.name or name.name, int(14 * side)), fontsize=8)
-            if (box := images.box(index)) is not None:
-                _draw_box(axis, box, PART, 1)
+            if images.boxes:
+                _draw_box(axis, images.boxes[index], PART, 1)
             axis.set(xlim=(0, square.width), ylim=(square.height, 0))
     scale = (
         f"Dark: nothing; bright: {most:.1f} times an even share or more, on one scale for all "

@@ -52,26 +52,16 @@ def common_size(sources: Sequence[Source], size: int | None) -> tuple[int, int]:
 class ShownImages:
     """The images that are shown, each as its centre square.
 
-    names: paths relative to their folder. boxes: the parts', one an image, in pixels of images of
-    box_size; none and 0 where nobody knows them.
+    names: paths relative to their folder. boxes: the parts', one an image, in pixels of the
+    squares, which are of one size then; none where nobody knows them.
     """
 
     names: list[str]
     squares: list[Image.Image]
     boxes: list[pointing.Box]
-    box_size: int
-
-    def box(self, index: int) -> list[float] | None:
-        """The part's box in pixels of the square, where it is known."""
-        if not self.boxes:
-            return None
-        scale = self.squares[index].width / self.box_size
-        return [scale * edge for edge in self.boxes[index]]
 
     def first(self, count: int) -> "ShownImages":
-        return ShownImages(
-            self.names[:count], self.squares[:count], self.boxes[:count], self.box_size
-        )
+        return ShownImages(self.names[:count], self.squares[:count], self.boxes[:count])
 
 
 def show_images(paths: Sequence[Path], names: Sequence[str], count: int) -> ShownImages:
@@ -82,8 +72,8 @@ def show_images(paths: Sequence[Path], names: Sequence[str], count: int) -> Show
     for index in chosen:
         image = load_image(paths[index])
         squares.append(center_crop(image, min(image.size)))
-    boxes, box_size = pointing.part_boxes([paths[index] for index in chosen])
-    return ShownImages([names[index] for index in chosen], squares, boxes, box_size)
+    boxes, _ = pointing.part_boxes([paths[index] for index in chosen])
+    return ShownImages([names[index] for index in chosen], squares, boxes)
 
 
 def open_images(given: Sequence[Path], count: int) -> tuple[ShownImages, LabelledImages | None]:

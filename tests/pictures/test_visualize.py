@@ -306,10 +306,10 @@ def test_judging_matches_of_known_views():
 
 
 def shown_images(count: int) -> ShownImages:
-    """Grey squares of 100 pixels, each darker than the last, with parts in images of 50 pixels."""
+    """Grey squares of 100 pixels, each lighter than the last, with a part."""
     squares = [Image.new("RGB", (100, 100), (20 * index,) * 3) for index in range(count)]
-    boxes = [(index, 10, 20, 30) for index in range(count)]
-    return ShownImages([f"001.a_bird/{i}.png" for i in range(count)], squares, boxes, 50)
+    boxes = [(2 * index, 20, 40, 60) for index in range(count)]
+    return ShownImages([f"001.a_bird/{i}.png" for i in range(count)], squares, boxes)
 
 
 def peaked(patch: int, patches: int = 4) -> PatchMap:
