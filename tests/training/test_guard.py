@@ -214,7 +214,7 @@ def test_a_row_of_bad_steps_pushes_out_no_earlier_checkpoint(tmp_path):
     assert (before["step"], checkpoint.load_own(tmp_path / checkpoint.LAST)["step"]) == (4, 8)
 
 
-def test_a_run_that_was_stopped_goes_on_with_good_steps_and_keeps_the_dump(tmp_path):
+def test_a_run_that_was_stopped_goes_on_with_good_steps_and_keeps_the_dump(tmp_path, told):
     with pytest.raises(InputError):
         run_with(tmp_path, {3, 4, 5}, TRAIN__MAX_BAD_STEPS=3)
     dump = (tmp_path / "bad_steps.json").read_bytes()
@@ -223,8 +223,10 @@ def test_a_run_that_was_stopped_goes_on_with_good_steps_and_keeps_the_dump(tmp_p
     run = pretraining(cfg)
     record = record_of()
     resume(run, record, Found(path, checkpoint.load_own(path), [], forced=False))
+    told.clear()
     train(run, record, [batch(6), batch(7)], tmp_path)
     assert run.step == 8
+    assert "were skipped" not in told.text  # they are no news
     assert log_of(tmp_path)[-1]["skipped_steps"] == 3
     assert (tmp_path / "bad_steps.json").read_bytes() == dump
 

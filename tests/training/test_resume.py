@@ -13,9 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.training.resume import Found, resume
 from tests.conftest import TRAINED
 from tests.processes import PATIENCE, Script, run_python, start_group, start_python, workers_of
-from tests.runs import assert_same_run, cfg_of, load, log_of
+from tests.runs import (
+    assert_same_run,
+    cfg_of,
+    checkpoint_of,
+    load,
+    log_of,
+    pretraining,
+    record_of,
+    small_config,
+)
 from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
 
@@ -465,6 +475,16 @@ def test_a_forced_resume_with_more_images_goes_on_at_the_same_epoch(
     # The log's old lines, up to the checkpoint at step 6 of old, then the new ones.
     steps = [line["step"] for line in log_of(tmp_path / "run") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6, 13, 14, 15, 16]
+
+
+@pytest.mark.parametrize(("steps", "goes_on_at"), [(8, 12), (4, 6), (3, 4), (2, 3)])
+def test_a_run_goes_on_at_the_same_place_within_its_epoch(steps, goes_on_at, tmp_path):
+    """After 6 steps of 4 an epoch, with so many an epoch: half way through the second."""
+    cfg = small_config()
+    state = checkpoint_of(pretraining(cfg)) | {"step": 6}
+    again = pretraining(cfg, steps)
+    resume(again, record_of(), Found(tmp_path, state, [], forced=True))
+    assert again.step == goes_on_at
 
 
 def test_a_forced_resume_with_another_optimizer_starts_its_moments_anew(
