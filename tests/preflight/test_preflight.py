@@ -117,7 +117,9 @@ def test_every_figure_in_words_and_as_data(data, check, tmp_path):
     }
     memory, disk = found["memory"], found["disk"]
     assert memory["step_at_its_peak_bytes"] < memory["needed_on_this_machine_bytes"]
-    assert disk["checkpoint_bytes"] == memory["checkpoint_bytes"] < disk["needed_bytes"]
+    # The last one, the one before and the one that is being written; three epochs keep none.
+    assert disk["checkpoint_bytes"] == memory["checkpoint_bytes"]
+    assert disk["needed_bytes"] == 3 * disk["checkpoint_bytes"]
     lines = printed.splitlines()
     for line in (
         "images",
@@ -146,6 +148,23 @@ def test_every_figure_in_words_and_as_data(data, check, tmp_path):
         ["CMD.LT", "residual", "compares", "a"],  # of a batch of 4
     ]
     assert lines[-1] == "the run can work (warnings above: 5)"
+
+
+def test_each_process_of_a_machine_needs_its_own_step_and_batches(
+    data, check, tmp_path, monkeypatch
+):
+    def needed(processes: int) -> dict:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        check(f"DATA.PATH {data} OUTPUT_DIR {tmp_path} DATA.MAX_BAD 0.1 DATA.WORKERS 1")
+        return found_in(tmp_path)["memory"]
+
+    one, three = needed(1), needed(3)
+    assert three["processes_here"] == 3
+    assert one["crops_in_the_loader_bytes"] == 2 * one["crops_bytes"]
+    process = GIB + one["crops_in_the_loader_bytes"] + one["step_at_its_peak_bytes"]
+    of = "needed_on_this_machine_bytes"
+    assert one[of] == process + one["checkpoint_bytes"]
+    assert three[of] == 3 * process + one["checkpoint_bytes"]
 
 
 def test_without_an_output_folder_nothing_is_written(data, check, tmp_path, monkeypatch):

@@ -17,10 +17,10 @@ import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from engine.training.saving import CheckpointWriter, on_host
+from engine.training.saving import Checkpoints, CheckpointWriter, on_host
 from tests.disk import forked, full_disk, small_disk
 from tests.processes import run_python
-from tests.runs import checkpoint_of, load, pretraining, small_config, tensors
+from tests.runs import checkpoint_of, load, pretraining, record_of, small_config, tensors
 from utils import checkpoint
 from utils.checkpoint import LAST, PREVIOUS
 from utils.errors import InputError
@@ -41,6 +41,16 @@ def told(monkeypatch) -> Iterator[list[str]]:
     logger.setLevel(logging.INFO)  # not by assignment: the logger remembers what it lets through
     yield lines
     logger.setLevel(before)
+
+
+def test_a_checkpoint_is_due_after_so_many_minutes(tmp_path, monkeypatch):
+    run = pretraining(small_config(CKPT__EVERY_MINUTES=2.0))
+    checkpoints, start = Checkpoints(run, record_of(), tmp_path, None), time.monotonic()
+    for seconds, due in ((100, False), (130, True)):
+        monkeypatch.setattr(time, "monotonic", lambda now=start + seconds: now)
+        assert checkpoints.time_is_up() == due
+    monkeypatch.undo()
+    checkpoints.close()
 
 
 # The copy

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,23 @@ from torch import nn
 
 from engine import build
 from engine.training.health import PATIENCE, CollapseWatch, effective_rank
+from engine.training.lines import Lines
 from engine.training.optim import build_optimizer, clip_each, parameter_groups, set_rates
+from engine.training.record import Window
 from tests.processes import free_port
-from tests.runs import cfg_of, load, log_of, tensors
+from tests.runs import (
+    batch_of,
+    cfg_of,
+    load,
+    log_of,
+    pretraining,
+    record_of,
+    small_config,
+    tensors,
+)
 from utils import config
+from utils.distributed import ALONE
+from utils.logging import RunLog
 
 TERMS = {
     "dino": {"L_I"},
@@ -467,6 +481,30 @@ def test_a_run_that_is_well_is_not_warned_about(trained, pretrain, tmp_path):
     done = pretrain(tmp_path, "TRAIN.EPOCHS 15 PRINT_FREQ 1 TRAIN.BASE_LR 0.001")
     assert "warning" not in done.stdout + done.stderr
     assert len(log_of(tmp_path)) == 30
+
+
+def test_an_unfinished_line_of_two_processes_goes_on_in_one_with_their_mean():
+    window, good = Window(), torch.tensor(True)
+    window.load_state_dict({"names": ["loss"], "sums": torch.tensor([[4.0, 1], [2, 1]])}, ALONE)
+    window.add({"loss": torch.tensor(6.0)}, good)
+    assert window.fetch({}) == {"loss": 4.5}  # of two steps, 3 and 6
+
+
+def test_images_a_second_do_not_count_the_time_of_a_pause(tmp_path):
+    run, record, log = pretraining(small_config()), record_of(), RunLog(tmp_path, 0, 0)
+    crops = [torch.randn(3, 3, size, size) for size in (32, 32, 16, 16)]
+    start = time.perf_counter()
+    lines = Lines(run, record, log)
+    figures, health, good = run.train_step(iter([batch_of(crops)]), measure_health=True)
+    lines.add(figures, good)
+    with lines.paused():
+        time.sleep(0.3)
+    lines.write(health)
+    most = time.perf_counter() - start - 0.3
+    lines.close()
+    log.close()
+    (line,) = map(json.loads, (tmp_path / "log.txt").read_text().splitlines())
+    assert 0 < run.images_per_step / line["images_per_second"] < most
 
 
 def test_nothing_is_written_beside_the_runs_folder(trained):
