@@ -4,7 +4,7 @@ Statistically the same as `datasets.multicrop.MultiCrop`, which makes the crops 
 image at a time with PIL: the same operations in the same order, with parameters of the same
 distributions, but not the same crops from the same seed. Every number is drawn on the
 host, each crop from a generator of its own, and everything that a draw decides is decided
-there for the whole batch at once (`CropParameters`). The device therefore never has to be
+there for the whole batch at once (`CROP`). The device therefore never has to be
 asked anything, and an operation runs only on the crops that have it.
 
 Values stay float32 in 0..255 until the end. PIL rounds or cuts off to a whole grey level after
@@ -37,22 +37,42 @@ LUMA = (0.299, 0.587, 0.114)
 # an accelerator what keeps memory in bounds.
 CHUNK_ELEMENTS = {"cpu": 2**18, "accelerator": 2**26}
 
-# Where each decision's uniform numbers lie in a row of `draw`.
-DRAWS = {
-    "area": slice(0, ATTEMPTS),
-    "ratio": slice(ATTEMPTS, 2 * ATTEMPTS),
-    "top": 20,
-    "left": 21,
-    "flip": 22,
-    "jitter": 23,
-    "strengths": slice(24, 28),
-    "order": slice(28, 32),
-    "grey": 32,
-    "blur": 33,
-    "radius": 34,
-    "solarise": 35,
-}
-NUMBER_OF_DRAWS = 36
+# The uniform numbers that decide one crop, in the order in which `draw` gives them.
+DRAWS = np.dtype(
+    [
+        ("area", np.float64, ATTEMPTS),
+        ("ratio", np.float64, ATTEMPTS),
+        ("top", np.float64),
+        ("left", np.float64),
+        ("flip", np.float64),
+        ("jitter", np.float64),
+        ("strengths", np.float64, 4),
+        ("order", np.float64, 4),
+        ("grey", np.float64),
+        ("blur", np.float64),
+        ("radius", np.float64),
+        ("solarise", np.float64),
+    ]
+)
+NUMBER_OF_DRAWS = DRAWS.itemsize // 8
+# What they decide.
+CROP = np.dtype(
+    [
+        ("top", np.int64),  # the box in whole source pixels
+        ("left", np.int64),
+        ("height", np.int64),
+        ("width", np.int64),
+        ("flipped", bool),
+        ("jittered", bool),
+        # Factors of brightness, contrast and saturation and the shift of hue in turns; then those
+        # four operations by number, in the order in which they are applied.
+        ("strengths", np.float64, 4),
+        ("order", np.int64, 4),
+        ("grey", bool),
+        ("radius", np.float64),  # sigma of the blur in pixels, 0 for none
+        ("solarised", bool),
+    ]
+)
 
 
 @dataclass
@@ -65,40 +85,6 @@ class Images:
 
     pixels: Tensor
     sizes: Sequence[tuple[int, int]]
-
-
-@dataclass
-class CropParameters:
-    """What is done to each crop, as host arrays of one leading shape, such as [B, V].
-
-    `top`, `left`, `height`, `width`: the box in whole source pixels. `flipped`, `jittered`,
-    `grey`, `solarised`: bool. `strengths` [..., 4]: factors of brightness, contrast and
-    saturation and the shift of hue in turns. `order` [..., 4]: those four operations by number, in
-    the order in which they are applied. `radius`: sigma of the blur in pixels, 0 for none.
-    """
-
-    top: np.ndarray
-    left: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    flipped: np.ndarray
-    jittered: np.ndarray
-    strengths: np.ndarray
-    order: np.ndarray
-    grey: np.ndarray
-    radius: np.ndarray
-    solarised: np.ndarray
-
-    def __getitem__(self, place) -> "CropParameters":
-        """The parameters of the crops at `place` of the leading shape."""
-        return CropParameters(**{name: values[place] for name, values in vars(self).items()})
-
-    def by_view(self, views: slice) -> "CropParameters":
-        """[B, V] -> the crops of `views` one after another, each for the whole batch."""
-        chosen = {name: values[:, views].swapaxes(0, 1) for name, values in vars(self).items()}
-        return CropParameters(
-            **{name: values.reshape(-1, *values.shape[2:]) for name, values in chosen.items()}
-        )
 
 
 class BatchedMultiCrop:
@@ -132,23 +118,23 @@ class BatchedMultiCrop:
             row.uniform_(generator=generator.manual_seed(derive_seed(seed, *place)))
         return draws
 
-    def parameters(self, sizes: Sequence[tuple[int, int]], draws: Tensor) -> CropParameters:
-        """What `draws`, float32 [B, V, D], decide for images of `sizes`: arrays [B, V]."""
-        uniform = draws.numpy().astype(np.float64)
-        u = {name: uniform[..., place] for name, place in DRAWS.items()}
+    def parameters(self, sizes: Sequence[tuple[int, int]], draws: Tensor) -> np.recarray:
+        """What `draws`, float32 [B, V, D], decide for images of `sizes`: `CROP` [B, V]."""
+        u = draws.numpy().astype(np.float64, order="C").view(DRAWS)[..., 0]
         height, width = np.asarray(sizes, dtype=np.int64).T[..., None]
-        box = _random_boxes(height, width, self._scale, u)
-        blurred = u["blur"] < self._blur_prob
-        return CropParameters(
-            *box,
-            flipped=u["flip"] < self._flip_prob,
-            jittered=u["jitter"] < self._jitter_prob,
-            strengths=_between(self._strengths, u["strengths"]),
-            order=u["order"].argsort(axis=-1),
-            grey=u["grey"] < self._grey_prob,
-            radius=np.where(blurred, _between(np.array(BLUR_RADIUS), u["radius"]), 0.0),
-            solarised=u["solarise"] < self._solarise_prob,
+        crops = np.recarray(u.shape, CROP)
+        crops.top, crops.left, crops.height, crops.width = _random_boxes(
+            height, width, self._scale, u
         )
+        crops.flipped = u["flip"] < self._flip_prob
+        crops.jittered = u["jitter"] < self._jitter_prob
+        crops.strengths = _between(self._strengths, u["strengths"])
+        crops.order = u["order"].argsort(axis=-1)
+        crops.grey = u["grey"] < self._grey_prob
+        radius = _between(np.array(BLUR_RADIUS), u["radius"])
+        crops.radius = np.where(u["blur"] < self._blur_prob, radius, 0.0)
+        crops.solarised = u["solarise"] < self._solarise_prob
+        return crops
 
     def __call__(self, images: Images, draws: Tensor) -> list[Tensor]:
         """-> normalised float32 [B, 3, S, S] per crop, on the device of `images.pixels`.
@@ -161,7 +147,7 @@ class BatchedMultiCrop:
         crops = []
         for size, group in groupby(self.sizes):
             views = len(list(group))
-            of_size = parameters.by_view(slice(len(crops), len(crops) + views))
+            of_size = parameters[:, len(crops) : len(crops) + views].T.ravel()
             crops += _crops_of_one_size(images, of_size, size).unflatten(0, (views, -1)).unbind()
         return crops
 
@@ -172,7 +158,7 @@ def _between(bounds: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 
 def _random_boxes(
-    height: np.ndarray, width: np.ndarray, scale: np.ndarray, u: dict[str, np.ndarray]
+    height: np.ndarray, width: np.ndarray, scale: np.ndarray, u: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """(top, left, height, width), each int64 [B, V], as torchvision's RandomResizedCrop.
 
@@ -197,7 +183,7 @@ def _random_boxes(
     return top, left, box_h, box_w
 
 
-def _crops_of_one_size(images: Images, parameters: CropParameters, size: int) -> Tensor:
+def _crops_of_one_size(images: Images, parameters: np.recarray, size: int) -> Tensor:
     """float32 [N, 3, size, size], normalised; crop n is of image n modulo B."""
     pixels, number = images.pixels, len(parameters.top)
     if pixels.device.type == "cpu":
@@ -218,9 +204,7 @@ def _crops_of_one_size(images: Images, parameters: CropParameters, size: int) ->
     return crops
 
 
-def resize_one_by_one(
-    pixels: Tensor, source: np.ndarray, boxes: CropParameters, size: int
-) -> Tensor:
+def resize_one_by_one(pixels: Tensor, source: np.ndarray, boxes: np.recarray, size: int) -> Tensor:
     """The `boxes` of the images `source` [N], resized and flipped: float32 [N, 3, size, size].
 
     Values are in 0..255. torch's own resize of uint8 is PIL's, except that newer versions of
@@ -228,17 +212,16 @@ def resize_one_by_one(
     `resize_by_products`; on an accelerator it would start several kernels a crop.
     """
     crops = torch.empty(len(source), 3, size, size, device=pixels.device)
-    edges = zip(boxes.top, boxes.left, boxes.height, boxes.width, boxes.flipped, strict=True)
-    for crop, n, (top, left, height, width, flipped) in zip(crops, source, edges, strict=True):
-        box = pixels[n : n + 1, :, top : top + height, left : left + width].contiguous()
-        box = F.interpolate(box, (size, size), mode="bicubic", antialias=True)[0]
-        crop.copy_(box.flip(-1) if flipped else box)
+    for crop, n, box in zip(crops, source, boxes, strict=True):
+        rows = slice(box.top, box.top + box.height)
+        columns = slice(box.left, box.left + box.width)
+        part = pixels[n : n + 1, :, rows, columns].contiguous()
+        part = F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
+        crop.copy_(part.flip(-1) if box.flipped else part)
     return crops
 
 
-def resize_by_products(
-    pixels: Tensor, source: np.ndarray, boxes: CropParameters, size: int
-) -> Tensor:
+def resize_by_products(pixels: Tensor, source: np.ndarray, boxes: np.recarray, size: int) -> Tensor:
     """The same by two matrix products a crop, across and then down.
 
     Each product is cut to the range of uint8, as bicubic weights overshoot. On an accelerator
@@ -297,20 +280,20 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _augmented(x: Tensor, parameters: CropParameters) -> Tensor:
+def _augmented(x: Tensor, parameters: np.recarray) -> Tensor:
     """Colour jitter, grey, blur and solarise: float32 [N, 3, S, S] in 0..255; changes `x`."""
-    steps = []
-    for step in range(len(JITTER)):
-        for number, operation in enumerate(JITTER):
-            chosen = np.flatnonzero(parameters.jittered & (parameters.order[:, step] == number))
-            steps.append((operation, chosen, parameters.strengths[chosen, number]))
-    blurred = np.flatnonzero(parameters.radius)
-    steps += [
-        (_grey, np.flatnonzero(parameters.grey), np.empty(0)),
-        (_blur, blurred, _box_weights(parameters.radius[blurred])),
-        (_solarise, np.flatnonzero(parameters.solarised), np.empty(0)),
+    nothing = np.empty((len(x), 0))
+    steps = [
+        (operation, parameters.jittered & (order == number), parameters.strengths[:, number])
+        for order in parameters.order.T
+        for number, operation in enumerate(JITTER)
     ]
-    steps = [step for step in steps if len(step[1])]
+    steps += [
+        (_grey, parameters.grey, nothing),
+        (_blur, parameters.radius > 0, _box_weights(parameters.radius)),
+        (_solarise, parameters.solarised, nothing),
+    ]
+    steps = [(step, np.flatnonzero(on), values[on]) for step, on, values in steps if on.any()]
     if not steps:
         return x
     # One transfer of all indices and one of all arguments.
@@ -389,7 +372,7 @@ def _box_weights(radius: np.ndarray) -> np.ndarray:
     """The extended box filter of which PIL's blur of sigma `radius` [N] makes three passes.
 
     Gwosdek et al. 2011, eq. 11-14 -> float64 [N, 2 or 3]: the weights of the pixel itself, of
-    its two neighbours, and of theirs where any filter of the batch reaches so far.
+    its two neighbours, and of theirs where any filter reaches so far.
     """
     variance = radius**2 / BLUR_PASSES
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)

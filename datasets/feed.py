@@ -1,10 +1,10 @@
 """How images become crops: made by the loader's processes, or on the device of a whole batch.
 
-There are three feeds. Each has a data set for the loader to read, by keys (epoch, image), and
-`crop`, which turns what the loader brings into crops on the device; engine/build.py chooses one.
+A feed has a data set for the loader to read, by keys (epoch, image), and `crop`, which turns what
+the loader brings into crops on the device; engine/build.py chooses one.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -29,7 +29,7 @@ from utils.errors import InputError
 from utils.signals import held
 
 
-class Feed(ABC):
+class Feed:
     """The way from stored images to crops.
 
     dataset: what a loader reads. device: of the crops. bad: what is known to be unreadable before
@@ -37,10 +37,11 @@ class Feed(ABC):
     not be decoded. description: who decodes and who crops, for people.
     """
 
-    description: str
-
-    def __init__(self, dataset: KeyedDataset, world: World, bad: Sequence[BadImage]) -> None:
+    def __init__(
+        self, dataset: KeyedDataset, world: World, bad: Sequence[BadImage], description: str
+    ) -> None:
         self.dataset, self.device, self.bad = FullBatches(dataset), world.device, bad
+        self.description = description
 
     @abstractmethod
     def crops(self, batch: Batch) -> list[Tensor]:
@@ -69,22 +70,22 @@ class Feed(ABC):
 class WorkerCrops(Feed):
     """The loader's processes decode each image and make its crops."""
 
-    description = "images decoded and cropped by the loader"
-
     def __init__(
         self, images: StoredImages, augmentation: Augmentation, seed: int, world: World
     ) -> None:
         augmented = AugmentedDataset(images, MultiCrop(augmentation), seed)
-        super().__init__(augmented, world, images.unlisted)
+        description = "images decoded and cropped by the loader"
+        super().__init__(augmented, world, images.unlisted, description)
 
     def crops(self, batch: Batch) -> list[Tensor]:
         return [crop.to(self.device, non_blocking=True) for crop in batch.data]
 
 
 class DeviceCrops(Feed):
-    """The loader's processes decode the images; their crops are made on the device.
+    """The crops of a batch are made on the device.
 
-    shorter_side: pixels to which images are reduced before, 0 for not at all.
+    The loader's processes decode its images; where `kept` holds all images decoded, they only
+    draw random numbers. shorter_side: pixels to which images are reduced before, 0 for not at all.
     """
 
     def __init__(
@@ -94,47 +95,25 @@ class DeviceCrops(Feed):
         seed: int,
         world: World,
         shorter_side: int,
+        kept: DecodedImages | None = None,
     ) -> None:
-        self._multicrop = BatchedMultiCrop(augmentation)
-        decoded = DecodedDataset(images, shorter_side, self._multicrop.draw, seed)
-        super().__init__(decoded, world, images.unlisted)
-        self.description = f"{_cropped(world, shorter_side)}, decoded by the loader"
+        self._multicrop, self._kept = BatchedMultiCrop(augmentation), kept
+        draw, bad, place = self._multicrop.draw, [*images.unlisted], "decoded by the loader"
+        if kept is None:
+            dataset = DecodedDataset(images, shorter_side, draw, seed)
+        else:
+            dataset = Draws(len(images), draw, seed, kept.bad)
+            bad, place = [*bad, *kept.bad.values()], kept.place
+        size = f"at most {shorter_side} pixels on the shorter side" if shorter_side else "full size"
+        description = f"crops made on {world.device} from images of {size}, {place}"
+        super().__init__(dataset, world, bad, description)
 
     def crops(self, batch: Batch) -> list[Tensor]:
+        if self._kept is not None:
+            return self._multicrop(self._kept.batch(batch.indices.tolist()), batch.data)
         pixels, sizes, draws = batch.data
         pixels = pixels.to(self.device, non_blocking=True)
         return self._multicrop(channels_first(pixels, sizes.tolist()), draws)
-
-
-class KeptImages(Feed):
-    """All images were decoded once and are kept; their crops are made on the device.
-
-    The loader's processes only draw random numbers.
-    """
-
-    def __init__(
-        self,
-        images: StoredImages,
-        augmentation: Augmentation,
-        seed: int,
-        world: World,
-        shorter_side: int,
-        kept: DecodedImages,
-    ) -> None:
-        self._multicrop, self._kept = BatchedMultiCrop(augmentation), kept
-        draws = Draws(len(images), self._multicrop.draw, seed, kept.bad)
-        super().__init__(draws, world, [*images.unlisted, *kept.bad.values()])
-        self.description = f"{_cropped(world, shorter_side)}, {kept.place}"
-
-    def crops(self, batch: Batch) -> list[Tensor]:
-        return self._multicrop(self._kept.batch(batch.indices.tolist()), batch.data)
-
-
-def _cropped(world: World, shorter_side: int) -> str:
-    size = "of full size"
-    if shorter_side:
-        size = f"of at most {shorter_side} pixels on the shorter side"
-    return f"crops made on {world.device} from images {size}"
 
 
 def step_sampler(

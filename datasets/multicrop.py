@@ -20,16 +20,10 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return derive_seed(seed, AUGMENTATION, epoch, index)
 
 
-class GaussianBlur(nn.Module):
-    """PIL's Gaussian blur with a radius (the kernel's sigma, in pixels) uniform in `radius`."""
-
-    def __init__(self, radius: tuple[float, float] = (0.1, 2.0)) -> None:
-        super().__init__()
-        self.radius = radius
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        radius = torch.empty(1).uniform_(*self.radius).item()
-        return image.filter(ImageFilter.GaussianBlur(radius))
+def _gaussian_blur(image: Image.Image) -> Image.Image:
+    """PIL's, with a radius (the kernel's sigma, in pixels) uniform in (0.1, 2)."""
+    radius = torch.empty(1).uniform_(0.1, 2.0).item()
+    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def _to_normalised_tensor() -> list[nn.Module]:
@@ -158,7 +152,7 @@ class MultiCrop:
                     v2.RandomHorizontalFlip(settings.flip_prob),
                     v2.RandomApply([jitter], settings.color_jitter_prob),
                     v2.RandomGrayscale(settings.grey_prob),
-                    v2.RandomApply([GaussianBlur()], view.blur_prob),
+                    v2.RandomApply([v2.Lambda(_gaussian_blur)], view.blur_prob),
                     v2.RandomSolarize(threshold=128, p=view.solarise_prob),
                     *_to_normalised_tensor(),
                 ]

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import torch
 
 from datasets.cache import DecodedImages
-from datasets.feed import DeviceCrops, Feed, KeptImages, WorkerCrops
+from datasets.feed import DeviceCrops, Feed, WorkerCrops
 from datasets.folder import StoredImages
 from datasets.loader import usable_workers
 from datasets.multicrop import Augmentation
@@ -109,11 +109,11 @@ def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
             f"DATA.CACHE_SIZE {data.CACHE_SIZE} is below AUG.GLOBAL_CROPS_SIZE "
             f"{cfg.AUG.GLOBAL_CROPS_SIZE}: crops are enlarged from images with less detail"
         )
-    if data.CACHE == "none":
-        return DeviceCrops(*common, data.CACHE_SIZE)
-    workers, on_device = usable_workers(data.WORKERS), data.CACHE == "device"
-    kept = DecodedImages(images, data.CACHE_SIZE, world, workers, on_device)
-    return KeptImages(*common, data.CACHE_SIZE, kept)
+    kept = None
+    if data.CACHE != "none":
+        workers, on_device = usable_workers(data.WORKERS), data.CACHE == "device"
+        kept = DecodedImages(images, data.CACHE_SIZE, world, workers, on_device)
+    return DeviceCrops(*common, data.CACHE_SIZE, kept)
 
 
 def networks(cfg: Node) -> tuple[Network, Network]:

@@ -94,12 +94,11 @@ def seeded_views(
     for index, square in enumerate(squares):
         sides = [(square.height, square.width)]
         draws = augment.draw(sample_seed(seed, 0, index))[None]
-        cuts = augment.parameters(sides, draws)
+        cuts = augment.parameters(sides, draws)[0]
         crops = augment(Images(pil_to_tensor(square)[None], sides), draws)
-        columns = [getattr(cuts, name)[0] for name in ("left", "top", "width", "height", "flipped")]
-        places = [Place(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
+        places = cuts[["left", "top", "width", "height", "flipped"]].tolist()
         views.append(
-            [PlacedView(crop[0], place) for crop, place in zip(crops, places, strict=True)]
+            [PlacedView(crop[0], Place(*place)) for crop, place in zip(crops, places, strict=True)]
         )
     return views
 

@@ -9,10 +9,9 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from datasets.batched import (
-    DRAWS,
+    CROP,
     NUMBER_OF_DRAWS,
     BatchedMultiCrop,
-    CropParameters,
     Images,
     resize_by_products,
     resize_one_by_one,
@@ -63,7 +62,7 @@ def draws(crops: BatchedMultiCrop, number: int, first: int = 0) -> torch.Tensor:
     return torch.stack([crops.draw(seed) for seed in range(first, first + number)])
 
 
-def decided(crops: BatchedMultiCrop, size: tuple[int, int], number: int) -> CropParameters:
+def decided(crops: BatchedMultiCrop, size: tuple[int, int], number: int) -> np.recarray:
     return crops.parameters([size] * number, draws(crops, number))
 
 
@@ -72,7 +71,7 @@ def grey_levels(crop: torch.Tensor) -> np.ndarray:
     return ((crop * std + mean) * 255).permute(1, 2, 0).double().numpy()
 
 
-def by_pil(image: Image.Image, p: CropParameters, size: int) -> np.ndarray:
+def by_pil(image: Image.Image, p: np.recarray, size: int) -> np.ndarray:
     """One crop made of PIL's and torchvision's operations with the parameters `p`."""
     box = (p.left, p.top, p.left + p.width, p.top + p.height)
     image = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
@@ -147,7 +146,7 @@ def test_all_operations_in_their_order_are_pils(number, size):
 @pytest.mark.parametrize("size", [24, 40, 160])
 def test_resizes_are_pils(resize, size):
     crops, pictures = multicrop(), [picture(*size) for size in SIZES]
-    p = crops.parameters(SIZES, draws(crops, len(SIZES))).by_view(slice(0, 6))
+    p = crops.parameters(SIZES, draws(crops, len(SIZES)))[:, :6].T.ravel()
     source = np.arange(len(p.top)) % len(SIZES)
     found = resize(batch(pictures).pixels, source, p, size).permute(0, 2, 3, 1).double().numpy()
     for n, b in enumerate(source):
@@ -164,7 +163,7 @@ def test_products_cut_overshoots_as_uint8_does():
     edge = Image.new("RGB", (16, 16))
     edge.paste((255, 255, 255), (8, 0, 16, 16))
     crops = multicrop(**OFF, global_crops_scale=(9.0, 9.0))
-    whole = crops.parameters([(16, 16)], draws(crops, 1)).by_view(slice(0, 1))
+    whole = crops.parameters([(16, 16)], draws(crops, 1))[:, :1].T.ravel()
     found = resize_by_products(batch([edge]).pixels, np.array([0]), whole, 64)
     expected = F.pil_to_tensor(edge.resize((64, 64), Image.Resampling.BICUBIC))
     assert (found.min(), found.max()) == (0, 255)
@@ -266,12 +265,6 @@ def test_probabilities_and_radii():
     assert stats.kstest(p.radius[:, 0], stats.uniform(0.1, 1.9).cdf).pvalue > LEAST_P
 
 
-def test_no_two_decisions_share_a_number():
-    numbers = np.arange(NUMBER_OF_DRAWS)
-    used = np.concatenate([np.atleast_1d(numbers[place]) for place in DRAWS.values()])
-    assert np.array_equal(np.sort(used), numbers)
-
-
 def crop_statistics(crop: torch.Tensor) -> list[float]:
     """Mean, spread, gradient energy and colourfulness of a crop."""
     x = grey_levels(crop)
@@ -322,7 +315,7 @@ def test_padding_never_leaks_in():
 
 def test_products_have_no_leaks_either():
     crops, pictures = multicrop(), [picture(*size) for size in SIZES]
-    p = crops.parameters(SIZES, draws(crops, len(SIZES))).by_view(slice(2, 6))
+    p = crops.parameters(SIZES, draws(crops, len(SIZES)))[:, 2:6].T.ravel()
     source = np.arange(len(p.top)) % len(SIZES)
     black, white = (
         resize_by_products(batch(pictures, value, extra).pixels, source, p, 24)
@@ -346,7 +339,7 @@ def test_switching_a_probability_changes_no_other_decision(option):
     }
     plain, changed = multicrop(), multicrop(**{option: OFF[option]})
     left, right = (decided(c, (60, 80), 20) for c in (plain, changed))
-    differing = [n for n, v in vars(left).items() if not np.array_equal(v, getattr(right, n))]
+    differing = [name for name in CROP.names if not np.array_equal(left[name], right[name])]
     assert differing == [fields[option]]
 
 
