@@ -58,7 +58,7 @@ def pretrain(signals: StopSignals) -> None:
 
     # Data.
     prepare(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.DOWNLOAD)
-    images = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, partial=cfg.DATA.PARTIAL)
+    images = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     epoch_steps = steps_per_epoch(len(images), batch, world.size, accumulation)
     for warning in advice.warnings(cfg, world.size, len(images)):

@@ -1,10 +1,7 @@
 """The registry of data sets."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
 from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 
 from datasets import parsers
@@ -15,13 +12,7 @@ from utils import distributed
 from utils.errors import InputError
 
 _DOWNLOAD = "DATA.DOWNLOAD true downloads it"
-_ONE_FILE_EACH = (
-    "images.txt",
-    "image_class_labels.txt",
-    "train_test_split.txt",
-    "classes.txt",
-    "images",
-)
+_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
 
 # A new data set is one function (official folder) -> Listing, and one entry.
 # What is no benchmark has no official splits.
@@ -31,7 +22,7 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
     "shards": ImageShards,
     "cub": Benchmark(
         "CUB_200_2011",
-        _ONE_FILE_EACH,
+        (*_LISTS, "images"),
         parsers.read_listed_images,
         Counts(200, 5994, 5794),
         "Download it from https://www.vision.caltech.edu/datasets/cub_200_2011",
@@ -64,7 +55,7 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
     ),
     "nabirds": Benchmark(
         "nabirds",
-        _ONE_FILE_EACH,
+        (*_LISTS, "images"),
         parsers.read_listed_images,
         Counts(555, 23929, 24633),
         "Download it from https://dl.allaboutbirds.org/nabirds",
@@ -89,20 +80,17 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
 
 
 def build_dataset(
-    name: str,
-    root: str | Path,
-    transform: Callable[[Image.Image], Any] | None = None,
-    partial: bool = False,
+    name: str, root: str | Path, partial: bool = False
 ) -> LabelledImages | ImageShards:
     """The images to pretrain on: a benchmark's training split, or all in a folder or in shards.
 
-    root: for shards, the folder that holds them or a brace pattern of their names. For the
-    other arguments and errors see `load_splits`.
+    root: for shards, the folder that holds them or a brace pattern of their names. For `partial`
+    and errors see `load_splits`.
     """
     source = _registered(name)
     if isinstance(source, Benchmark):
-        return source.splits(name, root, partial).train.through(transform)
-    return source(root, transform)
+        return source.splits(name, root, partial).train
+    return source(root)
 
 
 def load_splits(name: str, root: str | Path, partial: bool = False) -> Splits:
@@ -126,25 +114,15 @@ def load_splits(name: str, root: str | Path, partial: bool = False) -> Splits:
     return folder_splits(name, root)
 
 
-def download(name: str, root: str | Path) -> None:
-    """Fetch a benchmark into `root` unless it is there; raises `InputError` where nothing can.
-
-    A folder of images and shards are left as they are. Several processes must not do this at
-    once.
-    """
-    source = _registered(name)
-    if isinstance(source, Benchmark):
-        source.download(name, root)
-
-
 def prepare(name: str, root: str | Path, fetch: bool = False) -> None:
     """Download a benchmark if `fetch` says so, and index shards that have no index.
 
     All processes together: the first one works, the others wait. Raises `InputError` on all.
     """
-    if fetch:
-        distributed.on_main(lambda: download(name, root))
-    if distributed.size() > 1 and DATASETS.get(name) is ImageShards:
+    source = DATASETS.get(name)
+    if fetch and isinstance(source, Benchmark):
+        distributed.on_main(lambda: source.download(name, root))
+    if distributed.size() > 1 and source is ImageShards:
         distributed.on_main(lambda: ImageShards(root))
 
 

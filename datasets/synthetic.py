@@ -20,9 +20,8 @@ from datasets.synthetic_images import (
     DIFFICULTIES,
     Box,
     SyntheticConfig,
-    check_whole,
+    in_range,
     render,
-    setting_range,
 )
 from utils.errors import InputError, run_script
 from utils.files import replacing
@@ -36,37 +35,26 @@ VAL_START = 500_000
 
 
 def write_folder(
-    config: SyntheticConfig,
-    seed: int,
-    folder: str | os.PathLike,
-    train: int,
-    val: int,
+    config: SyntheticConfig, seed: int, folder: str | os.PathLike, train: int, val: int
 ) -> bool:
     """Write the set as `folder/{train,val}/<class>/<index>.png` with `folder/parts.json`.
 
     The splits hold `train` and `val` images, their classes balanced to within one image. A
     file's name is the index that `render` takes. The folder appears whole or not at all: the
-    set is first written beside it under a hidden name.
-
-    Returns:
-        True if the set was written, False if the folder held the same set already.
-
-    Raises:
-        InputError: the folder holds anything else, a count or the seed is out of range, or
-            the folder cannot be written.
+    set is first written beside it under a hidden name. Returns whether it was written: False
+    where the folder holds the same set already. Raises InputError where it holds anything else,
+    where a count or the seed is out of range, or where the folder cannot be written.
     """
     folder = Path(folder).absolute()
-    check_whole("seed", seed, 0, 2**32 - 1)
-    for name, count in (("train", train), ("val", val)):
-        check_whole(name, count, config.fine_classes, VAL_START)
     header = {
         "format": FORMAT,
         "config": dataclasses.asdict(config),
-        "seed": int(seed),
-        "train": int(train),
-        "val": int(val),
+        "seed": in_range("seed", seed, int, 0, 2**32 - 1),
+        "train": in_range("train", train, int, config.fine_classes, VAL_START),
+        "val": in_range("val", val, int, config.fine_classes, VAL_START),
     }
-    if _holds(folder, header):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        _check_same(folder, header)
         return False
     with replacing(folder, "synthetic set") as unfinished:
         unfinished.mkdir(parents=True)
@@ -74,10 +62,8 @@ def write_folder(
     return True
 
 
-def _holds(folder: Path, header: dict) -> bool:
-    """Whether the folder holds this very set, complete; False if it is absent or empty."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
+def _check_same(folder: Path, header: dict) -> None:
+    """Raise InputError unless the folder holds this very set, complete."""
     if not (folder / PARTS_FILE).is_file():
         raise InputError(
             f"{folder} already exists and is not a synthetic set (it has no {PARTS_FILE}); "
@@ -97,7 +83,6 @@ def _holds(folder: Path, header: dict) -> bool:
             f"The synthetic set in {folder} is incomplete ({missing} is missing); "
             "delete the folder and write it again."
         )
-    return True
 
 
 def _write_images(config: SyntheticConfig, header: dict, folder: Path) -> None:
@@ -114,11 +99,7 @@ def _write_images(config: SyntheticConfig, header: dict, folder: Path) -> None:
         sample = render(config, header["seed"], index, label)
         path = f"{split}/{names[label]}/{index:06d}.png"
         Image.fromarray(sample.image).save(folder / path, compress_level=1)
-        images[path] = {
-            "box": list(sample.part_box),
-            "label": sample.label,
-            "coarse": sample.coarse,
-        }
+        images[path] = {"box": sample.part_box, "label": label, "coarse": sample.coarse}
     (folder / PARTS_FILE).write_text(json.dumps({**header, "images": images}), encoding="utf-8")
 
 
@@ -126,19 +107,13 @@ def read_parts(folder: str | os.PathLike) -> dict[str, Box]:
     """The part's box (x0, y0, x1, y1), in pixels, of every image of a written set.
 
     Keys are paths relative to the folder with forward slashes, `val/round_ring/500004.png`.
-
-    Raises:
-        InputError: the folder has no `parts.json`, or one that cannot be read.
+    Raises InputError where the folder has no `parts.json`, or one that cannot be read.
     """
     return {path: entry["box"] for path, entry in _read(Path(folder))["images"].items()}
 
 
 def read_size(folder: str | os.PathLike) -> int:
-    """The side, in pixels, of a written set's images; the boxes refer to it.
-
-    Raises:
-        InputError: the folder has no `parts.json`, or one that cannot be read.
-    """
+    """The side of a written set's images in pixels, to which the boxes refer; see `read_parts`."""
     return _read(Path(folder))["config"]["size"]
 
 
@@ -159,10 +134,8 @@ def _read(folder: Path) -> dict:
     return content
 
 
-# --- command line ---------------------------------------------------------------------
-
-
-def _parser() -> argparse.ArgumentParser:
+def main() -> None:
+    """Write the set that the command line asks for and say so in one line."""
     parser = argparse.ArgumentParser(
         prog="python -m datasets.synthetic",
         description="Write a synthetic fine-grained image folder with the parts' boxes.",
@@ -177,22 +150,17 @@ def _parser() -> argparse.ArgumentParser:
         default="easy",
         help="preset that the settings below override (%(default)s)",
     )
-    for field in dataclasses.fields(SyntheticConfig):
-        low, high = setting_range(field)
+    settings = dataclasses.fields(SyntheticConfig)
+    for field in settings:
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=field.type,
-            metavar=f"{low}..{high}",
+            metavar="{}..{}".format(*field.metadata["range"]),
             help=field.metadata["help"],
         )
-    return parser
-
-
-def main() -> None:
-    """Write the set that the command line asks for and say so in one line."""
-    args = _parser().parse_args()
-    names = [field.name for field in dataclasses.fields(SyntheticConfig)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    args = parser.parse_args()
+    given = {field.name: getattr(args, field.name) for field in settings}
+    given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(DIFFICULTIES[args.difficulty], **given)
     written = write_folder(config, args.seed, args.output, args.train, args.val)
     print(

@@ -66,7 +66,19 @@ PATTERNS: dict[str, Field] = {
 
 
 def _setting(default: float, low: float, high: float, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": text})
+    return dataclasses.field(default=default, metadata={"range": (low, high), "help": text})
+
+
+def in_range(name: str, value: Any, kind: type, low: float, high: float) -> Any:
+    """The setting as `kind`, int or float; InputError where it is none or out of range."""
+    whole = kind is int
+    known = isinstance(value, numbers.Integral if whole else numbers.Real)
+    if not known or isinstance(value, bool) or not low <= value <= high:
+        raise InputError(
+            f"The synthetic set's {name} is {value!r}; give {'a whole' if whole else 'a'} number "
+            f"from {low} to {high}."
+        )
+    return kind(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +127,10 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, (low, high) = getattr(self, field.name), setting_range(field)
-            kind = numbers.Integral if field.type is int else numbers.Real
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                noun = "a whole number" if field.type is int else "a number"
-                raise InputError(
-                    f"The synthetic set's {field.name} is {value!r}; "
-                    f"give {noun} from {low} to {high}."
-                )
+            value = getattr(self, field.name)
+            value = in_range(field.name, value, field.type, *field.metadata["range"])
             # One type a field, so that equal settings also compare equal once stored.
-            object.__setattr__(self, field.name, field.type(value))
+            object.__setattr__(self, field.name, value)
         if self.fine_classes % 2:
             raise InputError(
                 f"The synthetic set's fine_classes is {self.fine_classes}; give an even number, "
@@ -142,50 +148,25 @@ class SyntheticConfig:
         return tuple(f"{body}_{part}" for body in COARSE_NAMES for part in self.part_names)
 
 
-def setting_range(field: dataclasses.Field) -> tuple[float, float]:
-    """The lowest and the highest value of a setting, both allowed."""
-    return field.metadata["low"], field.metadata["high"]
-
-
-def check_whole(name: str, value: int, low: int, high: int) -> None:
-    """Raise InputError unless `value` is a whole number from `low` to `high`."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
-        raise InputError(
-            f"The synthetic set's {name} is {value!r}; give a whole number from {low} to {high}."
-        )
-
-
 # Pose varies fully in all: cropping removes it, so it costs a self-supervised network little,
 # while without it raw pixels match parts by place.
 DIFFICULTIES = {
     "easy": SyntheticConfig(
-        part_area=0.1,
-        part_contrast=1.0,
-        background_identity=0.0,
-        body_variation=0.0,
-        clutter=3,
+        part_area=0.1, part_contrast=1.0, background_identity=0.0, body_variation=0.0, clutter=3
     ),
     "medium": SyntheticConfig(),
     "hard": SyntheticConfig(
-        part_area=0.05,
-        part_contrast=0.5,
-        background_identity=1.0,
-        body_variation=1.0,
-        clutter=12,
+        part_area=0.05, part_contrast=0.5, background_identity=1.0, body_variation=1.0, clutter=12
     ),
 }
 
 
 class Sample(NamedTuple):
-    """One rendered image.
+    """One rendered image: (size, size, 3) uint8 RGB.
 
-    Attributes:
-        image: (size, size, 3) uint8 RGB.
-        label: fine class, an index into `SyntheticConfig.class_names`.
-        coarse: coarse class, an index into `COARSE_NAMES`.
-        part_box: (x0, y0, x1, y1) in pixels, x1 and y1 exclusive: the smallest box that
-            holds every pixel the part touches.
+    label, coarse: its fine and coarse class, places in `class_names` and `COARSE_NAMES`.
+    part_box: (x0, y0, x1, y1) in pixels, x1 and y1 exclusive: the smallest box that holds every
+    pixel the part touches.
     """
 
     image: np.ndarray
@@ -290,7 +271,13 @@ def _draw_pose(config: SyntheticConfig, coarse: int, rng: np.random.Generator) -
     area = config.part_area * (1 + 0.1 * pose * rng.uniform(-1, 1))
     half, radius = scale * np.array(_BODY_SHAPES[coarse])
     part_radius = np.sqrt(area / np.pi)
-    part_centre = centre + _place_part(half, radius - part_radius - 0.01, angle, rng)
+    # Within the body, so that its rim shows around the part.
+    along = rng.uniform(-half, half)
+    turn = rng.uniform(0, 2 * np.pi)
+    reach = (radius - part_radius - 0.01) * np.sqrt(rng.random())
+    offset = np.array([along + reach * np.cos(turn), reach * np.sin(turn)])
+    cos, sin = np.cos(angle), np.sin(angle)
+    part_centre = centre + np.array([[cos, -sin], [sin, cos]]) @ offset
     margin = part_radius + 1 / config.size
     shift = np.clip(part_centre, margin, 1 - margin) - part_centre
     return _Pose(
@@ -298,28 +285,24 @@ def _draw_pose(config: SyntheticConfig, coarse: int, rng: np.random.Generator) -
     )
 
 
-def _place_part(half: float, room: float, angle: float, rng: np.random.Generator) -> np.ndarray:
-    """An offset from the body's centre within `room` of the capsule's axis."""
-    along = rng.uniform(-half, half)
-    turn, reach = rng.uniform(0, 2 * np.pi), room * np.sqrt(rng.random())
-    offset = np.array([along + reach * np.cos(turn), reach * np.sin(turn)])
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.array([[cos, -sin], [sin, cos]]) @ offset
-
-
 def _draw_body(
     canvas: np.ndarray, size: int, coarse: int, pose: _Pose, tone: np.ndarray, ripples: float
 ) -> None:
     """Draw the creature: a disc with a head, or a capsule with a tail."""
-    x, y = _local(size, _whole(size), pose.centre, pose.angle)
+    scale = pose.scale
+    x, y = _local(size, np.s_[:, :], pose.centre, pose.angle)
     x = x * pose.mirror
-    limb, eye = ((_head, (0.0, -0.36)), (_tail, (0.31, -0.05)))[coarse]
-    _paint(canvas, _cover(limb(x, y, pose.scale), size), 0.7 * tone)
+    if coarse == 0:
+        limb, eye = np.hypot(x, y + 0.33 * scale) - 0.12 * scale, (0.0, -0.36)
+    else:  # a wedge that opens away from the body
+        limb = np.maximum(np.abs(y) + 0.9 * (x + 0.3 * scale), -0.48 * scale - x)
+        eye = (0.31, -0.05)
+    _paint(canvas, _cover(limb, size), 0.7 * tone)
     edge = _capsule(x, y, pose.half, pose.radius)
     _paint(canvas, _cover(edge, size), 0.55 * tone)
     light = 1 - 0.2 * y / pose.radius + 0.05 * np.sin(2 * np.pi * ripples * x)
     _paint(canvas, _cover(edge + 0.018, size), light[..., None] * tone)
-    pupil = np.hypot(x - pose.scale * eye[0], y - pose.scale * eye[1]) - 0.025 * pose.scale
+    pupil = np.hypot(x - scale * eye[0], y - scale * eye[1]) - 0.025 * scale
     _paint(canvas, _cover(pupil, size), 0.1 * tone)
 
 
@@ -332,15 +315,6 @@ def _body_look(
     hue = (0.08 + 0.5 * shift + cue) % 1
     tone = np.array(colorsys.hsv_to_rgb(hue, 0.5 + 0.25 * dull, 0.62 + 0.13 * dim))
     return tone, 9 * (1 + cue)
-
-
-def _head(x: np.ndarray, y: np.ndarray, scale: float) -> np.ndarray:
-    return np.hypot(x, y + 0.33 * scale) - 0.12 * scale
-
-
-def _tail(x: np.ndarray, y: np.ndarray, scale: float) -> np.ndarray:
-    """A wedge that opens away from the body."""
-    return np.maximum(np.abs(y) + 0.9 * (x + 0.3 * scale), -0.48 * scale - x)
 
 
 # --- part -----------------------------------------------------------------------------
@@ -360,14 +334,9 @@ def _draw_part(
     paper_tone = _mix(tone, np.full(3, 0.96), contrast)
     ink_tone = _mix(tone, np.full(3, 0.06), contrast)
     _paint(canvas[window], cover, _mix(paper_tone, ink_tone, ink[..., None]))
-    rows, columns = (np.flatnonzero(cover.any(axis=axis)) for axis in (1, 0))
-    top, left = window[0].start, window[1].start
-    return (
-        int(left + columns[0]),
-        int(top + rows[0]),
-        int(left + columns[-1] + 1),
-        int(top + rows[-1] + 1),
-    )
+    rows, columns = np.nonzero(cover)
+    x, y = columns + window[1].start, rows + window[0].start
+    return int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
 
 
 def _ink(pattern: Field, u: np.ndarray, v: np.ndarray, angle: float, pixel: float) -> np.ndarray:
@@ -394,10 +363,6 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixel centres (x, y) in shares of the side, each broadcastable to (size, size)."""
     centres = ((np.arange(size) + 0.5) / size).astype(np.float32)
     return centres[None, :], centres[:, None]
-
-
-def _whole(size: int) -> tuple[slice, slice]:
-    return slice(0, size), slice(0, size)
 
 
 def _window(centre: np.ndarray, reach: float, size: int) -> tuple[slice, slice]:

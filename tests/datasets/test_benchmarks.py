@@ -10,7 +10,7 @@ from scipy.io import savemat
 from torchvision.datasets import OxfordIIITPet
 
 from datasets.benchmarks import Counts
-from datasets.fine_grained import DATASETS, build_dataset, download, load_splits
+from datasets.fine_grained import DATASETS, build_dataset, load_splits, prepare
 from tests.datasets import benchmark_trees as trees
 from utils.errors import InputError
 
@@ -154,9 +154,9 @@ def test_numbers_are_checked_against_the_official_ones(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_pretraining_takes_the_training_split_alone(name, tmp_path):
     trees.BUILDERS[name](tmp_path, train=2, test=1)
-    dataset = build_dataset(name, tmp_path, lambda image: image.size, partial=True)
+    dataset = build_dataset(name, tmp_path, partial=True)
     assert dataset.paths == PATHS[name][0]
-    assert dataset[0] == ((32, 32), 0)
+    assert (dataset[0][0].size, dataset[0][1]) == ((32, 32), 0)
     with pytest.raises(InputError, match="complete it, or set"):
         build_dataset(name, tmp_path)
 
@@ -330,7 +330,7 @@ def no_network():
 @pytest.mark.parametrize("name", ["aircraft", "flowers", "pets"])
 def test_a_download_that_fails_is_one_sentence(name, no_network, tmp_path):
     with pytest.raises(InputError) as caught:
-        download(name, tmp_path / "new")
+        prepare(name, tmp_path / "new", fetch=True)
     text = str(caught.value)
     assert text.startswith(f"{name} could not be downloaded to {tmp_path}/new (")
     assert "Connection refused" in text
@@ -340,16 +340,16 @@ def test_a_download_that_fails_is_one_sentence(name, no_network, tmp_path):
 
 def test_what_cannot_be_downloaded_says_where_it_is(tmp_path):
     with pytest.raises(InputError, match="Download it from https:"):
-        download("cub", tmp_path)
+        prepare("cub", tmp_path, fetch=True)
     with pytest.raises(InputError, match="Its official address is gone: use a copy"):
-        download("cars", tmp_path)
+        prepare("cars", tmp_path, fetch=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_there_is_not_downloaded(name, tmp_path):
     trees.BUILDERS[name](tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    download(name, tmp_path)
+    prepare(name, tmp_path, fetch=True)
     assert len(load_splits(name, tmp_path, partial=True).train) == 9
     assert sorted(tmp_path.rglob("*")) == before
 

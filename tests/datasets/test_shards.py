@@ -106,7 +106,7 @@ def test_a_folder_comes_back_from_its_shards(folder, shards):
         image, label = images[i]
         assert (image.mode, label) == ("RGB", -1)
         assert np.array_equal(np.asarray(image), np.asarray(files[number][0]))
-    sized = build_dataset("shards", shards, lambda image: image.size)
+    sized = ImageShards(shards, lambda image: image.size)
     assert sized[order.index(2)] == ((6, 10), -1)
     with pytest.raises(IndexError):
         images[7]
