@@ -274,7 +274,7 @@ def _bicubic(x: Tensor) -> Tensor:
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A host array on the device, without waiting for what the device is doing."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
