@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine.evaluation.similarity import check, nearest, over_blocks, searchable
+from engine.evaluation.similarity import nearest, over_blocks, unit
 from utils.distributed import ALONE, World
 
 TOP = 5
@@ -34,16 +34,14 @@ def rankings(
     bits for any number of processes.
     A neighbour votes for its class with exp(cosine / temperature) in float32. Ties: neighbours
     by gallery order, classes by index; classes without a vote follow in index order, as in the
-    reference. A k above n counts the whole gallery. Raises InputError for features that cannot
-    be compared.
+    reference. A k above n counts the whole gallery.
     """
-    check(gallery, queries, gallery_labels)
     most = min(max(ks), len(gallery))
-    search = searchable(gallery, queries, most, world.device)
+    gallery = unit(gallery, world.device)
 
     def ranked(block: Tensor, _: slice) -> list[Tensor]:
         # Votes are summed on the CPU, in the neighbours' order: a GPU sums in any.
-        values, places = (part.cpu() for part in search.nearest(block, most))
+        values, places = (part.cpu() for part in nearest(block @ gallery.T, most))
         # Relative to the nearest one's vote, which changes no order and cannot overflow.
         votes = ((values - values[:, :1]) / temperature).exp()
         labels = gallery_labels[places]

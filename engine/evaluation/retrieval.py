@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.evaluation.similarity import Gallery, check, over_blocks, unit
+from engine.evaluation.similarity import over_blocks, unit
 from utils.distributed import ALONE, World
 
 RELEASED_DEPTH = 100
@@ -51,18 +51,15 @@ def retrieve(
     L2-normalised here; labels int64. first: gallery places to keep, min(first, n) of them.
     world: the processes that share the work, and the device. Every process returns the same
     bits, whatever their number. Ties: gallery order.
-    Raises InputError for features that cannot be compared.
     """
-    check(gallery, queries, gallery_labels, query_labels)
-    search = Gallery(unit(gallery, world.device))
+    gallery = unit(gallery, world.device)
     labels, by_label = gallery_labels.to(world.device).sort(stable=True)
     targets = query_labels.to(world.device)
 
     def ranked(block: Tensor, rows: slice) -> list[Tensor]:
-        similarity = search.similarity(block)
         on_cpu = world.device.type == "cpu"
         size = max(1, SORTED_ELEMENTS // len(gallery)) if on_cpu else len(block)
-        parts = zip(similarity.split(size), targets[rows].split(size), strict=True)
+        parts = zip((block @ gallery.T).split(size), targets[rows].split(size), strict=True)
         found = [ranks_of(part, labels, by_label, target, first) for part, target in parts]
         return [torch.cat(part) for part in zip(*found, strict=True)]
 

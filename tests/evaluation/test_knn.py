@@ -8,7 +8,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from engine.evaluation import knn, similarity
 from engine.evaluation.features import gallery_and_queries
-from engine.evaluation.similarity import Gallery, RoundedGallery, searchable, unit
 from utils.errors import InputError
 
 
@@ -53,9 +52,6 @@ def test_equal_neighbours_come_in_gallery_order():
         whole = cosines.sort(dim=1, descending=True, stable=True)
         assert torch.equal(values, whole.values[:, :k])
         assert torch.equal(places, whole.indices[:, :k])
-
-
-CPU = torch.device("cpu")
 
 
 def signs(seed: int, n: int, width: int = 16) -> torch.Tensor:
@@ -118,43 +114,6 @@ def test_classes_without_a_vote_follow_by_index():
     assert ranked[2].tolist() == [[2, 4, 0, 1, 3]]
 
 
-@pytest.mark.parametrize("k", [1, 20, 77])
-@pytest.mark.parametrize("make", [signs, leaning])
-def test_the_rounded_search_finds_what_float32_finds(make, k):
-    gallery, queries = unit(make(1, 1500), CPU), unit(make(2, 90), CPU)
-    gallery = torch.cat([gallery, gallery[200:400]])
-    rounded = RoundedGallery(gallery)
-    if make is leaning:
-        assert len(rounded.candidates(queries, k)[0]) < 0.25 * len(queries) * len(gallery)
-    values, places = rounded.nearest(queries, k)
-    truth = queries.double() @ gallery.double().T
-    assert torch.allclose(values.double(), truth.topk(k, dim=1).values, atol=1e-6)
-    assert torch.allclose(values.double(), truth.gather(1, places), atol=1e-6)
-    # Copies are equal to the last bit, so the first of them comes first.
-    same = values[:, 1:] == values[:, :-1]
-    assert (places[:, 1:] > places[:, :-1])[same].all()
-    assert all(len(set(row)) == k for row in places.tolist())
-    if make is signs:
-        plain = Gallery(gallery).nearest(queries, k)
-        assert torch.equal(values, plain[0])
-        assert torch.equal(places, plain[1])
-
-
-def test_the_rounded_search_leaves_out_no_neighbour_that_rounding_hides():
-    # Cosines about 1e-6 apart, where bfloat16 keeps 4e-3: its order tells nothing.
-    angle = torch.linspace(0.5, 0.501, 1000)[torch.randperm(1000)]
-    gallery = torch.stack([angle.cos(), angle.sin()], dim=1)
-    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    _, places = RoundedGallery(gallery).nearest(queries, 5)
-    assert angle[places[0]].max() < 0.500006
-    assert angle[places[1]].min() > 0.500994
-
-
-def test_features_that_rounding_cannot_tell_apart_are_searched_plainly():
-    gallery = leaning(1, 3000)
-    assert type(searchable(gallery, leaning(2, 50), 1000, CPU)) is Gallery
-
-
 def places_found(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Each query's four nearest [m, 4]: every image is a class of its own."""
     own = torch.arange(len(gallery))
@@ -179,21 +138,6 @@ def test_the_features_given_stay_as_they_are():
     places_found(gallery, queries)
     assert torch.equal(gallery, before[0])
     assert torch.equal(queries, before[1])
-
-
-@pytest.mark.parametrize(
-    ("gallery", "labels", "queries", "message"),
-    [
-        (torch.ones(4, 3), torch.zeros(4).long(), torch.ones(2, 5), "same D"),
-        (torch.ones(4, 3), torch.zeros(3).long(), torch.ones(2, 3), "labels"),
-        (torch.ones(4, 3), torch.zeros(4).long(), torch.ones(0, 3), "no image"),
-        (torch.full((4, 3), torch.nan), torch.zeros(4).long(), torch.ones(2, 3), "infinite"),
-        (torch.ones(4, 3), torch.zeros(4).long(), torch.full((2, 3), torch.inf), "infinite"),
-    ],
-)
-def test_features_that_cannot_be_compared_are_errors(gallery, labels, queries, message):
-    with pytest.raises(InputError, match=message):
-        knn.rankings(gallery, labels, queries, [1], 0.07, classes=1)
 
 
 def folder(root, classes):

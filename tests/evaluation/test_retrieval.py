@@ -11,7 +11,6 @@ from sklearn.metrics import average_precision_score
 from engine.evaluation import knn, retrieval, similarity
 from tests.processes import found_by_each, run_python
 from utils.distributed import ALONE, World
-from utils.errors import InputError
 
 FIGURES = ("rank1", "rank5", "map", "map_at_100_released", "queries_without_positives")
 
@@ -138,11 +137,6 @@ def test_the_ratio_split_takes_every_ninth_test_image():
     gallery, queries = retrieval.divide("ratio", 5, 20)
     assert queries.tolist() == [5, 14, 23]
     assert gallery.tolist() == [n for n in range(25) if n not in (5, 14, 23)]
-
-
-def test_labels_that_do_not_fit_are_an_error():
-    with pytest.raises(InputError, match="labels"):
-        retrieval.retrieve(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(2))
 
 
 def found_by(world: World) -> dict:
