@@ -55,18 +55,12 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
     check_target(source, out, form)
     file = WeightsFile.read(source, key)
     backbone, spec = file.backbone(), file.spec
-    facts = {
-        "architecture": spec.arch,
-        SPEC_IN_METADATA: json.dumps(spec.to_dict()),
-        **describe_source(file),
-    }
-
+    facts = {"architecture": spec.arch, SPEC_IN_METADATA: json.dumps(spec.to_dict())}
+    facts |= describe_source(file)
     if form == "timm":
-        model = export.to_timm(backbone, spec)
-        facts["architecture"] = model.name
-        facts["create_model_kwargs"] = json.dumps(model.kwargs)
-        facts["caveat"] = model.caveat
-        checkpoint.save_safetensors(model.state, {"format": "pt", **facts}, out)
+        state, more = export.to_timm(backbone, spec)
+        facts |= more
+        checkpoint.save_safetensors(state, {"format": "pt", **facts}, out)
     elif form == "esvit":
         if caveat := export.esvit_caveat(backbone, spec):
             facts["caveat"] = caveat
@@ -100,15 +94,14 @@ def describe_source(file: WeightsFile) -> dict[str, str]:
         "source_sha256": checkpoint.sha256(file.path),
         "input_mean": json.dumps(IMAGENET_MEAN),
         "input_std": json.dumps(IMAGENET_STD),
-        "input_normalisation": "as in training"
-        if checkpoint.is_own(file.contents)
-        else "ImageNet's, assumed: the source does not say",
+        "input_normalisation": "ImageNet's, assumed: the source does not say",
     }
-    if file.key in file.contents:
-        facts["source_key"] = file.key
     if checkpoint.is_own(file.contents):
+        facts["input_normalisation"] = "as in training"
         size = config.eval_size(config.from_dict(file.contents["config"], str(file.path)))
         facts["image_size"] = str(size)
+    if file.key in file.contents:
+        facts["source_key"] = file.key
     for name in ("epoch", "step"):
         if isinstance(file.contents.get(name), int):
             facts[f"source_{name}"] = str(file.contents[name])

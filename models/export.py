@@ -5,8 +5,8 @@ Stock timm is a little less than equal to Swin and ViT here (models/swin.py, mod
 """
 
 import importlib
+import json
 import math
-from dataclasses import dataclass
 
 import timm
 import torch
@@ -34,30 +34,23 @@ TIMM_NAMES = {
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
-@dataclass(frozen=True)
-class TimmModel:
-    """What makes stock timm's model: `timm.create_model(name, num_classes=0, **kwargs)`.
+def to_timm(backbone: Backbone, spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of `backbone`, built from `spec`, for stock timm, and what makes its model.
 
-    kwargs: plain data. state: loads strictly. Called on images [B, 3, H, W] the model gives
-    the image feature [B, D]; caveat: at which sizes.
-    """
-
-    name: str
-    kwargs: dict
-    state: dict[str, Tensor]
-    caveat: str
-
-
-def to_timm(backbone: Backbone, spec: BackboneSpec) -> TimmModel:
-    """The weights of `backbone`, built from `spec`, for stock timm.
-
-    Raises InputError where the installed timm builds a network that they do not fit.
+    The state loads strictly into `timm.create_model(architecture, num_classes=0, **kwargs)`; the
+    facts are the architecture, create_model_kwargs (JSON) and a caveat: at which sizes the model
+    gives the image feature [B, D]. Raises InputError where the installed timm builds a network that
+    they do not fit.
     """
     name, kwargs = TIMM_NAMES[spec.arch], timm_arguments(spec)
     state = timm_state(backbone.state_dict())
     model = timm.create_model(name, num_classes=0, **kwargs)
     load_strictly(model, state, f"timm {timm.__version__} ({name})")
-    return TimmModel(name, kwargs, state, timm_caveat(backbone, spec))
+    return state, {
+        "architecture": name,
+        "create_model_kwargs": json.dumps(kwargs),
+        "caveat": timm_caveat(backbone, spec),
+    }
 
 
 def timm_arguments(spec: BackboneSpec) -> dict:
@@ -65,24 +58,12 @@ def timm_arguments(spec: BackboneSpec) -> dict:
     figures = resolve(spec)
     if figures["family"] == "resnet":
         return {}
-    shared = {
-        "img_size": spec.img_size,
-        "patch_size": figures["patch_size"],
-        "embed_dim": figures["embed_dim"],
-    }
+    shared = {name: figures[name] for name in ("patch_size", "embed_dim")}
+    shared["img_size"] = spec.img_size
+    depths, heads = list(figures["depths"]), list(figures["num_heads"])
     if figures["family"] == "vit":
-        return {
-            **shared,
-            "depth": figures["depths"][0],
-            "num_heads": figures["num_heads"][0],
-            "global_pool": "token",
-        }
-    return {
-        **shared,
-        "depths": list(figures["depths"]),
-        "num_heads": list(figures["num_heads"]),
-        "window_size": spec.window_size,
-    }
+        return {**shared, "depth": depths[0], "num_heads": heads[0], "global_pool": "token"}
+    return {**shared, "depths": depths, "num_heads": heads, "window_size": spec.window_size}
 
 
 def timm_caveat(backbone: Backbone, spec: BackboneSpec) -> str:

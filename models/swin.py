@@ -8,7 +8,7 @@ Parameters carry EsViT's names: a downsample belongs to the stage before it.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -86,9 +86,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.add(bias, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
 
-_masks: dict[tuple, Tensor] = {}
-
-
 @torch.compiler.assume_constant_result
 def shift_mask(
     rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
@@ -98,18 +95,14 @@ def shift_mask(
 
     Kept by size, for crops come in two or three sizes for a whole run.
     """
-    key = (rows, columns, window, shift, device)
-    if key not in _masks:
-        if len(_masks) == MOST_MASKS:
-            _masks.clear()
-        # Kept beyond this call: a tensor of inference mode could not serve training later.
-        with torch.inference_mode(False):
-            _masks[key] = _make_shift_mask(rows, columns, window, shift).to(device)
-    return _masks[key]
+    # Kept beyond this call: a tensor of inference mode could not serve training later.
+    with torch.inference_mode(False):
+        return _shift_mask(rows, columns, window, shift, device)
 
 
-def _make_shift_mask(
-    rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int]
+@lru_cache(MOST_MASKS)
+def _shift_mask(
+    rows: int, columns: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Tensor:
     """Tokens of the last row or column of windows are of two regions: moved or not."""
 
@@ -122,7 +115,7 @@ def _make_shift_mask(
     right = moved(columns, window[1], shift[1])
     region = 2 * below[:, None, :, None] + 1 * right[None, :, None, :]  # [r, c, m, n]
     region = region.flatten(2).flatten(0, 1)
-    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+    return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0).to(device)
 
 
 class SwinStage(nn.Module):

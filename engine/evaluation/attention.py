@@ -52,7 +52,10 @@ def attention_map(network: Network, images: Tensor, kind: str) -> Tensor:
         return maps / maps.sum(dim=1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
     image_feature, patch_features = network.backbone(images)
     if kind == "similarity":
-        return similarity(image_feature, patch_features)
+        image = F.normalize(image_feature.float(), dim=-1)
+        patches = F.normalize(patch_features.float(), dim=-1)
+        cosines = torch.einsum("bd,bnd->bn", image, patches)
+        return (cosines / SIMILARITY_TEMPERATURE).softmax(dim=1)
     return over_patches(network, patch_features, kind).float()
 
 
@@ -61,11 +64,3 @@ def over_patches(network: Network, patch_features: Tensor, kind: str) -> Tensor:
     if kind == "mil":
         return network.pool(network.head_dense(patch_features)).exp()
     return rationale_weights(network.rationale(patch_features))
-
-
-def similarity(image_feature: Tensor, patch_features: Tensor) -> Tensor:
-    """Image feature [B, D] and patch features [B, N, D] -> [B, N] float32, rows sum to 1 (ours)."""
-    image = F.normalize(image_feature.float(), dim=-1)
-    patches = F.normalize(patch_features.float(), dim=-1)
-    cosines = torch.einsum("bd,bnd->bn", image, patches)
-    return (cosines / SIMILARITY_TEMPERATURE).softmax(dim=1)

@@ -15,7 +15,6 @@ from datasets.multicrop import eval_transform
 from engine.evaluation import attention
 from engine.evaluation.feature_cache import Found, SplitFeatures
 from engine.evaluation.features import extract
-from models.backbone import Backbone
 from utils.errors import InputError
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels; x1, y1 exclusive
@@ -53,15 +52,6 @@ def figures(maps: Tensor, touching: Tensor) -> dict[str, float]:
     }
 
 
-def touching_patches(backbone: Backbone, size: int, boxes: Sequence[Box], box_size: int) -> Tensor:
-    """Which patches of whole images shown at `size` pixels touch each box: bool [n, N].
-
-    boxes: in pixels of images of box_size x box_size.
-    """
-    cell = backbone.stride * box_size / size
-    return cells_touching(boxes, backbone.patch_grid(size, size), cell)
-
-
 @dataclass(frozen=True)
 class Pointing:
     """Where the network's maps look on the test images, whose parts' boxes must be known.
@@ -80,7 +70,9 @@ class Pointing:
         if not boxes:
             raise InputError(f"{images.root} is not of a set that knows its parts' boxes.")
         kinds = self.kinds or attention.kinds(network)
-        touching = touching_patches(network.backbone, reading.size, boxes, box_size)
+        grid = network.backbone.patch_grid(reading.size, reading.size)
+        cell = network.backbone.stride * box_size / reading.size
+        touching = cells_touching(boxes, grid, cell)
 
         def look(batch: Tensor) -> Tensor:
             return torch.stack([attention.attention_map(network, batch, k) for k in kinds], dim=1)

@@ -99,7 +99,7 @@ def load_source(
     options of `cfg` that are in `typed`. Raises InputError for what cannot be read or does not
     fit.
     """
-    stamp = _stamp(path)
+    written = os.path.exists(path) and os.path.getmtime(path)
     file = WeightsFile.read(path, key)
     spec = _chosen_spec(file.spec, cfg, typed) if typed else file.spec
     own = file.contents if checkpoint.is_own(file.contents) else {}
@@ -113,7 +113,7 @@ def load_source(
         run_config=own.get("config"),
         image_size=int(file.metadata.get("image_size", 0)),
     )
-    if _stamp(path) != stamp:
+    if os.path.getmtime(path) != written:
         raise InputError(f"{path} has changed while it was read: is a run writing it? Try again.")
     objective = config.from_dict(own["config"], str(path)).LOSS.OBJECTIVE if own else ""
     if objective in CONTRASTIVE and file.key == "teacher":
@@ -125,9 +125,9 @@ def load_source(
         network = _network(**own["model"])
         # The student's pooling and branch are in the teacher's state too.
         load_strictly(network, own[file.key], f"{path} ({file.key})")
-        return _frozen(weights, network)
+        return Source(weights, network.eval().requires_grad_(False))
     try:
-        return _frozen(weights, Network(replace(file, spec=spec).backbone()))
+        return Source(weights, Network(replace(file, spec=spec).backbone()).eval())
     except InputError as error:
         if spec == file.spec:
             raise
@@ -177,20 +177,7 @@ def _random(described: dict, weights: Weights, seed: int) -> Source:
         torch.default_generator.manual_seed(derive_seed(seed, seeding.INITIALISATION))
         network = _network(**described)
     weights = replace(weights, path=RANDOM, sha256=f"seed {seed}", key=NO_KEY, epoch=0)
-    return _frozen(weights, network)
-
-
-def _frozen(weights: Weights, network: Network) -> Source:
     return Source(weights, network.eval().requires_grad_(False))
-
-
-def _stamp(path: str | Path) -> tuple[int, ...] | None:
-    """What changes when a file is written or replaced; None where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _chosen_spec(known: BackboneSpec, cfg: Node, typed: Collection[str]) -> BackboneSpec:

@@ -372,7 +372,8 @@ def test_pointing_figures_are_those_of_the_maps(judged, finished):
     network, size = load_source(path).network, cfg.AUG.GLOBAL_CROPS_SIZE
     files = [splits.test.root / name for name in splits.test.paths]
     boxes, box_size = pointing.part_boxes(files)
-    touching = pointing.touching_patches(network.backbone, size, boxes, box_size)
+    grid, cell = network.backbone.patch_grid(size, size), network.backbone.stride / size
+    touching = pointing.cells_touching(boxes, grid, cell * box_size)
     images = torch.stack([eval_transform(size, size)(load_image(file)) for file in files])
     expected = pointing.figures(attention.attention_map(network, images, "mil"), touching)
     found = results(finished / "out")["cmd-seed0"]
