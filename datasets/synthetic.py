@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from datasets.synthetic_images import (
+    COARSE_NAMES,
     DIFFICULTIES,
     Box,
     SyntheticConfig,
@@ -99,7 +100,8 @@ def _write_images(config: SyntheticConfig, header: dict, folder: Path) -> None:
         sample = render(config, header["seed"], index, label)
         path = f"{split}/{names[label]}/{index:06d}.png"
         Image.fromarray(sample.image).save(folder / path, compress_level=1)
-        images[path] = {"box": sample.part_box, "label": label, "coarse": sample.coarse}
+        coarse = label // (config.fine_classes // len(COARSE_NAMES))
+        images[path] = {"box": sample.part_box, "label": label, "coarse": coarse}
     (folder / PARTS_FILE).write_text(json.dumps({**header, "images": images}), encoding="utf-8")
 
 

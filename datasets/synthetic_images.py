@@ -162,21 +162,18 @@ DIFFICULTIES = {
 
 
 class Sample(NamedTuple):
-    """One rendered image: (size, size, 3) uint8 RGB.
+    """One rendered image, (size, size, 3) uint8 RGB.
 
-    label, coarse: its fine and coarse class, places in `class_names` and `COARSE_NAMES`.
     part_box: (x0, y0, x1, y1) in pixels, x1 and y1 exclusive: the smallest box that holds every
     pixel the part touches.
     """
 
     image: np.ndarray
-    label: int
-    coarse: int
     part_box: Box
 
 
 def render(config: SyntheticConfig, seed: int, index: int, label: int) -> Sample:
-    """Render image `index` of the set with this seed, as class `label`.
+    """Image `index` of the set with this seed, as class `label`, a place in `class_names`.
 
     A pure function of its arguments: neither the order of calls nor the process matters. seed
     and index: from 0 to 2**32 - 1.
@@ -193,7 +190,7 @@ def render(config: SyntheticConfig, seed: int, index: int, label: int) -> Sample
     pattern = PATTERNS[config.part_names[rank]]
     box = _draw_part(canvas, config.size, config.part_contrast, pattern, pose, tone)
     image = np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
-    return Sample(image, int(label), coarse, box)
+    return Sample(image, box)
 
 
 # --- ground and clutter ---------------------------------------------------------------
