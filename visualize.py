@@ -153,8 +153,8 @@ def tsne_picture(
 ) -> Picture | None:
     """t-SNE of the image features of at most `most` images; None of fewer than 3."""
     chosen = stratified_subset(torch.tensor(images.labels), most, seed).tolist()
-    subset = images.subset(chosen).through(eval_transform(size, size))
-    found = extract(lambda batch: source.network.backbone(batch)[0], subset, world)
+    subset, whole = images.subset(chosen), eval_transform(size, size)
+    found = extract(lambda batch: source.network.backbone(batch)[0], subset, whole, world)
     figure = plot_tsne(found.values, found.labels, images.classes, seed, most)
     return figure and Picture(f"t-SNE of {letter}", figure, TSNE_CAPTION, columns=6)
 

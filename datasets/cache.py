@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,6 @@ from utils.logging import logger
 T = TypeVar("T")
 Size = tuple[int, int]  # (height, width), pixels
 GIB = 2**30
-# Processes share memory through a file that has no name, so that none is left behind however a
-# process ends, and that /dev/shm, which is small in containers, does not bound. Linux has it;
-# elsewhere each process decodes all images by itself.
-_CAN_SHARE = hasattr(os, "memfd_create")
 
 
 class DecodedImages:
@@ -52,8 +49,8 @@ class DecodedImages:
         workers: int = 0,
         on_device: bool = False,
     ) -> None:
-        self.device, workers = world.device, workers if _CAN_SHARE else 0
-        machine, on_device = _machine(world), on_device and world.device.type != "cpu"
+        self.device, machine = world.device, _machine(world)
+        on_device = on_device and world.device.type != "cpu"
         header = partial(_capped_header, images, shorter_side)
         share = distributed.share(len(images), world)
         by_rank = distributed.gather_objects(for_each(header, share, workers, "reading headers"))
@@ -64,15 +61,13 @@ class DecodedImages:
         self.bytes = 3 * self._starts[-1]
         where = f"on {world.device}" if on_device else "in memory"
         self.place = f"kept {where}"
-        # Where processes cannot share, each keeps a buffer of its own.
-        needed = self.bytes * (1 if _CAN_SHARE else world.size)
-        _agreed(too_large(needed, shorter_side, world.device if on_device else None))
+        _agreed(too_large(self.bytes, shorter_side, world.device if on_device else None))
         logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
 
         first = world.rank - machine.rank  # of this machine's processes
-        with _shared_buffer(self.bytes, machine, first) as buffer:
+        with _shared_pixels(self.bytes, machine, first) as (path, pixels):
             self.share = distributed.share(len(images), machine)
-            fill = partial(_fill, images, shorter_side, expected, self._starts, buffer)
+            fill = partial(_fill, images, shorter_side, expected, self._starts, path)
             found = for_each(fill, self.share, workers, "decoding images")
             by_rank = distributed.gather_objects(found)
         self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
@@ -80,7 +75,7 @@ class DecodedImages:
         by_rank = distributed.gather_objects(_bad(self.sizes))
         self.bad = {place: image for bad in by_rank for place, image in bad.items()}
         _some_readable(self.bad, len(images))
-        self._pixels = buffer.pixels.to(world.device) if on_device else buffer.pixels
+        self._pixels = pixels.to(world.device) if on_device else pixels
 
     def batch(self, indices: Sequence[int]) -> Images:
         """The images at `indices`, padded, on the processes' device; the host does not wait."""
@@ -134,12 +129,12 @@ def _capped_header(images: StoredImages, shorter_side: int, index: int) -> Size 
 def _fill(
     images: StoredImages,
     shorter_side: int,
-    expected: list[Size | BadImage],
-    starts: list[int],
-    buffer: "_Buffer",
+    expected: Sequence[Size | BadImage],
+    starts: Sequence[int],
+    path: str,
     index: int,
 ) -> Size | BadImage:
-    """Decode an image into its place in the buffer: its size; a marker if it is unreadable."""
+    """Decode an image into its place in the file; its size, or a marker if it is unreadable."""
     if isinstance(expected[index], BadImage):
         return expected[index]
     try:
@@ -152,7 +147,9 @@ def _fill(
         wanted = "{} x {}".format(*expected[index])
         reason = f"by its header it would have {wanted} pixels, it has {width} x {height}"
         return BadImage(images.name(index), reason)
-    buffer.pixels[starts[index] : starts[index + 1]].copy_(pixels.view(-1, 3))
+    with open(path, "r+b") as file:
+        file.seek(3 * starts[index])
+        file.write(pixels.numpy())
     return height, width
 
 
@@ -180,55 +177,48 @@ def _agreed(sentence: str | None) -> None:
 
 def _machine(world: World) -> World:
     """This process's place among those of its machine, by torchrun's variables; else alone."""
-    if not _CAN_SHARE or world.size == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
+    if world.size == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
         return World(0, 1, world.device)
     rank, size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     return World(rank, size, world.device)
 
 
-class _Buffer:
-    """Pixels uint8 [N, 3] in a file in memory; a copy in another process maps the same file.
-
-    address: the file as a path that the processes of a machine can open; empty: memory of this
-    process alone. Raises OSError where it cannot be mapped, as under a limit of address space.
-    """
-
-    def __init__(self, address: str, size: int) -> None:
-        self._arguments = address, size
-        if address:
-            with open(address, "r+b") as file:
-                mapped = mmap.mmap(file.fileno(), size)
-        else:
-            mapped = mmap.mmap(-1, size)
-        self.pixels = torch.frombuffer(mapped, dtype=torch.uint8).view(-1, 3)
-
-    def __reduce__(self) -> tuple:
-        return _Buffer, self._arguments
-
-
 @contextlib.contextmanager
-def _shared_buffer(size: int, machine: World, first: int) -> Iterator[_Buffer]:
-    """A buffer for all processes of the machine; the first of them, of rank `first`, makes it.
+def _shared_pixels(size: int, machine: World, first: int) -> Iterator[tuple[str, Tensor]]:
+    """A file for all processes of the machine, by its path, and its bytes as uint8 [N, 3].
 
-    Workers must map it in the block; it lasts while one process has it mapped. Raises InputError
-    on all processes where one has not so much memory.
+    The first of them, of rank `first`, makes it. It lasts while one process has it mapped. Raises
+    InputError on all processes where one has not so much memory.
     """
-    file = None
+    file, path = None, ""
 
-    def make() -> str:
-        nonlocal file
-        if not _CAN_SHARE or not machine.is_main:
-            return ""
-        file = os.memfd_create("decoded images")
-        os.posix_fallocate(file, 0, size)  # an error now instead of a signal later
-        return f"/proc/{os.getpid()}/fd/{file}"
+    def make() -> None:
+        nonlocal file, path
+        if not machine.is_main:
+            return
+        # A file in memory has no name, so none is left behind however a process ends, and
+        # /dev/shm, which is small in containers, does not bound it. Linux has it.
+        if hasattr(os, "memfd_create"):
+            file = os.memfd_create("decoded images")
+            path = f"/proc/{os.getpid()}/fd/{file}"
+            os.posix_fallocate(file, 0, size)  # an error now instead of a signal later
+        else:
+            file, path = tempfile.mkstemp()
+            os.truncate(file, size)
+
+    def mapped() -> Tensor:
+        with open(path, "r+b") as opened:
+            return torch.frombuffer(mmap.mmap(opened.fileno(), size), dtype=torch.uint8)
 
     try:
-        address = distributed.gather_objects(_on_all(make, size))[first]
-        yield _on_all(lambda: _Buffer(address, size), size)
+        _on_all(make, size)
+        path = distributed.gather_objects(path)[first]
+        yield path, _on_all(mapped, size).view(-1, 3)
     finally:
         if file is not None:
             os.close(file)
+            if not path.startswith("/proc"):
+                os.unlink(path)
 
 
 def _on_all(function: Callable[[], T], size: int) -> T:

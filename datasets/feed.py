@@ -5,21 +5,21 @@ the loader brings into crops on the device; engine/build.py chooses one.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from datasets.batched import BatchedMultiCrop
 from datasets.cache import DecodedImages, channels_first
-from datasets.folder import BadImage, StoredImages
+from datasets.folder import BadImage, StoredImages, UnreadableImage
 from datasets.loader import (
-    AugmentedDataset,
     Batch,
-    DecodedDataset,
-    Draws,
     KeyedDataset,
     StepSampler,
+    augmented,
     build_loader,
+    decode,
 )
 from datasets.multicrop import Augmentation, MultiCrop
 from datasets.shards import ImageShards, ShardOrder
@@ -73,9 +73,9 @@ class WorkerCrops(Feed):
     def __init__(
         self, images: StoredImages, augmentation: Augmentation, seed: int, world: World
     ) -> None:
-        augmented = AugmentedDataset(images, MultiCrop(augmentation), seed)
+        dataset = augmented(images, MultiCrop(augmentation), seed)
         description = "images decoded and cropped by the loader"
-        super().__init__(augmented, world, images.unlisted, description)
+        super().__init__(dataset, world, images.unlisted, description)
 
     def crops(self, batch: Batch) -> list[Tensor]:
         return [crop.to(self.device, non_blocking=True) for crop in batch.data]
@@ -100,13 +100,13 @@ class DeviceCrops(Feed):
         self._multicrop, self._kept = BatchedMultiCrop(augmentation), kept
         draw, bad, place = self._multicrop.draw, [*images.unlisted], "decoded by the loader"
         if kept is None:
-            dataset = DecodedDataset(images, shorter_side, draw, seed)
+            make = partial(_decoded, images, shorter_side, draw)
         else:
-            dataset = Draws(len(images), draw, seed, kept.bad)
+            make = partial(_drawn, kept.bad, draw)
             bad, place = [*bad, *kept.bad.values()], kept.place
         size = f"at most {shorter_side} pixels on the shorter side" if shorter_side else "full size"
         description = f"crops made on {world.device} from images of {size}, {place}"
-        super().__init__(dataset, world, bad, description)
+        super().__init__(KeyedDataset(len(images), seed, make), world, bad, description)
 
     def crops(self, batch: Batch) -> list[Tensor]:
         if self._kept is not None:
@@ -114,6 +114,22 @@ class DeviceCrops(Feed):
         pixels, sizes, draws = batch.data
         pixels = pixels.to(self.device, non_blocking=True)
         return self._multicrop(channels_first(pixels, sizes.tolist()), draws)
+
+
+def _decoded(
+    images: StoredImages, shorter_side: int, draw: Callable[[int], Tensor], index: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The image uint8 [h, w, 3] and its crops' draws, float32 [V, D]."""
+    return decode(images, index, shorter_side), draw(seed)
+
+
+def _drawn(
+    bad: Mapping[int, BadImage], draw: Callable[[int], Tensor], index: int, seed: int
+) -> Tensor:
+    """The draws alone, float32 [V, D], of an image that is kept."""
+    if index in bad:
+        raise UnreadableImage(bad[index].path, bad[index].reason)
+    return draw(seed)
 
 
 def step_sampler(

@@ -5,21 +5,19 @@ import hashlib
 import os
 import stat
 import warnings
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import Dataset
 
 from utils.errors import InputError
 from utils.logging import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
-NO_LABEL = -1
 MAX_ELONGATION = 4  # of a reduced image
 # PIL warns of damaged EXIF data and of very large images. Such an image is either used, and then
 # there is nothing to warn of, or an UnreadableImage says what is wrong.
@@ -74,15 +72,6 @@ def load_image(
         upright = _to_rgb(_upright(image))
         size = capped_size(upright.size, shorter_side)
         return upright.resize(size, Image.Resampling.BICUBIC)
-
-
-def header_size(source: str | Path | BinaryIO, name: str | Path = "") -> tuple[int, int]:
-    """The two sides of an image file in pixels, by its header alone, so perhaps turned.
-
-    Arguments and errors as for `load_image`.
-    """
-    with _opened(source, name) as image:
-        return image.size
 
 
 @contextlib.contextmanager
@@ -146,13 +135,18 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
-class StoredImages(Dataset):
+class StoredImages(ABC):
     """Encoded images, wherever they lie: `source` and `name` say where.
 
     unlisted: folders that could not be listed; the images below them are not among these.
+    `load` and `header_size` raise `UnreadableImage`.
     """
 
     unlisted: Sequence[BadImage] = ()
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
 
     @abstractmethod
     def source(self, index: int) -> Path | BinaryIO:
@@ -167,8 +161,9 @@ class StoredImages(Dataset):
         return load_image(self.source(index), shorter_side, self.name(index))
 
     def header_size(self, index: int) -> tuple[int, int]:
-        """The two sides of image `index` by its header; see `header_size`."""
-        return header_size(self.source(index), self.name(index))
+        """The two sides of image `index` in pixels, by its header alone, so perhaps turned."""
+        with _opened(self.source(index), self.name(index)) as image:
+            return image.size
 
 
 class LabelledImages(StoredImages):
@@ -176,27 +171,16 @@ class LabelledImages(StoredImages):
 
     root: the folder that `paths` (relative posix strings) are relative to. labels: one int for
     each path, an index into `classes` (names in the order of their numbers), or -1 where
-    nothing is known. Item i is `(image, label)`: a PIL RGB image, through `transform` if one is
-    given. An item that cannot be decoded raises `UnreadableImage`.
+    nothing is known.
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        paths: list[str],
-        labels: list[int],
-        classes: list[str],
-        transform: Callable[[Image.Image], Any] | None = None,
+        self, root: str | Path, paths: list[str], labels: list[int], classes: list[str]
     ) -> None:
         self.root, self.paths, self.labels, self.classes = Path(root), paths, labels, classes
-        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.load(index)
-        return (self.transform(image) if self.transform else image), self.labels[index]
 
     def source(self, index: int) -> Path:
         return self.root / self.paths[index]
@@ -217,15 +201,11 @@ class LabelledImages(StoredImages):
         digest.update("\0".join(self.classes).encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    def through(self, transform: Callable[[Image.Image], Any]) -> "LabelledImages":
-        """The same images through another transform."""
-        return LabelledImages(self.root, self.paths, self.labels, self.classes, transform)
-
     def subset(self, indices: Iterable[int]) -> "LabelledImages":
         """The images at `indices`, in that order."""
         indices = list(indices)
         paths, labels = ([values[i] for i in indices] for values in (self.paths, self.labels))
-        return LabelledImages(self.root, paths, labels, self.classes, self.transform)
+        return LabelledImages(self.root, paths, labels, self.classes)
 
 
 class ImageFolder(LabelledImages):
@@ -238,13 +218,24 @@ class ImageFolder(LabelledImages):
     image. Raises `InputError` if there is no such folder or no image in it.
     """
 
-    def __init__(
-        self, root: str | Path, transform: Callable[[Image.Image], Any] | None = None
-    ) -> None:
+    def __init__(self, root: str | Path) -> None:
         folder = existing_folder(root)
-        paths, self.unlisted = _list_images(folder)
-        classes, labels = _classes_and_labels(paths)
-        super().__init__(folder, paths, labels, classes, transform)
+        self.unlisted: list[BadImage] = []
+        paths = sorted(_find_images(str(folder), "", frozenset(), self.unlisted))
+        for bad in self.unlisted:
+            logger.warning(f"the images below {bad.path} are left out: {bad.reason}")
+        if not paths:
+            shards = any(folder.glob("*.tar"))
+            hint = " (to pretrain from its tar shards, set DATA.DATASET shards)" if shards else ""
+            raise InputError(
+                f"the data folder {folder} holds no images (files ending in "
+                f"{', '.join(IMAGE_SUFFIXES)}): put images in it or give another folder{hint}"
+            )
+        firsts = [path.split("/")[0] for path in paths if "/" in path]
+        classes = sorted({*firsts}) if len(firsts) == len(paths) else []
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[name] for name in firsts] if classes else [-1] * len(paths)
+        super().__init__(folder, paths, labels, classes)
 
 
 def existing_folder(root: str | Path) -> Path:
@@ -254,31 +245,11 @@ def existing_folder(root: str | Path) -> Path:
     folder = Path(root).expanduser()
     try:
         os.scandir(folder).close()
-    except FileNotFoundError:
-        raise InputError(
-            f"the data folder {folder} does not exist: give the path of one that does"
-        ) from None
     except OSError as error:
-        raise InputError(
-            f"the data folder {folder} cannot be read ({error.strerror}): give a folder that can"
-        ) from None
+        absent = isinstance(error, FileNotFoundError)
+        why = "does not exist" if absent else f"cannot be read ({error.strerror})"
+        raise InputError(f"the data folder {folder} {why}: give one with images") from None
     return folder
-
-
-def _list_images(root: Path) -> tuple[list[str], list[BadImage]]:
-    """Sorted relative paths of the images below `root`, and the folders that cannot be listed."""
-    unlisted: list[BadImage] = []
-    paths = sorted(_find_images(str(root), "", frozenset(), unlisted))
-    for folder in unlisted:
-        logger.warning(f"the images below {folder.path} are left out: {folder.reason}")
-    if not paths:
-        shards = any(root.glob("*.tar"))
-        hint = " (to pretrain from its tar shards, set DATA.DATASET shards)" if shards else ""
-        raise InputError(
-            f"the data folder {root} holds no images (files ending in "
-            f"{', '.join(IMAGE_SUFFIXES)}): put images in it or give another folder{hint}"
-        )
-    return paths, unlisted
 
 
 def _find_images(
@@ -315,12 +286,3 @@ def _find_images(
 
 def _unlisted(folder: str, error: OSError) -> BadImage:
     return BadImage(folder, f"a folder that cannot be listed: {_reason(error)}")
-
-
-def _classes_and_labels(paths: list[str]) -> tuple[list[str], list[int]]:
-    parts = [PurePosixPath(path).parts for path in paths]
-    if any(len(part) == 1 for part in parts):
-        return [], [NO_LABEL] * len(paths)
-    classes = sorted({part[0] for part in parts})
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, [number[part[0]] for part in parts]

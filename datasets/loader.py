@@ -1,8 +1,7 @@
 """Which images each process sees at each step, and the loader that brings them or their crops."""
 
 import os
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -142,38 +141,20 @@ class Batch(NamedTuple):
     bad: list[BadImage]
 
 
-class IndexedDataset(Dataset):
-    """(data, index) of the image `index`, or a `BadImage`; `dataset[index]` is (data, label)."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, int] | BadImage:
-        try:
-            return self.dataset[index][0], index
-        except UnreadableImage as error:
-            return error.bad
-
-
 class KeyedDataset(Dataset):
     """Samples by keys (epoch, index), each the same for the same seed and key in any process.
 
-    An item is (data, index), or a `BadImage`.
+    make(index, seed): what image `index` gives by the random numbers of `seed`. It goes to the
+    loader's processes, which may want it pickled. An item is (data, index), or a `BadImage`
+    where `make` raises `UnreadableImage`.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
+    def __init__(self, length: int, seed: int, make: Callable[[int, int], Any]) -> None:
+        self.length, self.seed, self.make = length, seed, make
 
     def __len__(self) -> int:
         """Number of images."""
         return self.length
-
-    @abstractmethod
-    def data(self, index: int, seed: int) -> Any:
-        """What image `index` gives by the random numbers of `seed`; raises `UnreadableImage`."""
 
     def __getitem__(self, key: Key) -> tuple[Any, int] | BadImage:
         return self.sample(key, key[1])
@@ -181,53 +162,22 @@ class KeyedDataset(Dataset):
     def sample(self, key: Key, index: int) -> tuple[Any, int] | BadImage:
         """Image `index` by the random numbers of `key`."""
         try:
-            return self.data(index, sample_seed(self.seed, *key)), index
+            return self.make(index, sample_seed(self.seed, *key)), index
         except UnreadableImage as error:
             return error.bad
 
 
-class AugmentedDataset(KeyedDataset):
-    """Augmented images: `dataset[index]` is (PIL image, label), of which the image is taken.
-
-    `augment(image, seed)` makes the data, such as MultiCrop's list of crops.
-    """
-
-    def __init__(
-        self, dataset: Dataset, augment: Callable[[Image.Image, int], Any], seed: int
-    ) -> None:
-        super().__init__(len(dataset), seed)
-        self.dataset, self.augment = dataset, augment
-
-    def data(self, index: int, seed: int) -> Any:
-        return self.augment(self.dataset[index][0], seed)
+def augmented(
+    images: StoredImages, augment: Callable[[Image.Image, int], Any], seed: int
+) -> KeyedDataset:
+    """augment(image, seed) of every image, such as MultiCrop's list of crops."""
+    return KeyedDataset(len(images), seed, partial(_augmented, images, augment))
 
 
-class Draws(KeyedDataset):
-    """For images that are kept decoded: draw(seed) alone, float32 [V, D]. bad: by index."""
-
-    def __init__(
-        self, length: int, draw: Callable[[int], Tensor], seed: int, bad: Mapping[int, BadImage]
-    ) -> None:
-        super().__init__(length, seed)
-        self.draw, self.bad = draw, bad
-
-    def data(self, index: int, seed: int) -> Tensor:
-        if index in self.bad:
-            raise UnreadableImage(self.bad[index].path, self.bad[index].reason)
-        return self.draw(seed)
-
-
-class DecodedDataset(KeyedDataset):
-    """For crops made on the device: (`decode`'s image, draw(seed)), draws float32 [V, D]."""
-
-    def __init__(
-        self, images: StoredImages, shorter_side: int, draw: Callable[[int], Tensor], seed: int
-    ) -> None:
-        super().__init__(len(images), seed)
-        self.images, self.shorter_side, self.draw = images, shorter_side, draw
-
-    def data(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
-        return decode(self.images, index, self.shorter_side), self.draw(seed)
+def _augmented(
+    images: StoredImages, augment: Callable[[Image.Image, int], Any], index: int, seed: int
+) -> Any:
+    return augment(images.load(index), seed)
 
 
 def decode(images: StoredImages, index: int, shorter_side: int) -> Tensor:

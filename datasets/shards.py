@@ -17,22 +17,19 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import webdataset
-from PIL import Image
 from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
 from datasets.folder import (
     IMAGE_SUFFIXES,
-    NO_LABEL,
     ImageFolder,
     StoredImages,
     UnreadableImage,
@@ -40,7 +37,7 @@ from datasets.folder import (
 )
 from utils.errors import InputError, run_script
 from utils.files import replacing
-from utils.logging import logger, progress
+from utils.logging import progress
 from utils.seeding import ORDER, derive_seed
 
 # An epoch is shuffled within a moving window of this many images, and at least so many shards.
@@ -72,9 +69,7 @@ class ImageShards(StoredImages):
     """The images of tar shards, shard after shard, without labels.
 
     shards: a folder, whose `*.tar` are the shards by name, or a brace pattern of their names,
-    "/data/train-{000000..000146}.tar". Item i is (image, -1): a PIL RGB image, through
-    `transform` if one is given; an item that cannot be decoded raises `UnreadableImage`. The name
-    of an image is "/folder/shard.tar:member.jpg".
+    "/data/train-{000000..000146}.tar". The name of an image is "/folder/shard.tar:member.jpg".
 
     Every shard has an index file beside it, or in the user's cache folder where that cannot be
     written; it is made at the first use and again when the shard's size or time changes. A
@@ -84,10 +79,8 @@ class ImageShards(StoredImages):
     of one name.
     """
 
-    def __init__(
-        self, shards: str | Path, transform: Callable[[Image.Image], Any] | None = None
-    ) -> None:
-        self.shards, self.transform = find_shards(shards), transform
+    def __init__(self, shards: str | Path) -> None:
+        self.shards = find_shards(shards)
         indices = read_indices(self.shards)
         self.counts = [len(index.names) for index in indices]
         self._stamps = [index.stamp for index in indices]
@@ -112,10 +105,6 @@ class ImageShards(StoredImages):
     def name(self, index: int) -> str:
         number, place = self._place(index)
         return f"{self.shards[number]}:{os.fsdecode(self._members[number][place])}"
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.load(index)
-        return (self.transform(image) if self.transform else image), NO_LABEL
 
     def source(self, index: int) -> io.BytesIO:
         """The bytes of image `index`; raises `UnreadableImage`."""
@@ -233,17 +222,11 @@ def read_indices(shards: list[Path]) -> list[ShardIndex]:
                 "are missing): complete the set, or give a folder or a pattern such as "
                 "/data/train-{000000..000146}.tar"
             )
-        indices = dict(zip(shards, pool.map(_kept_index, shards), strict=True))
-        new = [shard for shard, index in indices.items() if index is None]
-        if new:
-            logger.info(f"indexing {len(new)} of {len(shards)} shards")
-            try:
-                made = progress(pool.map(_make_index, new), "indexing shards", len(new))
-                indices |= dict(zip(new, made, strict=True))
-            finally:
-                # A damaged shard, or Ctrl-C, need not wait for all the others.
-                pool.shutdown(cancel_futures=True)
-    return list(indices.values())
+        try:
+            return list(progress(pool.map(_index, shards), "shards indexed", len(shards)))
+        finally:
+            # A damaged shard, or Ctrl-C, need not wait for all the others.
+            pool.shutdown(cancel_futures=True)
 
 
 def _index_files(shard: Path) -> list[Path]:
@@ -255,20 +238,14 @@ def _index_files(shard: Path) -> list[Path]:
     return [folder / INDEX_FOLDER / name, cache / "cmd" / "shard_index" / key / name]
 
 
-def _kept_index(shard: Path) -> ShardIndex | None:
+def _index(shard: Path) -> ShardIndex:
+    """The index that is kept if it fits, else read from the tar and kept where it can be."""
     for path in _index_files(shard):
-        try:
+        # There is none, or what is there is none of ours.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             stamp, stored = _stamp(shard.stat()), json.loads(path.read_bytes())
             if (stored["format"], *stored["stamp"]) == (INDEX_FORMAT, *stamp):
                 return ShardIndex(stamp, stored["names"], stored["offsets"], stored["sizes"])
-        # There is none, or what is there is none of ours.
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-    return None
-
-
-def _make_index(shard: Path) -> ShardIndex:
-    """Read a shard's index from the tar, and keep it where it can be."""
     try:
         with open(shard, "rb") as file:
             stamp = _stamp(os.fstat(file.fileno()))
@@ -345,28 +322,24 @@ def write_shards(
         raise InputError(f"--images_per_shard {images_per_shard} is too small: give 1 or more")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output {output} already exists: choose another folder or delete it")
-    with replacing(output, "shards") as unfinished:
-        unfinished.mkdir(parents=True)
-        _write_images(images, unfinished, images_per_shard)
-    return len(images), -(-len(images) // images_per_shard)
-
-
-def _write_images(images: ImageFolder, folder: Path, per_shard: int) -> None:
     generator = torch.Generator().manual_seed(derive_seed(0, ORDER))
     order = torch.randperm(len(images), generator=generator).tolist()
-    if images.classes:
-        text = "".join(f"{name}\n" for name in images.classes)
-        (folder / "classes.txt").write_bytes(os.fsencode(text))
-    pattern = f"{folder}/shard-".replace("%", "%%") + "%06d.tar"
-    with webdataset.ShardWriter(
-        pattern, maxcount=per_shard, maxsize=float("inf"), verbose=0, encoder=False, mtime=0
-    ) as writer:
-        for place in progress(order, "writing images", len(order)):
-            path = images.root / images.paths[place]
-            sample = {"__key__": f"{place:08d}", path.suffix[1:].lower(): path.read_bytes()}
-            if images.classes:
-                sample["cls"] = str(images.labels[place]).encode()
-            writer.write(sample)
+    with replacing(output, "shards") as unfinished:
+        unfinished.mkdir(parents=True)
+        if images.classes:
+            lines = "".join(f"{name}\n" for name in images.classes)
+            (unfinished / "classes.txt").write_bytes(os.fsencode(lines))
+        pattern = f"{unfinished}/shard-".replace("%", "%%") + "%06d.tar"
+        with webdataset.ShardWriter(
+            pattern, images_per_shard, float("inf"), verbose=0, encoder=False, mtime=0
+        ) as writer:
+            for place in progress(order, "writing images", len(order)):
+                path = images.source(place)
+                sample = {"__key__": f"{place:08d}", path.suffix[1:].lower(): path.read_bytes()}
+                if images.classes:
+                    sample["cls"] = str(images.labels[place]).encode()
+                writer.write(sample)
+    return len(images), -(-len(images) // images_per_shard)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Full batches although images cannot be read: others take their places (ours)."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -38,9 +39,6 @@ class FullBatches(Dataset):
     def __init__(self, dataset: KeyedDataset) -> None:
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitems__(self, keys: list[Key]) -> list:
         samples = [self.dataset[key] for key in keys]
         bad = {sample: None for sample in samples if isinstance(sample, BadImage)}
@@ -56,13 +54,8 @@ class FullBatches(Dataset):
 
     def _substitute(self, key: Key, taken: set[int], bad: dict[BadImage, None]) -> tuple | None:
         """A sample in place of the key's; joins `taken`, and those that were bad join `bad`."""
-        left = TRIES
-        for image in candidates(len(self), self.dataset.seed, key):
-            if image in taken:
-                continue
-            if not left:
-                break
-            left -= 1
+        images = candidates(len(self.dataset), self.dataset.seed, key)
+        for image in itertools.islice((i for i in images if i not in taken), TRIES):
             sample = self.dataset.sample(key, image)
             if not isinstance(sample, BadImage):
                 taken.add(image)

@@ -25,6 +25,9 @@ from utils.files import make_folder
 from utils.logging import logger
 
 FORMAT = "1"
+# Fields of Features in a file's tensors and in its metadata.
+_TEXTS = ("paths", "classes", "bad")
+_DATA = ("root", "widths", "avgpool_patchtokens", "made_by")
 SPLITS = ("train", "test")
 BAD_SHOWN = 5
 
@@ -216,23 +219,18 @@ class SplitFeatures:
         """Kept features if they fit on every process, else None."""
         if self.folder is None:
             return None
-        path, found = self._path(split), None
-        if path.exists():
+        path, found, reason = self._path(split), None, ""
+        if path.exists() or self.must_fit:
             try:
                 found = load(path)
                 reason = found.misfit(made_by, blocks, avgpool)
             except InputError as error:
                 reason = str(error)
-            if reason and self.must_fit:
-                raise InputError(f"the features in {path} are refused: {reason}")
-            if reason:
-                logger.info(f"the features in {path} are made again: {reason}")
-                found = None
-        elif self.must_fit:
-            kept = sorted(file.name for file in path.parent.glob("*.safetensors"))
-            raise InputError(
-                f"there are no features at {path}: {path.parent} holds {', '.join(kept) or 'none'}."
-            )
+        if reason and self.must_fit:
+            raise InputError(f"the features in {path} are refused: {reason}")
+        if reason:
+            logger.info(f"the features in {path} are made again: {reason}")
+            found = None
         if not all(distributed.gather_objects(found is not None)):
             return None
         logger.info(f"features of the {split} split: from {path}")
@@ -272,44 +270,27 @@ class Found:
 
 def save(features: Features, path: Path) -> None:
     """Write the file whole; raises InputError where the disk refuses."""
-    tensors = {
-        "values": features.values.contiguous(),
-        "labels": features.labels,
-        "paths": _pack(features.paths),
-        "classes": _pack(features.classes),
-        "bad": _pack(features.bad),
-    }
-    metadata = {
-        "format": FORMAT,
-        "root": json.dumps(features.root),
-        "widths": json.dumps(features.widths),
-        "avgpool_patchtokens": json.dumps(features.avgpool_patchtokens),
-        "made_by": json.dumps(features.made_by),
-    }
+    tensors = {"values": features.values.contiguous(), "labels": features.labels}
+    tensors |= {name: _pack(getattr(features, name)) for name in _TEXTS}
+    metadata = {name: json.dumps(getattr(features, name)) for name in _DATA}
     make_folder(path.parent, "--dump_features")
-    save_safetensors(tensors, metadata, path, "feature file")
+    save_safetensors(tensors, metadata | {"format": FORMAT}, path, "feature file")
 
 
 def load(path: Path) -> Features:
     """Read a file; raises InputError where there is none, or it is not a whole one of ours."""
     if not path.is_file():
-        raise InputError(f"there are no features at {path}.")
+        kept = ", ".join(sorted(file.name for file in path.parent.glob("*.safetensors")))
+        raise InputError(f"there are no features at {path}: its folder holds {kept or 'none'}.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT or "made_by" not in metadata:
                 raise InputError(f"{path} holds no features that this version wrote.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Features(
-            tensors["values"],
-            tensors["labels"],
-            *(_unpack(tensors[name]) for name in ("paths", "classes")),
-            root=json.loads(metadata["root"]),
-            widths=json.loads(metadata["widths"]),
-            avgpool_patchtokens=json.loads(metadata["avgpool_patchtokens"]),
-            bad=_unpack(tensors["bad"]),
-            made_by=json.loads(metadata["made_by"]),
-        )
+        texts = {name: _unpack(tensors[name]) for name in _TEXTS}
+        data = {name: json.loads(metadata[name]) for name in _DATA}
+        return Features(tensors["values"], tensors["labels"], **texts, **data)
     except (SafetensorError, OSError, KeyError, ValueError):
         raise InputError(f"{path} is not a feature file, or is damaged.") from None
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from datasets.benchmarks import Splits, labelled_folder, same_classes
 from datasets.folder import LabelledImages
-from datasets.loader import BadImage, IndexedDataset, build_loader, usable_workers
+from datasets.loader import BadImage, KeyedDataset, build_loader, usable_workers
 from datasets.multicrop import default_resize, eval_transform
 from engine.evaluation import attention
 from engine.evaluation.source import Source, image_size
@@ -129,7 +131,8 @@ class Reading:
         """`function` of these images' centre crops, in `precision`; see `extract` below."""
         return extract(
             self.cast(function),
-            images.through(eval_transform(self.size, self.resize)),
+            images,
+            eval_transform(self.size, self.resize),
             self.world,
             self.batch,
             self.workers,
@@ -154,7 +157,8 @@ class Extracted:
 @torch.inference_mode()
 def extract(
     function: Callable[[Tensor], Tensor],
-    dataset: LabelledImages,
+    images: LabelledImages,
+    transform: Callable[[Image.Image], Tensor],
     world: World,
     batch: int = 64,
     workers: int = 0,
@@ -162,30 +166,36 @@ def extract(
 ) -> Extracted:
     """`function` over all images, in order.
 
-    function: images [b, 3, S, S] on the device -> a tensor [b, ...]. Batches are dealt to the
-    processes whole, so what comes out does not depend on their number. Images that cannot be
-    read are left out; more than the share `max_bad` of all is an InputError that names the
-    first.
+    function: images [b, 3, S, S] on the device, by `transform` -> a tensor [b, ...]. Batches are
+    dealt to the processes whole, so what comes out does not depend on their number. Images that
+    cannot be read are left out; more than the share `max_bad` of all is an InputError that names
+    the first.
     """
-    batches = [range(i, min(i + batch, len(dataset))) for i in range(0, len(dataset), batch)]
+    count = len(images)
+    batches = [[(0, i) for i in range(n, min(n + batch, count))] for n in range(0, count, batch)]
     mine = [batches[i] for i in distributed.share(len(batches), world)]
-    loader = build_loader(
-        IndexedDataset(dataset), mine, workers, pin_memory=world.device.type == "cuda"
-    )
+    dataset = KeyedDataset(count, 0, partial(_transformed, images, transform))
     outputs, places = [], []
     bad: list[BadImage] = []
+    loader = build_loader(dataset, mine, workers, pin_memory=world.device.type == "cuda")
     for loaded in progress(loader, "batches of features", len(mine)):
         bad += loaded.bad
-        if len(bad) > max_bad * len(dataset):
+        if len(bad) > max_bad * count:
             break
         if loaded.data is not None:
-            images = loaded.data.to(world.device, non_blocking=True)
-            outputs.append(function(images).float().cpu())
+            data = loaded.data.to(world.device, non_blocking=True)
+            outputs.append(function(data).float().cpu())
             places.append(loaded.indices)
-    bad = [image for images in distributed.gather_objects(bad) for image in images]
-    check_bad(bad, len(dataset), max_bad)
+    bad = [image for theirs in distributed.gather_objects(bad) for image in theirs]
+    check_bad(bad, count, max_bad)
     values, indices = _gather(outputs, places)
-    return Extracted(values, torch.tensor(dataset.labels)[indices], indices.tolist(), bad)
+    return Extracted(values, torch.tensor(images.labels)[indices], indices.tolist(), bad)
+
+
+def _transformed(
+    images: LabelledImages, transform: Callable[[Image.Image], Tensor], index: int, _: int
+) -> Tensor:
+    return transform(images.load(index))
 
 
 def _gather(outputs: list[Tensor], places: list[Tensor]) -> tuple[Tensor, Tensor]:

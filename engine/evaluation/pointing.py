@@ -77,8 +77,8 @@ class Pointing:
         def look(batch: Tensor) -> Tensor:
             return torch.stack([attention.attention_map(network, batch, k) for k in kinds], dim=1)
 
-        whole = images.through(eval_transform(reading.size, reading.size))
-        found = extract(look, whole, reading.world, reading.batch, reading.workers).values
+        whole = eval_transform(reading.size, reading.size)
+        found = extract(look, images, whole, reading.world, reading.batch, reading.workers).values
         return Found({kind: figures(found[:, i], touching) for i, kind in enumerate(kinds)})
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from datasets.folder import LabelledImages
-from datasets.loader import AugmentedDataset, BadImage, EpochSampler, build_loader
+from datasets.loader import BadImage, EpochSampler, augmented, build_loader
 from datasets.multicrop import RandomCrop
 from engine.evaluation import linear
 from engine.evaluation.feature_cache import SPLITS, Features, Found, SplitFeatures
@@ -51,7 +51,7 @@ class AugmentedImages:
     def batches(self, sampler: EpochSampler, width: int) -> Batches:
         """Features of this process's share of every batch, on the device."""
         device = self.reading.world.device
-        crops = AugmentedDataset(self.images, RandomCrop(self.reading.size), self.seed)
+        crops = augmented(self.images, RandomCrop(self.reading.size), self.seed)
         function, labels = self.reading.cast(self.encoder), self.labels.to(device)
         is_cuda = device.type == "cuda"
         for batch in build_loader(crops, sampler, self.reading.workers, pin_memory=is_cuda):

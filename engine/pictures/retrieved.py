@@ -46,7 +46,7 @@ def plot_retrieved(
     """One row a chosen query: the query, then its first hits, right and wrong ones marked.
 
     queries, gallery: labels of both number the gallery's classes; -1 is neither right nor wrong.
-    The files are shown as they are, cropped to the centre square; `transform` is not used.
+    The files are shown as they are, cropped to the centre square.
     places: int64 [q, h], the gallery's places of the h first hits of each of the q `chosen`
     queries. Files that cannot be read are shown as empty boxes. Raises InputError where no query
     is chosen.

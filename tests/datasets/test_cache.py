@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from datasets.batched import Images
-from datasets.cache import DecodedImages, _shared_buffer, available, gather_padded
+from datasets.cache import DecodedImages, available, gather_padded
 from datasets.folder import BadImage, ImageFolder, StoredImages, capped_size, load_image
 from datasets.loader import StepSampler, build_loader, pad
 from engine import build
@@ -136,14 +135,6 @@ def test_the_gather_on_a_device_gives_the_same_images(varied):
     assert found.shape == pad(images)[0].shape
     for place, image in zip(found, images, strict=True):
         assert torch.equal(place[: image.shape[0], : image.shape[1]], image)
-
-
-def test_a_copy_of_the_buffer_maps_the_same_memory():
-    """As a worker gets it where processes are not forked."""
-    with _shared_buffer(12, ALONE, 0) as buffer:
-        copy = pickle.loads(pickle.dumps(buffer))
-        copy.pixels[3] = torch.tensor([7, 8, 9], dtype=torch.uint8)
-    assert buffer.pixels.tolist() == [[0] * 3] * 3 + [[7, 8, 9]]
 
 
 class InMemory(StoredImages):

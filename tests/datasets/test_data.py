@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from datasets.fine_grained import build_dataset
 from datasets.folder import ImageFolder, UnreadableImage, load_image
 from datasets.loader import (
-    AugmentedDataset,
     BadImage,
+    KeyedDataset,
     StepSampler,
+    augmented,
     build_loader,
     collate,
     steps_per_epoch,
@@ -95,9 +96,7 @@ def test_class_folders_give_sorted_labels(tmp_path):
     assert folder.paths == ["auk/y.webp", "auk/z.JPeG", "wren/b.png", "wren/deep/er/a.PNG"]
     assert folder.classes == ["auk", "wren"]
     assert folder.labels == [0, 0, 1, 1]
-    image, label = folder[2]
-    assert label == 1
-    assert np.array_equal(np.asarray(image), np.asarray(noise(0)))
+    assert np.array_equal(np.asarray(folder.load(2)), np.asarray(noise(0)))
 
 
 def test_images_without_classes_have_label_minus_one(tmp_path):
@@ -121,7 +120,7 @@ def test_every_suffix_is_found(tmp_path):
     names = [f"{i:02}.{suffix}" for i, suffix in enumerate(suffixes)]
     folder = ImageFolder(save(tmp_path, *names))
     assert folder.paths == names
-    assert all(folder[i][0].size == (24, 24) for i in range(len(folder)))
+    assert all(folder.load(i).size == (24, 24) for i in range(len(folder)))
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
@@ -131,11 +130,6 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (tmp_path / "root" / "a" / "up").symlink_to(tmp_path / "root")
     assert {"a/y.png", "b/x.png"} <= set(ImageFolder(tmp_path / "root").paths)
     assert len(ImageFolder(tmp_path / "root")) == 2
-
-
-def test_transform_is_applied(tmp_path):
-    folder = ImageFolder(save(tmp_path, "x.png"), transform=lambda image: image.size)
-    assert folder[0] == ((24, 24), -1)
 
 
 def folder_error(root) -> str:
@@ -468,9 +462,9 @@ def photos(tmp_path) -> Path:
     return save(tmp_path, *[f"{i:02}.png" for i in range(10)])
 
 
-def run_data(photos: Path, seed: int = 3) -> AugmentedDataset:
+def run_data(photos: Path, seed: int = 3) -> KeyedDataset:
     crops = MultiCrop(Augmentation(16, (0.4, 1.0), (1, 1), (8, 6)))
-    return AugmentedDataset(ImageFolder(photos), crops, seed)
+    return augmented(ImageFolder(photos), crops, seed)
 
 
 def run_batches(photos: Path, workers: int, first: int = 0) -> list:

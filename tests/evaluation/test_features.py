@@ -28,6 +28,7 @@ from utils.errors import InputError
 ROOT = Path(__file__).parents[2]
 IMAGES, TIMEOUT_SECONDS = 11, 60
 BROKEN = (0, 4, 10)
+WHOLE = eval_transform(32, 32)
 # (number of images, batch): full and uneven last batches, fewer batches than processes, one image.
 SIZES = [(11, 4), (8, 4), (11, 11), (11, 1), (1, 4)]
 
@@ -51,9 +52,8 @@ def network() -> Callable[[Tensor], Tensor]:
 
 def run(dataset: LabelledImages, world: World, batch: int, **how) -> dict | str:
     """What `extract` finds, or the words of its refusal."""
-    images = dataset.through(eval_transform(32, 32))
     try:
-        return vars(extract(network(), images, world, batch, **how))
+        return vars(extract(network(), dataset, WHOLE, world, batch, **how))
     except InputError as error:
         return str(error)
 
@@ -71,9 +71,7 @@ def found_by(world: World, folder: Path) -> dict:
     found["whole batches left out"] = run(broken, world, 1, max_bad=0.3)
     found["a share too many"] = run(broken, world, 2, max_bad=0.25)
     found["all"] = run(broken.subset(BROKEN), world, 2, max_bad=1.0)
-    found["several values"] = vars(
-        extract(lambda x: x[:, :2, :3, :1], whole.through(eval_transform(32, 32)), world, 4)
-    )
+    found["several values"] = vars(extract(lambda x: x[:, :2, :3, :1], whole, WHOLE, world, 4))
     return found
 
 
@@ -97,10 +95,9 @@ def ranks(folder) -> dict[int, list[dict]]:
 
 
 def one_by_one(dataset: LabelledImages, places) -> Tensor:
-    images = dataset.through(eval_transform(32, 32))
     function = network()
     with torch.no_grad():
-        return torch.cat([function(images[place][0][None]) for place in places])
+        return torch.cat([function(WHOLE(dataset.load(place))[None]) for place in places])
 
 
 # One process
@@ -119,8 +116,8 @@ def test_every_image_comes_once_in_order_with_its_label(alone, folder, size):
 
 
 def test_values_of_any_shape_are_gathered(alone, folder):
-    images = write_images(folder / "whole").through(eval_transform(32, 32))
-    wanted = torch.stack([images[n][0][:2, :3, :1] for n in range(IMAGES)])
+    images = write_images(folder / "whole")
+    wanted = torch.stack([WHOLE(images.load(n))[:2, :3, :1] for n in range(IMAGES)])
     assert torch.equal(alone["several values"]["values"], wanted)
 
 
@@ -436,8 +433,8 @@ def test_broken_metadata_are_refused(tmp_path, name):
 
 
 def test_no_file_a_folder_and_text_are_refused(tmp_path):
-    assert refusal(tmp_path / "none") == f"there are no features at {tmp_path}/none."
-    assert refusal(tmp_path) == f"there are no features at {tmp_path}."
+    for path in (tmp_path / "none", tmp_path):
+        assert refusal(path) == f"there are no features at {path}: its folder holds none."
     (tmp_path / "text").write_text("hello\n")
     assert "is not a feature file" in refusal(tmp_path / "text")
 

@@ -13,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torchvision import transforms
 
-from datasets.loader import AugmentedDataset, EpochSampler
+from datasets.folder import LabelledImages
+from datasets.loader import EpochSampler, augmented
 from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, RandomCrop
 from engine.evaluation import linear
 from engine.evaluation.linear import Probe, Recipe
@@ -363,16 +364,16 @@ def test_the_training_view_covers_8_to_100_percent_and_is_flipped_half_of_the_ti
     assert 0.4 < np.mean(flips) < 0.6
 
 
-def test_an_image_is_cropped_differently_in_every_epoch():
-    image = coordinates()
-    images = [(image, 0), (image, 1)]
-    crops = AugmentedDataset(images, RandomCrop(32), seed=5)
+def test_an_image_is_cropped_differently_in_every_epoch(tmp_path):
+    coordinates().save(tmp_path / "x.png")
+    images = LabelledImages(tmp_path, ["x.png", "x.png"], [0, 1], ["a", "b"])
+    crops = augmented(images, RandomCrop(32), seed=5)
     views = {key: crops[key][0] for key in ((0, 0), (1, 0), (2, 0), (0, 1))}
     assert crops[1, 0][1] == 0
     for key, view in views.items():
         assert torch.equal(view, crops[key][0])
         assert sum(torch.equal(view, other) for other in views.values()) == 1
-    assert not torch.equal(AugmentedDataset(images, RandomCrop(32), 6)[0, 0][0], views[0, 0])
+    assert not torch.equal(augmented(images, RandomCrop(32), 6)[0, 0][0], views[0, 0])
 
 
 # Parts of the labels.

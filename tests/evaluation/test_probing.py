@@ -159,7 +159,7 @@ def test_augmented_features_go_through_the_network_anew_in_every_epoch(augmented
     optimizer = torch.optim.SGD(layer.parameters(), 2 * 16 / 256, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
     for place, keys in enumerate(EpochSampler(range(24), 16, ALONE, 3, 0, 6)):
-        views = [crop(images[i][0], sample_seed(3, epoch, i)) for epoch, i in keys]
+        views = [crop(images.load(i), sample_seed(3, epoch, i)) for epoch, i in keys]
         with torch.no_grad():
             features = torch.cat(backbone.last_blocks(torch.stack(views), 2), dim=1)
         targets = torch.tensor([images.labels[i] for _, i in keys])

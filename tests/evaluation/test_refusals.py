@@ -62,7 +62,8 @@ BAD = {
     "features below a file": ("--dump_features IN/file/below", "--dump_features IN/file/below"),
     "no features": (
         "--load_features IN/stray",
-        "there are no features at IN/stray/train.safetensors: IN/stray holds none.",
+        "the features in IN/stray/train.safetensors are refused: there are no features at "
+        "IN/stray/train.safetensors: its folder holds none.",
     ),
     "both features": (
         "--load_features IN/stray --dump_features IN/stray",

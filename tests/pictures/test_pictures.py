@@ -41,11 +41,8 @@ def grey(tmp_path) -> LabelledImages:
         Image.new("RGB", (50, 40), (40 + 40 * index,) * 3).save(tmp_path / f"{index}.png")
     (tmp_path / "4.png").write_bytes(b"broken")
 
-    def never(image):
-        raise AssertionError("the transform was used")
-
     paths = [f"{i}.png" for i in range(5)]
-    return LabelledImages(tmp_path, paths, [0, 0, 1, -1, 0], ["a_bird", "002.other"], never)
+    return LabelledImages(tmp_path, paths, [0, 0, 1, -1, 0], ["a_bird", "002.other"])
 
 
 def frame(axis: Axes) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from datasets.feed import WorkerCrops
 from datasets.folder import BadImage, ImageFolder, StoredImages, UnreadableImage, load_image
-from datasets.loader import AugmentedDataset, Batch, KeyedDataset, StepSampler, build_loader
+from datasets.loader import Batch, KeyedDataset, StepSampler, augmented, build_loader
 from datasets.multicrop import Augmentation, MultiCrop, sample_seed
 from datasets.shards import ImageShards
 from datasets.substitutes import TRIES, FullBatches, candidates
@@ -166,7 +166,7 @@ def test_an_odd_image_is_used_with_its_own_pixels(name, tmp_path):
     wanted = ODD[name](tmp_path / name)
     assert_near(np.asarray(load_image(tmp_path / name)), wanted, tmp_path / name)
     crops = small_crops()
-    batch = FullBatches(AugmentedDataset(ImageFolder(tmp_path), crops, 0)).__getitems__([(0, 0)])
+    batch = FullBatches(augmented(ImageFolder(tmp_path), crops, 0)).__getitems__([(0, 0)])
     assert [tuple(view.shape) for view in batch[0][0]] == [(3, s, s) for s in (16, 16, 8)]
     assert all(view.isfinite().all() for view in batch[0][0])
 
@@ -258,7 +258,7 @@ def small_crops() -> MultiCrop:
 def batches_of(
     images: StoredImages, workers: int = 0, first: int = 0, batch: int = 6, last: int = 8
 ) -> list[Batch]:
-    dataset = FullBatches(AugmentedDataset(images, small_crops(), 3))
+    dataset = FullBatches(augmented(images, small_crops(), 3))
     sampler = StepSampler(len(images), batch, 0, 1, 1, 3, first, last)
     return list(build_loader(dataset, sampler, workers, pin_memory=False))
 
@@ -402,7 +402,7 @@ def test_substitutes_depend_neither_on_workers_nor_on_the_first_step(sets):
 
 
 def test_without_bad_images_nothing_changes(sets):
-    dataset = AugmentedDataset(sets[0], small_crops(), 3)
+    dataset = augmented(sets[0], small_crops(), 3)
     sampler = StepSampler(24, 6, 0, 1, 1, 3, 0, 8)
     plainly = list(build_loader(dataset, sampler, 0, pin_memory=False))
     assert_equal_batches(batches_of(sets[0]), plainly)
@@ -423,10 +423,10 @@ class Broken(KeyedDataset):
     """Numbers of which only `good` can be read; keeps which were tried."""
 
     def __init__(self, length: int, good: set[int]) -> None:
-        super().__init__(length, seed=0)
+        super().__init__(length, 0, self.numbered)
         self.good, self.tried = good, []
 
-    def data(self, index: int, seed: int) -> torch.Tensor:
+    def numbered(self, index: int, seed: int) -> torch.Tensor:
         self.tried.append(index)
         if index not in self.good:
             raise UnreadableImage(f"{index}", "bad")
