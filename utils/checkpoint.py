@@ -316,10 +316,8 @@ def set_aside(path: Path) -> Path:
 
     Raises InputError when the disk refuses.
     """
-    number, target = 1, path.with_name(f"{path.name}.refused")
-    while os.path.lexists(target):
-        number += 1
-        target = path.with_name(f"{path.name}.refused{number}")
+    names = (path.with_name(f"{path.name}.refused{number}") for number in ("", *range(2, 10**6)))
+    target = next(name for name in names if not os.path.lexists(name))
     try:
         path.rename(target)
         sync_folder(path.parent)

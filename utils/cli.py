@@ -5,7 +5,6 @@ A flag that was not typed overrides nothing; KEY VALUE pairs override all.
 
 import argparse
 import difflib
-import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -184,25 +183,17 @@ def parse(
     if "cfg" in words:
         for option in config.merge_file(cfg, words["cfg"]):
             typed[option] = f"{option} {config.get(cfg, option)} in {words['cfg']}"
-    for flag, option in face.flags.items():
-        if flag in words:
-            config.put(cfg, option.name, words[flag], flag)
-            typed[option.name] = f"{flag} {words[flag]}"
-    if "--use_fp16" in words:
-        if "--precision" in words:
-            raise InputError("--use_fp16 and --precision say the same thing: drop one of them.")
-        config.put(cfg, "TRAIN.PRECISION", meant["--use_fp16"], "--use_fp16")
-        typed["TRAIN.PRECISION"] = f"--use_fp16 {words['--use_fp16']}"
-    for key, value in pairs:
-        config.put(cfg, key, value, "command line")
-        typed[key] = f"{key} {value}"
+    if "--use_fp16" in meant and "--precision" in words:
+        raise InputError("--use_fp16 and --precision say the same thing: drop one of them.")
+    given = [(o.name, words[flag], flag) for flag, o in face.flags.items() if flag in words]
+    given += [("TRAIN.PRECISION", meant[flag], flag) for flag in ("--use_fp16",) if flag in meant]
+    given += [(key, value, "") for key, value in pairs]
+    for option, value, flag in given:
+        config.put(cfg, option, value, flag or "command line")
+        typed[option] = f"{flag or option} {value}"
     if dense in meant and (meant[dense] == "dino") != (cfg.LOSS.OBJECTIVE == "dino"):
         named = typed["LOSS.OBJECTIVE"]
         raise InputError(f"{dense} {words[dense]} contradicts {named}: drop one of them.")
-    for option in OPTIONS.values():
-        if option.path:
-            path = os.path.expanduser(config.get(cfg, option.name))
-            config.put(cfg, option.name, path, option.name)
     try:
         config.check(cfg)
     except InputError as error:

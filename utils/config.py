@@ -95,7 +95,7 @@ def _typed(value: object, option: Option, source: str) -> object:
         raise InputError(f"{where} must be {KINDS[type(default)]}, not {_shown(value)}.")
     if isinstance(value, str) and not _may_be_a_name(value):
         raise InputError(f"{where} must be text that can name a file, not {value!r}.")
-    return value
+    return os.path.expanduser(value) if option.path else value
 
 
 def _shown(value: object) -> str:

@@ -103,18 +103,13 @@ def _end_of_another(error: Exception) -> str:
     if not of_gloo and "DistError" not in kinds:
         return ""
     reason = _one_line(f"{type(error).__name__}: {text.split('. ')[0]}")
-    if not _is_group_up():
+    if not sys.modules["torch.distributed"].is_initialized():
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         return f"the processes did not all come together at {place} ({reason})"
     return (
         f"rank {os.environ.get('RANK', '?')}: another process has ended, or did not come within "
         f"TRAIN.TIMEOUT_MINUTES, and the exchange with it failed ({reason})"
     )
-
-
-def _is_group_up() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_initialized()
 
 
 def _short_of_memory(error: Exception) -> str:

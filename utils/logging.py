@@ -80,9 +80,10 @@ class RunLog:
     def __init__(self, folder: Path, lines: int, first_step: int) -> None:
         self._path = folder / "log.txt"
         with self._writing():
-            kept = _first_lines(self._path, lines)
+            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+            kept = text.splitlines(keepends=True)[:lines]
             self.lines = len(kept)
-            write_text(self._path, "".join(f"{line}\n" for line in kept), "log")
+            write_text(self._path, "".join(kept), "log")
             events = folder / "tensorboard"
             events.mkdir(exist_ok=True)
             # Not SummaryWriter, whose thread ends with a traceback on a full disk, after which its
@@ -134,19 +135,6 @@ def _append(path: Path, text: str) -> None:
     except OSError:
         os.truncate(path, end)
         raise
-
-
-def _first_lines(path: Path, count: int) -> list[str]:
-    """A log's first lines, without those that a power cut tore; none where there is no log."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = []
-    for line in lines[:count]:
-        with contextlib.suppress(ValueError):
-            json.loads(line)
-            kept.append(line)
-    return kept
 
 
 def _short(value: float) -> float | None:

@@ -44,7 +44,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._owner = os.getpid()
-        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            # None: what was there was not set from Python and cannot be set again.
+            self._before[number] = signal.signal(number, self._handle) or signal.SIG_DFL
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -52,9 +54,7 @@ class StopSignals:
         # first process of a group leave sends SIGTERM to those that are leaving too.
         is_stopping = kind is not None and issubclass(kind, Preempted)
         for number, handler in self._before.items():
-            # None: what was there before was not set from Python and cannot be set again.
-            before = signal.SIG_DFL if handler is None else handler
-            signal.signal(number, signal.SIG_IGN if is_stopping else before)
+            signal.signal(number, signal.SIG_IGN if is_stopping else handler)
 
     def defer(self) -> None:
         """From now on a signal only sets `received`."""
@@ -62,35 +62,22 @@ class StopSignals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
-            _in_child(number)
+            # A forked child has the handler. SIGTERM ends it, as its parent's terminate() expects;
+            # SIGUSR1 is not meant for it.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
         elif self.received is None:
             self.received = signal.Signals(number).name
             if not self._deferred:
+                # To one of several processes SIGTERM may come from a launcher because another has
+                # failed: as a preemption, the job would be started again and again.
+                is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
                 raise Preempted(
                     f"stopped by {self.received} before the first step: nothing was lost; the "
                     f"same command starts again.",
-                    _code_before_the_first_step(number),
+                    EXIT_PREEMPTED if is_alone or number == signal.SIGUSR1 else 1,
                 )
-
-
-def _code_before_the_first_step(number: int) -> int:
-    """1 for SIGTERM to one of several processes, else EXIT_PREEMPTED.
-
-    SIGTERM may come from a launcher because another process has failed. A job that failed so must
-    not be taken for a preempted one, which would be started again and again.
-    """
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return EXIT_PREEMPTED if is_alone or number == signal.SIGUSR1 else 1
-
-
-def _in_child(number: int) -> None:
-    """What a signal does in a process that was forked inside the block and inherited the handler.
-
-    SIGTERM ends it, as its parent's terminate() expects; SIGUSR1 is not meant for it.
-    """
-    if number == signal.SIGTERM:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

@@ -243,16 +243,6 @@ def test_a_log_on_a_full_disk_stops_the_run_and_has_no_torn_line(tmp_path, told)
     assert told == []
 
 
-def test_a_log_goes_on_after_its_first_lines_without_those_that_are_damaged(tmp_path):
-    whole = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 6)]
-    damaged = "\n".join([*whole[:2], '{"step": 3, "lo', *whole[2:5]]).encode()
-    (tmp_path / "log.txt").write_bytes(damaged + b"\xff\xfe\n")
-    log = RunLog(tmp_path, 5, 4)
-    log.write(5, {"loss": 1.0})
-    log.close()
-    assert lines_of(tmp_path) == [1, 2, 3, 4, 5]
-
-
 def test_tensorboard_forgets_what_lies_beyond_the_checkpoint(tmp_path):
     for last, first in ((5, 0), (6, 3)):
         log = RunLog(tmp_path, first, first)
