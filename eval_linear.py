@@ -36,7 +36,7 @@ def main() -> None:
 
     results = []
     for share in cfg.LINEAR.LABEL_SHARES:
-        (found,) = measure(features, [LinearProbe.of(cfg, share, cfg.SEED, folder)])
+        (found,) = measure(features, [LinearProbe(cfg.LINEAR, share, cfg.SEED, folder)])
         results.append(found.figures)
         logger.info(describe(found.figures))
 

@@ -92,7 +92,7 @@ def row(network: SplitFeatures, folder: Path, cfg: Node) -> dict:
         protocols = []
         if is_random or seed == cfg.SEED:
             protocols = [KNN(cfg.KNN.KS, cfg.KNN.TEMPERATURE), Retrieval(cfg.RETRIEVAL.SPLIT)]
-        protocols += [LinearProbe.of(cfg, share, seed, own) for share in shares_of(cfg)]
+        protocols += [LinearProbe(cfg.LINEAR, share, seed, own) for share in shares_of(cfg)]
         for found in measure(drawn, protocols):
             details.append(found.figures)
             for key, value in flat(found.figures).items():

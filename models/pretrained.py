@@ -140,31 +140,20 @@ def load_strictly(
     expected_leftovers: a pattern of names that may be left over, besides buffers.
     """
     wanted = module.state_dict()
-    missing = [name for name in wanted if name not in state and not re.search(BUFFERS, name)]
-    leftover = [
-        name
-        for name in state
-        if name not in wanted
-        and not re.search(BUFFERS, name)
-        and not re.search(expected_leftovers, name)
-    ]
-    shapes = [
-        f"{name} is {list(state[name].shape)} in the file, {list(wanted[name].shape)} here"
-        for name in wanted
-        if name in state and state[name].shape != wanted[name].shape
-    ]
-    faults = [
-        text
-        for text in (
-            missing and f"missing: {_few(missing)}",
-            leftover and f"left over: {_few(leftover)}",
-            shapes and f"of another shape: {_few(shapes)}",
-        )
-        if text
-    ]
-    if faults:
+    expected = re.compile(f"{BUFFERS}|{expected_leftovers}")
+    faults = {
+        "missing": [n for n in wanted if n not in state and not re.search(BUFFERS, n)],
+        "left over": [n for n in state if n not in wanted and not expected.search(n)],
+        "of another shape": [
+            f"{name} is {list(state[name].shape)} in the file, {list(value.shape)} here"
+            for name, value in wanted.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{what}: {_few(names)}" for what, names in faults.items() if names)
         raise InputError(
-            f"{source}: the weights do not fit the network. {'; '.join(faults)}. "
+            f"{source}: the weights do not fit the network. {listed}. "
             f"Check MODEL.ARCH, MODEL.WINDOW_SIZE, MODEL.PATCH_SIZE and MODEL.IMG_SIZE."
         )
     module.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.evaluation import knn, retrieval
-from engine.evaluation.feature_cache import Found, SplitFeatures
+from engine.evaluation.feature_cache import SPLITS, Found, SplitFeatures
 from engine.evaluation.pointing import Pointing
 from engine.evaluation.probing import LinearProbe
 
@@ -99,5 +99,6 @@ def measure(
     for protocol in protocols:
         # A probe's features hold the image feature too: they are extracted first.
         if isinstance(protocol, LinearProbe):
-            protocol.extract(features)
+            for split in ("test",) if protocol.augmented else SPLITS:
+                protocol.features_of(features, split)
     return [protocol.measure(features) for protocol in protocols]

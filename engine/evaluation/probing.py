@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from datasets.folder import LabelledImages
 from datasets.loader import BadImage, EpochSampler, augmented, build_loader
 from datasets.multicrop import RandomCrop
 from engine.evaluation import linear
-from engine.evaluation.feature_cache import SPLITS, Features, Found, SplitFeatures
+from engine.evaluation.feature_cache import Features, Found, SplitFeatures
 from engine.evaluation.features import Encoder, Reading, check_bad
 from utils import checkpoint, distributed
 from utils.config import Node
@@ -39,14 +39,8 @@ class AugmentedImages:
     seed: int
     bad: set[BadImage] = field(default_factory=set)
 
-    @property
-    def fingerprint(self) -> str:
-        """What the probe is trained on, to compare by."""
-        return self.images.fingerprint
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.tensor(self.images.labels)
+    def __post_init__(self) -> None:
+        self.labels, self.fingerprint = torch.tensor(self.images.labels), self.images.fingerprint
 
     def batches(self, sampler: EpochSampler, width: int) -> Batches:
         """Features of this process's share of every batch, on the device."""
@@ -80,14 +74,8 @@ class CachedFeatures:
     device: torch.device
     bad: set[BadImage] = field(default_factory=set)  # of an epoch: none, they were left out
 
-    @property
-    def fingerprint(self) -> str:
-        """What the probe is trained on, to compare by."""
-        return str(self.features.made_by)
-
-    @property
-    def labels(self) -> Tensor:
-        return self.features.labels
+    def __post_init__(self) -> None:
+        self.labels, self.fingerprint = self.features.labels, str(self.features.made_by)
 
     def batches(self, sampler: EpochSampler, width: int) -> Batches:
         """This process's share of every batch, on the device."""
@@ -106,59 +94,39 @@ class CachedFeatures:
 class LinearProbe:
     """A linear classifier on `share` of every class's training images; see docs/evaluation.md.
 
-    classifier: sgd or logistic. augmented: new crops of the training images in every epoch, sgd
-    alone. blocks, avgpool_patchtokens: as in Encoder. lrs, cs: base learning rates and inverse
-    regularisations; with several, the best on the share `hold_out` of the training images
-    counts. outputs: of the classifier, 0 for one a class. folder: for the log and the state of
-    sgd, from which the same probe goes on.
+    options: LINEAR.*; of several base learning rates or C, the best on held-out training images
+    counts. folder: of results; below it are the log and the state of sgd, from which the same
+    probe goes on.
     """
 
+    options: Node
     share: float = 1.0
     seed: int = 0
-    classifier: str = "sgd"
-    augmented: bool = False
-    blocks: int = 1
-    avgpool_patchtokens: bool = False
-    lrs: Sequence[float] = (0.001,)
-    cs: Sequence[float] = (1.0,)
-    hold_out: float = 0.1
-    epochs: int = 100
-    val_freq: int = 1
-    outputs: int = 0
     folder: Path | None = None
 
-    @classmethod
-    def of(cls, cfg: Node, share: float, seed: int, folder: Path) -> "LinearProbe":
-        """By the options LINEAR.*; below a folder of results."""
-        own = cfg.LINEAR
-        return cls(
-            share,
-            seed,
-            own.CLASSIFIER,
-            own.CLASSIFIER == "sgd" and own.FEATURES == "augmented",
-            own.N_LAST_BLOCKS,
-            own.AVGPOOL_PATCHTOKENS,
-            own.SWEEP or [own.BASE_LR],
-            own.C,
-            own.HOLD_OUT,
-            own.EPOCHS,
-            own.VAL_FREQ,
-            own.NUM_LABELS,
-            folder if share == 1 else folder / f"labels_{100 * share:g}_percent",
-        )
+    @property
+    def augmented(self) -> bool:
+        """Whether every epoch has new crops of the training images: sgd alone can."""
+        return self.options.CLASSIFIER == "sgd" and self.options.FEATURES == "augmented"
 
-    def extract(self, features: SplitFeatures) -> None:
-        """Have the features of centre crops that the probe needs."""
-        for split in ("test",) if self.augmented else SPLITS:
-            self._features(features, split)
+    @property
+    def own_folder(self) -> Path:
+        """Where the log and the state are."""
+        all_labels = self.share == 1
+        return self.folder if all_labels else self.folder / f"labels_{100 * self.share:g}_percent"
+
+    def features_of(self, features: SplitFeatures, split: str) -> Features:
+        """The centre crops' features that the probe takes."""
+        own = self.options
+        return features.of(split, own.N_LAST_BLOCKS, own.AVGPOOL_PATCHTOKENS)
 
     def measure(self, features: SplitFeatures) -> Found:
         """Raises InputError where the folder holds another probe's state."""
-        started = time.perf_counter()
-        if self.classifier == "sgd":
-            distributed.on_main(lambda: make_folder(self.folder))
-        test = self._features(features, "test")
-        outputs = self.outputs or len(test.classes)
+        started, own = time.perf_counter(), self.options
+        if own.CLASSIFIER == "sgd":
+            distributed.on_main(lambda: make_folder(self.own_folder))
+        test = self.features_of(features, "test")
+        outputs = own.NUM_LABELS or len(test.classes)
         if outputs < len(test.classes):
             raise InputError(
                 f"--num_labels {outputs} is less than the {len(test.classes)} classes of the data: "
@@ -166,27 +134,27 @@ class LinearProbe:
             )
         reading = features.reading
         if self.augmented:
-            encoder = features.encoder(self.blocks, self.avgpool_patchtokens)
+            encoder = features.encoder(own.N_LAST_BLOCKS, own.AVGPOOL_PATCHTOKENS)
             data = AugmentedImages(encoder, features.images("train"), reading, self.seed)
         else:
-            data = CachedFeatures(self._features(features, "train"), reading.world.device)
+            data = CachedFeatures(self.features_of(features, "train"), reading.world.device)
         logger.info(f"linear probe, {100 * self.share:g} % of the labels, seed {self.seed}")
-        if self.classifier == "sgd" and len(self.lrs) > 1:
-            rates = "  ".join(f"{lr:g}" for lr in self.lrs)
+        if own.CLASSIFIER == "sgd" and len(own.SWEEP) > 1:
+            rates = "  ".join(f"{lr:g}" for lr in own.SWEEP)
             logger.info(f"top-1 below is for the base rates {rates}")
         used = torch.arange(len(data.labels))
         if self.share < 1:
             used = linear.stratified(data.labels, self.share, self.seed)
         figures = {
             "protocol": "linear probe",
-            "classifier": self.classifier,
+            "classifier": own.CLASSIFIER,
             "features": "augmented" if self.augmented else "cached",
             "label_share": self.share,
             "seed": self.seed,
             "test_images": len(test.labels),
             "outputs": outputs,
         }
-        if self.classifier == "logistic":
+        if own.CLASSIFIER == "logistic":
             figures |= self._logistic(data, used, test, outputs)
         else:
             figures |= self._sgd(data, used, test, outputs, reading)
@@ -201,12 +169,9 @@ class LinearProbe:
         figures["seconds"] = round(time.perf_counter() - started, 1)
         return Found(figures)
 
-    def _features(self, features: SplitFeatures, split: str) -> Features:
-        return features.of(split, self.blocks, self.avgpool_patchtokens)
-
     def _held_out(self, labels: Tensor, used: Tensor) -> Tensor:
         """Indices of the used training images on which settings are compared."""
-        mask = linear.hold_out(labels[used], self.hold_out, self.seed)
+        mask = linear.hold_out(labels[used], self.options.HOLD_OUT, self.seed)
         if not mask.any():
             raise InputError(
                 "no training image can be held out to choose by: every class has just one. Give "
@@ -219,11 +184,11 @@ class LinearProbe:
 
         Every process does all of it: one alone could take longer than the others may wait.
         """
-        comparison, chosen = [], self.cs[0]
-        if len(self.cs) > 1:
+        comparison, (chosen, *others) = [], self.options.C
+        if others:
             held = self._held_out(data.labels, used)
             kept = used[~torch.isin(used, held)]
-            for c in self.cs:
+            for c in self.options.C:
                 scores = linear.logistic_scores(*data.plain(kept), data.plain(held)[0], outputs, c)
                 top1 = linear.top_accuracy(scores, data.labels[held])[0]
                 comparison.append({"C": c, "held_out_top1": top1})
@@ -241,10 +206,9 @@ class LinearProbe:
         reading: Reading,
     ) -> dict:
         """Train the heads, or go on with them, and choose among the learning rates."""
-        world, batch = reading.world, reading.batch * reading.world.size
-        recipe = linear.Recipe(
-            tuple(self.lrs), self.epochs, batch, self.val_freq, outputs, self.seed
-        )
+        own, world, batch = self.options, reading.world, reading.batch * reading.world.size
+        lrs = tuple(own.SWEEP or [own.BASE_LR])
+        recipe = linear.Recipe(lrs, own.EPOCHS, batch, own.VAL_FREQ, outputs, self.seed)
         held_out = torch.zeros(len(data.labels), dtype=torch.bool)
         if recipe.has_twins:
             held_out[self._held_out(data.labels, used)] = True
@@ -254,7 +218,7 @@ class LinearProbe:
             **{f"test {name}": value for name, value in test.made_by.items()},
             "blocks": str(len(test.widths)),
             "mean of patches": str(test.avgpool_patchtokens),
-            "held out": str(self.hold_out if recipe.has_twins else 0),
+            "held out": str(own.HOLD_OUT if recipe.has_twins else 0),
             "training features": type(data).__name__,
             "training images": str(len(used)),
             "training data": data.fingerprint,
@@ -289,15 +253,15 @@ class LinearProbe:
         return self._chosen(probe, data, held_out)
 
     def _save(self, state: dict) -> None:
-        checkpoint.save(state, self.folder / STATE)
+        checkpoint.save(state, self.own_folder / STATE)
         lines = (f"{json.dumps(line)}\n" for line in state["history"])
-        write_text(self.folder / LOG, "".join(lines), "log")
+        write_text(self.own_folder / LOG, "".join(lines), "log")
 
     def _resume(
         self, probe: linear.Probe, data: AugmentedImages | CachedFeatures, settings: dict[str, str]
     ) -> None:
         """Go on from the state in the folder, if there is one and it is of this probe."""
-        path = self.folder / STATE
+        path = self.own_folder / STATE
         if not path.exists():
             return
         state = checkpoint.load_file(path)

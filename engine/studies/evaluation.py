@@ -32,15 +32,10 @@ def figures_and_zeros(
     """
     figures: dict[str, float] = {}
     zeros: dict[str, float] = {}
-    probe = LinearProbe(
-        seed=cfg.SEED,
-        classifier="logistic",
-        blocks=min(cfg.LINEAR.N_LAST_BLOCKS, len(source.network.backbone.all_blocks())),
-        avgpool_patchtokens=cfg.LINEAR.AVGPOOL_PATCHTOKENS,
-        cs=cfg.LINEAR.C,
-        hold_out=cfg.LINEAR.HOLD_OUT,
-        outputs=cfg.LINEAR.NUM_LABELS,
-    )
+    options = cfg.LINEAR.clone()
+    options.CLASSIFIER = "logistic"
+    options.N_LAST_BLOCKS = min(options.N_LAST_BLOCKS, len(source.network.backbone.all_blocks()))
+    probe = LinearProbe(options, seed=cfg.SEED)
     labels = [torch.tensor(images.labels) for images in (splits.train, splits.test)]
     classes = splits.train.classes
     guesses = {"": guessing(*labels, len(classes))}
