@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import main_cmd
-from tests.processes import launch_python, run_group, run_python
 from utils.errors import run_script
 from utils.signals import STOP_SIGNALS
+
+# What imports torch is imported where it is used: the process that hands tests to others does
+# without. Those that run them, and all that these start, keep to one core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
 TRAINED = "LOSS.OBJECTIVE cmd TRAIN.EPOCHS 4 SEED 3 PRINT_FREQ 1 CKPT.KEEP_EVERY 1"
@@ -29,10 +30,6 @@ NETWORK = """
 """
 
 Run = subprocess.CompletedProcess
-
-
-def pytest_configure() -> None:
-    torch.set_num_threads(1)
 
 
 def save_images(folder: Path, count: int, seed: int) -> None:
@@ -89,13 +86,13 @@ def command(images) -> Callable[..., list[str]]:
 @pytest.fixture(scope="session")
 def pretrain(command, environment) -> Callable[..., Run]:
     """Run the tiny command as a process, or several; it must succeed unless `fails`."""
+    from tests.processes import run_group, run_python
 
-    def run(output, options: str = "", fails: bool = False, processes: int = 1, **how) -> Run:
-        words, code = command(output, options, **how), None if fails else 0
+    def run(output, options: str = "", fails: bool = False, processes: int = 1, flags=()) -> Run:
+        words, code = command(output, options, flags=flags), None if fails else 0
         if processes > 1:
             return run_group(processes, *words, environment=environment, code=code)
-        start = launch_python if "launcher" in how else run_python
-        return start(*words, environment=environment, code=code)
+        return run_python(*words, environment=environment, code=code)
 
     return run
 
@@ -119,6 +116,7 @@ def knn_options(images) -> str:
 @pytest.fixture
 def refuse(command, capfd, monkeypatch) -> Callable[..., str]:
     """main_cmd.py's one line on stderr for a command that it refuses, inside this process."""
+    import main_cmd
 
     def run(folder, options: str = "", flags=()) -> str:
         monkeypatch.setattr(sys, "argv", command(folder, options, flags=flags))

@@ -362,7 +362,7 @@ def test_a_part_of_a_benchmark(name, weights, tmp_path):
     line += f" --output_dir {tmp_path}/out"
     assert "cub in " in refusal(name, line)
     assert not (tmp_path / "out" / f"{name}.json").exists()
-    out = works(name, line, "DATA.PARTIAL true")
+    out = works(name, line, "DATA.PARTIAL true EVAL.PICTURES false")
     known = results(tmp_path / "out", name)
     (note,) = known["data"]["notes"]
     assert note.startswith(f"cub in {tmp_path} has 3 classes, 9 training and 6 test images")
@@ -410,7 +410,7 @@ def test_names_of_any_letters(name, weights, tmp_path):
             (folder / f"class{number}").rename(folder / label)
     line = f"--pretrained_weights {weights} --data_path {tmp_path}/data"
     works(name, line, f"--dump_features {tmp_path}/out")
-    works(name, line, f"--load_features {tmp_path}/out")
+    works(name, line, f"--load_features {tmp_path}/out EVAL.PICTURES false")
     held = feature_cache.load(tmp_path / "out" / "train.safetensors")
     assert held.classes == ["na$ï_ve^", "日本 owl"]
 
@@ -423,4 +423,5 @@ def test_class_names_that_are_not_utf_8(name, weights, tmp_path):
         (folder / "class0").rename(folder / os.fsdecode(b"caf\xe9"))
     line = f"--pretrained_weights {weights} --data_path {tmp_path}/data"
     works(name, line, f"--dump_features {tmp_path}/out")
-    assert "from" in works(name, line, f"--dump_features {tmp_path}/out")
+    again = f"--dump_features {tmp_path}/out EVAL.PICTURES false"
+    assert "from" in works(name, line, again)

@@ -237,9 +237,13 @@ def state_of_half(world: World, options: dict) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("objective", "network"),
-    # A crop of this size is one cell of a ResNet, whose map says nothing.
-    [("moco_v2", RESNET), ("lcr", SWIN)],
-    ids=["moco_v2 resnet50", "lcr swin"],
+    [
+        ("moco_v2", SWIN | {"HEAD__USE_BN": True}),
+        ("lcr", SWIN | {"HEAD__USE_BN": True}),
+        # A crop of this size is one cell of a ResNet, whose map says nothing.
+        pytest.param("moco_v2", RESNET, marks=pytest.mark.slow),
+    ],
+    ids=["moco_v2 swin", "lcr swin", "moco_v2 resnet50"],
 )
 def test_two_processes_of_half_the_batch_are_one_of_the_whole(objective, network):
     """Queue, shuffling and groups of BatchNorm: two processes of a group each are one of two.

@@ -12,10 +12,10 @@ data:
   small: {synthetic: {train: 48, val: 20, size: 64, class_cue: 0.5}}
 base: experiments/smoke.yaml
 options:
-  TRAIN: {EPOCHS: 5, BATCH_SIZE_PER_GPU: 8, WARMUP_EPOCHS: 0, BASE_LR: 0.05}
+  TRAIN: {EPOCHS: 3, BATCH_SIZE_PER_GPU: 8, WARMUP_EPOCHS: 0, BASE_LR: 0.05}
   AUG.LOCAL_CROPS_NUMBER: []
   PRINT_FREQ: 1
-  CKPT.KEEP_EVERY: 3
+  CKPT.KEEP_EVERY: 2
   DEVICE: cpu
 seeds: [0, 1]
 cells:

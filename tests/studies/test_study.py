@@ -38,8 +38,8 @@ from utils.files import write_json
 pytestmark = pytest.mark.usefixtures("own_handlers")
 
 ONE_SEED = TINY.replace("seeds: [0, 1]", "seeds: [0]")
-TOTAL = 5 * 6  # steps of a run
-MIDDLE = 3 * 6  # of them at its kept checkpoint
+TOTAL = 3 * 6  # steps of a run
+MIDDLE = 2 * 6  # of them at its kept checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def finished(tmp_path_factory, environment) -> Path:
         write_json(run.folder / IDENTITY, run.identity)
     shutil.copytree(output / "runs", folder / "plain")
     killed = output / "runs/cmd/seed0"
-    (killed / "checkpoint0003.pth").replace(killed / checkpoint.LAST)
+    (killed / "checkpoint0002.pth").replace(killed / checkpoint.LAST)
     (killed / checkpoint.PREVIOUS).unlink()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -294,9 +294,9 @@ def test_a_run_of_other_options_is_refused_before_anything_runs(finished, run_he
     output = tmp_path / "out"
     shutil.copytree(finished / "out", output, ignore=shutil.ignore_patterns("results*"))
     words = ("--study", finished / "tiny.yaml", "--output_dir", output)
-    code, _, err = run_here(*words, "TRAIN.EPOCHS", 4)
+    code, _, err = run_here(*words, "TRAIN.EPOCHS", 2)
     assert code == 2
-    assert "runs/cmd/seed0 holds a run of another study: TRAIN.EPOCHS (was 5, now 4)." in err
+    assert "runs/cmd/seed0 holds a run of another study: TRAIN.EPOCHS (was 3, now 2)." in err
     assert not (output / "results").exists()
 
 
@@ -447,7 +447,7 @@ def test_cells_side_by_side_by_torchrun_with_k_nn_curves_and_one_that_fails(
 ):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    text = TINY.replace("k: 5", "k: 5, knn_every: 4")
+    text = TINY.replace("k: 5", "k: 5, knn_every: 2")
     text = text.replace("cells:\n", "cells:\n  broken: {INIT.WEIGHTS: /nowhere.pth}\n")
     words = ("--study", study_file(tmp_path, text), "--output_dir", tmp_path / "out")
     code, out, err = run_here(*words, "--cells", "broken,cmd", "--jobs", 2, "--processes", 2)
@@ -461,4 +461,4 @@ def test_cells_side_by_side_by_torchrun_with_k_nn_curves_and_one_that_fails(
         folder = tmp_path / f"out/runs/cmd/seed{seed}"
         assert checkpoint.load_own(folder / checkpoint.LAST)["processes"] == 2
         lines = read_log(folder / "log.txt")
-        assert [line["epoch"] for line in lines if "knn_top1" in line] == [4, 5]
+        assert [line["epoch"] for line in lines if "knn_top1" in line] == [2, 3]

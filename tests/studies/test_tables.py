@@ -37,7 +37,7 @@ def test_cells_that_are_judged_otherwise_have_a_random_row_of_their_own(option, 
     assert [row.cells for row in rows] == [("a",), ("b",)]
     assert identities[0] != identities[1]
     # Nothing of the kind: one row for both.
-    rows, _ = rows_and_identities(tmp_path, "  a: {}\n  b: {TRAIN.EPOCHS: 3, HEAD.OUT_DIM: 8}\n")
+    rows, _ = rows_and_identities(tmp_path, "  a: {}\n  b: {TRAIN.EPOCHS: 2, HEAD.OUT_DIM: 8}\n")
     assert [row.cells for row in rows] == [("a", "b")]
 
 

@@ -227,7 +227,12 @@ run_script(main)
 
 
 @pytest.mark.parametrize(
-    ("launcher", "size"), [("torch.distributed.run", 2), ("torch.distributed.launch", 3)]
+    ("launcher", "size"),
+    [
+        ("torch.distributed.run", 2),
+        # The same launcher by its old name.
+        pytest.param("torch.distributed.launch", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_launcher_names_the_killed_process(launcher, size, environment, tmp_path):
     (tmp_path / "group.py").write_text(GROUP)

@@ -15,7 +15,15 @@ import torch
 
 from engine.training.resume import Found, resume
 from tests.conftest import TRAINED
-from tests.processes import PATIENCE, Script, run_python, start_group, start_python, workers_of
+from tests.processes import (
+    PATIENCE,
+    Script,
+    free_port,
+    run_python,
+    start_group,
+    start_python,
+    workers_of,
+)
 from tests.runs import (
     assert_same_run,
     cfg_of,
@@ -36,7 +44,8 @@ OFTEN = """
 """
 ALONE = "TRAIN.BATCH_SIZE_PER_GPU 2"
 TOGETHER = "TRAIN.BATCH_SIZE_PER_GPU 2 TRAIN.ACCUM_STEPS 1 TRAIN.TIMEOUT_MINUTES 1"
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+# torchrun, as EsViT's README starts it: each process is told --local-rank too.
+LAUNCHER = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--max_restarts=2")
 
 
 class Lives:
@@ -240,10 +249,10 @@ def wait_for_line(folder: Path, step: int, lives: Lives) -> None:
         time.sleep(0.005)
 
 
-def test_a_signal_to_one_of_two_stops_both_and_torchrun_goes_on_by_itself(
+def test_a_signal_to_one_of_two_stops_both_and_the_launcher_goes_on_by_itself(
     whole, command, environment, options, tmp_path
 ):
-    words = command(tmp_path, options(2, 3), launcher=(*TORCHRUN, "--max_restarts", "2"))
+    words = command(tmp_path, options(2, 3), launcher=(*LAUNCHER, f"--master_port={free_port()}"))
     lives = Lives(words, environment, 1)
     lives.start()
     assert lives.wait_for_checkpoints(tmp_path, 2)

@@ -20,7 +20,6 @@ from engine.training.health import PATIENCE, CollapseWatch, effective_rank
 from engine.training.lines import Lines
 from engine.training.optim import build_optimizer, clip_each, parameter_groups, set_rates
 from engine.training.record import Window
-from tests.processes import free_port
 from tests.runs import (
     batch_of,
     cfg_of,
@@ -282,20 +281,12 @@ def assert_close_runs(first: Path, second: Path) -> None:
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
 
 
-LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2")
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_processes_of_half_the_batch_reach_the_weights_of_one(
     name, whole_batch, pretrain, tmp_path
 ):
-    """One of them started as EsViT's README says."""
     options = f"{SHARED} {OBJECTIVES[name]} TRAIN.BATCH_SIZE_PER_GPU 4"
-    if name == "esvit":
-        launcher = (*LAUNCH, f"--master_port={free_port()}")
-        done = pretrain(tmp_path, options, launcher=launcher)
-    else:
-        done = pretrain(tmp_path, options, processes=2)
+    done = pretrain(tmp_path, options, processes=2)
     assert "images per step 8 (batch 4 x processes 2 x accumulation 1)" in done.stdout
     assert "FutureWarning: `broadcast_buffers`" not in done.stderr  # renamed in torch 2.15
     assert_close_runs(whole_batch(name), tmp_path)

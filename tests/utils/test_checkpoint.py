@@ -104,7 +104,7 @@ def test_a_folder_that_is_gone_is_one_sentence(tmp_path):
 @pytest.fixture(scope="module")
 def whole() -> dict:
     """A run's state at its first step."""
-    return checkpoint_of(pretraining(small_config()))
+    return checkpoint_of(pretraining(small_config(MODEL__DEPTHS=[1], LOSS__OBJECTIVE="dino")))
 
 
 def at_step(state: dict, step: int) -> dict:
