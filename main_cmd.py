@@ -15,7 +15,8 @@ from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
 from engine.evaluation.features import gallery_and_queries
 from engine.evaluation.opening import join
-from engine.preflight import advice
+from engine.preflight import advice, machine
+from engine.preflight.memory import checkpoint_size
 from engine.training import resume
 from engine.training.bad_images import BadImages
 from engine.training.determinism import explain_refusal, set_deterministic
@@ -61,11 +62,13 @@ def pretrain(signals: StopSignals) -> None:
     images = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     epoch_steps = steps_per_epoch(len(images), batch, world.size, accumulation)
-    for warning in advice.warnings(cfg, world.size, len(images)):
+    for warning in advice.warnings(cfg, world.size, images):
         logger.warning(warning)
     held_out = None
     if cfg.EVAL.KNN_EVERY:
         held_out = gallery_and_queries(cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL)
+        for note in held_out.notes:
+            logger.warning(note)
 
     # Networks, the same on every process; objective, optimizer, schedules.
     student, teacher = build.networks(cfg)
@@ -90,7 +93,8 @@ def pretrain(signals: StopSignals) -> None:
         distributed.stop()
         return
     folder = Path(cfg.OUTPUT_DIR)
-    distributed.on_main(lambda: open_folder(cfg, folder, [path for path, _ in refused]))
+    size = checkpoint_size(cfg, student, teacher)
+    distributed.on_main(lambda: open_folder(cfg, folder, [path for path, _ in refused], size))
 
     # From images to crops; where images are kept, they are decoded here.
     feed = build.feed(cfg, images, world)
@@ -110,9 +114,14 @@ def pretrain(signals: StopSignals) -> None:
     distributed.stop()
 
 
-def open_folder(cfg: config.Node, folder: Path, refused: list[Path]) -> None:
-    """Make the run's folder and write the resolved options into it; refused files step aside."""
+def open_folder(cfg: config.Node, folder: Path, refused: list[Path], size: int) -> None:
+    """Make the run's folder and write the resolved options into it; refused files step aside.
+
+    size: bytes of a checkpoint; InputError where there is no room for one.
+    """
     make_folder(folder)
+    for warning in machine.warnings(cfg, machine.disk_needed(cfg, folder, size)):
+        logger.warning(warning)
     for path in refused:
         logger.info(f"{path} is kept as {checkpoint.set_aside(path)}")
     config.write(cfg, folder / "config.yaml")

@@ -68,6 +68,8 @@ def main() -> None:
     splits = None
     if arguments.gallery and arguments.queries:
         splits = gallery_and_queries(arguments.gallery, arguments.queries)
+        for note in splits.notes:
+            print(f"warning: {note}")
     elif arguments.queries:
         queries = ImageFolder(arguments.queries)
         splits = Splits("queries", queries, queries, [])
@@ -157,7 +159,10 @@ def parse() -> argparse.Namespace:
     add("--k", type=at_least(1), default=20, help="neighbours of the k-NN [20]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--num_workers", type=at_least(0), default=0, help="loader processes [0]")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.gallery and not arguments.queries:
+        raise InputError("--gallery alone gives no figure: --queries names what is classified.")
+    return arguments
 
 
 def untrained_network(cfg: Node, teacher: Network, student_at_start: Network, kind: str) -> Network:

@@ -1,6 +1,8 @@
 """Train and test splits: of the fine-grained benchmarks, checked, and of a folder of folders."""
 
+import difflib
 import os
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,45 +170,70 @@ def folder_splits(name: str, root: str | Path) -> Splits:
             f"expected train and val (or test) in it, each with one subfolder for each class; it "
             f"holds {_few(sorted(entry.name for entry in folder.iterdir())) or 'nothing'}"
         )
-    train, other = (labelled_folder(folder / split) for split in ("train", present[0]))
-    test = same_classes(train, other)
-    notes = []
+    splits = paired_folders(name, folder / "train", folder / present[0])
     if len(present) > 1:
-        notes.append(f"{folder} has both val and test: val is used")
-    unseen = [label for label in train.classes if label not in other.classes]
-    if unseen:
-        notes.append(
-            f"{other.root} has no images of {len(unseen):,} of the {len(train.classes):,} classes: "
-            f"{_few(unseen)}"
+        splits.notes.append(f"{folder} has both val and test: val is used")
+    return splits
+
+
+def paired_folders(name: str, train: str | Path, test: str | Path) -> Splits:
+    """Two folders as splits, one subfolder a class, numbered by those of `train`.
+
+    Names are the same where their composed Unicode is, for macOS stores letters decomposed.
+    Raises InputError where a folder has images outside class subfolders, or two of one name, and
+    where the second has a class that the first lacks.
+    """
+    first, second = _labelled_folder(train), _labelled_folder(test)
+    known, others = _by_composed_name(first), _by_composed_name(second)
+    unknown = [others[label] for label in others if label not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], first.classes, n=1, cutoff=0.8)
+        raise InputError(
+            f"{second.root} has classes that {first.root} lacks: {_few(unknown)}. Both must use "
+            "the same names for their class subfolders"
+            + "".join(f"; {unknown[0]!a} there is nearest to {label!a} here" for label in near)
         )
-    return Splits(name, train, test, notes)
+    places = {label: place for place, label in enumerate(known)}
+    number = {others[label]: places[label] for label in others}
+    labels = [number[second.classes[label]] for label in second.labels]
+    notes = []
+    if respelled := sorted(set(second.classes) - set(first.classes)):
+        notes.append(
+            f"class names of {second.root} in another Unicode form than those of {first.root}, "
+            f"taken as the same: {len(respelled):,} ({_few(respelled)})"
+        )
+    if unseen := [known[label] for label in known if label not in others]:
+        notes.append(
+            f"{second.root} has no images of {len(unseen):,} of the {len(first.classes):,} "
+            f"classes: {_few(unseen)}"
+        )
+    second = LabelledImages(second.root, second.paths, labels, first.classes)
+    return Splits(name, first, second, notes)
 
 
-def labelled_folder(root: str | Path) -> ImageFolder:
+def _labelled_folder(root: str | Path) -> ImageFolder:
     """The images of a folder with class subfolders; InputError where some lie outside of them."""
     images = ImageFolder(root)
     if not images.classes:
+        stray = [path for path in images.paths if "/" not in path]
         raise InputError(
             f"{images.root} has images outside class subfolders: an evaluation needs one "
-            "subfolder for each class"
+            f"subfolder for each class; move or remove {_few(stray)}"
         )
     return images
 
 
-def same_classes(first: LabelledImages, second: LabelledImages) -> LabelledImages:
-    """`second` with labels that are `first`'s numbers of the classes.
-
-    Raises InputError where it has a class that `first` lacks.
-    """
-    number = {label: index for index, label in enumerate(first.classes)}
-    unknown = [label for label in second.classes if label not in number]
-    if unknown:
-        raise InputError(
-            f"{second.root} has classes that {first.root} lacks: {_few(unknown)}. Both must use "
-            "the same names for their class subfolders"
-        )
-    labels = [number[second.classes[label]] for label in second.labels]
-    return LabelledImages(second.root, second.paths, labels, first.classes)
+def _by_composed_name(images: ImageFolder) -> dict[str, str]:
+    """The classes by their names in composed Unicode, in their order; InputError for equal ones."""
+    named: dict[str, str] = {}
+    for label in images.classes:
+        other = named.setdefault(unicodedata.normalize("NFC", label), label)
+        if other != label:
+            raise InputError(
+                f"{images.root} has two class subfolders named {label}, in two Unicode forms "
+                f"({other!a} and {label!a}): put their images into one"
+            )
+    return named
 
 
 def _few(names: list[str]) -> str:

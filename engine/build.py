@@ -19,7 +19,6 @@ from utils import seeding
 from utils.config import Node, crops_on_device, eval_size, local_crops
 from utils.distributed import World
 from utils.errors import InputError
-from utils.logging import logger
 from utils.options import CONTRASTIVE
 from utils.seeding import derive_seed
 
@@ -104,11 +103,6 @@ def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
     data, common = cfg.DATA, (images, augmentation(cfg), cfg.SEED, world)
     if not crops_on_device(cfg):
         return WorkerCrops(*common)
-    if 0 < data.CACHE_SIZE < cfg.AUG.GLOBAL_CROPS_SIZE:
-        logger.warning(
-            f"DATA.CACHE_SIZE {data.CACHE_SIZE} is below AUG.GLOBAL_CROPS_SIZE "
-            f"{cfg.AUG.GLOBAL_CROPS_SIZE}: crops are enlarged from images with less detail"
-        )
     kept = None
     if data.CACHE != "none":
         workers, on_device = usable_workers(data.WORKERS), data.CACHE == "device"

@@ -137,7 +137,8 @@ def load_strictly(
 ) -> None:
     """Load all of `module` from `state`; name what is missing, left over or of another shape.
 
-    expected_leftovers: a pattern of names that may be left over, besides buffers.
+    expected_leftovers: a pattern of names that may be left over, besides buffers. Raises
+    InputError for these faults, and for numbers that are not finite.
     """
     wanted = module.state_dict()
     expected = re.compile(f"{BUFFERS}|{expected_leftovers}")
@@ -156,7 +157,13 @@ def load_strictly(
             f"{source}: the weights do not fit the network. {listed}. "
             f"Check MODEL.ARCH, MODEL.WINDOW_SIZE, MODEL.PATCH_SIZE and MODEL.IMG_SIZE."
         )
-    module.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
+    taken = {name: state[name] for name in wanted if name in state}
+    if broken := [name for name, value in taken.items() if not value.isfinite().all()]:
+        raise InputError(
+            f"{source}: NaN or infinity stands in {len(broken)} of its {len(taken)} tensors "
+            f"({_few(broken)}): the run that made it has diverged. Take an earlier checkpoint."
+        )
+    module.load_state_dict(taken, strict=False)
 
 
 def _few(names: Iterable[str], most: int = 4) -> str:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.benchmarks import Splits, labelled_folder, same_classes
+from datasets.benchmarks import Splits, paired_folders
 from datasets.folder import LabelledImages
 from datasets.loader import BadImage, KeyedDataset, build_loader, usable_workers
 from datasets.multicrop import default_resize, eval_transform
@@ -228,5 +228,4 @@ def gallery_and_queries(gallery: str | Path, queries: str | Path) -> Splits:
     Raises InputError where a folder has no classes, or the queries have one that the gallery
     lacks.
     """
-    first = labelled_folder(gallery)
-    return Splits("gallery and queries", first, same_classes(first, labelled_folder(queries)), [])
+    return paired_folders("gallery and queries", gallery, queries)

@@ -22,7 +22,6 @@ from utils.files import make_folder, write_json
 from utils.logging import logger
 
 FILE = "check.json"
-LARGE_STEP = 0.25  # of the data
 
 
 def run(cfg: Node, world: World) -> None:
@@ -68,33 +67,31 @@ def _report(
                 cfg, images, held_out, headers[1], same, findings
             )
         per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
-        findings.batch = findings.attempt(
-            lambda: _batch(cfg, world, len(images), per_step, findings)
-        )
+        findings.batch = findings.attempt(lambda: _batch(cfg, world, len(images), per_step))
+        if findings.batch:
+            findings.warnings += advice.warnings(cfg, world.size, images)
         if folder:
             found = findings.attempt(lambda: resume.find(cfg, len(images), per_step, world.size))
     if cfg.EVAL.KNN_EVERY:
-        findings.attempt(lambda: gallery_and_queries(cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL))
+        folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
+        splits = findings.attempt(lambda: gallery_and_queries(*folders))
+        findings.warnings += splits.notes if splits else []
     findings.crops = _crops(cfg, world)
     findings.memory = findings.attempt(
         lambda: machine.memory_needed(cfg, world, kept, found, findings)
     )
     if folder and findings.memory:
-        size = findings.memory["checkpoint_bytes"]
-        findings.disk = machine.disk_needed(cfg, folder, size, found, findings)
+        findings.disk = machine.disk_needed(cfg, folder, findings.memory["checkpoint_bytes"])
+        if found:
+            findings.disk["goes_on_from_step"] = found.state["step"]
+    findings.attempt(lambda: findings.warnings.extend(machine.warnings(cfg, findings.disk)))
     _print(findings, folder)
 
 
-def _batch(cfg: Node, world: World, images: int, per_step: int, findings: Findings) -> dict:
+def _batch(cfg: Node, world: World, images: int, per_step: int) -> dict:
     """The batch against the data; InputError where a step takes more than there is."""
     train = cfg.TRAIN
     steps = steps_per_epoch(images, train.BATCH_SIZE_PER_GPU, world.size, train.ACCUM_STEPS)
-    if per_step > LARGE_STEP * images:
-        findings.warnings.append(
-            f"a step takes {per_step:,} of {images:,} images; steps an epoch: {steps:,}, few for "
-            "the schedules and the teacher; consider a smaller batch or more epochs"
-        )
-    findings.warnings += advice.warnings(cfg, world.size, images)
     return {
         "images_per_step": per_step,
         "batch": train.BATCH_SIZE_PER_GPU,

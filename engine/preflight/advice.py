@@ -1,15 +1,96 @@
-"""What options and data would run with and yet be unwise: warnings, before any work."""
+"""What options and data would run with and yet be unwise: found at no cost, by a run as by --check.
 
-from collections.abc import Iterator
+Each is a sentence for a warning. What takes a look into the images, or a step, --check alone finds.
+"""
 
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from datasets.folder import ImageFolder, StoredImages
+from datasets.shards import ImageShards
 from engine import build
 from models.registry import resolve
-from utils.config import Node
+from utils.config import Node, crops_on_device
+
+LARGE_STEP = 0.25  # of the data
+TRAINING = {"train", "training"}
+HELD_OUT = {"val", "valid", "validation", "test", "testing"}
 
 
-def warnings(cfg: Node, processes: int, images: int) -> Iterator[str]:
-    """A sentence for each thing. images: of the training set."""
+def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
+    """A sentence for each thing. images: the training set."""
+    yield from _of_data(cfg, images)
+    yield from _of_batch(cfg, processes, len(images))
+    if crops_on_device(cfg) and 0 < cfg.DATA.CACHE_SIZE < cfg.AUG.GLOBAL_CROPS_SIZE:
+        yield (
+            f"DATA.CACHE_SIZE {cfg.DATA.CACHE_SIZE} is below AUG.GLOBAL_CROPS_SIZE "
+            f"{cfg.AUG.GLOBAL_CROPS_SIZE}: crops are enlarged from images with less detail"
+        )
+
+
+def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
+    """Images that are held out elsewhere and trained on here."""
+    for folder, names in mixed_splits(images).items():
+        train = next(name for name in names if name.lower() in TRAINING)
+        instead = f"{folder}/{train}"
+        if isinstance(images, ImageShards):
+            instead = f"a pattern of {train}'s shards ({folder}/...{{000000..000146}}.tar)"
+        yield (
+            f"{folder} holds {' and '.join(names)}, and all of it is trained on: if that is not "
+            f"meant, give {instead} as --data_path"
+        )
+    if cfg.EVAL.KNN_EVERY:
+        inside, outside = (os.path.realpath(p) for p in (cfg.EVAL.KNN_VAL, cfg.DATA.PATH))
+        if inside.startswith(f"{outside}{os.sep}"):
+            yield (
+                f"EVAL.KNN_VAL {cfg.EVAL.KNN_VAL} lies in {cfg.DATA.PATH}, and its images are "
+                f"trained on: the k-NN test says more than one on new images would"
+            )
+
+
+def mixed_splits(images: StoredImages) -> dict[str, list[str]]:
+    """Folders that hold training and held-out images -> the names that say so, sorted.
+
+    Of a folder of images the names are of folders, at any depth; of shards, words in theirs.
+    """
+    inside: dict[str, set[str]] = defaultdict(set)
+    if isinstance(images, ImageShards):
+        for shard in images.shards:
+            inside[str(shard.parent)] |= set(re.findall("[A-Za-z]+", shard.stem))
+    elif isinstance(images, ImageFolder):
+        for folder in _all_above(path.rpartition("/")[0] for path in images.paths):
+            above, _, name = folder.rpartition("/")
+            inside[str(images.root / above)].add(name)
+    found = {}
+    for folder, names in sorted(inside.items()):
+        training, held_out = ([n for n in names if n.lower() in of] for of in (TRAINING, HELD_OUT))
+        if training and held_out:
+            found[folder] = sorted(training + held_out)
+    return found
+
+
+def _all_above(folders: Iterable[str]) -> set[str]:
+    """Relative folders, and all those that they lie in."""
+    found: set[str] = set()
+    for folder in set(folders):
+        while folder and folder not in found:
+            found.add(folder)
+            folder = folder.rpartition("/")[0]
+    return found
+
+
+def _of_batch(cfg: Node, processes: int, images: int) -> Iterator[str]:
+    """A batch against the data and against what compares its images."""
     goal, batch = build.objective(cfg), cfg.TRAIN.BATCH_SIZE_PER_GPU
+    per_step = batch * processes * cfg.TRAIN.ACCUM_STEPS
+    if per_step > LARGE_STEP * images:
+        yield (
+            f"a step takes {per_step:,} of {images:,} images; steps an epoch: "
+            f"{images // per_step:,}, few for the schedules and the teacher: consider a smaller "
+            "batch or more epochs"
+        )
     bags = 2 * (batch * processes - 1)
     if goal.needs_pooling and goal.lt in ("residual", "diverse") and bags <= goal.diverse_k:
         yield (

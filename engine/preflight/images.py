@@ -144,7 +144,7 @@ def training(
     }
     if tiny:
         findings.warnings.append(
-            f"{len(tiny):,} training images have a side of less than {below} pixels: their crops "
+            f"training images with a side of less than {below} pixels: {len(tiny):,}; their crops "
             "are enlarged from very little"
         )
     groups = [[images.name(index) for number, index in group if number == 0] for group in same]
@@ -152,14 +152,8 @@ def training(
     if groups:
         copies = sum(len(group) - 1 for group in groups)
         findings.warnings.append(
-            f"{copies:,} training images are copies of others, byte for byte: an image counts as "
-            "often as it is there"
-        )
-    classes = _class_counts(images)
-    if "train" in classes and set(HELD_OUT) & set(classes):
-        findings.warnings.append(
-            f"{cfg.DATA.PATH} holds the folders {', '.join(sorted(classes))} and all of them are "
-            "trained on: if that is not meant, give its folder train as --data_path"
+            f"training images that are copies of others, byte for byte: {copies:,}; an image "
+            "counts as often as it is there"
         )
     return {
         "path": cfg.DATA.PATH,
@@ -169,7 +163,7 @@ def training(
         "max_bad": cfg.DATA.MAX_BAD,
         f"sides_below_{below}": tiny,
         "equal_files": groups,
-        "classes": classes,
+        "classes": _class_counts(images),
     }
 
 

@@ -1,8 +1,9 @@
-"""What a run takes of the machine, for --check: memory, shared memory and disk."""
+"""What a run takes of the machine: memory, shared memory and disk."""
 
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,16 +13,19 @@ from datasets.loader import usable_workers
 from engine import build
 from engine.preflight import memory
 from engine.preflight.findings import Findings, size_in_words
-from engine.training.acceleration import compile_network
+from engine.preflight.memory import StepMemory
+from engine.training.acceleration import can_recompute, compile_network
 from engine.training.resume import Found, start_from
 from utils.config import Node, crops_on_device
 from utils.distributed import World
+from utils.errors import InputError
 from utils.precision import precision_of
 
 # Bytes that a process takes besides its tensors. Measured on a CPU: 0.75 GiB for Python, torch and
 # what they load, 0.1 GiB for kernels' own.
 PROGRAM = 2**30
 BATCHES_AHEAD = 2  # that torch's loader prepares for each worker
+SHARED = Path("/dev/shm")
 
 
 def memory_needed(
@@ -38,11 +42,10 @@ def memory_needed(
     step = memory.of_step(cfg, world, student, teacher)
     if cfg.TRAIN.COMPILE:
         findings.attempt(lambda: compile_network(student))  # refuses where there is no compiler
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = _processes_here()
     on_gpu = world.device.type == "cuda"
     kept_on_gpu = on_gpu and cfg.DATA.CACHE == "device"
-    ahead = 0 if crops_on_device(cfg) else BATCHES_AHEAD * usable_workers(cfg.DATA.WORKERS)
-    loader = ahead * step.crops
+    loader = _in_the_loader(cfg)
     # A checkpoint is written from a copy of the tensors, by one process.
     needed = here * (PROGRAM + loader + (0 if on_gpu else step.peak)) + step.checkpoint + kept
     free = cache.available()
@@ -59,65 +62,96 @@ def memory_needed(
         "needed_on_this_machine_bytes": needed,
         "free_on_this_machine_bytes": None if free == sys.maxsize else free,
     }
-    _warn_if_short("this machine", needed, free, findings)
+    ways = {
+        "lower --num_workers": here * loader,
+        "set DATA.CACHE none and DATA.CROPS device": kept,
+        "start fewer processes here": needed - needed // here,
+    }
+    of_step = smaller_steps(cfg, step, can_recompute(student))
+    if not on_gpu:
+        ways |= {way: here * spared for way, spared in of_step.items()}
+    findings.warnings += short("this machine", needed, free, ways)
     if on_gpu:
         needed = step.peak + (kept if kept_on_gpu else 0)
         free = torch.cuda.mem_get_info(world.device)[0]
         section |= {"needed_on_the_gpu_bytes": needed, "free_on_the_gpu_bytes": free}
-        _warn_if_short(str(world.device), needed, free, findings)
+        of_step |= {"set DATA.CACHE ram": kept if kept_on_gpu else 0}
+        findings.warnings += short(str(world.device), needed, free, of_step)
     if kept:
         device = world.device if kept_on_gpu else None
         too_large = cache.too_large(kept, cfg.DATA.CACHE_SIZE, device)
         findings.problems += [too_large] if too_large else []
-    _judge_shared_memory(here * loader, findings)
     return section
 
 
-def _warn_if_short(where: str, needed: int, free: int, findings: Findings) -> None:
+def smaller_steps(cfg: Node, step: StepMemory, can_recompute: bool) -> dict[str, int]:
+    """What can be done for a step that needs less, and about how many bytes each spares."""
+    batch, of_images = cfg.TRAIN.BATCH_SIZE_PER_GPU, step.crops + step.activations
+    recomputed = can_recompute and not cfg.TRAIN.CHECKPOINTING
+    return {
+        "lower --batch_size_per_gpu (and raise --accum_steps)": of_images * (batch - 2) // batch,
+        "set TRAIN.CHECKPOINTING true": step.activations // 2 if recomputed else 0,
+        "take a smaller architecture or --out_dim": step.peak - of_images,
+    }
+
+
+def short(where: str, needed: int, free: int, ways: dict[str, int]) -> Iterator[str]:
+    """A sentence where memory is short. ways: what can be done, and how many bytes each spares."""
     if needed > free:
-        findings.warnings.append(
+        best = sorted((way for way in ways if ways[way] > 0), key=ways.get, reverse=True)
+        yield (
             f"the run needs about {size_in_words(needed)} of memory on {where}, and "
-            f"{size_in_words(free)} are free: lower --batch_size_per_gpu (and raise "
-            "--accum_steps), or set TRAIN.CHECKPOINTING true"
+            f"{size_in_words(free)} are free: {', or '.join(best[:2])}"
         )
 
 
-def _judge_shared_memory(needed: int, findings: Findings) -> None:
-    """Loader workers hand batches over in /dev/shm, which is small in many containers."""
-    shared = Path("/dev/shm")
-    if needed and shared.is_dir() and needed > (free := shutil.disk_usage(shared).free):
-        findings.warnings.append(
-            f"the loader's batches take up to {size_in_words(needed)} of shared memory, and "
-            f"{shared} has {size_in_words(free)}: make it larger (docker run --shm-size), or lower "
-            "--num_workers"
-        )
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def disk_needed(
-    cfg: Node, folder: Path, size: int, found: Found | None, findings: Findings
-) -> dict:
+def _in_the_loader(cfg: Node) -> int:
+    """Bytes of the batches of crops that one process's loader workers hold ready."""
+    ahead = 0 if crops_on_device(cfg) else BATCHES_AHEAD * usable_workers(cfg.DATA.WORKERS)
+    return ahead * memory.crops_size(cfg)
+
+
+def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
     """The section of the disk: checkpoints of `size` bytes in the run's folder."""
     kept = cfg.TRAIN.EPOCHS // cfg.CKPT.KEEP_EVERY if cfg.CKPT.KEEP_EVERY else 0
     # The last two, the one that is being written, and those that stay; some may be there.
     stats = [path.stat() for path in folder.glob("*.pth") if path.is_file()]
     there = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}
-    needed = max(0, (3 + kept) * size - sum(there.values()))
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        findings.problems.append(
-            f"a checkpoint takes about {size_in_words(size)} in {folder}, and "
-            f"{size_in_words(free)} are free: make room"
-        )
-    elif needed > free:
-        findings.warnings.append(
-            f"the checkpoints will take about {size_in_words(needed)} in {folder}, and "
-            f"{size_in_words(free)} are free: make room"
-        )
     return {
         "path": str(folder),
         "checkpoint_bytes": size,
         "checkpoints_kept_for_good": kept,
-        "needed_bytes": needed,
-        "free_bytes": free,
-        **({"goes_on_from_step": found.state["step"]} if found else {}),
+        "needed_bytes": max(0, (3 + kept) * size - sum(there.values())),
+        "free_bytes": shutil.disk_usage(folder).free,
     }
+
+
+def warnings(cfg: Node, disk: dict | None) -> Iterator[str]:
+    """What is short by figures that cost nothing; disk: of `disk_needed`.
+
+    Raises InputError where not one checkpoint can be written.
+    """
+    # Loader workers hand batches over in /dev/shm, which is small in many containers.
+    needed = _processes_here() * _in_the_loader(cfg)
+    if needed and SHARED.is_dir() and needed > (free := shutil.disk_usage(SHARED).free):
+        yield (
+            f"the loader's batches take up to {size_in_words(needed)} of shared memory, and "
+            f"{SHARED} has {size_in_words(free)}: make it larger (docker run --shm-size), or lower "
+            "--num_workers"
+        )
+    if disk and disk["needed_bytes"] > disk["free_bytes"]:
+        free, size = disk["free_bytes"], disk["checkpoint_bytes"]
+        if size > free:
+            raise InputError(
+                f"a checkpoint takes about {size_in_words(size)} in {disk['path']}, and "
+                f"{size_in_words(free)} are free: make room, or choose another --output_dir"
+            )
+        yield (
+            f"the checkpoints will take about {size_in_words(disk['needed_bytes'])} in "
+            f"{disk['path']}, and {size_in_words(free)} are free: make room, or keep fewer "
+            "(CKPT.KEEP_EVERY)"
+        )

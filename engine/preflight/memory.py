@@ -65,22 +65,38 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
             kept.append(kept_by_forward(student, crops[objective.student_crops]))
     (few, more), (kept_of_few, kept_of_more) = SMALL_BATCHES, kept
     kept_of_image = (kept_of_more - kept_of_few) // (more - few)
-    stored = {
-        "student": _bytes(student.state_dict().values()),
-        "teacher": _bytes(teacher.state_dict().values()),
-        "optimizer": _moments(cfg.TRAIN.OPTIMIZER, student),
-        "carried": _bytes(build.carried(cfg, objective).state_dict().values()),
-    }
     elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "accelerator"]
     return StepMemory(
-        **stored,
-        crops=sum(4 * batch * 3 * size**2 for size in sizes),
+        **_stored(cfg, student, teacher),
+        crops=crops_size(cfg),
         activations=kept_of_few + (batch - few) * kept_of_image,
         gradients=_bytes(p for p in student.parameters() if p.requires_grad),
         # Two matrices [rows, K] of float32; contrast has no prototypes.
         loss=0 if objective.projects else 2 * 4 * elements,
-        checkpoint=sum(stored.values()) + _bytes(student_only(student.state_dict()).values()),
+        checkpoint=checkpoint_size(cfg, student, teacher),
     )
+
+
+def crops_size(cfg: Node) -> int:
+    """Bytes of the crops of a micro-batch."""
+    images = cfg.TRAIN.BATCH_SIZE_PER_GPU
+    return sum(4 * images * 3 * size**2 for size in build.augmentation(cfg).sizes)
+
+
+def checkpoint_size(cfg: Node, student: Network, teacher: Network) -> int:
+    """Bytes of a checkpoint of a run of these options and networks."""
+    stored = _stored(cfg, student, teacher).values()
+    return sum(stored) + _bytes(student_only(student.state_dict()).values())
+
+
+def _stored(cfg: Node, student: Network, teacher: Network) -> dict[str, int]:
+    """Bytes that last from step to step."""
+    return {
+        "student": _bytes(student.state_dict().values()),
+        "teacher": _bytes(teacher.state_dict().values()),
+        "optimizer": _moments(cfg.TRAIN.OPTIMIZER, student),
+        "carried": _bytes(build.carried(cfg, build.objective(cfg)).state_dict().values()),
+    }
 
 
 def kept_by_forward(network: Network, crops: Sequence[Tensor]) -> int:

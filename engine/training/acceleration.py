@@ -21,15 +21,20 @@ def checkpoint_blocks(network: Network) -> None:
     The same numbers, drop path included, for one more forward pass. Raises InputError for a
     backbone with BatchNorm, whose statistics would count every batch twice.
     """
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-    if any(isinstance(module, kinds) for module in network.backbone.modules()):
+    if not can_recompute(network):
         raise InputError(
             "TRAIN.CHECKPOINTING: this backbone has BatchNorm, whose running statistics would "
-            "count every batch twice; leave it off, or lower TRAIN.BATCH_SIZE_PER_GPU and raise "
-            "TRAIN.ACCUM_STEPS to save memory."
+            "count every batch twice; leave it off. What saves memory is a lower "
+            "TRAIN.BATCH_SIZE_PER_GPU and a higher TRAIN.ACCUM_STEPS."
         )
     for block in network.backbone.all_blocks():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def can_recompute(network: Network) -> bool:
+    """Whether `checkpoint_blocks` takes it."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    return not any(isinstance(module, kinds) for module in network.backbone.modules())
 
 
 def compile_network(network: Network, backend: str = "inductor") -> None:

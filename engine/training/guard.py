@@ -139,8 +139,10 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return distributed.total((~finite).sum()).item() == 0
 
 
-def stop_sentence(row: int, folder: Path, dump: Path, saved: bool) -> InputError:
-    """What the user reads when too many steps in a row were bad."""
+def stop_sentence(
+    row: int, folder: Path, dump: Path, saved: bool, precision: str, ever_good: bool
+) -> InputError:
+    """What the user reads when too many steps in a row were bad; ever_good: not all of the run."""
     held = (
         f"{folder} holds a checkpoint of the last finite state (if it stops again, that had gone "
         f"wrong before: put checkpoint_previous.pth or a kept one in its place)"
@@ -148,11 +150,16 @@ def stop_sentence(row: int, folder: Path, dump: Path, saved: bool) -> InputError
         else f"the weights are not finite either, so they were not written: a checkpoint in "
         f"{folder}, if there is one, is from before"
     )
+    ways = ["--lr with a lower learning rate"] if ever_good else []
+    ways += [] if precision == "fp32" else ["--precision fp32"]
+    advice = f" To go on: {' or '.join(ways)}, and --resume force." if ways else ""
+    if not ever_good:
+        # Weights that no step has changed owe nothing to the learning rate.
+        advice += " No step of the run was finite: look there for the term that is not."
     return InputError(
         f"the loss or its gradient was not finite in {row} steps in a row (TRAIN.MAX_BAD_STEPS), "
         f"which were skipped, so the run stops; {held}. {dump} lists the images, terms and "
-        f"gradient norms of these steps. To go on with a lower learning rate or another precision: "
-        f"--lr or --precision fp32, and --resume force."
+        f"gradient norms of these steps.{advice}"
     )
 
 

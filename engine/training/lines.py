@@ -78,9 +78,8 @@ class Lines:
         # fp16 finds its scale by steps that overflow: those are no reason to worry.
         if new and run.precision != "fp16":
             logger.warning(
-                f"{new} steps up to step {run.step} were skipped: their loss or "
-                f"gradient was not finite (in all {skipped}; {cfg.TRAIN.MAX_BAD_STEPS} in a row "
-                f"stop the run)"
+                f"steps skipped up to step {run.step}: {new}, whose loss or gradient was not "
+                f"finite (in all {skipped}; {cfg.TRAIN.MAX_BAD_STEPS} in a row stop the run)"
             )
         for warning in self._record.watch.update(line, cfg.TRAIN.BATCH_SIZE_PER_GPU):
             logger.warning(warning)

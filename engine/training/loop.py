@@ -94,11 +94,12 @@ def stop_for_bad_steps(run: Pretraining, checkpoints: Checkpoints, row: int) -> 
     """Write a dump and the last good state, then raise InputError; all processes together."""
     names = [name for name, p in run.student.named_parameters() if p.requires_grad]
     dump = run.guard.dump(checkpoints.folder, names)
-    is_finite = run.is_finite()
+    is_finite, ever_good = run.is_finite(), int(run.guard.skipped) < run.step
     if is_finite:
         # What was skipped changed nothing, so the state now is that of the last good step. Who
         # goes on from it begins a new row.
         run.guard.forget_row()
         checkpoints.save()
         checkpoints.wait()
-    raise guard.stop_sentence(row, checkpoints.folder, dump, is_finite)
+    folder, precision = checkpoints.folder, run.precision
+    raise guard.stop_sentence(row, folder, dump, is_finite, precision, ever_good)

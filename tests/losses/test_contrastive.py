@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasets.folder import LabelledImages
 from engine import build
 from engine.preflight import advice
 from engine.training.health import measure
@@ -183,20 +184,21 @@ def test_every_micro_batch_is_shuffled_anew():
 @pytest.mark.parametrize(
     ("options", "processes", "images", "words"),
     [
-        (RESNET | {"MOCO__BN_IMAGES": 2}, 1, 11, None),
-        (RESNET | {"MOCO__BN_IMAGES": 4}, 1, 11, "by which queries can know their keys"),
-        (RESNET | {"MOCO__BN_IMAGES": 4}, 2, 11, None),
-        (SWIN | {"MOCO__BN_IMAGES": 4}, 1, 11, None),
-        (SWIN | {"HEAD__USE_BN": True}, 1, 11, "by which queries can know their keys"),
-        (SWIN, 1, 10, "MOCO.QUEUE 10 holds a key of each of the 10 images"),
-        ({"LOSS__OBJECTIVE": "cmd"}, 1, 10, "CMD.LT residual compares a patch with 6 bags"),
-        ({"LOSS__OBJECTIVE": "cmd", "CMD__DIVERSE_K": 5}, 1, 10, None),
-        ({"LOSS__OBJECTIVE": "cmd"}, 2, 10, None),
+        (RESNET | {"MOCO__BN_IMAGES": 2}, 1, 41, None),
+        (RESNET | {"MOCO__BN_IMAGES": 4}, 1, 41, "by which queries can know their keys"),
+        (RESNET | {"MOCO__BN_IMAGES": 4}, 2, 41, None),
+        (SWIN | {"MOCO__BN_IMAGES": 4}, 1, 41, None),
+        (SWIN | {"HEAD__USE_BN": True}, 1, 41, "by which queries can know their keys"),
+        (SWIN | {"MOCO__QUEUE": 40}, 1, 40, "MOCO.QUEUE 40 holds a key of each of the 40 images"),
+        ({"LOSS__OBJECTIVE": "cmd"}, 1, 40, "CMD.LT residual compares a patch with 6 bags"),
+        ({"LOSS__OBJECTIVE": "cmd", "CMD__DIVERSE_K": 5}, 1, 40, None),
+        ({"LOSS__OBJECTIVE": "cmd"}, 2, 40, None),
     ],
 )
 def test_what_is_unwise_is_warned_about(options, processes, images, words):
     cfg = small_config(**CONTRAST | {"TRAIN__BATCH_SIZE_PER_GPU": 4} | options)
-    found = list(advice.warnings(cfg, processes, images))
+    names = [str(index) for index in range(images)]
+    found = list(advice.warnings(cfg, processes, LabelledImages("", names, [-1] * images, [])))
     assert [words in sentence for sentence in found] == ([True] if words else [])
 
 

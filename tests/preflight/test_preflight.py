@@ -16,11 +16,12 @@ import main_cmd
 from datasets.folder import ImageFolder
 from datasets.shards import ImageShards, write_shards
 from engine import build
-from engine.preflight import memory
+from engine.preflight import advice, machine, memory
 from engine.preflight.images import equal_files, read_headers
+from engine.training.acceleration import can_recompute
 from tests.conftest import NETWORK, save_images
 from tests.processes import found_by_each, run_group
-from tests.runs import batch_of, checkpoint_of, pretraining, small_config
+from tests.runs import RESNET, batch_of, checkpoint_of, pretraining, small_config
 from utils import checkpoint, cli
 from utils.distributed import ALONE
 from utils.errors import InputError, run_script
@@ -142,8 +143,8 @@ def test_every_figure_in_words_and_as_data(data, check, tmp_path):
     assert warnings == found["warnings"]
     assert [warning.split(" ", 4)[:4] for warning in warnings] == [
         ["1", "of", "18", "images"],
-        ["1", "training", "images", "have"],
-        ["1", "training", "images", "are"],
+        ["training", "images", "with", "a"],
+        ["training", "images", "that", "are"],
         ["1", "of", "3", "validation"],
         ["CMD.LT", "residual", "compares", "a"],  # of a batch of 4
     ]
@@ -226,9 +227,48 @@ def test_a_folder_held_against_itself_is_no_leak(data, check, tmp_path):
     assert len(found["also_in_training"]) == 1
 
 
-def test_training_on_train_and_val_together_is_warned_of(data, check):
-    printed, _ = check(f"DATA.PATH {data.parent} DATA.MAX_BAD 0.1")
-    assert "holds the folders train, val and all of them are trained on" in printed
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["train/red", "val/red"], {"": ["train", "val"]}),
+        (["train", "test"], {"": ["test", "train"]}),  # images without classes
+        (["set/Training/red", "set/Validation/red"], {"/set": ["Training", "Validation"]}),
+        (["train/red", "train/val"], {}),  # a class of that name
+        (["val/red", "test/red"], {}),
+    ],
+)
+def test_splits_in_one_folder_are_found_at_any_depth(folders, names, tmp_path):
+    for folder in folders:
+        save_images(tmp_path / folder, 1, 0)
+    found = advice.mixed_splits(ImageFolder(tmp_path))
+    assert found == {f"{tmp_path}{place}": words for place, words in names.items()}
+
+
+def test_shards_of_two_splits_in_one_folder_are_found(data, tmp_path):
+    write_shards(data, tmp_path / "a", images_per_shard=9)
+    for place, shard in enumerate(sorted((tmp_path / "a").glob("*.tar"))):
+        shard.rename(tmp_path / "a" / f"birds-{('train', 'val')[place]}-000000.tar")
+    mixed = {str(tmp_path / "a"): ["train", "val"]}
+    assert advice.mixed_splits(ImageShards(tmp_path / "a")) == mixed
+    alone = ImageShards(tmp_path / "a/birds-train-{000000..000000}.tar")
+    assert advice.mixed_splits(alone) == {}
+
+
+def test_a_run_warns_of_all_that_a_check_finds_at_no_cost(data, check, pretrain, tmp_path):
+    """All but what lies in the images' headers."""
+    options = f"DATA.PATH {data.parent} DATA.MAX_BAD 0.1 TRAIN.BATCH_SIZE_PER_GPU 6 TRAIN.EPOCHS 1"
+    options += f" EVAL.KNN_EVERY 1 EVAL.KNN_TRAIN {data} EVAL.KNN_VAL {data.parent}/val"
+    check(f"{options} OUTPUT_DIR {tmp_path}/out")
+    of_headers = ("cannot be read", "with a side of less", "byte for byte")
+    wanted = [
+        warning
+        for warning in found_in(tmp_path / "out")["warnings"]
+        if not any(words in warning for words in of_headers)
+    ]
+    for words in ("holds train and val, and all", "val lies in", "a step takes 6 of 21 images"):
+        assert any(words in warning for warning in wanted)
+    printed = pretrain(tmp_path / "run", options).stdout.splitlines()
+    assert set(wanted) <= {line.removeprefix("warning: ") for line in printed}
 
 
 def test_kept_images_are_counted_by_their_headers(data, check, tmp_path):
@@ -412,3 +452,32 @@ def test_two_processes_speak_once(data, tmp_path, environment):
     assert found["memory"]["processes_here"] == 2
     assert len(found["images"]["unreadable"]) == 1
     assert os.listdir(out) == ["check.json"]
+
+
+def test_advice_for_a_short_memory_names_what_can_be_done_and_spares_the_most():
+    def ways(**options) -> dict[str, int]:
+        cfg = small_config(**{"TRAIN__BATCH_SIZE_PER_GPU": 60} | options)
+        student, teacher = build.networks(cfg)
+        step = memory.of_step(cfg, ALONE, student, teacher)
+        return machine.smaller_steps(cfg, step, can_recompute(student))
+
+    batch, recompute, network = ways()
+    assert "TRAIN.CHECKPOINTING" in recompute
+    assert ways()[recompute] > 0
+    assert ways(TRAIN__CHECKPOINTING=True)[recompute] == 0
+    assert ways(**RESNET)[recompute] == 0  # BatchNorm: the run would refuse it
+    assert ways(TRAIN__BATCH_SIZE_PER_GPU=2)[batch] == 0
+    (sentence,) = machine.short("here", 2 * GIB, GIB, {batch: 5, recompute: 0, network: 9})
+    assert sentence.endswith(f"1.00 GiB are free: {network}, or {batch}")
+    assert [*machine.short("here", GIB, 2 * GIB, ways())] == []
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_refused_and_one_for_few_is_warned_of(tmp_path):
+    cfg = small_config(DATA__WORKERS=0)
+    disk = machine.disk_needed(cfg, tmp_path, 2**20)
+    assert [*machine.warnings(cfg, disk)] == []
+    assert [*machine.warnings(cfg, None)] == []
+    (warning,) = machine.warnings(cfg, disk | {"free_bytes": 2**21})
+    assert "the checkpoints will take about 3.0 MiB in" in warning
+    with pytest.raises(InputError, match=r"a checkpoint takes about 1\.0 MiB .* make room, or"):
+        [*machine.warnings(cfg, disk | {"free_bytes": 2**19})]

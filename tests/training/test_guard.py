@@ -172,9 +172,9 @@ def test_lines_of_the_log_are_of_the_good_steps_alone_and_count_the_others(tmp_p
     assert lines[4]["loss"] == pytest.approx(losses[3], rel=1e-6)
     assert lines[2]["loss"] == pytest.approx(losses[1], rel=1e-6)
     warnings = [r.getMessage() for r in told.records if r.levelname == "WARNING"]
-    assert [w.split(":")[0] for w in warnings] == [
-        "1 steps up to step 4 were skipped",
-        "2 steps up to step 6 were skipped",
+    assert [w.split(",")[0] for w in warnings] == [
+        "steps skipped up to step 4: 1",
+        "steps skipped up to step 6: 2",
     ]
 
 
@@ -185,6 +185,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state_and_a_dump(tmp_
     assert "was not finite in 3 steps in a row (TRAIN.MAX_BAD_STEPS)" in sentence
     assert f"{tmp_path} holds a checkpoint of the last finite state" in sentence
     assert str(tmp_path / "bad_steps.json") in sentence
+    assert sentence.endswith("To go on: --lr with a lower learning rate, and --resume force.")
 
     state = checkpoint.load_own(tmp_path / checkpoint.LAST)
     run = pretraining(small_config())
@@ -204,6 +205,16 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state_and_a_dump(tmp_
     assert {n for n, p in run.student.named_parameters() if p.requires_grad} == set(norms)
     assert norms["pool.score.weight"] > 0
     assert steps[5]["gradient_norms"]["backbone.patch_embed.proj.weight"] == "nan"
+
+
+def test_a_run_without_one_good_step_is_not_told_to_learn_more_slowly(tmp_path):
+    with pytest.raises(InputError) as caught:
+        run_with(tmp_path / "fp32", {0, 1, 2}, TRAIN__MAX_BAD_STEPS=3)
+    assert str(caught.value).endswith(
+        "norms of these steps. No step of the run was finite: look there for the term that is not."
+    )
+    with pytest.raises(InputError, match="To go on: --precision fp32, and --resume force"):
+        run_with(tmp_path / "bf16", {0, 1}, TRAIN__MAX_BAD_STEPS=2, TRAIN__PRECISION="bf16")
 
 
 def test_a_row_of_bad_steps_pushes_out_no_earlier_checkpoint(tmp_path):
