@@ -127,17 +127,25 @@ def test_a_full_disk_is_one_sentence_and_leaves_earlier_files(
     assert after == before
 
 
-@pytest.mark.parametrize("name", ["knn", "retrieval", "linear"])
-def test_a_network_that_has_diverged_is_one_sentence(name, weights, data, tmp_path):
+NOT_FINITE = "tensors (backbone.norm.weight): the run that made it has diverged"
+OVERFLOWS = "infinite or undefined values"
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "words"),
+    [
+        *((name, torch.nan, NOT_FINITE) for name in ("knn", "retrieval", "linear")),
+        *((name, 3e38, OVERFLOWS) for name in ("knn", "retrieval", "linear")),
+    ],
+)
+def test_a_network_that_has_diverged_is_one_sentence(name, weight, words, weights, data, tmp_path):
     state = torch.load(weights, weights_only=True)
-    state["teacher"]["backbone.norm.weight"][3] = torch.nan
+    state["teacher"]["backbone.norm.weight"][3] = weight
     checkpoint.save(state, tmp_path / "nan.pth")
     line = f"--pretrained_weights {tmp_path}/nan.pth --data_path {data} --output_dir {tmp_path}/out"
     line += " --n_last_blocks 1" * (name == "linear")
-    said = refusal(name, line)
-    assert "NaN or infinity stands in 1 of its " in said
-    assert "tensors (backbone.norm.weight): the run that made it has diverged" in said
-    assert os.listdir(tmp_path / "out") == []
+    assert words in refusal(name, line)
+    assert not any((tmp_path / "out").glob("*"))
 
 
 INTO_A_CLOSED_PIPE = """

@@ -209,7 +209,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_state_and_a_dump(tmp_
 
 def test_a_run_without_one_good_step_is_not_told_to_learn_more_slowly(tmp_path):
     with pytest.raises(InputError) as caught:
-        run_with(tmp_path / "fp32", {0, 1, 2}, TRAIN__MAX_BAD_STEPS=3)
+        run_with(tmp_path / "fp32", {0, 1, 2, 3}, TRAIN__MAX_BAD_STEPS=3)
     assert str(caught.value).endswith(
         "norms of these steps. No step of the run was finite: look there for the term that is not."
     )
