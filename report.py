@@ -31,11 +31,12 @@ from engine.pictures.views import whole_views
 from models.mil import GatedAttentionPool
 from models.network import Network
 from models.pretrained import count_parameters
-from utils import checkpoint, config, distributed, seeding
+from utils import checkpoint, config, distributed, logging, seeding
 from utils.cli import Parser, at_least
 from utils.config import Node
 from utils.errors import InputError, run_script
 from utils.files import write_json
+from utils.logging import logger
 from utils.seeding import derive_seed
 
 IMAGES_SHOWN = 24
@@ -48,19 +49,20 @@ UNTRAINED = {
 
 def main() -> None:
     arguments = parse()
-    folder, k = arguments.output_dir, arguments.k
+    folder, k, key = arguments.output_dir, arguments.k, arguments.checkpoint_key
     world = distributed.start(arguments.device)
+    logging.setup(world.is_main)
 
-    # The run: its options, the teacher it made, and the networks it began with.
+    # The run: its options, the network it made, and those it began with.
     path = folder / checkpoint.LAST
     state = checkpoint.load_own(path)
     cfg = config.from_dict(state["config"], str(path))
-    source = load_source(path)
-    teacher = source.network
+    source = load_source(path, key)
+    network = source.network
     student_at_start, teacher_at_start = build.networks(cfg)
     size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
-    if size % teacher.backbone.patch_size:
-        raise InputError(f"--size {size} must be a multiple of {teacher.backbone.patch_size}.")
+    if size % network.backbone.patch_size:
+        raise InputError(f"--size {size} must be a multiple of {network.backbone.patch_size}.")
     log = curves.read_log(folder / "log.txt")
     pictures = {"loss_curves.png": Picture("Training curves", curves.plot_curves(log))}
 
@@ -69,7 +71,7 @@ def main() -> None:
     if arguments.gallery and arguments.queries:
         splits = gallery_and_queries(arguments.gallery, arguments.queries)
         for note in splits.notes:
-            print(f"warning: {note}")
+            logger.warning(note)
     elif arguments.queries:
         queries = ImageFolder(arguments.queries)
         splits = Splits("queries", queries, queries, [])
@@ -91,19 +93,19 @@ def main() -> None:
             "chance_top1": chance,
         }
         tables[f"k-NN of the image feature (k = {k}), percent"] = {
-            "trained teacher, top-1": trained["top1"],
+            f"trained {key}, top-1": trained["top1"],
             "random initialisation, top-1": untrained["top1"],
-            "trained teacher, top-5": trained["top5"],
+            f"trained {key}, top-5": trained["top5"],
             "random initialisation, top-5": untrained["top5"],
             "chance, top-1": chance,
         }
 
     # Where the attention points, if the run trained one.
-    kind = next((kind for kind in attention.kinds(teacher) if kind in UNTRAINED), None)
+    kind = next((kind for kind in attention.kinds(network) if kind in UNTRAINED), None)
     if kind and splits:
         paths = [splits.test.root / name for name in splits.test.paths]
         if pointing.part_boxes(paths)[0]:
-            untrained = untrained_network(cfg, teacher, student_at_start, kind).eval()
+            untrained = untrained_network(cfg, network, student_at_start, kind).eval()
             found, zero = (
                 measure(SplitFeatures(of, splits, reading), [Pointing((kind,))])[0].figures[kind]
                 for of in (source, Source(None, untrained))
@@ -119,7 +121,7 @@ def main() -> None:
                 "attention mass on patches that touch the box": mass,
             }
         images = show_images(paths, splits.test.paths, IMAGES_SHOWN)
-        shown = maps.maps_of_views(teacher, whole_views(images.squares, size), kind)
+        shown = maps.maps_of_views(network, whole_views(images.squares, size), kind)
         pictures["attention.png"] = maps.whole_picture(images, {"": shown}, kind, per_line=6)
 
     for name, table in tables.items():
@@ -130,7 +132,7 @@ def main() -> None:
     facts = {
         "objective": cfg.LOSS.OBJECTIVE,
         "architecture": cfg.MODEL.ARCH,
-        "parameters of the backbone": count_parameters(teacher.backbone),
+        "parameters of the backbone": count_parameters(network.backbone),
         "optimizer steps": state["step"],
         "images per step": state["images_per_step"],
     }
@@ -155,6 +157,7 @@ def parse() -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="the run's folder")
     add("--gallery", type=Path, help="for the k-NN: labelled images, not queries")
     add("--queries", type=Path, help="images to classify and to show attention on")
+    add("--checkpoint_key", default="teacher", help="teacher or student [teacher]")
     add("--size", type=at_least(1), help="pixels of the evaluated images [the run's]")
     add("--k", type=at_least(1), default=20, help="neighbours of the k-NN [20]")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -165,9 +168,9 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def untrained_network(cfg: Node, teacher: Network, student_at_start: Network, kind: str) -> Network:
-    """The run's teacher with a fresh pooling, or with LCR's branch as the run began with it."""
-    network = copy.deepcopy(teacher)
+def untrained_network(cfg: Node, trained: Network, student_at_start: Network, kind: str) -> Network:
+    """The run's network with a fresh pooling, or with LCR's branch as the run began with it."""
+    network = copy.deepcopy(trained)
     if kind == "lcr":
         network.rationale = student_at_start.rationale
         return network

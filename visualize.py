@@ -23,7 +23,7 @@ from engine.evaluation.source import Source
 from engine.pictures import maps, matches, page, shown, views
 from engine.pictures.drawing import Picture
 from engine.pictures.tsne import plot_tsne, stratified_subset
-from utils import distributed
+from utils import distributed, logging
 from utils.cli import Parser, at_least
 from utils.distributed import World
 from utils.errors import run_script
@@ -39,6 +39,7 @@ TSNE_CAPTION = (
 def main() -> None:
     arguments = parse()
     world = distributed.start(arguments.device)
+    logging.setup(world.is_main)
     folder, seed = arguments.output_dir, arguments.seed
 
     # The networks, the images, and the views of them that all networks are shown.

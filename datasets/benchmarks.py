@@ -90,7 +90,7 @@ class Benchmark:
         if missing:
             notes.append(
                 f"{name} in {folder} lacks {len(missing):,} of the {len(listed):,} images that it "
-                f"lists (the first is {missing[0]})"
+                f"lists (the first is {missing[0]}{_elsewhere(folder, missing[0], listed)})"
             )
         absent = set(missing)
         train, test = ([row for row in rows if row[0] not in absent] for rows in splits)
@@ -101,12 +101,13 @@ class Benchmark:
                 f"{found.test:,} test images; the official data set has {self.counts.classes:,}, "
                 f"{self.counts.training:,} and {self.counts.test:,}"
             )
+        if not (train and test):
+            remedy = "put the images where it lists them" if missing else "restore its metadata"
+            raise InputError(f"{'; '.join(notes)}: {remedy}")
         if notes and not partial:
             raise InputError(
                 f"{notes[0]}: complete it, or set DATA.PARTIAL true to use what is there"
             )
-        if not (train and test):
-            raise InputError(f"{notes[-1]}: unpack its images again")
         train, test = (
             LabelledImages(folder, [p for p, _ in rows], [n for _, n in rows], classes)
             for rows in (train, test)
@@ -145,6 +146,13 @@ class Benchmark:
             f"{name} was not found in {root}: expected {self.folder} in it, or this folder itself, "
             f"with {', '.join(self.files)}. {self.source}"
         )
+
+
+def _elsewhere(folder: Path, path: str, listed: list[str]) -> str:
+    """Where below a folder a file of this name lies that is not listed, in words; else empty."""
+    places = (str(found.relative_to(folder)) for found in folder.rglob(Path(path).name))
+    place = next((place for place in places if place not in listed), None)
+    return f", but one of its name is at {place}" if place else ""
 
 
 def _absolute(root: str | Path) -> Path:

@@ -227,7 +227,10 @@ def _on_all(function: Callable[[], T], size: int) -> T:
     try:
         result = function()
     except OSError as caught:
-        error = f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({caught.strerror})"
+        error = (
+            f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({caught.strerror}): set a "
+            "smaller DATA.CACHE_SIZE, or DATA.CACHE none and DATA.CROPS device"
+        )
     _agreed(error)
     return result
 

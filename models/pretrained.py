@@ -7,7 +7,7 @@ backbone is wanted).
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from utils.errors import InputError
 
 BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
 SPEC_IN_METADATA = "cmd_backbone"
+# Options that shape a backbone.
+SHAPING = ("MODEL.ARCH", "MODEL.WINDOW_SIZE", "MODEL.PATCH_SIZE", "MODEL.IMG_SIZE")
 HEADS = r"^(head|head_dense|fc|pool|rationale)\."
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
 
@@ -133,12 +135,16 @@ def _with_downsamples_moved(state: dict[str, Tensor], stages: int) -> dict[str, 
 
 
 def load_strictly(
-    module: nn.Module, state: dict[str, Tensor], source: str, expected_leftovers: str = r"$^"
+    module: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    expected_leftovers: str = r"$^",
+    options: Sequence[str] = (),
 ) -> None:
     """Load all of `module` from `state`; name what is missing, left over or of another shape.
 
-    expected_leftovers: a pattern of names that may be left over, besides buffers. Raises
-    InputError for these faults, and for numbers that are not finite.
+    expected_leftovers: a pattern of names that may be left over, besides buffers. options: those
+    that shape the module. Raises InputError for these faults, and for numbers that are not finite.
     """
     wanted = module.state_dict()
     expected = re.compile(f"{BUFFERS}|{expected_leftovers}")
@@ -155,7 +161,7 @@ def load_strictly(
         listed = "; ".join(f"{what}: {_few(names)}" for what, names in faults.items() if names)
         raise InputError(
             f"{source}: the weights do not fit the network. {listed}. "
-            f"Check MODEL.ARCH, MODEL.WINDOW_SIZE, MODEL.PATCH_SIZE and MODEL.IMG_SIZE."
+            + (f"Check {', '.join(options)}." if options else "")
         )
     taken = {name: state[name] for name in wanted if name in state}
     if broken := [name for name, value in taken.items() if not value.isfinite().all()]:
@@ -241,7 +247,7 @@ def load_pretrained(network: nn.Module, path: str | Path, key: str) -> list[str]
     has one of the same shape, and keeps its fresh initialisation otherwise.
     """
     state = backbone_state(select_state(load_file(path), key, path))
-    load_strictly(network.backbone, state, str(path), HEADS)
+    load_strictly(network.backbone, state, str(path), HEADS, SHAPING)
     read = ["backbone"]
     for part in ("head", "head_dense", "pool", "rationale"):
         module = getattr(network, part)
@@ -250,7 +256,7 @@ def load_pretrained(network: nn.Module, path: str | Path, key: str) -> list[str]
         own = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
         wanted = module.state_dict()
         if own.keys() == wanted.keys() and all(own[k].shape == wanted[k].shape for k in wanted):
-            module.load_state_dict(own)
+            load_strictly(module, own, f"{path} ({part})")
             read.append(part)
     return read
 

@@ -218,7 +218,8 @@ def check_bad(bad: Collection[BadImage | str], images: int, share: float) -> Non
         raise InputError(str(next(iter(bad))))
     raise InputError(
         f"{len(bad)} of {images} images cannot be read, more than DATA.MAX_BAD {share:g} allows; "
-        f"for instance: {next(iter(bad))} (or raise DATA.MAX_BAD)."
+        f"for instance: {next(iter(bad))}"
+        + (" (or raise DATA.MAX_BAD)." if len(bad) < images else ".")
     )
 
 

@@ -48,6 +48,8 @@ def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
                 f"EVAL.KNN_VAL {cfg.EVAL.KNN_VAL} lies in {cfg.DATA.PATH}, and its images are "
                 f"trained on: the k-NN test says more than one on new images would"
             )
+    elif cfg.EVAL.KNN_TRAIN or cfg.EVAL.KNN_VAL:
+        yield "EVAL.KNN_EVERY is 0: no k-NN test is made on EVAL.KNN_TRAIN and EVAL.KNN_VAL"
 
 
 def mixed_splits(images: StoredImages) -> dict[str, list[str]]:

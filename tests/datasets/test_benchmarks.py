@@ -219,7 +219,25 @@ def test_a_split_without_images_is_refused(tmp_path):
         image.unlink()
     text = error("cars", tmp_path)
     assert "9 training and 0 test images" in text
-    assert text.endswith(": unpack its images again")
+    assert text.endswith(": put the images where it lists them")
+
+
+@pytest.mark.parametrize("partial", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_images_a_folder_too_deep_are_found_and_said_to_be(name, partial, tmp_path):
+    """As where an archive was unpacked into a folder of its own name; DATA.PARTIAL is no help."""
+    folder = trees.BUILDERS[name](tmp_path)
+    paths = load_splits(name, folder, partial=True).train.paths
+    place = {"aircraft": "data/images", "cars": "cars_train", "flowers": "jpg"}.get(name, "images")
+    top = folder / place
+    inner = top / top.name
+    inner.mkdir()
+    for entry in [*top.iterdir()]:
+        if entry != inner:
+            entry.rename(inner / entry.name)
+    text = error(name, folder, partial=partial)
+    assert f"(the first is {paths[0]}, but one of its name is at {place}/{top.name}/" in text
+    assert text.endswith(": put the images where it lists them")
 
 
 # Broken metadata
