@@ -7,7 +7,7 @@ from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 from datasets import parsers
 from datasets.benchmarks import Benchmark, Counts, Splits, folder_splits
 from datasets.folder import ImageFolder, LabelledImages
-from datasets.shards import ImageShards
+from datasets.shards import ImageShards, find_shards, read_indices
 from utils import distributed
 from utils.errors import InputError
 
@@ -123,7 +123,7 @@ def prepare(name: str, root: str | Path, fetch: bool = False) -> None:
     if fetch and isinstance(source, Benchmark):
         distributed.on_main(lambda: source.download(name, root))
     if distributed.size() > 1 and source is ImageShards:
-        distributed.on_main(lambda: ImageShards(root))
+        distributed.on_main(lambda: read_indices(find_shards(root)))
 
 
 def _registered(name: str) -> Benchmark | type[ImageFolder] | type[ImageShards]:

@@ -1,12 +1,15 @@
 """Images on the disk: decoding one file, lists of labelled files, folders of images."""
 
 import contextlib
+import functools
 import hashlib
+import json
 import os
 import stat
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +17,14 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from datasets.contents import digests
 from utils.errors import InputError
 from utils.logging import logger
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+# What Pillow only recognises, or leaves to another program to decode.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+ENDINGS_SHOWN = 5
+CONTENTS = "contents:"  # what fingerprints begin with; earlier ones knew sizes alone
 MAX_ELONGATION = 4  # of a reduced image
 # PIL warns of damaged EXIF data and of very large images. Such an image is either used, and then
 # there is nothing to warn of, or an UnreadableImage says what is wrong.
@@ -139,10 +146,13 @@ class StoredImages(ABC):
     """Encoded images, wherever they lie: `source` and `name` say where.
 
     unlisted: folders that could not be listed; the images below them are not among these.
+    passed_over: numbers of other files, by their endings. fingerprint: see `LabelledImages`.
     `load` and `header_size` raise `UnreadableImage`.
     """
 
     unlisted: Sequence[BadImage] = ()
+    passed_over: Mapping[str, int] = {}
+    fingerprint: str
 
     @abstractmethod
     def __len__(self) -> int:
@@ -190,16 +200,12 @@ class LabelledImages(StoredImages):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the images' paths, file sizes and labels, and of the classes."""
-        digest = hashlib.sha256()
-        for path, label in zip(self.paths, self.labels, strict=True):
-            try:
-                size = (self.root / path).stat().st_size
-            except OSError:
-                size = -1
-            digest.update(f"{path}\0{size}\0{label}\n".encode(errors="surrogateescape"))
-        digest.update("\0".join(self.classes).encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        """A hash of the images' paths, contents and labels, and of the classes.
+
+        So a copy of a set is the same set, wherever it lies and whenever it was made.
+        """
+        contents = digests(self.root, self.paths)
+        return fingerprint_of([self.paths, contents, self.labels, self.classes])
 
     def subset(self, indices: Iterable[int]) -> "LabelledImages":
         """The images at `indices`, in that order."""
@@ -208,8 +214,13 @@ class LabelledImages(StoredImages):
         return LabelledImages(self.root, paths, labels, self.classes)
 
 
+def fingerprint_of(facts: list) -> str:
+    """What says whether two sets are the same, by plain data."""
+    return CONTENTS + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 class ImageFolder(LabelledImages):
-    """The images under `root`, at any depth, sorted by relative path.
+    """The files under `root` with the `image_endings`, at any depth, sorted by relative path.
 
     Where every image lies in a first-level subfolder, `classes` are the sorted names of those
     subfolders and `labels` index them; elsewhere `classes` is empty and every label is -1.
@@ -220,22 +231,89 @@ class ImageFolder(LabelledImages):
 
     def __init__(self, root: str | Path) -> None:
         folder = existing_folder(root)
-        self.unlisted: list[BadImage] = []
-        paths = sorted(_find_images(str(folder), "", frozenset(), self.unlisted))
+        self.unlisted, self.passed_over = [], Counter()
+        paths = sorted(self._find(str(folder), "", frozenset()))
         for bad in self.unlisted:
             logger.warning(f"the images below {bad.path} are left out: {bad.reason}")
         if not paths:
-            shards = any(folder.glob("*.tar"))
+            found = f", but {endings_line(self.passed_over)}" if self.passed_over else ""
+            shards = ".tar" in self.passed_over
             hint = " (to pretrain from its tar shards, set DATA.DATASET shards)" if shards else ""
             raise InputError(
-                f"the data folder {folder} holds no images (files ending in "
-                f"{', '.join(IMAGE_SUFFIXES)}): put images in it or give another folder{hint}"
+                f"the data folder {folder} holds no images{found}: put images in it or give "
+                f"another folder{hint}"
+            )
+        if self.passed_over:
+            logger.info(
+                f"{folder}: passed over, not images by their names: "
+                f"{endings_line(self.passed_over)}"
             )
         firsts = [path.split("/")[0] for path in paths if "/" in path]
         classes = sorted({*firsts}) if len(firsts) == len(paths) else []
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name] for name in firsts] if classes else [-1] * len(paths)
         super().__init__(folder, paths, labels, classes)
+
+    def _find(self, folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
+        """Relative paths of the images below `folder`; `above` breaks loops of links.
+
+        Folders that cannot be listed join `unlisted`, endings of other files `passed_over`.
+        """
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    ending = os.path.splitext(entry.name)[1].lower()
+                    try:
+                        is_folder = entry.is_dir()
+                    # A link to itself, or into a folder that may not be entered.
+                    except OSError as error:
+                        is_folder = False
+                        if ending not in image_endings():
+                            self.unlisted.append(_unlisted(entry.path, error))
+                            continue
+                    if is_folder:
+                        below = f"{prefix}{entry.name}/"
+                        yield from self._find(entry.path, below, above | {real})
+                    elif ending in image_endings():
+                        yield prefix + entry.name
+                    else:
+                        self.passed_over[ending] += 1
+        except OSError as error:
+            self.unlisted.append(_unlisted(folder, error))
+
+
+@functools.cache
+def image_endings() -> frozenset[str]:
+    """Endings of the files that Pillow opens and decodes by itself: ".jpg" and so on."""
+    endings = Image.registered_extensions().items()
+    decoded = Image.OPEN.keys() - NOT_DECODED
+    return frozenset({".mpo", *(ending for ending, kind in endings if kind in decoded)})
+
+
+def endings_line(endings: Mapping[str, int]) -> str:
+    """Numbers of files by their endings, the most first."""
+    most = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count:,} {ending or 'without an ending'}" for ending, count in most[:ENDINGS_SHOWN]]
+    rest = sum(count for _, count in most[ENDINGS_SHOWN:])
+    return ", ".join(shown + ([f"{rest:,} others"] if rest else []))
+
+
+def refuse_among_images(output: Path, *sets: StoredImages) -> None:
+    """Raise InputError where what is written to `output` would be taken for images of these."""
+    for images in sets:
+        if isinstance(images, LabelledImages):
+            inner, outer = (Path(os.path.realpath(path)) for path in (output, images.root))
+            hidden = any(part.startswith(".") for part in inner.parts[len(outer.parts) :])
+            if inner.is_relative_to(outer) and not hidden:
+                raise InputError(
+                    f"{output} lies in {images.root}, the folder of images, where its pictures "
+                    "would be taken for some of them: choose a folder outside of it"
+                )
 
 
 def existing_folder(root: str | Path) -> Path:
@@ -250,38 +328,6 @@ def existing_folder(root: str | Path) -> Path:
         why = "does not exist" if absent else f"cannot be read ({error.strerror})"
         raise InputError(f"the data folder {folder} {why}: give one with images") from None
     return folder
-
-
-def _find_images(
-    folder: str, prefix: str, above: frozenset[str], unlisted: list[BadImage]
-) -> Iterator[str]:
-    """Relative paths of the images below `folder`; `above` breaks loops of links.
-
-    Folders that cannot be listed are added to `unlisted`.
-    """
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
-                try:
-                    is_folder = entry.is_dir()
-                # A link to itself, or into a folder that may not be entered.
-                except OSError as error:
-                    is_folder = False
-                    if not is_image:
-                        unlisted.append(_unlisted(entry.path, error))
-                if is_folder:
-                    below = f"{prefix}{entry.name}/"
-                    yield from _find_images(entry.path, below, above | {real}, unlisted)
-                elif is_image:
-                    yield prefix + entry.name
-    except OSError as error:
-        unlisted.append(_unlisted(folder, error))
 
 
 def _unlisted(folder: str, error: OSError) -> BadImage:

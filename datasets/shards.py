@@ -1,8 +1,8 @@
 """Images in tar shards, by the naming of the webdataset library, read at any place.
 
 A shard is an uncompressed tar file; a sample is a group of members with one stem, `a/0001.jpg`
-and `a/0001.cls`, and its image the member whose suffix is an image's. The stem ends at the
-first dot of the file's name. Other members are left alone: pretraining needs no labels.
+and `a/0001.cls`, and its image the member with an image's ending. Other members are passed over:
+pretraining needs no labels.
 
 `python -m datasets.shards --help` writes the shards of an image folder.
 """
@@ -10,14 +10,13 @@ first dot of the file's name. Other members are left alone: pretraining needs no
 import argparse
 import contextlib
 import functools
-import hashlib
 import io
 import itertools
 import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,18 +25,20 @@ import numpy as np
 import torch
 import webdataset
 from torch import Tensor
-from webdataset.tariterators import base_plus_ext
 
+from datasets.contents import cache_folder, digests
 from datasets.folder import (
-    IMAGE_SUFFIXES,
     ImageFolder,
     StoredImages,
     UnreadableImage,
+    endings_line,
     existing_folder,
+    fingerprint_of,
+    image_endings,
 )
 from utils.errors import InputError, run_script
 from utils.files import replacing
-from utils.logging import progress
+from utils.logging import logger, progress
 from utils.seeding import ORDER, derive_seed
 
 # An epoch is shuffled within a moving window of this many images, and at least so many shards.
@@ -47,22 +48,28 @@ WINDOW_SHARDS = 4
 OPEN_SHARDS = 64
 # The folder of the index files, beside the shards.
 INDEX_FOLDER = ".shard_index"
-INDEX_FORMAT = 1  # to be raised whenever older index files no longer say the same
+INDEX_FORMAT = 2  # to be raised whenever older index files no longer say the same
 _THREADS = 16  # indexing waits for the disk more than it computes
 _BLOCK = tarfile.BLOCKSIZE
 
-# The size in bytes and the time of change, in ns, by which a changed shard is known.
-Stamp = tuple[int, int]
+# The size in bytes, and the times of change of a shard and of its record in ns, by which a changed
+# one is known: who gives a file an earlier time changes its record.
+Stamp = tuple[int, int, int]
+Rows = list[tuple[str, int, int]]  # images' (name, offset, size in bytes)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The images of one shard in the tar's order: members' names, and their bytes' places."""
+    """The images of one shard in the tar's order: members' names, and their bytes' places.
+
+    passed_over: numbers of its other members, by their endings.
+    """
 
     stamp: Stamp
     names: list[str]
     offsets: list[int]
     sizes: list[int]
+    passed_over: dict[str, int]
 
 
 class ImageShards(StoredImages):
@@ -82,6 +89,9 @@ class ImageShards(StoredImages):
     def __init__(self, shards: str | Path) -> None:
         self.shards = find_shards(shards)
         indices = read_indices(self.shards)
+        self.passed_over = sum((Counter(index.passed_over) for index in indices), Counter())
+        if self.passed_over:
+            logger.info(f"{shards}: no images by their names: {endings_line(self.passed_over)}")
         self.counts = [len(index.names) for index in indices]
         self._stamps = [index.stamp for index in indices]
         self._offsets, self._sizes = (
@@ -106,13 +116,20 @@ class ImageShards(StoredImages):
         number, place = self._place(index)
         return f"{self.shards[number]}:{os.fsdecode(self._members[number][place])}"
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the shards' names and contents, and of the numbers of their images."""
+        contents = digests(self.shards[0].parent, [str(shard) for shard in self.shards])
+        return fingerprint_of([[shard.name for shard in self.shards], contents, self.counts])
+
     def source(self, index: int) -> io.BytesIO:
         """The bytes of image `index`; raises `UnreadableImage`."""
         number, _ = self._place(index)
         size, offset = int(self._sizes[index]), int(self._offsets[index])
         try:
             shard = _open_shard(str(self.shards[number]), self._stamps[number])
-            unchanged = _stamp(os.fstat(shard.fileno())) == self._stamps[number]
+            # The record alone changes where a backup links the file.
+            unchanged = _stamp(os.fstat(shard.fileno()))[:2] == self._stamps[number][:2]
             # Unlike a mapped file, which ends the process where it has become shorter.
             data = os.pread(shard.fileno(), size, offset)
         except OSError as error:
@@ -132,7 +149,7 @@ def _open_shard(path: str, stamp: Stamp) -> io.FileIO:
 
 
 def _stamp(status: os.stat_result) -> Stamp:
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @dataclass(frozen=True)
@@ -231,11 +248,8 @@ def read_indices(shards: list[Path]) -> list[ShardIndex]:
 
 def _index_files(shard: Path) -> list[Path]:
     """Where a shard's index may be: beside it, or in the user's cache folder."""
-    folder = Path(os.path.realpath(shard.parent))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    name = f"{shard.name}.json"
-    return [folder / INDEX_FOLDER / name, cache / "cmd" / "shard_index" / key / name]
+    folder, name = Path(os.path.realpath(shard.parent)), f"{shard.name}.json"
+    return [folder / INDEX_FOLDER / name, cache_folder("shard_index", folder) / name]
 
 
 def _index(shard: Path) -> ShardIndex:
@@ -245,20 +259,21 @@ def _index(shard: Path) -> ShardIndex:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             stamp, stored = _stamp(shard.stat()), json.loads(path.read_bytes())
             if (stored["format"], *stored["stamp"]) == (INDEX_FORMAT, *stamp):
-                return ShardIndex(stamp, stored["names"], stored["offsets"], stored["sizes"])
+                del stored["format"]
+                return ShardIndex(**stored | {"stamp": stamp})
     try:
         with open(shard, "rb") as file:
             stamp = _stamp(os.fstat(file.fileno()))
-            rows = list(_images_of(shard, file))
+            rows, passed_over = _read_tar(shard, file)
     except OSError as error:
         raise _unreadable(shard, error.strerror) from None
     if not rows:
         raise InputError(
-            f"the shard {shard} holds no images (members ending in {', '.join(IMAGE_SUFFIXES)}): "
+            f"the shard {shard} holds no images, but {endings_line(passed_over) or 'nothing'}: "
             "remove it or correct the shards' name"
         )
     names, offsets, sizes = map(list, zip(*rows, strict=True))
-    index = ShardIndex(stamp, names, offsets, sizes)
+    index = ShardIndex(stamp, names, offsets, sizes, dict(passed_over))
     text = json.dumps({"format": INDEX_FORMAT, **asdict(index)})
     for path in _index_files(shard):
         with contextlib.suppress(OSError, InputError):
@@ -269,23 +284,15 @@ def _index(shard: Path) -> ShardIndex:
     return index
 
 
-def _images_of(shard: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size in bytes) of every image in a tar file."""
-    seen: dict[str, str] = {}
+def _read_tar(shard: Path, file: io.BufferedReader) -> tuple[Rows, Counter[str]]:
+    """The images of a tar file, and the endings of its other members.
+
+    By webdataset's naming `2.mask.png` is another part of the sample whose image is `2.jpg`. Where
+    a sample has no such image, the dots belong to names: `a.1.jpg` and `a.2.jpg` are two images.
+    """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                key, suffix = base_plus_ext(member.name)
-                image = key is not None and f".{suffix.lower()}" in IMAGE_SUFFIXES
-                if not (image and member.isreg() and not member.issparse()):
-                    continue
-                if key in seen:
-                    raise InputError(
-                        f"the shard {shard} holds two images of the sample {key} ({seen[key]} and "
-                        f"{member.name}): write it again with one name for each image"
-                    )
-                seen[key] = member.name
-                yield member.name, member.offset_data, member.size
+            members = [m for m in tar if m.isreg() and not m.name.split("/")[-1].startswith(".")]
             end = tar.offset
     except (tarfile.TarError, ValueError) as error:
         raise _unreadable(shard, str(error)) from None
@@ -293,6 +300,32 @@ def _images_of(shard: Path, file: io.BufferedReader) -> Iterator[tuple[str, int,
     file.seek(end)
     if file.read(_BLOCK) != bytes(_BLOCK):
         raise _unreadable(shard, f"it is cut short or damaged at byte {end}")
+    named = [(member, *_named(member.name)) for member in members]
+    whole = {stem for _, stem, end in named if end.lower() in image_endings()}
+    rows, passed_over, seen = [], Counter(), {}
+    for member, stem, end in named:
+        ending = os.path.splitext(member.name)[1].lower()
+        if end.count(".") > 1 and stem in whole:
+            ending = end.lower()  # of a part
+        if member.issparse() or ending not in image_endings():
+            passed_over[ending] += 1
+            continue
+        sample = member.name[: -len(ending)]
+        if sample in seen:
+            raise InputError(
+                f"the shard {shard} holds two images of the sample {sample} ({seen[sample]} and "
+                f"{member.name}): write it again with one name for each image"
+            )
+        seen[sample] = member.name
+        rows.append((member.name, member.offset_data, member.size))
+    return rows, passed_over
+
+
+def _named(member: str) -> tuple[str, str]:
+    """A member's name, cut before the first dot of the file's own name."""
+    folder, slash, name = member.rpartition("/")
+    stem, dot, end = name.partition(".")
+    return f"{folder}{slash}{stem}", f"{dot}{end}"
 
 
 def _unreadable(shard: Path, reason: str | None) -> InputError:

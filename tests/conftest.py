@@ -41,6 +41,13 @@ def save_images(folder: Path, count: int, seed: int) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:02d}.png")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> None:
+    """The user's cache folder, instead of the real one, where matplotlib has its list of fonts."""
+    os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def own_handlers():
     """The handlers of signals as they were, whatever a test has left."""

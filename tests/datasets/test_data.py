@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, features
 from torch.utils.data import Dataset
 
 from datasets.fine_grained import build_dataset
@@ -36,6 +36,7 @@ from datasets.multicrop import (
     sample_seed,
 )
 from utils.errors import InputError
+from utils.logging import setup
 
 # Every random part off: with scale (1, 1) a square image comes through whole.
 OFF = {
@@ -117,10 +118,27 @@ def test_hidden_entries_and_other_files_are_skipped(tmp_path):
 
 def test_every_suffix_is_found(tmp_path):
     suffixes = ["jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "ppm", "gif", "JPG", "Png"]
+    suffixes += ["jfif", "jpe", "pgm", "tga", "jp2", "ico", "JFIF"]
+    if features.check("avif"):
+        suffixes.append("avif")
     names = [f"{i:02}.{suffix}" for i, suffix in enumerate(suffixes)]
     folder = ImageFolder(save(tmp_path, *names))
     assert folder.paths == names
     assert all(folder.load(i).size == (24, 24) for i in range(len(folder)))
+
+
+def test_files_that_are_passed_over_are_counted_by_their_endings(tmp_path, capsys):
+    names = ["a/1.txt", "a/2.TXT", "a/README", "b/clip.mpg", "b/data.h5", "b/c.d/e.xml", "notes.md"]
+    save(tmp_path, "a/x.png", "b/.hidden.txt.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("none")
+    setup(is_main=True)
+    folder = ImageFolder(tmp_path)
+    assert folder.paths == ["a/x.png"]
+    assert folder.passed_over == {".txt": 2, "": 1, ".mpg": 1, ".h5": 1, ".xml": 1, ".md": 1}
+    line = "2 .txt, 1 without an ending, 1 .h5, 1 .md, 1 .mpg, 1 others"
+    assert capsys.readouterr().out.count(f"not images by their names: {line}\n") == 1
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
@@ -149,7 +167,7 @@ def test_unusable_folders_are_named(tmp_path):
     file = str(tmp_path / "file.jpg")
     assert f"{file} cannot be read (Not a directory): give" in folder_error(file)
     assert "empty holds no images" in folder_error(tmp_path / "empty")
-    assert "words holds no images (files ending in .jpg" in folder_error(tmp_path / "words")
+    assert "words holds no images, but 1 .txt: put" in folder_error(tmp_path / "words")
     assert "no data folder is named: give" in folder_error("")
 
 

@@ -29,6 +29,7 @@ from tests.conftest import save_images
 from tests.processes import found_by_each, run_python
 from tests.runs import assert_same_run
 from utils.errors import InputError
+from utils.logging import setup
 
 UNEQUAL = [1, 30, 7, 12, 5, 64, 3]
 
@@ -173,6 +174,25 @@ def test_only_image_members_of_a_sample_count(tmp_path):
     assert images.name(3) == f"{tmp_path}/in/x.tar:{'n' * 120}é/1.png"
 
 
+def test_names_with_dots_are_images_where_a_sample_has_no_other(tmp_path, capsys):
+    names = [
+        "bird.1.jpg",
+        "bird.2.jpg",
+        "bird.cls",
+        "v1.0/cat.final.PNG",
+        "dog.png",
+        "dog.mask.png",
+    ]
+    names += ["Dog.mask.png", "dog.v2.json", "plain"]
+    write_tar(tmp_path / "x.tar", [(name, png(i)) for i, name in enumerate(names)])
+    setup(is_main=True)
+    for _ in range(2):  # by the tar, and by its index
+        images = ImageShards(tmp_path / "x.tar")
+        assert seeds_of(images) == [0, 1, 3, 4, 6]
+        line = "no images by their names: 1 without an ending, 1 .cls, 1 .mask.png, 1 .v2.json\n"
+        assert capsys.readouterr().out.count(line) == 1
+
+
 def test_shards_by_pattern_and_by_folder(tmp_path):
     for i in (2, 0, 1):
         numbered(tmp_path / "in" / f"t-{i:03d}.tar", range(2 * i, 2 * i + 2))
@@ -204,20 +224,18 @@ def index_of(shard: Path) -> Path:
 def test_an_index_is_made_once_and_used_again(tmp_path):
     shard = numbered(tmp_path / "in" / "x.tar", range(3))
     assert seeds_of(ImageShards(shard)) == [0, 1, 2]
-    written, status = index_of(shard).stat(), shard.stat()
-    # Without its headers the shard can be read by an index alone.
-    with open(shard, "r+b") as file:
-        file.write(bytes(512))
-    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert seeds_of(ImageShards(shard)) == [0, 1, 2]
-    assert index_of(shard).stat().st_mtime_ns == written.st_mtime_ns
+    # With other names the index shows that it is used.
+    index_of(shard).write_text(index_of(shard).read_text().replace("0001.png", "of the index"))
+    assert ImageShards(shard).name(1) == f"{shard}:of the index"
 
 
 def test_an_index_is_made_again_for_a_changed_shard_alone(tmp_path):
     shard, other = (numbered(tmp_path / "in" / name, range(3)) for name in ("x.tar", "y.tar"))
     ImageShards(tmp_path / "in")
     kept = index_of(other).stat().st_mtime_ns
-    numbered(shard, range(5, 8))  # the same size
+    status = shard.stat()
+    numbered(shard, range(5, 8))  # the same size, and by the next line the same time
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert seeds_of(ImageShards(tmp_path / "in")) == [5, 6, 7, 0, 1, 2]
     numbered(shard, range(4))
     assert seeds_of(ImageShards(tmp_path / "in")) == [0, 1, 2, 3, 0, 1, 2]
@@ -276,8 +294,11 @@ def overwrite(path: Path, place: int) -> None:
         (lambda path: path.write_bytes(b""), "{0} cannot be read (empty file): copy or write"),
         (lambda path: path.write_text("words" * 200), "{0} cannot be read ("),
         (lambda path: path.unlink(), "{0} does not exist (1 of 2 shards are missing): complete"),
-        (lambda path: write_tar(path, [("1.cls", b"1")]), "{0} holds no images (members ending in"),
-        (lambda path: write_tar(path, []), "{0} holds no images"),
+        (
+            lambda path: write_tar(path, [("1.cls", b"1")]),
+            "{0} holds no images, but 1 .cls",
+        ),
+        (lambda path: write_tar(path, []), "{0} holds no images, but nothing: remove"),
         (
             lambda path: write_tar(path, [("1.png", png()), ("2.png", png()), ("1.png", png())]),
             "{0} holds two images of the sample 1 (1.png and 1.png): write it again",
