@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datasets.benchmarks import Splits
-from datasets.folder import LabelledImages
+from datasets.folder import CONTENTS, LabelledImages
 from datasets.synthetic_images import COARSE_NAMES
 from engine.evaluation.features import Encoder, Reading, check_bad
 from engine.evaluation.source import Source
@@ -77,7 +77,9 @@ class Features:
             if name == "weights":
                 return f"they come from another checkpoint (sha256 {held[:12]}, not {wanted[:12]})"
             if name == "images":
-                return "the images have changed since: their names, sizes, number or labels"
+                if not held.startswith(CONTENTS):
+                    return "an earlier version kept them, which did not look at images' contents"
+                return "the images have changed since: their names, contents, number or labels"
             return f"their {name} is {held}, not {wanted}"
         if avgpool_patchtokens and not self.avgpool_patchtokens:
             return "they lack the mean of the patches"

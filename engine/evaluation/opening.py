@@ -4,6 +4,7 @@ from pathlib import Path
 
 from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits, prepare
+from datasets.folder import refuse_among_images
 from engine.evaluation.feature_cache import SPLITS, SplitFeatures
 from engine.evaluation.features import Reading
 from engine.evaluation.source import NO_KEY, Source, load_source
@@ -41,6 +42,10 @@ def open_splits(cfg: Node) -> Splits | None:
         return None
     prepare(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.DOWNLOAD)
     splits = load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
+    for folder in filter(None, (cfg.OUTPUT_DIR, cfg.EVAL.DUMP_FEATURES)):
+        refuse_among_images(Path(folder), splits.train, splits.test)
+    # One process reads the files; the others find what it kept of them.
+    distributed.on_main(lambda: (splits.train.fingerprint, splits.test.fingerprint))
     distributed.agree(
         {
             f"the images of the {split} split": getattr(splits, split).fingerprint
@@ -66,8 +71,6 @@ def open_features(command: CommandLine, world: World) -> SplitFeatures:
             raise InputError("no network: give --pretrained_weights.")
         if not cfg.DATA.PATH:
             raise InputError("no images: give --data_path.")
-    if dumped:
-        distributed.on_main(lambda: make_folder(Path(dumped), "--dump_features"))
     source = open_source(cfg.INIT.WEIGHTS, command) if cfg.INIT.WEIGHTS else None
     features = SplitFeatures(
         source,
@@ -77,6 +80,8 @@ def open_features(command: CommandLine, world: World) -> SplitFeatures:
         Path(kept or dumped) if kept or dumped else None,
         must_fit=bool(kept),
     )
+    if dumped:
+        distributed.on_main(lambda: make_folder(Path(dumped), "--dump_features"))
     if source is not None:
         logger.info(f"network: {network_line(features)}; pooling {cfg.EVAL.POOLING}")
     if features.splits is not None:

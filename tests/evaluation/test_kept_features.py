@@ -52,8 +52,12 @@ def test_kept_features_need_neither_checkpoint_nor_images(extra, weights, data, 
 def changed_data(data: Path, to: Path, change: str) -> Path:
     copy_of(data, to)
     one = to / "train" / "class0" / "0.jpg"
-    if change == "size":
-        one.write_bytes(one.read_bytes() + b"x")
+    if change == "contents":
+        # As long and as old as before: for instance another bitmap.
+        status, contents = one.stat(), bytearray(one.read_bytes())
+        contents[-100] ^= 1
+        one.write_bytes(contents)
+        os.utime(one, ns=(status.st_atime_ns, status.st_mtime_ns))
     elif change == "more":
         shutil.copy(one, to / "train" / "class6" / "z.jpg")
     else:
@@ -61,7 +65,7 @@ def changed_data(data: Path, to: Path, change: str) -> Path:
     return to
 
 
-IMAGES_CHANGED = "the images have changed since: their names, sizes, number or labels"
+IMAGES_CHANGED = "the images have changed since: their names, contents, number or labels"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ IMAGES_CHANGED = "the images have changed since: their names, sizes, number or l
         ("", "EVAL.RESIZE 40", "their resize is 37, not 40"),
         ("", "--precision bf16", "their precision is fp32, not bf16"),
         ("weights", "", "they come from another checkpoint (sha256 "),
-        ("size", "", IMAGES_CHANGED),
+        ("contents", "", IMAGES_CHANGED),
         ("more", "", IMAGES_CHANGED),
         ("label", "", IMAGES_CHANGED),
         ("damage", "", "is not a feature file, or is damaged"),
