@@ -22,6 +22,7 @@ from pathlib import Path
 from datasets import synthetic
 from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits
+from datasets.folder import refuse_among_images
 from engine.evaluation.feature_cache import SplitFeatures
 from engine.evaluation.features import Reading
 from engine.evaluation.provenance import provenance
@@ -152,6 +153,7 @@ def open_data(study: Study, name: str, folder: Path | None, output: Path) -> Spl
     if folder is None:
         raise InputError(f"{study.path} is on images of yours: give --data_path.")
     splits = load_splits("folder", str(folder), False)
+    refuse_among_images(output, splits.train, splits.test)
     for note in splits.notes:
         logger.warning(note)
     return splits

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets.feed import step_sampler
 from datasets.fine_grained import build_dataset, prepare
+from datasets.folder import refuse_among_images
 from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
 from engine.evaluation.features import gallery_and_queries
@@ -70,13 +71,19 @@ def pretrain(signals: StopSignals) -> None:
         for note in held_out.notes:
             logger.warning(note)
 
+    evaluated = (held_out.train, held_out.test) if held_out else ()
+    refuse_among_images(Path(cfg.OUTPUT_DIR), images, *evaluated)
+    # Every file is read for it, once: by one process, for all.
+    (fingerprint, *_) = distributed.gather_objects(images.fingerprint if world.is_main else "")
+
     # Networks, the same on every process; objective, optimizer, schedules.
     student, teacher = build.networks(cfg)
-    found = resume.find(cfg, len(images), batch * world.size * accumulation, world.size)
+    per_step = batch * world.size * accumulation
+    found = resume.find(cfg, len(images), fingerprint, per_step, world.size)
     if found is None:
         resume.start_from(cfg, student, teacher)
     run = Pretraining.build(cfg, world, student, teacher, epoch_steps)
-    record = Record(BadImages(len(images), cfg.DATA.MAX_BAD))
+    record = Record(BadImages(len(images), cfg.DATA.MAX_BAD), fingerprint)
 
     # Going on where a checkpoint stands in the run's folder.
     refused = []

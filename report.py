@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from datasets.benchmarks import Splits
-from datasets.folder import ImageFolder
+from datasets.folder import ImageFolder, refuse_among_images
 from datasets.multicrop import default_resize
 from engine import build
 from engine.evaluation import attention, pointing
@@ -75,6 +75,8 @@ def main() -> None:
     elif arguments.queries:
         queries = ImageFolder(arguments.queries)
         splits = Splits("queries", queries, queries, [])
+    if splits is not None:
+        refuse_among_images(folder, splits.train, splits.test)
     reading = Reading(world, size, default_resize(size), workers=arguments.num_workers)
     # Printed and written, each figure beside its zero: results.json by these names, the tables.
     figures, tables = {}, {}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.folder import LabelledImages
+from datasets.folder import LabelledImages, refuse_among_images
 from datasets.multicrop import eval_transform
 from engine.evaluation import attention
 from engine.evaluation.features import extract
@@ -47,6 +47,8 @@ def main() -> None:
     networks = {letter: source.network for letter, source in sources.items()}
     size, multiple = shown.common_size(list(sources.values()), arguments.size)
     images, labelled = shown.open_images(arguments.images, arguments.count)
+    if labelled is not None:
+        refuse_among_images(folder, labelled)
     distributed.on_main(lambda: make_folder(folder))
     local_size = max(1, round(size * LOCAL_SHARE / multiple)) * multiple
     detailed = images.first(arguments.detailed)

@@ -70,7 +70,7 @@ def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
 
 def record_of(images: int = 0) -> Record:
     """What a run keeps beside its step, at its first one."""
-    return Record(BadImages(images, 0.0))
+    return Record(BadImages(images, 0.0), "")
 
 
 def checkpoint_of(run: Pretraining) -> dict:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets.fine_grained import build_dataset, prepare
-from datasets.folder import LabelledImages
+from datasets.folder import LabelledImages, refuse_among_images
 from datasets.loader import steps_per_epoch, usable_workers
 from datasets.shards import ImageShards
 from engine import build
@@ -31,13 +31,14 @@ def run(cfg: Node, world: World) -> None:
     is downloaded; an index of shards is made where there is none. Raises InputError, on all,
     where the run could not work; what is only unwise is a warning.
     """
-    if cfg.OUTPUT_DIR:
-        distributed.on_main(lambda: make_folder(Path(cfg.OUTPUT_DIR)))
     findings, data = Findings(), cfg.DATA
     findings.attempt(lambda: prepare(data.DATASET, data.PATH))
     images = findings.attempt(lambda: build_dataset(data.DATASET, data.PATH, partial=data.PARTIAL))
     held_out = findings.attempt(lambda: image_findings.validation_images(cfg))
     sets = [part for part in (images, held_out) if part is not None]
+    if cfg.OUTPUT_DIR:
+        refuse_among_images(Path(cfg.OUTPUT_DIR), *sets)
+        distributed.on_main(lambda: make_folder(Path(cfg.OUTPUT_DIR)))
     distributed.agree(
         {"images for training and validation": [len(part) for part in sets]},
         "put them where all of them see the same files",
@@ -71,7 +72,8 @@ def _report(
         if findings.batch:
             findings.warnings += advice.warnings(cfg, world.size, images)
         if folder:
-            found = findings.attempt(lambda: resume.find(cfg, len(images), per_step, world.size))
+            known = (len(images), images.fingerprint, per_step, world.size)
+            found = findings.attempt(lambda: resume.find(cfg, *known))
     if cfg.EVAL.KNN_EVERY:
         folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
         splits = findings.attempt(lambda: gallery_and_queries(*folders))

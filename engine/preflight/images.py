@@ -159,6 +159,7 @@ def training(
         "path": cfg.DATA.PATH,
         "dataset": cfg.DATA.DATASET,
         "count": len(images),
+        "passed_over": {ending or "none": count for ending, count in images.passed_over.items()},
         "unreadable": unreadable,
         "max_bad": cfg.DATA.MAX_BAD,
         f"sides_below_{below}": tiny,

@@ -65,10 +65,11 @@ class Record:
 
     window: figures since the last line of the log; watch: how long they have looked bad;
     log_lines: lines of log.txt as of the last checkpoint; log_step: the step, as the log numbers
-    it, at which a resumed run goes on.
+    it, at which a resumed run goes on; images: the fingerprint of the training images.
     """
 
     bad_images: BadImages
+    images: str
     window: Window = field(default_factory=Window)
     watch: CollapseWatch = field(default_factory=CollapseWatch)
     log_lines: int = 0
@@ -80,5 +81,6 @@ class Record:
             "window": self.window.state_dict(),
             "watch": self.watch.state_dict(),
             "bad_images": dict(self.bad_images.known),
+            "images": self.images,
             "log_lines": self.log_lines,
         }

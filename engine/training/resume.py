@@ -31,13 +31,16 @@ class Found:
     forced: bool
 
 
-def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found | None:
+def find(
+    cfg: Node, images: int, fingerprint: str, images_per_step: int, processes: int
+) -> Found | None:
     """The newest intact checkpoint in OUTPUT_DIR, checked against `cfg`; None for a fresh start.
 
-    images: in DATA.PATH. Raises InputError where files are there and none is ours and intact, or
-    when options differ in more than epochs, paths, workers and logging, or the data in number,
-    naming them; RESUME force overrides the latter two, but not where weights have other shapes.
-    Another number of processes is a warning.
+    images: in DATA.PATH, and their fingerprint. Raises InputError where files are there and none
+    is ours and intact, or when options differ in more than epochs, paths, workers and logging, or
+    the images, naming them; RESUME force overrides the latter two, but not where weights have
+    other shapes. Another number of processes is a warning, and so is a checkpoint that does not
+    say of which images it is.
     """
     newest = checkpoint.newest_intact(Path(cfg.OUTPUT_DIR))
     if newest is None:
@@ -59,6 +62,14 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
     if state["steps_per_epoch"] != (steps := images // state["images_per_step"]):
         name = "the number of images in DATA.PATH, in steps per epoch"
         changes.append((name, state["steps_per_epoch"], steps))
+    was = state.get("images")
+    if was is None:
+        logger.warning(
+            f"{path} does not say which images it was trained on: whether they are those in "
+            "DATA.PATH is not known"
+        )
+    elif was != fingerprint:
+        changes.append(("the images in DATA.PATH", _shown(was), _shown(fingerprint)))
     text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
     # Weights of another shape cannot go on, even by force.
     reshaped = {name for name, _, _ in changes} & set(config.deciding(SHAPES))
@@ -73,6 +84,11 @@ def find(cfg: Node, images: int, images_per_step: int, processes: int) -> Found 
     if others:
         logger.warning(_other_processes(cfg, state, images_per_step, processes))
     return Found(path, state, refused, forced=bool(changes))
+
+
+def _shown(fingerprint: str) -> str:
+    """The beginning of a hash of images' names and contents."""
+    return f"{fingerprint.rpartition(':')[2][:12]} by names and contents"
 
 
 def _other_processes(cfg: Node, state: dict, images_per_step: int, processes: int) -> str:

@@ -38,6 +38,8 @@ def data(tmp_path) -> Path:
     save_images(train / "green", 5, 1)
     (train / "green" / "empty.jpg").touch()
     Image.new("RGB", (40, 20)).save(train / "green" / "tiny.png")
+    for name in ("red/list.txt", "red/notes.txt", "README"):
+        (train / name).touch()
     shutil.copy(train / "red" / "03.png", train / "green" / "copy.png")
     save_images(val / "red", 2, 3)
     shutil.copy(train / "green" / "01.png", val / "red" / "leak.png")
@@ -85,6 +87,7 @@ def test_every_figure_in_words_and_as_data(data, check, tmp_path):
         "path": str(data),
         "dataset": "folder",
         "count": 18,
+        "passed_over": {".txt": 2, "none": 1},
         "unreadable": {f"{data}/green/empty.jpg": "the file is empty"},
         "max_bad": 0.1,
         "sides_below_32": {f"{data}/green/tiny.png": "40 x 20"},
@@ -218,6 +221,12 @@ def test_a_step_of_a_large_share_of_the_data_is_warned_of(data, check):
     assert "a step takes" not in check(base)[0]
 
 
+def test_an_output_among_the_images_would_stop_the_run(data, check):
+    _, errors = check(f"DATA.PATH {data} DATA.MAX_BAD 0.1 OUTPUT_DIR {data}/red/run", code=2)
+    assert f"{data}/red/run lies in {data}, the folder of images" in errors
+    assert not (data / "red" / "run").exists()
+
+
 def test_a_folder_held_against_itself_is_no_leak(data, check, tmp_path):
     base = f"DATA.PATH {data} OUTPUT_DIR {tmp_path / 'out'} DATA.MAX_BAD 0.1"
     check(f"{base} EVAL.KNN_TRAIN {data} EVAL.KNN_VAL {data}/../train")
@@ -316,7 +325,8 @@ def test_a_folder_to_go_on_in_is_found(data, check, tmp_path):
     run = pretraining(cfg)
     run.step = 3
     out.mkdir()
-    checkpoint.save_last(checkpoint_of(run), out)
+    state = checkpoint_of(run) | {"images": ImageFolder(data).fingerprint}
+    checkpoint.save_last(state, out)
     size = (out / checkpoint.LAST).stat().st_size
     options = f"DATA.PATH {data} OUTPUT_DIR {out} DATA.MAX_BAD 0.1"
     printed, _ = check(options)

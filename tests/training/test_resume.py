@@ -34,6 +34,7 @@ from tests.runs import (
     record_of,
     small_config,
 )
+from utils import checkpoint
 from utils.logging import RunLog
 from utils.signals import EXIT_PREEMPTED
 
@@ -441,6 +442,7 @@ def test_a_resume_may_change_length_paths_workers_and_print_frequency(
 ):
     shutil.copytree(trained, tmp_path / "run")
     shutil.copytree(images, tmp_path / "moved")
+    os.utime(tmp_path / "moved" / "red" / "00.png")  # when it was written is not what it holds
     options = f"TRAIN.EPOCHS 5 PRINT_FREQ 2 DATA.WORKERS 1 DATA.PATH {tmp_path / 'moved'}"
     halved = "TRAIN.BATCH_SIZE_PER_GPU 4 TRAIN.ACCUM_STEPS 2"
     done = pretrain(tmp_path / "run", f"{TRAINED} {options} {halved}")
@@ -484,6 +486,81 @@ def test_a_forced_resume_with_more_images_goes_on_at_the_same_epoch(
     # The log's old lines, up to the checkpoint at step 6 of old, then the new ones.
     steps = [line["step"] for line in log_of(tmp_path / "run") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6, 13, 14, 15, 16]
+
+
+@pytest.fixture(scope="module")
+def of_17(images, pretrain, tmp_path_factory) -> tuple[Path, Path]:
+    """17 images, of which any of 16 to 23 make 2 steps an epoch; a run's folder at step 3 of 4."""
+    root = tmp_path_factory.mktemp("of_17")
+    shutil.copytree(images, root / "images")
+    shutil.copy(images / "red" / "00.png", root / "images" / "red" / "08.png")
+    options = f"{TRAINED} TRAIN.EPOCHS 2 CKPT.EVERY_MINUTES 0 DATA.PATH {root / 'images'}"
+    pretrain(root / "run", options)
+    shutil.move(root / "run" / "checkpoint_previous.pth", root / "run" / "checkpoint.pth")
+    assert load(root / "run")["step"] == 3
+    return root / "images", root / "run"
+
+
+def one_byte(path: Path) -> None:
+    """Another file of the same name, size and time."""
+    status, contents = path.stat(), bytearray(path.read_bytes())
+    contents[-20] ^= 1
+    path.write_bytes(contents)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+OTHER_IMAGES = {
+    "added": lambda red: shutil.copy(red / "00.png", red / "zz.png"),
+    "removed": lambda red: (red / "08.png").unlink(),
+    "renamed": lambda red: (red / "08.png").rename(red / "zz.png"),
+    "replaced": lambda red: shutil.copy(red / "01.png", red / "02.png"),
+    "edited": lambda red: one_byte(red / "02.png"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_IMAGES)
+def test_a_resume_on_other_images_is_refused_though_the_steps_agree(
+    change, of_17, refuse, tmp_path
+):
+    shutil.copytree(of_17[0], tmp_path / "images")
+    OTHER_IMAGES[change](tmp_path / "images" / "red")
+    options = f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {tmp_path / 'images'}"
+    line = refuse(of_17[1], options)
+    was_and_now = r"the images in DATA\.PATH \(was [0-9a-f]{12} by .*, now [0-9a-f]{12} by "
+    assert re.search(rf"other options: {was_and_now}", line), line
+    assert "--resume force to go on with the new ones" in line
+
+
+def test_at_an_epochs_edge_too_and_by_force_it_is_said(of_17, pretrain, refuse, tmp_path):
+    shutil.copytree(of_17[1], tmp_path / "run")
+    shutil.copy(of_17[1] / "checkpoint0001.pth", tmp_path / "run" / "checkpoint.pth")
+    shutil.copytree(of_17[0], tmp_path / "images")
+    OTHER_IMAGES["replaced"](tmp_path / "images" / "red")
+    options = f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {tmp_path / 'images'}"
+    assert "the images in DATA.PATH (was" in refuse(tmp_path / "run", options)
+    done = pretrain(tmp_path / "run", f"{options} RESUME force")
+    assert "warning: resuming with other options: the images in DATA.PATH (was" in done.stdout
+    assert "at step 2" in done.stdout
+    # What it wrote is of the new images.
+    assert "warning: resuming" not in pretrain(tmp_path / "run", options).stdout
+
+
+def test_a_checkpoint_that_knows_no_images_goes_on_and_says_so(of_17, pretrain, tmp_path):
+    state = load(of_17[1])
+    del state["images"]
+    (tmp_path / "run").mkdir()
+    checkpoint.save(state, tmp_path / "run" / "checkpoint.pth")
+    done = pretrain(tmp_path / "run", f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {of_17[0]}")
+    assert "checkpoint.pth does not say which images it was trained on" in done.stdout
+    assert load(tmp_path / "run")["images"].startswith("contents:")
+
+
+@pytest.mark.parametrize("output", ["{0}/run", "{0}", "{0}/red/a/b"])
+def test_a_run_among_its_images_is_refused(output, images, refuse):
+    before = sorted(images.rglob("*"))
+    line = refuse(output.format(images), TRAINED)
+    assert f"lies in {images}, the folder of images" in line
+    assert sorted(images.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("steps", "goes_on_at"), [(8, 12), (4, 6), (3, 4), (2, 3)])
