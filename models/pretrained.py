@@ -160,8 +160,8 @@ def load_strictly(
     if any(faults.values()):
         listed = "; ".join(f"{what}: {_few(names)}" for what, names in faults.items() if names)
         raise InputError(
-            f"{source}: the weights do not fit the network. {listed}. "
-            + (f"Check {', '.join(options)}." if options else "")
+            f"{source}: the weights do not fit the network. {listed}."
+            + (f" Check {', '.join(options)}." if options else "")
         )
     taken = {name: state[name] for name in wanted if name in state}
     if broken := [name for name, value in taken.items() if not value.isfinite().all()]:

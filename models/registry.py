@@ -88,7 +88,8 @@ def resolve(spec: BackboneSpec) -> dict:
     }
     if figures["family"] == "resnet":
         if own:
-            raise InputError(f"MODEL: {spec.arch} has no {', '.join(own)} to set.")
+            options = ", ".join(f"MODEL.{name.upper()}" for name in own)
+            raise InputError(f"{options}: {spec.arch} has nothing of the kind; leave it out.")
         return figures
     figures.update(own)
     depths, heads = figures["depths"], figures["num_heads"]

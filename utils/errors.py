@@ -117,17 +117,20 @@ def _short_of_memory(error: Exception) -> str:
     reason = str(error)
     if type(error).__name__ == "OutOfMemoryError":
         advice = (
-            "the GPU's memory is too small for these options: lower TRAIN.BATCH_SIZE_PER_GPU and "
-            "raise TRAIN.ACCUM_STEPS by the same factor, or set TRAIN.CHECKPOINTING true"
+            "the GPU's memory is too small for these options: lower --batch_size_per_gpu; "
+            "pretraining can raise --accum_steps by the same factor and, without BatchNorm in the "
+            "backbone, set TRAIN.CHECKPOINTING true"
         )
         reason = ". ".join(reason.split(". ")[:2])
     elif isinstance(error, MemoryError) or "can't allocate memory" in reason:
         advice = (
-            "this machine's memory is too small for these options: lower "
-            "TRAIN.BATCH_SIZE_PER_GPU, HEAD.OUT_DIM or DATA.WORKERS"
+            "this machine's memory is too small for these options: lower --batch_size_per_gpu or "
+            "--num_workers; a new pretraining run can lower --out_dim"
         )
     elif isinstance(error, RuntimeError) and "DataLoader worker (pid" in reason:
-        advice = "a loader process was killed, most often for want of memory: lower DATA.WORKERS"
+        advice = "a loader process was killed, most often for want of memory: lower --num_workers"
+        if "Bus error" in reason:
+            advice += ", or make /dev/shm larger (docker run --shm-size)"
     else:
         return ""
     return f"{advice} ({_one_line(reason)})"

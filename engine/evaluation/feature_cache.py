@@ -195,10 +195,13 @@ class SplitFeatures:
         """Raise InputError for features that no figure should come from."""
         images = len(features.bad) + len(features.labels)
         check_bad(features.bad, images, self.reading.max_bad)
-        if not features.values.isfinite().all():
+        broken = (~features.values.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            coarse = self.reading.precision != "fp32"
             raise InputError(
-                f"the features of the {split} split hold infinite or undefined values: the network "
-                f"has diverged, or EVAL.PRECISION is too coarse for it."
+                f"the features of {len(broken)} of {images} images of the {split} split hold "
+                f"infinite or undefined values (the first: {features.paths[broken[0]]}): the "
+                f"network has diverged{', or take EVAL.PRECISION fp32' if coarse else ''}."
             )
         for other, held in self.held.items():
             names = (held.made_by.keys() | features.made_by.keys()) - {"images"}

@@ -15,7 +15,8 @@ from models.registry import resolve
 from utils.config import Node, crops_on_device
 
 LARGE_STEP = 0.25  # of the data
-TRAINING = {"train", "training"}
+# Letters of names of folders and shards, such as train2017.
+TRAINING = {"train", "training", "trainval"}
 HELD_OUT = {"val", "valid", "validation", "test", "testing"}
 
 
@@ -33,7 +34,7 @@ def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
 def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
     """Images that are held out elsewhere and trained on here."""
     for folder, names in mixed_splits(images).items():
-        train = next(name for name in names if name.lower() in TRAINING)
+        train = next(name for name in names if _letters(name) in TRAINING)
         instead = f"{folder}/{train}"
         if isinstance(images, ImageShards):
             instead = f"a pattern of {train}'s shards ({folder}/...{{000000..000146}}.tar)"
@@ -67,10 +68,16 @@ def mixed_splits(images: StoredImages) -> dict[str, list[str]]:
             inside[str(images.root / above)].add(name)
     found = {}
     for folder, names in sorted(inside.items()):
-        training, held_out = ([n for n in names if n.lower() in of] for of in (TRAINING, HELD_OUT))
+        training, held_out = (
+            [name for name in names if _letters(name) in of] for of in (TRAINING, HELD_OUT)
+        )
         if training and held_out:
             found[folder] = sorted(training + held_out)
     return found
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z]", "", name.lower())
 
 
 def _all_above(folders: Iterable[str]) -> set[str]:

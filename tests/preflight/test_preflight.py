@@ -242,7 +242,9 @@ def test_a_folder_held_against_itself_is_no_leak(data, check, tmp_path):
         (["train/red", "val/red"], {"": ["train", "val"]}),
         (["train", "test"], {"": ["test", "train"]}),  # images without classes
         (["set/Training/red", "set/Validation/red"], {"/set": ["Training", "Validation"]}),
+        (["train2017", "val2017", "test2017"], {"": ["test2017", "train2017", "val2017"]}),
         (["train/red", "train/val"], {}),  # a class of that name
+        (["steam train", "test tube"], {}),
         (["val/red", "test/red"], {}),
     ],
 )

@@ -190,7 +190,7 @@ def test_alone_a_bug_keeps_its_traceback_and_too_little_memory_is_a_line(capfd):
     assert caught.value.code == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert "a loader process was killed" in line
-    assert "DATA.WORKERS" in line
+    assert "--num_workers" in line
 
 
 def test_a_pretraining_ends_when_one_of_its_processes_is_killed(command, environment, tmp_path):
