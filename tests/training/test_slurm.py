@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import PATIENCE, ROOT
+from tests.processes import PATIENCE, ROOT, run_group
 
 FOLDER = ROOT / "experiments" / "slurm"
 SHELL = sorted(path for path in FOLDER.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -158,9 +158,10 @@ def steps_done(job: Job) -> int:
         pytest.param("several_nodes", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(script, number, job, command):
-    """The second start is by the other file, so that both have seen a run to its end."""
-    other = job("several_nodes" if script == "one_node" else "one_node")
+def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(
+    script, number, job, command, environment
+):
+    """The second start is as this one would start the processes."""
     job = job(script)
     words = options(command, job.folder, 20)
     started = job.start(*words)
@@ -178,8 +179,7 @@ def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(script, nu
     assert all(number.name in line for line in told)
     before = steps_done(job)
     assert before < 40
-    assert other.start(*words).wait(timeout=PATIENCE) == 0, job.said.read_text()
-    assert job.requeued() == 1
+    again = run_group(2, "main_cmd.py", *words, environment=environment)
     assert steps_done(job) == 40
-    (resumed,) = [line for line in job.lines() if line.startswith("resuming from")]
+    (resumed,) = [line for line in again.stdout.splitlines() if line.startswith("resuming from")]
     assert f"at step {before}" in resumed
