@@ -163,10 +163,10 @@ def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(
 ):
     """The second start is as this one would start the processes."""
     job = job(script)
-    words = options(command, job.folder, 20)
+    words = options(command, job.folder, 12)
     started = job.start(*words)
     deadline = time.monotonic() + PATIENCE
-    while "step 3/40" not in job.said.read_text():
+    while "step 1/24" not in job.said.read_text():
         assert started.poll() is None, job.said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -178,8 +178,8 @@ def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(
     assert len(told) == (1 if script == "one_node" else 2)  # once for each node
     assert all(number.name in line for line in told)
     before = steps_done(job)
-    assert before < 40
+    assert before < 24
     again = run_group(2, "main_cmd.py", *words, environment=environment)
-    assert steps_done(job) == 40
+    assert steps_done(job) == 24
     (resumed,) = [line for line in again.stdout.splitlines() if line.startswith("resuming from")]
     assert f"at step {before}" in resumed
