@@ -24,6 +24,7 @@ from utils.logging import logger
 # What Pillow only recognises, or leaves to another program to decode.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 ENDINGS_SHOWN = 5
+HIDDEN = "hidden"  # files and folders whose names begin with a dot, among the endings
 CONTENTS = "contents:"  # what fingerprints begin with; earlier ones knew sizes alone
 MAX_ELONGATION = 4  # of a reduced image
 # PIL warns of damaged EXIF data and of very large images. Such an image is either used, and then
@@ -266,6 +267,7 @@ class ImageFolder(LabelledImages):
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
+                        self.passed_over[HIDDEN] += 1
                         continue
                     ending = os.path.splitext(entry.name)[1].lower()
                     try:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from datasets.contents import cache_folder, digests
 from datasets.folder import (
+    HIDDEN,
     ImageFolder,
     StoredImages,
     UnreadableImage,
@@ -292,7 +293,7 @@ def _read_tar(shard: Path, file: io.BufferedReader) -> tuple[Rows, Counter[str]]
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            members = [m for m in tar if m.isreg() and not m.name.split("/")[-1].startswith(".")]
+            members = [member for member in tar if member.isreg()]
             end = tar.offset
     except (tarfile.TarError, ValueError) as error:
         raise _unreadable(shard, str(error)) from None
@@ -305,7 +306,9 @@ def _read_tar(shard: Path, file: io.BufferedReader) -> tuple[Rows, Counter[str]]
     rows, passed_over, seen = [], Counter(), {}
     for member, stem, end in named:
         ending = os.path.splitext(member.name)[1].lower()
-        if end.count(".") > 1 and stem in whole:
+        if member.name.endswith(f"/{end}") or member.name == end:
+            ending = HIDDEN
+        elif end.count(".") > 1 and stem in whole:
             ending = end.lower()  # of a part
         if member.issparse() or ending not in image_endings():
             passed_over[ending] += 1

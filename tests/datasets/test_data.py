@@ -136,8 +136,16 @@ def test_files_that_are_passed_over_are_counted_by_their_endings(tmp_path, capsy
     setup(is_main=True)
     folder = ImageFolder(tmp_path)
     assert folder.paths == ["a/x.png"]
-    assert folder.passed_over == {".txt": 2, "": 1, ".mpg": 1, ".h5": 1, ".xml": 1, ".md": 1}
-    line = "2 .txt, 1 without an ending, 1 .h5, 1 .md, 1 .mpg, 1 others"
+    assert folder.passed_over == {
+        "hidden": 1,
+        ".txt": 2,
+        "": 1,
+        ".mpg": 1,
+        ".h5": 1,
+        ".xml": 1,
+        ".md": 1,
+    }
+    line = "2 .txt, 1 without an ending, 1 .h5, 1 .md, 1 .mpg, 2 others"
     assert capsys.readouterr().out.count(f"not images by their names: {line}\n") == 1
 
 

@@ -183,13 +183,13 @@ def test_names_with_dots_are_images_where_a_sample_has_no_other(tmp_path, capsys
         "dog.png",
         "dog.mask.png",
     ]
-    names += ["Dog.mask.png", "dog.v2.json", "plain"]
+    names += ["Dog.mask.png", "dog.v2.json", "plain", "v1.0/._dog.png"]
     write_tar(tmp_path / "x.tar", [(name, png(i)) for i, name in enumerate(names)])
     setup(is_main=True)
     for _ in range(2):  # by the tar, and by its index
         images = ImageShards(tmp_path / "x.tar")
         assert seeds_of(images) == [0, 1, 3, 4, 6]
-        line = "no images by their names: 1 without an ending, 1 .cls, 1 .mask.png, 1 .v2.json\n"
+        line = "by their names: 1 without an ending, 1 .cls, 1 .mask.png, 1 .v2.json, 1 hidden\n"
         assert capsys.readouterr().out.count(line) == 1
 
 
