@@ -11,9 +11,18 @@ import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT
-from tests.processes import Ended, ended_ranks, free_port, launch_python, start_group
+from tests.processes import (
+    Ended,
+    ended_ranks,
+    found_by_each,
+    free_port,
+    launch_python,
+    start_group,
+)
 from utils import distributed
+from utils.distributed import World
 from utils.errors import InputError, run_script
+from utils.files import make_folder
 from utils.signals import Preempted, StopSignals
 
 COLLECTIVES = {
@@ -144,6 +153,22 @@ def test_what_one_refuses_is_said_where_no_launcher_reports_it():
     ended = ended_ranks(2, steps, "refuses", 1)
     others_end(ended, 1)
     assert (ended[1].code, ended[1].said) == (2, ["error: the file x is broken"])
+
+
+def refusal_of_main(world: World) -> str:
+    """What a process meets where the first one's work is refused."""
+    folder = Path(f"/dev/null/{world.rank}")
+    try:
+        distributed.on_main(lambda: make_folder(folder))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_what_the_first_refuses_for_all_is_raised_in_all():
+    first, second = found_by_each(2, refusal_of_main)
+    assert first == second
+    assert first.startswith("--output_dir /dev/null/0 cannot be written")
 
 
 def test_all_are_preempted_together_with_75_and_one_line():

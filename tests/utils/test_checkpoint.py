@@ -295,6 +295,18 @@ def test_a_record_turned_into_a_folder_is_refused(tmp_path):
         checkpoint.load_file(tmp_path / "w.pth")
 
 
+def test_records_that_overlap_are_refused(tmp_path):
+    """A few bytes that many records share: to verify them all would take for ever."""
+    path = tmp_path / "w.pth"
+    path.write_bytes(encoded({"w": torch.ones(10_000)}))
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.filelist, key=lambda info: info.compress_size)
+        archive.filelist.append(largest)
+        archive.writestr("more", "")  # so that the directory is written again
+    with pytest.raises(NotIntact, match="it is no whole zip file"):
+        checkpoint.load_file(path)
+
+
 def test_files_without_checksums_load(tmp_path):
     """torch's old format, and zip files whose writer was told to leave them out."""
     state = {"w": torch.arange(9.0)}
