@@ -166,6 +166,14 @@ def columns(cfg: Node) -> list[tuple[str, str]]:
     return found + [(name, f"{heading}{ratio}") for name, heading in names]
 
 
+def short_of_neighbours(rows: list[dict], cfg: Node) -> list[str]:
+    """A line where the gallery has fewer images than the k-NN column has neighbours."""
+    k = columns(cfg)[0][0].removeprefix("knn_")
+    knn = next(found["k"] for found in rows[0]["details"] if found["protocol"] == "k-NN")
+    most = knn[k]["neighbours"]
+    return [f"- {k}-NN: all {most} images of the gallery vote"] if most < int(k) else []
+
+
 def shares_of(cfg: Node) -> list[float]:
     """The shares of labels, the most first."""
     return sorted(set(cfg.LINEAR.LABEL_SHARES), reverse=True)
@@ -191,6 +199,7 @@ def document(rows: list[dict], behind: dict, cfg: Node) -> list[str]:
         f"Percent. {seeds} The linear probe counts after its last epoch.",
         "",
         *(f"- data: {note}" for note in data["notes"]),
+        *short_of_neighbours(rows, cfg),
         f"- command: `{behind['command']}`",
         f"- commit: {behind['commit'] or 'unknown'}; date: {behind['date']}",
         f"- device: {behind['device']}, processes: {behind['processes']}",

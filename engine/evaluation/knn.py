@@ -28,13 +28,15 @@ def rankings(
 ) -> dict[int, Tensor]:
     """The best classes of each query, best first: [m, min(5, classes)] int64 for each k.
 
+    -1 stands where no further class has a vote: it is no answer, though EsViT counts it (DINO
+    does so no more where k < 5).
+
     gallery [n, D], queries [m, D]: features on the CPU of any scale and float type,
     L2-normalised here; gallery_labels [n] int64, below `classes`. world: the processes that
     share the work, and the device. The result is on the CPU, on every process, with the same
     bits for any number of processes.
     A neighbour votes for its class with exp(cosine / temperature) in float32. Ties: neighbours
-    by gallery order, classes by index; classes without a vote follow in index order, as in the
-    reference. A k above n counts the whole gallery.
+    by gallery order, classes by index. A k above n counts the whole gallery.
     """
     most = min(max(ks), len(gallery))
     gallery = unit(gallery, world.device)
@@ -52,6 +54,7 @@ def rankings(
 
 
 def best_classes(votes: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Classes [m, min(5, classes)] by the sum of their votes [m, k], equals by index."""
+    """Classes [m, min(5, classes)] by the sum of their votes [m, k], equals by index; -1 for 0."""
     scores = votes.new_zeros(len(votes), classes).scatter_add_(1, labels, votes)
-    return nearest(scores, min(TOP, classes))[1]
+    scores, best = nearest(scores, min(TOP, classes))
+    return best.where(scores > 0, -1)

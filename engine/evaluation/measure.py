@@ -1,5 +1,6 @@
 """The one way to a figure: protocols, each a declaration, on the features of a frozen network."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from engine.evaluation import knn, retrieval
 from engine.evaluation.feature_cache import SPLITS, Found, SplitFeatures
 from engine.evaluation.pointing import Pointing
 from engine.evaluation.probing import LinearProbe
+from utils.logging import logger
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,26 @@ class KNN:
             features.reading.world,
         )
         scores = {k: knn.accuracy(ranking, test.labels) for k, ranking in ranked.items()}
+        gallery = len(train.labels)
+        for k in self.ks:
+            if k > gallery:
+                _say_that_all_vote(k, gallery)
         figures = {
             "protocol": "k-NN",
             "temperature": self.temperature,
-            "gallery_images": len(train.labels),
+            "gallery_images": gallery,
             "test_images": len(test.labels),
-            "k": {str(k): {"top1": top1, "top5": top5} for k, (top1, top5) in scores.items()},
+            "k": {
+                str(k): {"top1": top1, "top5": top5, "neighbours": min(k, gallery)}
+                for k, (top1, top5) in scores.items()
+            },
         }
         return KNNFigures(figures, {k: ranking[:, 0] for k, ranking in ranked.items()})
+
+
+@functools.cache  # once for all networks and epochs
+def _say_that_all_vote(k: int, gallery: int) -> None:
+    logger.warning(f"{k}-NN: the gallery has {gallery} images, and all of them vote")
 
 
 @dataclass(frozen=True)

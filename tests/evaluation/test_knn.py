@@ -79,7 +79,7 @@ def slow_ranking(gallery, labels, queries, k: int, classes: int, temperature: fl
             vote = torch.exp(torch.tensor(cosines[place] - cosines[order[0]]) / temperature)
             votes[labels[place]] = votes[labels[place]] + vote
         ranking = sorted(range(classes), key=lambda index: (-float(votes[index]), index))
-        found.append(ranking[:5])
+        found.append([index if votes[index] > 0 else -1 for index in ranking[:5]])
     return found
 
 
@@ -106,12 +106,17 @@ def test_a_small_temperature_is_the_nearest_neighbour():
     assert torch.equal(ranked[200][:, 0], ranked[1][:, 0])
 
 
-def test_classes_without_a_vote_follow_by_index():
+def test_classes_without_a_vote_are_no_answers():
     gallery = torch.eye(3)
     labels = torch.tensor([4, 2, 6])
-    ranked = knn.rankings(gallery, labels, gallery[1:2], [1, 2], 0.07, classes=8)
-    assert ranked[1].tolist() == [[2, 0, 1, 3, 4]]
-    assert ranked[2].tolist() == [[2, 4, 0, 1, 3]]
+    ranked = knn.rankings(gallery, labels, gallery[1:2], [1, 2, 9], 0.07, classes=8)
+    assert ranked[1].tolist() == [[2, -1, -1, -1, -1]]
+    assert ranked[2].tolist() == [[2, 4, -1, -1, -1]]
+    assert ranked[9].tolist() == [[2, 4, 6, -1, -1]]
+    # With one neighbour of ten classes, top-5 is top-1, not the first four classes besides.
+    own = torch.arange(10)
+    ranked = knn.rankings(torch.eye(10), own, torch.eye(10), [1], 0.07, classes=10)
+    assert knn.accuracy(ranked[1], own.roll(3)) == (0, 0)
 
 
 def places_found(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

@@ -154,12 +154,21 @@ def test_the_table_says_what_stands_behind_it(made, checkpoints):
     assert "teacher, epoch 1, " in made.text
     assert "32 px of 37" in made.text
     assert "3 classes, 24 training and 21 test images" in made.text
+    assert "of the gallery vote" not in made.text
     changed = made.text.split("- options that are not the defaults: ")[1].splitlines()[0]
     assert "EVAL.SEEDS 2" in changed
     assert "LINEAR.EPOCHS 3" in changed
     assert "LINEAR.CLASSIFIER" not in changed
     assert made.results["config"]["LINEAR"]["EPOCHS"] == 3
     assert made.rows[0]["weights"]["run_config"]["SEED"] == 3
+
+
+def test_a_column_of_more_neighbours_than_there_are_says_so():
+    knn = {"protocol": "k-NN", "k": {k: {"neighbours": 12} for k in ("10", "20", "100", "200")}}
+    line = "- 20-NN: all 12 images of the gallery vote"
+    assert evaluate.short_of_neighbours([{"details": [knn]}], defaults()) == [line]
+    knn["k"]["20"]["neighbours"] = 20
+    assert evaluate.short_of_neighbours([{"details": [knn]}], defaults()) == []
 
 
 def test_the_same_command_takes_up_what_is_there(made, checkpoints, data, tmp_path):
