@@ -19,6 +19,7 @@ from models.registry import ARCHITECTURES, BackboneSpec, build_backbone
 from utils.checkpoint import check_format, is_own, load_file
 from utils.checkpoint import metadata as checkpoint_metadata
 from utils.errors import InputError
+from utils.logging import logger
 
 BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
 SPEC_IN_METADATA = "cmd_backbone"
@@ -93,18 +94,31 @@ def select_state(checkpoint: object, key: str, path: str | Path) -> dict[str, Te
         elif key not in ("student", "teacher"):
             held = ", ".join(map(str, checkpoint))[:200]
             raise InputError(f"{path} has nothing under '{key}'; it has: {held}.")
-        else:
-            state = next((checkpoint[k] for k in ("model", "state_dict") if k in checkpoint), state)
-    tensors = (
-        {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    )
+        elif taken := next((name for name in ("model", "state_dict") if name in checkpoint), None):
+            state = checkpoint[taken]
+            names = _tensors(state).keys()
+            others = {k: _tensors(held).keys() for k, held in checkpoint.items() if k != taken}
+            for other in (k for k, theirs in others.items() if names and theirs == names):
+                logger.warning(
+                    f"{path}: the weights under '{taken}' are taken; those under '{other}' "
+                    f"(--checkpoint_key {other}) may be their average"
+                )
+    tensors = _tensors(state)
     if not tensors:
         held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else "no names"
         raise InputError(
             f"{path} holds no network weights under a name that is known (teacher, student, model, "
             f"state_dict, or the weights themselves); it has: {held[:200]}."
         )
-    return {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
+    return tensors
+
+
+def _tensors(state: object) -> dict[str, Tensor]:
+    """The tensors of a state_dict, wrappers' prefixes removed; nothing of anything else."""
+    items = state.items() if isinstance(state, dict) else ()
+    return {
+        _WRAPPERS.sub("", k): v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)
+    }
 
 
 def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

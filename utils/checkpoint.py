@@ -101,7 +101,8 @@ def load_file(path: str | Path) -> Any:
     path = Path(path)
     try:
         if path.is_dir():
-            held = sorted(file.name for file in path.glob("*.pth"))[:4]
+            kinds = (".pth", ".pt", ".bin", ".safetensors")
+            held = sorted(file.name for file in path.iterdir() if file.suffix in kinds)[:4]
             hint = f"name a file in it ({', '.join(held)})" if held else "name the file"
             raise InputError(f"{path} is a folder, not a checkpoint: {hint}.")
         if not path.is_file():

@@ -103,6 +103,7 @@ def load_source(
     file = WeightsFile.read(path, key)
     spec = _chosen_spec(file.spec, cfg, typed) if typed else file.spec
     own = file.contents if checkpoint.is_own(file.contents) else {}
+    pixels = file.metadata.get("image_size", "")  # anything, in someone else's file
     weights = Weights(
         path=str(path),
         sha256=checkpoint.sha256(path),
@@ -111,7 +112,7 @@ def load_source(
         backbone=spec.to_dict(),
         epoch=own.get("epoch"),
         run_config=own.get("config"),
-        image_size=int(file.metadata.get("image_size", 0)),
+        image_size=int(pixels) if pixels.isdecimal() else 0,
     )
     if os.path.getmtime(path) != written:
         raise InputError(f"{path} has changed while it was read: is a run writing it? Try again.")

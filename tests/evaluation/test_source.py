@@ -27,6 +27,7 @@ from models.registry import BackboneSpec, build_backbone
 from tests.runs import pretraining, small_config
 from utils import checkpoint, cli
 from utils.errors import InputError
+from utils.logging import setup
 
 SWIN = BackboneSpec("swin_tiny", 16, (1, 1, 2, 1), (1, 2, 4, 8))
 VIT = BackboneSpec("deit_tiny", 64, (3,), (1,), patch_size=8, img_size=32)
@@ -394,6 +395,12 @@ def test_the_size_of_a_foreign_file_is_224(tmp_path):
     assert image_size(source, command.cfg.EVAL.SIZE) == 224
 
 
+@pytest.mark.parametrize("said", ["[64, 64]", "64x64", "", "-64", "6e1", "64"])
+def test_a_size_that_a_foreign_file_says_in_another_way_is_none(tmp_path, said):
+    save_file(backbone(VIT).state_dict(), tmp_path / "vit.safetensors", {"image_size": said})
+    assert image_size(load(tmp_path / "vit.safetensors")[0]) == (64 if said == "64" else 224)
+
+
 @pytest.mark.parametrize(("size", "fits"), [(24, True), (30, False)])
 def test_the_size_must_be_a_multiple_of_the_patch(cmd_run, size, fits):
     source, command = load(cmd_run[0], f"--size {size}")
@@ -498,6 +505,27 @@ def test_a_file_of_one_network_has_no_key_but_may_be_asked_for_one(cmd_run, tmp_
     plain = tmp_path / "plain.pth"
     torch.save(backbone(VIT).state_dict(), plain)
     assert load(plain, "--checkpoint_key student")[0].weights.key == NO_KEY
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_an_average_beside_the_weights_that_are_taken_is_named(tmp_path, capsys, key):
+    """As timm keeps its EMA; other entries of the file are no networks of this kind."""
+    weights, average = (backbone(VIT, seed).state_dict() for seed in (1, 2))
+    wrapped = {f"module.{name}": value for name, value in average.items()}
+    optimizer = {"state": {0: {"step": torch.ones(())}}, 0: torch.ones(2)}
+    contents = {"epoch": 3, "optimizer": optimizer, "ema": wrapped}
+    path = tmp_path / "timm.pth"
+    setup(is_main=True)
+    for entries, words, taken in (
+        ({key: weights, **contents}, "", weights),
+        ({key: weights, **contents}, "--checkpoint_key ema", average),
+        ({key: weights, "epoch": 3}, "", weights),
+    ):
+        torch.save(entries, path)
+        network = load(path, words)[0].network
+        assert torch.equal(network.backbone.cls_token, taken["cls_token"])
+        said = f"under '{key}' are taken; those under 'ema' (--checkpoint_key ema) may be"
+        assert (said in capsys.readouterr().out) == ("ema" in entries and not words)
 
 
 def test_a_folder_is_no_checkpoint_but_may_hold_one(cmd_run):
