@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets.folder import ImageFolder, LabelledImages, existing_folder
+from datasets.folder import SYSTEM_FOLDERS, ImageFolder, LabelledImages, existing_folder
 from datasets.parsers import Listing
 from utils.errors import InputError
 
@@ -205,6 +205,14 @@ def paired_folders(name: str, train: str | Path, test: str | Path) -> Splits:
     number = {others[label]: places[label] for label in others}
     labels = [number[second.classes[label]] for label in second.labels]
     notes = []
+    if len(known) == 1:
+        notes.append(f"all images are of one class ({first.classes[0]}): every figure is 100 %")
+    inside = {entry.name for entry in first.root.iterdir() if entry.is_dir()}
+    if empty := sorted(n for n in inside - {*first.classes} - SYSTEM_FOLDERS if n[0] != "."):
+        notes.append(
+            f"{first.root} has subfolders without images, which are no classes: {len(empty):,} "
+            f"({_few(empty)})"
+        )
     if respelled := sorted(set(second.classes) - set(first.classes)):
         notes.append(
             f"class names of {second.root} in another Unicode form than those of {first.root}, "

@@ -23,6 +23,11 @@ from utils.logging import logger
 
 # What Pillow only recognises, or leaves to another program to decode.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Folders of copies, of what was deleted and of the like, which systems put among a user's own.
+SYSTEM_FOLDERS = {
+    *("@eaDir", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "lost+found"),
+    "System Volume Information",
+}
 ENDINGS_SHOWN = 5
 HIDDEN = "hidden"  # files and folders whose names begin with a dot, among the endings
 CONTENTS = "contents:"  # what fingerprints begin with; earlier ones knew sizes alone
@@ -225,9 +230,9 @@ class ImageFolder(LabelledImages):
 
     Where every image lies in a first-level subfolder, `classes` are the sorted names of those
     subfolders and `labels` index them; elsewhere `classes` is empty and every label is -1.
-    Hidden files and folders are skipped, links are followed; a folder that cannot be listed is
-    left out with a warning. A link that leads nowhere but has an image's name is an unreadable
-    image. Raises `InputError` if there is no such folder or no image in it.
+    Hidden files and folders and SYSTEM_FOLDERS are skipped, links are followed; a folder that
+    cannot be listed is left out with a warning. A link that leads nowhere but has an image's name
+    is an unreadable image. Raises `InputError` if there is no such folder or no image in it.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -278,7 +283,9 @@ class ImageFolder(LabelledImages):
                         if ending not in image_endings():
                             self.unlisted.append(_unlisted(entry.path, error))
                             continue
-                    if is_folder:
+                    if is_folder and entry.name in SYSTEM_FOLDERS:
+                        self.passed_over[entry.name] += 1
+                    elif is_folder:
                         below = f"{prefix}{entry.name}/"
                         yield from self._find(entry.path, below, above | {real})
                     elif ending in image_endings():

@@ -414,6 +414,18 @@ def test_classes_that_the_test_split_lacks_are_noted_and_keep_trains_numbers(tmp
     assert splits.notes == [f"{tmp_path}/val has no images of 1 of the 3 classes: owl"]
 
 
+def test_what_makes_figures_mean_less_is_noted(tmp_path):
+    """One class, as a folder too deep gives; and classes without an image."""
+    for split in ("train", "val"):
+        trees.save_image(tmp_path / split / "images" / "x.jpg", 0, 0)
+    for name in ("owl", "wren", ".cache", "@eaDir"):
+        (tmp_path / "train" / name).mkdir()
+    assert load_splits("folder", tmp_path).notes == [
+        "all images are of one class (images): every figure is 100 %",
+        f"{tmp_path}/train has subfolders without images, which are no classes: 2 (owl, wren)",
+    ]
+
+
 def test_classes_that_train_lacks_are_refused(tmp_path):
     trees.folders(tmp_path)
     for n in range(7):

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter, ImageOps, features
 from torch.utils.data import Dataset
 
 from datasets.fine_grained import build_dataset
-from datasets.folder import ImageFolder, UnreadableImage, load_image
+from datasets.folder import SYSTEM_FOLDERS, ImageFolder, UnreadableImage, load_image
 from datasets.loader import (
     BadImage,
     KeyedDataset,
@@ -114,6 +114,15 @@ def test_hidden_entries_and_other_files_are_skipped(tmp_path):
     folder = ImageFolder(tmp_path)
     assert folder.paths == ["a/x.png"]
     assert folder.classes == ["a"]
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEM_FOLDERS))
+def test_folders_that_systems_make_are_no_classes(name, tmp_path):
+    """A Synology's thumbnails, a bin of deleted files: at the top, or beside a class's images."""
+    save(tmp_path, "a/x.png", f"{name}/a/x.png", f"a/{name}/x.png/SYNOPHOTO_THUMB_M.jpg")
+    folder = ImageFolder(tmp_path)
+    assert (folder.paths, folder.classes) == (["a/x.png"], ["a"])
+    assert folder.passed_over == {name: 2}
 
 
 def test_every_suffix_is_found(tmp_path):
