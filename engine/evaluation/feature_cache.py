@@ -52,6 +52,14 @@ class Features:
     bad: list[str]
     made_by: dict[str, str]
 
+    @property
+    def are_alike(self) -> bool:
+        """Whether several images have the same features, but for rounding."""
+        if len(self.values) < 2:
+            return False
+        spread = self.values.amax(0) - self.values.amin(0)
+        return bool(spread.max() <= 1e-6 * self.values.abs().max())
+
     def narrowed(self, blocks: int, avgpool_patchtokens: bool = False) -> "Features":
         """These features with the columns of the last `blocks` blocks alone (a view).
 
@@ -202,6 +210,11 @@ class SplitFeatures:
                 f"the features of {len(broken)} of {images} images of the {split} split hold "
                 f"infinite or undefined values (the first: {features.paths[broken[0]]}): the "
                 f"network has diverged{', or take EVAL.PRECISION fp32' if coarse else ''}."
+            )
+        if features.are_alike:
+            logger.warning(
+                f"the features of all images of the {split} split are alike: the network tells "
+                f"none from another, and figures are those of guessing"
             )
         for other, held in self.held.items():
             names = (held.made_by.keys() | features.made_by.keys()) - {"images"}

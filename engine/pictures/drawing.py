@@ -13,9 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
+from utils.errors import InputError
 from utils.files import replacing
 
 DPI = 100
+LARGEST = 60_000  # pixels a side; matplotlib draws fewer than 2^16, margins among them
 RIGHT, WRONG, UNKNOWN = "#1a9641", "#d7191c", "#888888"
 # DejaVu, matplotlib's own font, has no Chinese, Japanese or Korean.
 _FALLBACK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei")
@@ -70,6 +72,12 @@ def sheet(
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG; InputError where it cannot be written."""
+    width, height = (round(inches * DPI) for inches in figure.get_size_inches())
+    if max(width, height) > LARGEST:
+        raise InputError(
+            f"the picture {path} would have {width} x {height} pixels, and more than {LARGEST} a "
+            f"side cannot be drawn: show fewer images."
+        )
     with replacing(path, "picture") as temporary, warnings.catch_warnings():
         # A letter that no font has is drawn as a box; a line on stderr for each helps nobody.
         warnings.filterwarnings("ignore", "Glyph .* missing from")

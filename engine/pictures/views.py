@@ -17,6 +17,7 @@ from datasets.multicrop import (
     sample_seed,
 )
 from models.network import Network
+from utils.errors import InputError
 
 BATCH = 32  # images in one forward
 _NO_COLOURS = {
@@ -109,8 +110,14 @@ def in_batches(
 ) -> Tensor:
     """function(pixels [b, 3, S, S]) of views of one size, on the network's device, BATCH at a time.
 
-    Returns the rows of all views on the CPU.
+    Returns the rows of all views on the CPU. Raises InputError where they are not finite.
     """
     device = next(network.parameters()).device
     pixels = torch.stack([view.pixels for view in views])
-    return torch.cat([function(part.to(device)).cpu() for part in pixels.split(BATCH)])
+    rows = torch.cat([function(part.to(device)).cpu() for part in pixels.split(BATCH)])
+    if not rows.isfinite().all():
+        raise InputError(
+            "what a network gives for these images holds NaN or infinity, so there is nothing to "
+            "show: the run that made it has diverged, take an earlier checkpoint."
+        )
+    return rows

@@ -395,6 +395,15 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 1e-3])
+def test_features_of_which_all_images_have_the_same_are_said_to_be_alike(scale):
+    noise = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    alike = replace(kept(), values=scale * noise + torch.arange(8.0))
+    assert alike.are_alike == (scale < 1e-3)
+    assert replace(alike, values=torch.zeros(6, 8)).are_alike
+    assert not replace(alike, values=torch.zeros(1, 8)).are_alike
+
+
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     path = tmp_path / "f"
     feature_cache.save(kept(), path)

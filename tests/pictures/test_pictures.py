@@ -244,4 +244,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_former(tmp_path):
         with pytest.raises(InputError, match=r"the picture .* could not be written"):
             save(Figure(), path)
     assert former.read_bytes() == b"former"
+    # More than matplotlib draws: eight thousand images of `visualize.py --count`.
+    with pytest.raises(InputError, match=r"would have 800 x 440000 pixels.*show fewer images"):
+        save(Figure(figsize=(8, 4400), dpi=100), tmp_path / "large.png")
     assert [path.name for path in tmp_path.iterdir()] == [former.name]

@@ -36,7 +36,7 @@ from models.registry import BackboneSpec, build_backbone
 from tests.runs import SWIN, small_config
 from tests.test_readme import ROOT, commands
 from utils import checkpoint, config
-from utils.errors import run_script
+from utils.errors import InputError, run_script
 
 
 class Page(HTMLParser):
@@ -432,6 +432,15 @@ def test_the_first_run_decides_the_size_and_crops_fit_every_network(files):
     assert list(sources) == ["A", "B"]
     assert shown.common_size(list(sources.values()), None) == (32, 8)
     assert shown.common_size(list(sources.values()), 64) == (64, 8)
+
+
+def test_what_is_not_finite_is_not_drawn():
+    network = build.networks(small_config())[1].eval()
+    whole = whole_views([Image.new("RGB", (32, 32))], 32)
+    maps.maps_of_views(network, whole, "similarity")
+    network.backbone.norm.weight.data.fill_(3e38)  # finite, but what comes of it is not
+    with pytest.raises(InputError, match="NaN or infinity, so there is nothing to show"):
+        maps.maps_of_views(network, whole, "similarity")
 
 
 def test_an_even_map_is_half_way_up_the_scale_and_an_outlier_does_not_set_it():
