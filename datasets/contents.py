@@ -1,9 +1,10 @@
-"""What files hold: a hash of the bytes of each, kept so that a file is read once."""
+"""What files hold: a hash of each, of bounded cost, kept so that a file is read once."""
 
 import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import stat
 import time
@@ -22,7 +23,10 @@ SETTLED_SECONDS = 2
 SECONDS_BETWEEN_WRITES = 60  # of hashes, so that a start that was ended need not begin again
 _THREADS = 16  # which wait for the disk more than they compute
 _AT_ONCE = 256  # files of a thread's task
-_BLOCK = 2**20  # bytes
+# What bounds the cost of a first start: of so many files a part is read, of the others the size
+# counts; of a file larger than so many blocks, blocks at even distances.
+MOST_FILES = 100_000
+BLOCK, BLOCKS = 2**14, 64  # bytes, number
 
 
 def cache_folder(kind: str, folder: Path) -> Path:
@@ -36,10 +40,13 @@ def cache_folder(kind: str, folder: Path) -> Path:
 
 
 def digests(folder: Path, names: Sequence[str]) -> list[str]:
-    """A hash of the bytes of each of these files in a folder; "" of one that cannot be read.
+    """A hash of what each of these files in a folder holds; "" of one that cannot be read.
 
-    Hashes are kept in the user's cache folder, each with its file's size, times of change and
-    number: whatever changes a file changes one of these, and then it is read again.
+    Of a file of more than BLOCKS times BLOCK bytes that is its size and so many blocks, the first
+    and the last among them. Of more than MOST_FILES files only so many are read, at even distances
+    in `names`; of the others the size is given. Hashes are kept in the user's cache folder, each
+    with its file's size, times of change and number: whatever changes a file changes one of these,
+    and then it is read again.
     """
     place = cache_folder("contents", Path(os.path.realpath(folder))) / "digests.json"
     known: dict[str, list] = {}
@@ -49,9 +56,12 @@ def digests(folder: Path, names: Sequence[str]) -> list[str]:
         known = stored["files"] if stored["format"] == FORMAT else {}
     settled = time.time_ns() - SETTLED_SECONDS * 10**9
     found, new, written = [], False, time.monotonic()
+    apart = max(1, math.ceil(len(names) / MOST_FILES))
 
-    def read(part: Sequence[str]) -> list[list]:
-        return [_entry(os.path.join(folder, name), known.get(name)) for name in part]
+    def read(part: range) -> list[list]:
+        return [
+            _entry(os.path.join(folder, names[i]), known.get(names[i]), not i % apart) for i in part
+        ]
 
     def write() -> None:
         with contextlib.suppress(OSError, InputError):
@@ -59,7 +69,7 @@ def digests(folder: Path, names: Sequence[str]) -> list[str]:
             with replacing(place) as temporary:
                 temporary.write_text(json.dumps({"format": FORMAT, "files": known}))
 
-    parts = [names[first : first + _AT_ONCE] for first in range(0, len(names), _AT_ONCE)]
+    parts = [range(len(names))[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)]
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = itertools.chain.from_iterable(pool.map(read, parts))
         try:
@@ -79,23 +89,36 @@ def digests(folder: Path, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _entry(path: str, known: list | None) -> list:
+def _entry(path: str, known: list | None, read: bool) -> list:
     """[size, time of change, of the record's, in ns, number, hash] of a file; [""] if unreadable.
 
-    known: the same as it was; it is given back where the file is still that one.
+    known: the same as it was; it is given back where the file is still that one. read: whether
+    to read it; else [size as text].
     """
     try:
         status = os.stat(path)
         # Opening a pipe would wait for ever.
         if not stat.S_ISREG(status.st_mode):
             return [""]
+        if not read:
+            return [str(status.st_size)]
         stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         if known is not None and known[:-1] == stamp:
             return known
-        digest = hashlib.blake2b(digest_size=16)
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-        return [*stamp, digest.hexdigest()]
+        return [*stamp, _hash(path, status.st_size)]
     except OSError:
         return [""]
+
+
+def _hash(path: str, size: int) -> str:
+    """Of a file's size and bytes, or blocks of them where it is large."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with open(path, "rb", buffering=0) as file:
+        if size <= BLOCK * BLOCKS:
+            digest.update(file.read())
+        else:
+            for block in range(BLOCKS):
+                digest.update(
+                    os.pread(file.fileno(), BLOCK, (size - BLOCK) * block // (BLOCKS - 1))
+                )
+    return digest.hexdigest()

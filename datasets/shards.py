@@ -119,9 +119,10 @@ class ImageShards(StoredImages):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the shards' names and contents, and of the numbers of their images."""
+        """A hash of the shards' names and contents, of how many and how large images."""
         contents = digests(self.shards[0].parent, [str(shard) for shard in self.shards])
-        return fingerprint_of([[shard.name for shard in self.shards], contents, self.counts])
+        names = [shard.name for shard in self.shards]
+        return fingerprint_of([names, contents, self.counts, self._sizes.tolist()])
 
     def source(self, index: int) -> io.BytesIO:
         """The bytes of image `index`; raises `UnreadableImage`."""

@@ -138,3 +138,27 @@ def test_what_cannot_be_read_has_no_hash_and_a_pipe_is_not_waited_for(tmp_path):
     assert found[:3] == [""] * 3
     assert found[3]
     assert json.loads(kept(folder).read_text())["files"].keys() == {"class0/0.bmp"}
+
+
+def test_a_large_file_is_read_in_blocks_from_its_first_to_its_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "BLOCK", 16)
+    monkeypatch.setattr(contents, "BLOCKS", 3)
+    path = tmp_path / "large.bmp"
+    path.write_bytes(bytes(1000))
+    before = digests(tmp_path, [path.name])
+    for place, seen in ((0, True), (100, False), (500, True), (999, True)):
+        edit(path, place)
+        assert (digests(tmp_path, [path.name]) != before) == seen, place
+        edit(path, place)
+    path.write_bytes(bytes(1001))
+    assert digests(tmp_path, [path.name]) != before
+
+
+def test_of_very_many_files_some_are_read_and_of_the_others_the_size_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "MOST_FILES", 2)
+    folder = bitmaps(tmp_path / "set")
+    names = [f"class{i % 2}/{i}.bmp" for i in range(6)]
+    found = digests(folder, names)
+    size = str((folder / names[0]).stat().st_size)
+    assert [digest == size for digest in found] == [False, True, True, False, True, True]
+    assert len(json.loads(kept(folder).read_text())["files"]) == 2
