@@ -76,7 +76,7 @@ def digests(folder: Path, names: Sequence[str]) -> list[str]:
             for entry in progress(entries, "files read for their fingerprint", len(names)):
                 name = names[len(found)]
                 found.append(entry[-1])
-                if entry is not known.get(name) and max(entry[1:3], default=settled) < settled:
+                if entry is not known.get(name) and len(entry) > 1 and entry[2] < settled:
                     known[name], new = entry, True
                 if new and time.monotonic() - written > SECONDS_BETWEEN_WRITES:
                     write()
