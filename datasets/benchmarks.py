@@ -1,18 +1,21 @@
 """Train and test splits: of the fine-grained benchmarks, checked, and of a folder of folders."""
 
+import contextlib
 import difflib
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets.folder import SYSTEM_FOLDERS, ImageFolder, LabelledImages, existing_folder
-from datasets.parsers import Listing
+from datasets.parsers import Listing, Places
 from utils.errors import InputError
 
+Rows = list[tuple[str, int]]  # (file, relative to a folder; index of its class)
 _NAMED = 5  # names of classes or entries in one message
+_DEPTH = 3  # folders below the one that is named in which a benchmark's pieces are looked for
 
 
 @dataclass(frozen=True)
@@ -37,31 +40,47 @@ class Counts(NamedTuple):
     training: int
     test: int
 
+    def __str__(self) -> str:
+        if not self.classes:
+            return f"{self.training:,} training images"
+        return f"{self.classes:,} classes, {self.training:,} training and {self.test:,} test images"
+
+
+class Layout(NamedTuple):
+    """A form in which copies of a benchmark come: its files and folders, wherever in the copy.
+
+    read: their places by name -> Listing. training: those that pretraining needs, the images
+    first. evaluation: those that an evaluation needs besides. In a name, * is any text.
+    """
+
+    read: Callable[[Places], Listing]
+    training: tuple[str, ...]
+    evaluation: tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Benchmark:
     """A data set with official splits.
 
-    folder: its name once unpacked. files: what must be in it, files and folders. read: the
-    reader of its metadata. counts: what the official splits hold. source: for the user, how it
-    can be had. fetch: called with (root, download=True), puts the folder into `root` unless
-    it is there; None where nothing can.
+    folder: its name once unpacked. layouts: the first of which all is there is read. counts: what
+    the official splits hold. source: for the user, how it can be had. fetch: called with (root,
+    download=True), puts the folder into `root` unless it is there; None where nothing can.
     """
 
     folder: str
-    files: tuple[str, ...]
-    read: Callable[[Path], Listing]
+    layouts: tuple[Layout, ...]
     counts: Counts
     source: str
     fetch: Callable[..., Any] | None = None
 
     def download(self, name: str, root: str | Path) -> None:
-        """Put the official folder into `root`, unless it is there; InputError where it fails."""
+        """Put the official folder into `root`, unless all is there; InputError where it fails."""
         root = _absolute(root)
-        if self._is_whole(self._folder(root)):
+        with contextlib.suppress(InputError):
+            self._places(name, root, evaluated=True)
             return
         if self.fetch is None:
-            raise self._not_found(name, root)
+            return  # what reads it says how it can be had
         parent = root.parent if root.name == self.folder else root
         try:
             self.fetch(parent, download=True)
@@ -72,36 +91,36 @@ class Benchmark:
                 f"left there and try again, or put the official folder {self.folder} there yourself"
             ) from error
 
-    def splits(self, name: str, root: str | Path, partial: bool) -> Splits:
-        """The splits in `root`, which holds the official folder or is it.
+    def splits(self, name: str, root: str | Path, partial: bool, evaluated: bool = True) -> Splits:
+        """The splits in `root`, which holds the official folder or is it, or a common other form.
+
+        Without `evaluated` the training images alone, without labels, are looked for and given.
 
         Raises InputError where the metadata are missing or broken, where a split has no images,
         and, unless `partial`, where listed images are missing or the numbers are not the official
         ones. Images that are missing are left out.
         """
         root = existing_folder(_absolute(root))
-        folder = self._folder(root)
-        if not self._is_whole(folder):
-            raise self._not_found(name, root)
-        classes, *splits = self._listing(folder)
+        layout, places = self._places(name, root, evaluated)
+        folder = Path(os.path.commonpath([place.parent for place in places.values()]))
+        classes, *splits = _listing(layout, places, folder)
+        if not evaluated:
+            classes, splits = [], [[(path, NO_LABEL) for path, _ in splits[0]], []]
         listed = [path for rows in splits for path, _ in rows]
-        missing = [path for path in listed if not (folder / path).is_file()]
+        missing = {path: None for path in listed if not (folder / path).is_file()}
+        train, test = ([row for row in rows if row[0] not in missing] for rows in splits)
         notes = []
         if missing:
+            first = next(iter(missing))
             notes.append(
                 f"{name} in {folder} lacks {len(missing):,} of the {len(listed):,} images that it "
-                f"lists (the first is {missing[0]}{_elsewhere(folder, missing[0], listed)})"
+                f"lists (the first is {first}{_elsewhere(folder, first, listed)})"
             )
-        absent = set(missing)
-        train, test = ([row for row in rows if row[0] not in absent] for rows in splits)
         found = Counts(len(classes), len(train), len(test))
-        if found != self.counts:
-            notes.append(
-                f"{name} in {root} has {found.classes:,} classes, {found.training:,} training and "
-                f"{found.test:,} test images; the official data set has {self.counts.classes:,}, "
-                f"{self.counts.training:,} and {self.counts.test:,}"
-            )
-        if not (train and test):
+        official = self.counts if evaluated else Counts(0, self.counts.training, 0)
+        if found != official:
+            notes.append(f"{name} in {folder} has {found}; the official data set has {official}")
+        if not train or (evaluated and not test):
             remedy = "put the images where it lists them" if missing else "restore its metadata"
             raise InputError(f"{'; '.join(notes)}: {remedy}")
         if notes and not partial:
@@ -114,37 +133,23 @@ class Benchmark:
         )
         return Splits(name, train, test, notes)
 
-    def _listing(self, folder: Path) -> Listing:
-        """What the metadata list, checked."""
-        try:
-            listing = self.read(folder)
-            for path, label in listing.train + listing.test:
-                if not 0 <= label < len(listing.classes):
-                    raise ValueError(
-                        f"{path} has class {label + 1}, there are {len(listing.classes)} classes"
-                    )
-            both = {path for path, _ in listing.train} & {path for path, _ in listing.test}
-            if both:
-                raise ValueError(f"{min(both)} is listed for training and for test")
-        # Readers meet broken files with exceptions of every kind.
-        except Exception as error:
-            raise InputError(
-                f"the metadata in {folder} cannot be read ({_reason(error)}): restore the official "
-                "files"
-            ) from error
-        return listing
-
-    def _folder(self, root: Path) -> Path:
+    def _places(self, name: str, root: Path, evaluated: bool) -> tuple[Layout, Places]:
+        """The layout of which all is there, and where; InputError with what is found if none is."""
         inner = root / self.folder
-        return inner if inner.is_dir() else root
-
-    def _is_whole(self, folder: Path) -> bool:
-        return all((folder / file).exists() for file in self.files)
-
-    def _not_found(self, name: str, root: Path) -> InputError:
-        return InputError(
-            f"{name} was not found in {root}: expected {self.folder} in it, or this folder itself, "
-            f"with {', '.join(self.files)}. {self.source}"
+        found, lacking = {}, []
+        for layout in self.layouts:
+            pieces = layout.training + (layout.evaluation if evaluated else ())
+            places = {piece: _find(inner, piece) or _find(root, piece) for piece in pieces}
+            if all(places.values()):
+                return layout, places
+            lacking.append(", ".join(piece for piece in pieces if not places[piece]))
+            found |= {piece: None for piece in pieces if places[piece]}
+        what = "an evaluation" if evaluated else "pretraining"
+        raise InputError(
+            f"{name} was not found in {root}: expected {self.folder} in it, or this folder itself; "
+            f"{_contents(inner)}. Of what {what} needs, {', '.join(found) or 'nothing'} is there; "
+            f"{', or else '.join(lacking)} is missing. {self.source}"
+            + ("" if evaluated else "; DATA.DATASET folder pretrains on any folder of images")
         )
 
 
@@ -153,6 +158,65 @@ def _elsewhere(folder: Path, path: str, listed: list[str]) -> str:
     places = (str(found.relative_to(folder)) for found in folder.rglob(Path(path).name))
     place = next((place for place in places if place not in listed), None)
     return f", but one of its name is at {place}" if place else ""
+
+
+def _find(root: Path, name: str) -> Path | None:
+    """The file or folder of this name below `root`, of several the least deep, or `root` itself.
+
+    A folder in a folder of the same name, to which some archives unpack, is taken instead.
+    """
+    places = (place for folder in _folders(root) for place in sorted(folder.glob(name)))
+    place = next(places, root if root.name == name else None)
+    while place is not None and (place / name).is_dir():
+        place = place / name
+    return place
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """`root` and the folders below it down to _DEPTH, the least deep first."""
+    level = [root]
+    for _ in range(_DEPTH):
+        yield from level
+        level = [below for folder in level for below in _subfolders(folder)]
+    yield from level
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    return []
+
+
+def _contents(folder: Path) -> str:
+    """What a folder holds, or the first above it that exists."""
+    while not folder.is_dir():
+        folder = folder.parent
+    return f"{folder} holds {_few(sorted(entry.name for entry in folder.iterdir())) or 'nothing'}"
+
+
+def _listing(layout: Layout, places: Places, folder: Path) -> tuple[list[str], Rows, Rows]:
+    """Classes, training and test files, relative to the folder, as the metadata list them."""
+    try:
+        classes, train, test = layout.read(places)
+        train, test = (
+            [(path.relative_to(folder).as_posix(), label) for path, label in rows]
+            for rows in (train, test)
+        )
+        for path, label in train + test:
+            if classes and not 0 <= label < len(classes):
+                raise ValueError(f"{path} has class {label + 1}, there are {len(classes)} classes")
+        both = {path for path, _ in train} & {path for path, _ in test}
+        if both:
+            raise ValueError(f"{min(both)} is listed for training and for test")
+    except InputError:
+        raise
+    # Readers meet broken files with exceptions of every kind.
+    except Exception as error:
+        raise InputError(
+            f"the metadata in {folder} cannot be read ({_reason(error)}): restore the official "
+            "files"
+        ) from error
+    return classes, train, test
 
 
 def _absolute(root: str | Path) -> Path:
@@ -175,8 +239,8 @@ def folder_splits(name: str, root: str | Path) -> Splits:
     if not (folder / "train").is_dir() or not present:
         raise InputError(
             f"{folder} has no {'val or test' if (folder / 'train').is_dir() else 'train'} folder: "
-            f"expected train and val (or test) in it, each with one subfolder for each class; it "
-            f"holds {_few(sorted(entry.name for entry in folder.iterdir())) or 'nothing'}"
+            f"expected train and val (or test) in it, each with one subfolder for each class; "
+            f"{_contents(folder)}"
         )
     splits = paired_folders(name, folder / "train", folder / present[0])
     if len(present) > 1:

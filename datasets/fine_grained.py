@@ -1,20 +1,26 @@
 """The registry of data sets."""
 
+import difflib
 from pathlib import Path
 
 from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 
 from datasets import parsers
-from datasets.benchmarks import Benchmark, Counts, Splits, folder_splits
+from datasets.benchmarks import Benchmark, Counts, Layout, Splits, folder_splits
 from datasets.folder import ImageFolder, LabelledImages
 from datasets.shards import ImageShards, find_shards, read_indices
 from utils import distributed
 from utils.errors import InputError
+from utils.logging import logger
 
 _DOWNLOAD = "DATA.DOWNLOAD true downloads it"
-_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
+_ONE_FILE_EACH = Layout(
+    parsers.read_listed_images,
+    ("images", "images.txt", "train_test_split.txt"),
+    ("image_class_labels.txt", "classes.txt"),
+)
 
-# A new data set is one function (official folder) -> Listing, and one entry.
+# A new data set is one function (places of its pieces) -> Listing, and one entry.
 # What is no benchmark has no official splits.
 DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
     "folder": ImageFolder,
@@ -22,56 +28,57 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
     "shards": ImageShards,
     "cub": Benchmark(
         "CUB_200_2011",
-        (*_LISTS, "images"),
-        parsers.read_listed_images,
+        (_ONE_FILE_EACH,),
         Counts(200, 5994, 5794),
         "Download it from https://www.vision.caltech.edu/datasets/cub_200_2011",
     ),
     "cars": Benchmark(
         "stanford_cars",
         (
-            "devkit/cars_meta.mat",
-            "devkit/cars_train_annos.mat",
-            "cars_test_annos_withlabels.mat",
-            "cars_train",
-            "cars_test",
+            Layout(
+                parsers.read_cars,
+                ("cars_train",),
+                (
+                    "cars_test",
+                    "cars_meta.mat",
+                    "cars_train_annos.mat",
+                    "cars_test_annos_withlabels*.mat",
+                ),
+            ),
+            Layout(parsers.read_cars_in_one_folder, ("car_ims", "cars_annos.mat"), ()),
         ),
-        parsers.read_cars,
         Counts(196, 8144, 8041),
         "Its official address is gone: use a copy",
     ),
     "aircraft": Benchmark(
         "fgvc-aircraft-2013b",
         (
-            "data/variants.txt",
-            "data/images_variant_trainval.txt",
-            "data/images_variant_test.txt",
-            "data/images",
+            Layout(
+                parsers.read_aircraft,
+                ("images", "images_variant_trainval.txt"),
+                ("images_variant_test.txt", "variants.txt"),
+            ),
         ),
-        parsers.read_aircraft,
         Counts(100, 6667, 3333),
         _DOWNLOAD,
         FGVCAircraft,
     ),
     "nabirds": Benchmark(
         "nabirds",
-        (*_LISTS, "images"),
-        parsers.read_listed_images,
+        (_ONE_FILE_EACH,),
         Counts(555, 23929, 24633),
         "Download it from https://dl.allaboutbirds.org/nabirds",
     ),
     "flowers": Benchmark(
         "flowers-102",
-        ("jpg", "imagelabels.mat", "setid.mat"),
-        parsers.read_flowers,
+        (Layout(parsers.read_flowers, ("jpg", "setid.mat"), ("imagelabels.mat",)),),
         Counts(102, 2040, 6149),
         _DOWNLOAD,
         Flowers102,
     ),
     "pets": Benchmark(
         "oxford-iiit-pet",
-        ("images", "annotations/trainval.txt", "annotations/test.txt"),
-        parsers.read_pets,
+        (Layout(parsers.read_pets, ("images", "trainval.txt"), ("test.txt",)),),
         Counts(37, 3680, 3669),
         _DOWNLOAD,
         OxfordIIITPet,
@@ -84,12 +91,16 @@ def build_dataset(
 ) -> LabelledImages | ImageShards:
     """The images to pretrain on: a benchmark's training split, or all in a folder or in shards.
 
+    Of a benchmark its test images and labels are not needed, and no labels are given.
     root: for shards, the folder that holds them or a brace pattern of their names. For `partial`
     and errors see `load_splits`.
     """
     source = _registered(name)
     if isinstance(source, Benchmark):
-        return source.splits(name, root, partial).train
+        splits = source.splits(name, root, partial, evaluated=False)
+        for note in splits.notes:
+            logger.warning(note)
+        return splits.train
     return source(root)
 
 
@@ -128,5 +139,9 @@ def prepare(name: str, root: str | Path, fetch: bool = False) -> None:
 
 def _registered(name: str) -> Benchmark | type[ImageFolder] | type[ImageShards]:
     if name not in DATASETS:
-        raise InputError(f"there is no data set '{name}': use one of {', '.join(sorted(DATASETS))}")
+        near = difflib.get_close_matches(name.lower(), DATASETS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(
+            f"there is no data set '{name}'{hint}: use one of {', '.join(sorted(DATASETS))}"
+        )
     return DATASETS[name]

@@ -93,6 +93,8 @@ def _typed(value: object, option: Option, source: str) -> object:
         fits = all(type(v) in (int, float) for v in value)
     if not fits:
         raise InputError(f"{where} must be {KINDS[type(default)]}, not {_shown(value)}.")
+    if option.lower or option.choices:
+        value = value.lower()
     if isinstance(value, str) and not _may_be_a_name(value):
         raise InputError(f"{where} must be text that can name a file, not {value!r}.")
     return os.path.expanduser(value) if option.path else value

@@ -44,7 +44,8 @@ class Option:
     name: SECTION.KEY. default: the option has its type. meaning: for --help and the page.
     choices: the texts that it may be. at_least, at_most: bounds of a number, and of each entry of
     a list. length: how many entries a list has; filled: at least one. whole: a list's entries are
-    whole numbers. path: a file or folder; ~ is the user's home.
+    whole numbers. lower: capitals mean nothing in it, as in choices. path: a file or folder; ~ is
+    the user's home.
     flags: of the scripts in `scripts`. yes_no: a flag of EsViT's that takes true or false, and the
     values that these mean. decides: see above. resume_may_change: although it decides weights.
     """
@@ -60,6 +61,7 @@ class Option:
     length: int | None = None
     filled: bool = False
     whole: bool = False
+    lower: bool = False
     path: bool = False
     flags: tuple[str, ...] = ()
     yes_no: tuple[str, str, str] | None = None
@@ -175,7 +177,7 @@ option("LCR.WEIGHT", 0.01, "of L_F, a sum over the images of a micro-batch on al
 
 section("DATA", "the images", WEIGHTS, ALL)
 option("DATA.DATASET", "folder", "kind of data set: a name in datasets/fine_grained.py",
-       flag="--dataset")
+       lower=True, flag="--dataset")
 option("DATA.PATH", "", "its folder; pretraining uses no labels; evaluations read train and val "
        "(or test) in it", path=True, flag="--data_path", decides=NOTHING)
 option("DATA.WORKERS", 8, "loader processes for each process of the run; 0: in that process",

@@ -34,7 +34,7 @@ def run(cfg: Node, world: World) -> None:
     findings, data = Findings(), cfg.DATA
     findings.attempt(lambda: prepare(data.DATASET, data.PATH))
     images = findings.attempt(lambda: build_dataset(data.DATASET, data.PATH, partial=data.PARTIAL))
-    held_out = findings.attempt(lambda: image_findings.validation_images(cfg))
+    held_out = findings.attempt(lambda: image_findings.validation_images(cfg, findings))
     sets = [part for part in (images, held_out) if part is not None]
     if cfg.OUTPUT_DIR:
         refuse_among_images(Path(cfg.OUTPUT_DIR), *sets)

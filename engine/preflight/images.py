@@ -104,17 +104,22 @@ def _hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def validation_images(cfg: Node) -> LabelledImages | None:
+def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
     """Images that the training should not see: named, a benchmark's test split, or beside it.
 
-    None where there are none, or only the training images themselves. Raises InputError.
+    None where there are none, or only the training images themselves; with a warning where a
+    benchmark has no whole test split, which pretraining does not need. Raises InputError.
     """
     if cfg.EVAL.KNN_VAL:
         same = os.path.realpath(cfg.EVAL.KNN_VAL) == os.path.realpath(cfg.DATA.PATH)
         return None if same else ImageFolder(cfg.EVAL.KNN_VAL)
     source = DATASETS.get(cfg.DATA.DATASET)
     if isinstance(source, Benchmark):
-        return load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL).test
+        try:
+            return load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL).test
+        except InputError as error:
+            findings.warnings.append(f"the test images are not looked at: {error}")
+            return None
     training = Path(os.path.abspath(cfg.DATA.PATH))
     if source is ImageFolder and training.name not in HELD_OUT:
         for name in HELD_OUT:

@@ -103,6 +103,20 @@ def cars(root: Path, train: int = 3, test: int = 2) -> Path:
     return folder
 
 
+def cars_in_one_folder(root: Path, train: int = 3, test: int = 2) -> Path:
+    """The first form of the cars: car_ims and cars_annos.mat."""
+    images = _images(train, test)
+    kinds = [("relative_im_path", object), ("bbox_x1", np.uint8), ("class", np.uint8)]
+    rows = np.empty((1, len(images)), dtype=[*kinds, ("test", np.uint8)])
+    for n, (c, i, training) in enumerate(images, start=1):
+        rows[0, n - 1] = (f"car_ims/{n:06d}.jpg", 7, c + 1, not training)
+        save_image(root / f"car_ims/{n:06d}.jpg", c, i)
+    names = np.empty((1, 3), dtype=object)
+    names[0] = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo 2012"]
+    savemat(root / "cars_annos.mat", {"annotations": rows, "class_names": names})
+    return root
+
+
 def aircraft(root: Path, train: int = 3, test: int = 2) -> Path:
     folder = root / "fgvc-aircraft-2013b"
     data = folder / "data"

@@ -48,8 +48,8 @@ PATHS = {
         [f"cars_test/{n:05d}.jpg" for n in range(1, 4)],
     ),
     "aircraft": (
-        [f"data/images/{34958 + 17 * n:07d}.jpg" for n in (0, 1, 3, 4, 6, 7)],
-        [f"data/images/{34958 + 17 * n:07d}.jpg" for n in (2, 5, 8)],
+        [f"images/{34958 + 17 * n:07d}.jpg" for n in (0, 1, 3, 4, 6, 7)],
+        [f"images/{34958 + 17 * n:07d}.jpg" for n in (2, 5, 8)],
     ),
     "nabirds": (
         [
@@ -82,9 +82,14 @@ PATHS = {
 }
 
 
-def error(name: str, root: Path, partial: bool = True) -> str:
+def place(name: str, folder: Path) -> Path:
+    """The folder that the images of a benchmark are relative to, of its official one."""
+    return folder / "data" if name == "aircraft" else folder
+
+
+def error(name: str, root: Path, partial: bool = True, read=load_splits) -> str:
     with pytest.raises(InputError) as caught:
-        load_splits(name, root, partial)
+        read(name, root, partial)
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -126,7 +131,7 @@ def test_the_official_folder_may_be_named_itself(name, tmp_path, monkeypatch):
     here = load_splits(name, ".", partial=True)
     for other in (inner, here):
         assert other.test.paths == outer.test.paths
-        assert other.test.root == outer.test.root == other.train.root == folder
+        assert other.test.root == other.train.root == outer.test.root == place(name, folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,12 +142,12 @@ def test_the_official_folder_may_have_another_name(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_are_checked_against_the_official_ones(name, tmp_path):
-    trees.BUILDERS[name](tmp_path)
+    folder = place(name, trees.BUILDERS[name](tmp_path))
     _, classes, training, test = OFFICIAL[name]
     listed = 102 if name == "flowers" else 3
     difference = (
-        f"{name} in {tmp_path} has {listed} classes, 9 training and 6 test images; the official "
-        f"data set has {classes}, {training:,} and {test:,}"
+        f"{name} in {folder} has {listed} classes, 9 training and 6 test images; the official "
+        f"data set has {classes} classes, {training:,} training and {test:,} test images"
     )
     assert error(name, tmp_path, partial=False) == (
         f"{difference}: complete it, or set DATA.PARTIAL true to use what is there"
@@ -153,13 +158,21 @@ def test_numbers_are_checked_against_the_official_ones(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pretraining_takes_the_training_split_alone(name, tmp_path):
-    trees.BUILDERS[name](tmp_path, train=2, test=1)
+def test_pretraining_takes_the_training_split_alone(name, tmp_path, caplog):
+    """Without the test images and the labels, which it does not need."""
+    folder = place(name, trees.BUILDERS[name](tmp_path, train=2, test=1))
+    for path in PATHS[name][1]:
+        (folder / path).unlink()
+    needed = {name for layout in DATASETS[name].layouts for name in layout.training}
+    for path in [path for path in tmp_path.rglob("*.*") if path.suffix in (".txt", ".mat")]:
+        if path.name not in needed:
+            path.unlink()
     dataset = build_dataset(name, tmp_path, partial=True)
-    assert dataset.paths == PATHS[name][0]
-    assert (dataset.load(0).size, dataset.labels[0]) == ((32, 32), 0)
-    with pytest.raises(InputError, match="complete it, or set"):
-        build_dataset(name, tmp_path)
+    assert [dataset.root / path for path in dataset.paths] == [folder / p for p in PATHS[name][0]]
+    assert (dataset.load(0).size, dataset.labels[0], dataset.classes) == ((32, 32), -1, [])
+    counts = f"has 6 training images; the official data set has {OFFICIAL[name][2]:,} training imag"
+    assert counts in caplog.text
+    assert f"{counts}es: complete it, or set DATA" in error(name, tmp_path, False, build_dataset)
 
 
 def test_pets_are_what_torchvision_reads(tmp_path):
@@ -179,33 +192,39 @@ def test_pets_are_what_torchvision_reads(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_absent_benchmark_is_described(name, tmp_path):
+    trees.write_lines(tmp_path / "notes.md", [])
     text = error(name, tmp_path)
     assert (
         f"{name} was not found in {tmp_path}: expected {OFFICIAL[name][0]} in it, or this" in text
     )
+    assert f"{tmp_path} holds notes.md. Of what an evaluation needs, nothing is there; " in text
     fetched = "DATA.DOWNLOAD true downloads it" in text
     assert fetched == (name in ("aircraft", "flowers", "pets"))
     # Every file that the error names is in a complete tree, and needed.
-    folder = trees.BUILDERS[name](tmp_path)
-    for file in DATASETS[name].files:
-        assert file in text
-        (folder / file).rename(tmp_path / "away")
-        assert f"{name} was not found in {tmp_path}: " in error(name, tmp_path)
-        (tmp_path / "away").rename(folder / file)
+    trees.BUILDERS[name](tmp_path)
+    layout = DATASETS[name].layouts[0]
+    pieces = layout.training + layout.evaluation
+    for piece in pieces:
+        assert piece in text
+        (found,) = tmp_path.rglob(piece)
+        found.rename(found.with_name("away"))
+        lacks = error(name, tmp_path)
+        assert f"{', '.join(p for p in pieces if p != piece)} is there; {piece}" in lacks
+        found.with_name("away").rename(found)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_listed_images_must_be_there_unless_partial(name, tmp_path):
-    folder = trees.BUILDERS[name](tmp_path)
-    whole = load_splits(name, folder, partial=True)
+    folder = place(name, trees.BUILDERS[name](tmp_path))
+    whole = load_splits(name, tmp_path, partial=True)
     for path in (whole.train.paths[4], whole.test.paths[0]):
         (folder / path).unlink()
     lacks = (
         f"{name} in {folder} lacks 2 of the 15 images that it lists "
         f"(the first is {whole.train.paths[4]})"
     )
-    assert error(name, folder, partial=False).startswith(f"{lacks}: complete it, or set ")
-    part = load_splits(name, folder, partial=True)
+    assert error(name, tmp_path, partial=False).startswith(f"{lacks}: complete it, or set ")
+    part = load_splits(name, tmp_path, partial=True)
     assert part.notes[0] == lacks
     assert "8 training and 5 test images; the official" in part.notes[1]
     assert part.test.paths == whole.test.paths[1:]
@@ -225,19 +244,98 @@ def test_a_split_without_images_is_refused(tmp_path):
 @pytest.mark.parametrize("partial", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_images_a_folder_too_deep_are_found_and_said_to_be(name, partial, tmp_path):
-    """As where an archive was unpacked into a folder of its own name; DATA.PARTIAL is no help."""
-    folder = trees.BUILDERS[name](tmp_path)
-    paths = load_splits(name, folder, partial=True).train.paths
-    place = {"aircraft": "data/images", "cars": "cars_train", "flowers": "jpg"}.get(name, "images")
-    top = folder / place
-    inner = top / top.name
+    """DATA.PARTIAL is no help. A folder in one of its own name is another matter: see below."""
+    folder = place(name, trees.BUILDERS[name](tmp_path))
+    paths = load_splits(name, tmp_path, partial=True).train.paths
+    top = folder / {"cars": "cars_train", "flowers": "jpg"}.get(name, "images")
+    inner = top / "new"
     inner.mkdir()
     for entry in [*top.iterdir()]:
         if entry != inner:
             entry.rename(inner / entry.name)
-    text = error(name, folder, partial=partial)
-    assert f"(the first is {paths[0]}, but one of its name is at {place}/{top.name}/" in text
+    text = error(name, tmp_path, partial=partial)
+    assert f"(the first is {paths[0]}, but one of its name is at {top.name}/new/" in text
     assert text.endswith(": put the images where it lists them")
+
+
+# Copies that are laid out otherwise
+
+
+def move(tree: Path, **new: str) -> None:
+    """Move folders and files of a tree, by their names before the suffix, to other places in it."""
+    for stem, target in new.items():
+        (old,) = (path for path in tree.rglob(f"{stem}*") if path.stem == stem)
+        old = old.rename(tree / "away")
+        (tree / target).parent.mkdir(parents=True, exist_ok=True)
+        old.rename(tree / target)
+
+
+LAYOUTS = {
+    "cars": {
+        "cars_train": "cars_train/cars_train",
+        "cars_test": "archive/cars_test/cars_test",
+        "cars_train_annos": "cars_train_annos.mat",
+        "cars_test_annos_withlabels": "devkit/cars_test_annos_withlabels (1).mat",
+    },
+    "cub": {"CUB_200_2011": "archive/CUB_200_2011/CUB_200_2011"},
+    "aircraft": {"fgvc-aircraft-2013b": "fgvc-aircraft-2013b/fgvc-aircraft-2013b"},
+    "flowers": {"jpg": "102flowers/jpg", "flowers-102": "102"},
+    "pets": {"images": "images/images", "annotations": "annotations/annotations"},
+    "nabirds": {"nabirds": "birds/nabirds"},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_layouts_are_read(name, tmp_path):
+    """Those of Kaggle's copies, and of archives that were unpacked in a folder of their name."""
+    trees.BUILDERS[name](tmp_path / "official")
+    trees.BUILDERS[name](tmp_path / "other")
+    move(tmp_path / "other", **LAYOUTS[name])
+    expected, found = (load_splits(name, tmp_path / copy, True) for copy in ("official", "other"))
+    for split in ("train", "test"):
+        theirs, ours = getattr(expected, split), getattr(found, split)
+        assert ours.labels == theirs.labels
+        assert ours.classes == theirs.classes
+        for path, other in zip(ours.paths, theirs.paths, strict=True):
+            assert (ours.root / path).read_bytes() == (theirs.root / other).read_bytes()
+
+
+def test_cars_may_lie_in_one_folder(tmp_path):
+    folder = trees.cars_in_one_folder(tmp_path, train=2, test=1)
+    splits = load_splits("cars", folder, partial=True)
+    assert splits.train.paths == [f"car_ims/00000{n}.jpg" for n in (1, 2, 4, 5, 7, 8)]
+    assert splits.train.labels == [0, 0, 1, 1, 2, 2]
+    assert splits.test.paths == [f"car_ims/00000{n}.jpg" for n in (3, 6, 9)]
+    assert splits.test.labels == [0, 1, 2]
+    assert splits.test.classes == CLASSES["cars"]
+    assert build_dataset("cars", folder, partial=True).paths == splits.train.paths
+
+
+def test_what_is_there_of_a_copy_is_named(tmp_path):
+    """Kaggle's copy of the cars has no file of labels for its folders; they have other numbers."""
+    trees.cars_in_one_folder(tmp_path)
+    (tmp_path / "car_ims").rename(tmp_path / "cars_train")
+    text = error("cars", tmp_path)
+    assert "Of what an evaluation needs, cars_train, cars_annos.mat is there; cars_test, " in text
+    assert "cars_test_annos_withlabels*.mat, or else car_ims is missing" in text
+    assert len(build_dataset("cars", tmp_path / "cars_train", partial=True)) == 15
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["cub", "nabirds", "aircraft", "pets"])
+def test_metadata_may_have_been_saved_on_windows(name, encoding, tmp_path):
+    trees.BUILDERS[name](tmp_path)
+    expected = load_splits(name, tmp_path, True)
+    for file in tmp_path.rglob("*.txt"):
+        file.write_bytes(file.read_text().replace("\n", "\r\n").encode(encoding))
+    found = load_splits(name, tmp_path, True)
+    assert found.train.classes == expected.train.classes
+    assert (found.train.paths, found.test.labels) == (expected.train.paths, expected.test.labels)
+
+
+def test_an_unknown_data_set_has_its_nearest_name(tmp_path):
+    for name, near in (("cubs", "cub"), ("Card", "cars"), ("NA-Birds", "nabirds")):
+        assert f"there is no data set '{name}' (did you mean {near}?): use" in error(name, tmp_path)
 
 
 # Broken metadata
@@ -252,10 +350,10 @@ def test_images_a_folder_too_deep_are_found_and_said_to_be(name, partial, tmp_pa
             "cub",
             "images.txt",
             "16 a.jpg",
-            "images.txt, image_class_labels.txt and train_test_split",
+            "images.txt, train_test_split.txt, image_class_labels.txt list different images",
         ),
-        ("cub", "image_class_labels.txt", "16 1", "train_test_split.txt list different images"),
-        ("cub", "train_test_split.txt", "16 1", "train_test_split.txt list different images"),
+        ("cub", "image_class_labels.txt", "16 1", "image_class_labels.txt list different images"),
+        ("cub", "train_test_split.txt", "16 1", "image_class_labels.txt list different images"),
         ("nabirds", "classes.txt", "1011", "classes.txt has the line '1011'"),
         ("pets", "annotations/test.txt", "Beagle_2 1 1", "test.txt has the line 'Beagle_2 1 1'"),
         ("pets", "annotations/test.txt", "Abyssinian_9 one 1 1", "invalid literal for int"),
@@ -322,14 +420,14 @@ def broken_aircraft(folder: Path, line: str) -> None:
             "jpg/image_00001.jpg has class 103, there are 102 classes",
         ),
         ("aircraft", lambda f: broken_aircraft(f, "0000001 Concorde\n"), "there is no 'Concorde'"),
-        ("aircraft", lambda f: broken_aircraft(f, "0000001\n"), "not enough values"),
+        ("aircraft", lambda f: broken_aircraft(f, "0000001\n"), "has the line '0000001'"),
     ],
 )
 def test_other_broken_metadata_are_one_sentence(name, spoil, reason, tmp_path):
     folder = trees.BUILDERS[name](tmp_path)
     spoil(folder)
     text = error(name, tmp_path)
-    assert text.startswith(f"the metadata in {folder} cannot be read (")
+    assert text.startswith(f"the metadata in {place(name, folder)} cannot be read (")
     assert reason in text
     assert text.endswith("): restore the official files")
 
@@ -358,10 +456,13 @@ def test_a_download_that_fails_is_one_sentence(name, no_network, tmp_path):
 
 
 def test_what_cannot_be_downloaded_says_where_it_is(tmp_path):
-    with pytest.raises(InputError, match="Download it from https:"):
-        prepare("cub", tmp_path, fetch=True)
-    with pytest.raises(InputError, match="Its official address is gone: use a copy"):
-        prepare("cars", tmp_path, fetch=True)
+    for name, where in (
+        ("cub", "Download it from https:"),
+        ("cars", "address is gone: use a copy"),
+    ):
+        prepare(name, tmp_path, fetch=True)
+        assert where in error(name, tmp_path)
+        assert "DATA.DATASET folder pretrains on" in error(name, tmp_path, read=build_dataset)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -438,12 +539,12 @@ def test_classes_that_train_lacks_are_refused(tmp_path):
 
 def test_folders_without_their_splits_are_described(tmp_path):
     assert "has no train folder: " in error("folder", tmp_path)
-    assert error("folder", tmp_path).endswith("it holds nothing")
+    assert error("folder", tmp_path).endswith(f"{tmp_path} holds nothing")
     for n in range(7):
         (tmp_path / f"class{n}").mkdir()
     text = error("folder", tmp_path)
     assert f"{tmp_path} has no train folder: expected train and val (or test) in it" in text
-    assert text.endswith("it holds class0, class1, class2, class3, class4 and 2 more")
+    assert text.endswith("holds class0, class1, class2, class3, class4 and 2 more")
     (tmp_path / "train").mkdir()
     assert f"{tmp_path} has no val or test folder: " in error("folder", tmp_path)
     assert f"{tmp_path}/none does not exist: give" in error("folder", tmp_path / "none")
