@@ -105,7 +105,7 @@ class Benchmark:
         folder = Path(os.path.commonpath([place.parent for place in places.values()]))
         classes, *splits = _listing(layout, places, folder)
         if not evaluated:
-            classes, splits = [], [[(path, NO_LABEL) for path, _ in splits[0]], []]
+            classes, splits = [], [[(path, -1) for path, _ in splits[0]], []]
         listed = [path for rows in splits for path, _ in rows]
         missing = {path: None for path in listed if not (folder / path).is_file()}
         train, test = ([row for row in rows if row[0] not in missing] for rows in splits)

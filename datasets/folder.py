@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import mmap
 import os
 import stat
 import warnings
@@ -11,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from datasets.contents import digests
@@ -32,6 +34,8 @@ ENDINGS_SHOWN = 5
 HIDDEN = "hidden"  # files and folders whose names begin with a dot, among the endings
 CONTENTS = "contents:"  # what fingerprints begin with; earlier ones knew sizes alone
 MAX_ELONGATION = 4  # of a reduced image
+DEEP_GREY = ("I", "F")  # first letters of Pillow's modes of more than 8 bits
+_said = mmap.mmap(-1, 1)  # whether a guess was said; the loader's processes share it by forking
 # PIL warns of damaged EXIF data and of very large images. Such an image is either used, and then
 # there is nothing to warn of, or an UnreadableImage says what is wrong.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -67,22 +71,23 @@ def load_image(
 
     source: a path, or an open file, which messages call `name`. shorter_side: pixels; a larger
     image is reduced to its `capped_size`, bicubic and antialiased; 0 keeps all as they are.
-    The EXIF orientation is applied; palette, grey, CMYK and RGBA images are converted
-    (transparency is dropped, as is usual in the field); of an animation the first frame
-    is taken. Raises `UnreadableImage`.
+    The EXIF orientation is applied; of an animation the first frame is taken. Palettes, CMYK,
+    YCbCr, LAB, HSV and 1 bit are converted as Pillow does, transparency is dropped, as is usual in
+    the field; for grey of more than 8 bits see `_eight_bits`. Raises `UnreadableImage`.
     """
     with _opened(source, name) as image:
         stored, size = image.size, capped_size(image.size, shorter_side)
+        to_rgb = partial(_to_rgb, name=str(name or source), deep=_is_deep(image))
         if size == stored:
-            return _to_rgb(_upright(image))
+            return to_rgb(_upright(image))
         # A JPEG decodes faster to 1/2, 1/4 or 1/8 of its size; twice the pixels that are
         # wanted leave the resize its quality. Other formats ignore this.
         drafted = image.draft(None, (2 * size[0], 2 * size[1]))
         if image.size != stored:
             # The last row and column may lie in part beyond the image: the box leaves that out.
             reduced = image.resize(size, Image.Resampling.BICUBIC, box=drafted[1])
-            return _to_rgb(_upright(reduced))
-        upright = _to_rgb(_upright(image))
+            return to_rgb(_upright(reduced))
+        upright = to_rgb(_upright(image))
         size = capped_size(upright.size, shorter_side)
         return upright.resize(size, Image.Resampling.BICUBIC)
 
@@ -128,15 +133,45 @@ def _upright(image: Image.Image) -> Image.Image:
         return image.copy()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # 16-bit grey (mode I in older PIL): PIL's own conversion clips at 255, not 65535.
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an image, opened and not read, has 16 bits a colour: Pillow takes the high 8."""
+    return any(";16" in str(tile[3]) for tile in image.tile) and image.mode[0] not in DEEP_GREY
+
+
+def _to_rgb(image: Image.Image, name: str, deep: bool) -> Image.Image:
+    if image.mode[0] in DEEP_GREY:
+        image = _eight_bits(image, name)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if deep and not image.getbbox():
+        raise ValueError(
+            "of its 16 bits a colour the high 8 are read, and all of them are 0: save it with 8"
+        )
+    return image
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Grey of 16 or 32 bits or of floating point as mode L.
+
+    No file says which value is white. It is taken to be 1 (of floating point alone), 255 or 65535:
+    the least that the image's largest value does not exceed, or in floating point, where resizing
+    overshoots, not by a factor of 2; above all of them it is the largest value. 0, what is below
+    and what is no number (NaN) are black. Unless the range of 16 bits is used, that is said, once.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    largest = values[np.isfinite(values)].max(initial=0)
+    whites, excess = ((1, 255, 65535), 2) if image.mode == "F" else ((255, 65535), 1)
+    white = next((white for white in whites if largest <= excess * white), largest)
+    if not _said[0] and (white != 65535 or largest < 4096):
+        _said[0] = 1
+        logger.warning(
+            f"{name} has pixels of {'floating point' if image.mode == 'F' else 'more than 8 bits'} "
+            f"up to {largest:g}, and no file says which value is white: {white:g} is taken. Other "
+            "images are treated by the same rule (docs/evaluation.md), and --check counts them"
+        )
+    levels = values // 256 if white == 65535 else np.rint(values * (255 / white))
+    return Image.fromarray(np.nan_to_num(levels).clip(0, 255).astype(np.uint8))
 
 
 def _reason(error: Exception) -> str:
@@ -153,7 +188,7 @@ class StoredImages(ABC):
 
     unlisted: folders that could not be listed; the images below them are not among these.
     passed_over: numbers of other files, by their endings. fingerprint: see `LabelledImages`.
-    `load` and `header_size` raise `UnreadableImage`.
+    `load` and `header` raise `UnreadableImage`.
     """
 
     unlisted: Sequence[BadImage] = ()
@@ -176,10 +211,10 @@ class StoredImages(ABC):
         """Image `index` through `load_image` and nothing else."""
         return load_image(self.source(index), shorter_side, self.name(index))
 
-    def header_size(self, index: int) -> tuple[int, int]:
-        """The two sides of image `index` in pixels, by its header alone, so perhaps turned."""
+    def header(self, index: int) -> tuple[tuple[int, int], str]:
+        """The two sides of image `index` in pixels, by its header, so perhaps turned; its mode."""
         with _opened(self.source(index), self.name(index)) as image:
-            return image.size
+            return image.size, image.mode
 
 
 class LabelledImages(StoredImages):

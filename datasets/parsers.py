@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torchvision.datasets import Flowers102
 
-from datasets.folder import NO_LABEL, ImageFolder
+from datasets.folder import ImageFolder
 
 Places = dict[str, Path]
 Rows = list[tuple[Path, int]]  # (image file, index of its class), in the official order
@@ -44,7 +44,7 @@ def read_listed_images(places: Places) -> Listing:
     number = {label: index for index, label in enumerate(key for key in names if key in used)}
     rows: dict[str, Rows] = {"1": [], "0": []}
     for image, path in paths.items():
-        label = number[labels[image]] if labels else NO_LABEL
+        label = number[labels[image]] if labels else -1
         rows[splits[image]].append((places["images"] / path, label))
     return Listing([names[label] for label in number], rows["1"], rows["0"])
 
@@ -112,7 +112,7 @@ def read_flowers(places: Places) -> Listing:
             [
                 (
                     places["jpg"] / f"image_{i:05d}.jpg",
-                    int(labels[i - 1]) - 1 if labels else NO_LABEL,
+                    int(labels[i - 1]) - 1 if labels else -1,
                 )
                 for i in images
             ]
@@ -124,7 +124,7 @@ def read_cars(places: Places) -> Listing:
     """Stanford Cars with a folder for each split: all that is in cars_train is for training."""
     if "cars_meta.mat" not in places:
         folder = ImageFolder(places["cars_train"])
-        return Listing([], [(folder.root / path, NO_LABEL) for path in folder.paths], [])
+        return Listing([], [(folder.root / path, -1) for path in folder.paths], [])
     splits = []
     for folder, file in (
         ("cars_train", "cars_train_annos.mat"),
@@ -165,7 +165,7 @@ def read_aircraft(places: Places) -> Listing:
         file = places.get(f"images_variant_{split}.txt")
         splits.append(
             [
-                (places["images"] / f"{image}.jpg", number[name] if classes else NO_LABEL)
+                (places["images"] / f"{image}.jpg", number[name] if classes else -1)
                 for image, name in (_fields(file, 2) if file else [])
             ]
         )

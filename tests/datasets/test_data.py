@@ -7,6 +7,7 @@ import random
 import signal
 import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps, features
 from torch.utils.data import Dataset
 
+from datasets import folder as folder_module
 from datasets.fine_grained import build_dataset
 from datasets.folder import SYSTEM_FOLDERS, ImageFolder, UnreadableImage, load_image
 from datasets.loader import (
@@ -188,17 +190,18 @@ def test_unusable_folders_are_named(tmp_path):
     assert "no data folder is named: give" in folder_error("")
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "YCbCr", "LAB"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     colour = {"L": (90, 90, 90), "LA": (90, 90, 90), "1": (255, 255, 255)}.get(mode, (204, 51, 102))
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    path = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr", "LAB") else "x.png")
     # The colour is one of the web palette's, so dithering has nothing to do.
     Image.new("RGB", (6, 4), colour).convert(mode).save(path)
     with Image.open(path) as stored:
         assert stored.mode == mode
     image = load_image(path)
     assert (image.mode, image.size) == ("RGB", (6, 4))
-    assert (np.asarray(image) == colour).all()
+    rounded = 2 if mode in ("YCbCr", "LAB") else 0
+    assert np.abs(np.asarray(image, dtype=int) - colour).max() <= rounded
 
 
 def test_transparent_palette_becomes_rgb_without_a_warning(tmp_path, recwarn):
@@ -212,6 +215,74 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     grey = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / "x.png")
     assert np.asarray(load_image(tmp_path / "x.png"))[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+def grey(path: Path, values: np.ndarray) -> list[int]:
+    """What an image of these values becomes, the same in all three channels."""
+    Image.fromarray(values).save(path)
+    found = np.asarray(load_image(path))
+    assert (found == found[..., :1]).all()
+    return found[..., 0].ravel().tolist()
+
+
+DEEP = [
+    # 16 bits: full range, 8-bit values, little of the range.
+    ("x.png", np.uint16, [0, 255, 256, 511, 65535], [0, 0, 1, 1, 255], False),
+    ("x.tif", np.uint16, [0, 255, 4096], [0, 0, 16], False),
+    ("x.tif", np.dtype(">u2"), [0, 256, 65535], [0, 1, 255], False),
+    ("x.png", np.uint16, [0, 1, 100, 255], [0, 1, 100, 255], True),
+    ("x.tif", np.uint16, [0, 40, 255], [0, 40, 255], True),
+    ("x.tif", np.uint16, [0, 256, 4095], [0, 1, 15], True),
+    # 32 bits: mode I, negative and beyond 16 bits.
+    ("x.tif", np.int32, [-9, 0, 7, 255], [0, 0, 7, 255], True),
+    ("x.tif", np.int32, [0, 512, 65535], [0, 2, 255], False),
+    ("x.tif", np.int32, [0, 500_000, 1_000_000], [0, 128, 255], True),
+    # Floating point: 0..1, with an overshoot, 0..255, 0..65535, beyond, what is no number.
+    ("x.tif", np.float32, [0, 0.5, 200 / 255, 1], [0, 128, 200, 255], True),
+    ("x.tif", np.float32, [-0.02, 0.25, 1.03], [0, 64, 255], True),
+    ("x.tif", np.float32, [0, 10.4, 255], [0, 10, 255], True),
+    ("x.tif", np.float32, [0, 10, 261.5], [0, 10, 255], True),
+    ("x.tif", np.float32, [0, 256, 65535], [0, 1, 255], False),
+    ("x.tif", np.float32, [0, 5e8, 1e9], [0, 128, 255], True),
+    ("x.tif", np.float32, [np.nan, -np.inf, 0.5, np.inf, 1], [0, 0, 128, 255, 255], True),
+    ("x.tif", np.float32, [np.nan, np.nan], [0, 0], True),
+    ("x.tif", np.float32, [-3, -1], [0, 0], True),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "values", "levels", "guessed"), DEEP)
+def test_grey_of_more_than_eight_bits(
+    name, kind, values, levels, guessed, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(folder_module, "_said", bytearray(1))
+    assert grey(tmp_path / name, np.array([values], dtype=kind)) == levels
+    assert grey(tmp_path / f"again {name}", np.array([values], dtype=kind)) == levels
+    said = [line.getMessage() for line in caplog.records]
+    assert len(said) == guessed  # once, whatever the number of images
+    assert all(f"{tmp_path / name} has pixels of" in line for line in said)
+
+
+def test_deep_colours_have_their_high_bits_or_are_unreadable(tmp_path):
+    """Pillow reads the high byte of 16-bit colours: of 8-bit values nothing is left."""
+    for values, bad in (([0, 256, 65535], False), ([7, 100, 255], True)):
+        pixel = struct.pack(">3H", *values)
+        chunks = [
+            (b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(b"\0" + pixel)),
+            (b"IEND", b""),
+        ]
+        data = b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in chunks
+        )
+        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+        if bad:
+            with pytest.raises(UnreadableImage, match="the high 8 are read, and all of them are 0"):
+                load_image(tmp_path / "x.png")
+        else:
+            assert load_image(tmp_path / "x.png").getpixel((0, 0)) == (0, 1, 255)
+    Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
+    assert load_image(tmp_path / "black.png").getbbox() is None
 
 
 def test_exif_orientation_is_applied_beside_a_damaged_tag(tmp_path):
@@ -247,7 +318,8 @@ def test_unreadable_image_tells_path_and_reason(tmp_path):
 
 def test_registry(tmp_path):
     assert build_dataset("folder", save(tmp_path, "a/x.png")).classes == ["a"]
-    with pytest.raises(InputError, match=r"no data set 'foldr': use one of .*folder"):
+    match = r"no data set 'foldr' .did you mean folder.*: use one of .*cars"
+    with pytest.raises(InputError, match=match):
         build_dataset("foldr", tmp_path)
 
 
