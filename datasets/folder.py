@@ -143,7 +143,8 @@ def _to_rgb(image: Image.Image, name: str, deep: bool) -> Image.Image:
         image = _eight_bits(image, name)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     if deep and not image.getbbox():
         raise ValueError(
             "of its 16 bits a colour the high 8 are read, and all of them are 0: save it with 8"
@@ -159,7 +160,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     overshoots, not by a factor of 2; above all of them it is the largest value. 0, what is below
     and what is no number (NaN) are black. Unless the range of 16 bits is used, that is said, once.
     """
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image)
     largest = values[np.isfinite(values)].max(initial=0)
     whites, excess = ((1, 255, 65535), 2) if image.mode == "F" else ((255, 65535), 1)
     white = next((white for white in whites if largest <= excess * white), largest)
@@ -170,7 +171,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
             f"up to {largest:g}, and no file says which value is white: {white:g} is taken. Other "
             "images are treated by the same rule (docs/evaluation.md), and --check counts them"
         )
-    levels = values // 256 if white == 65535 else np.rint(values * (255 / white))
+    levels = np.floor(values / 256) if white == 65535 else np.rint(values * (255 / white))
     return Image.fromarray(np.nan_to_num(levels).clip(0, 255).astype(np.uint8))
 
 

@@ -8,6 +8,7 @@ import sys
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from engine.preflight import advice, machine, memory
 from engine.preflight.images import equal_files, read_headers
 from engine.training.acceleration import can_recompute
 from tests.conftest import NETWORK, save_images
+from tests.datasets import benchmark_trees as trees
 from tests.processes import found_by_each, run_group
 from tests.runs import RESNET, batch_of, checkpoint_of, pretraining, small_config
 from utils import checkpoint, cli
@@ -219,6 +221,20 @@ def test_a_step_of_a_large_share_of_the_data_is_warned_of(data, check):
     base = f"DATA.PATH {data} DATA.MAX_BAD 0.1"
     assert "a step takes 5 of 18 images" in check(f"{base} TRAIN.BATCH_SIZE_PER_GPU 5")[0]
     assert "a step takes" not in check(base)[0]
+
+
+def test_grey_of_more_than_eight_bits_is_counted(data, check):
+    for n, kind in enumerate((np.uint16, np.int32, np.float32)):
+        Image.fromarray(np.full((40, 40), n, dtype=kind)).save(data / "red" / f"deep{n}.tif")
+    sentence = "grey pixels of more than 8 bits or of floating point: 3; which value is white is"
+    assert sentence in check(f"DATA.PATH {data} DATA.MAX_BAD 0.1")[0]
+
+
+def test_pretraining_on_a_benchmark_needs_no_test_images(check, tmp_path):
+    shutil.rmtree(trees.cars(tmp_path) / "cars_test")
+    printed, _ = check(f"DATA.DATASET CARS DATA.PATH {tmp_path} DATA.PARTIAL true")
+    assert "the test images are not looked at: cars was not found in" in printed
+    assert "cars_test is missing" in printed
 
 
 def test_an_output_among_the_images_would_stop_the_run(data, check):
