@@ -155,16 +155,17 @@ def _to_rgb(image: Image.Image, name: str, deep: bool) -> Image.Image:
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Grey of 16 or 32 bits or of floating point as mode L.
 
-    No file says which value is white. It is taken to be 1 (of floating point alone), 255 or 65535:
-    the least that the image's largest value does not exceed, or in floating point, where resizing
-    overshoots, not by a factor of 2; above all of them it is the largest value. 0, what is below
-    and what is no number (NaN) are black. Unless the range of 16 bits is used, that is said, once.
+    No file says which value is white. Of whole numbers it is taken to be the largest of 8, 12 or
+    16 bits, the least that the image's largest value does not exceed; of floating point it is 1,
+    255 or 65535, which may be exceeded by a factor of 2, as resizing overshoots; above all of them
+    it is the image's largest value. 0, what is below and what is no number (NaN) are black. Unless
+    the range of 16 bits is used, that is said, once.
     """
     values = np.asarray(image)
     largest = values[np.isfinite(values)].max(initial=0)
-    whites, excess = ((1, 255, 65535), 2) if image.mode == "F" else ((255, 65535), 1)
+    whites, excess = ((1, 255, 65535), 2) if image.mode == "F" else ((255, 4095, 65535), 1)
     white = next((white for white in whites if largest <= excess * white), largest)
-    if not _said[0] and (white != 65535 or largest < 4096):
+    if not _said[0] and (white != 65535 or largest < 2**14):
         _said[0] = 1
         logger.warning(
             f"{name} has pixels of {'floating point' if image.mode == 'F' else 'more than 8 bits'} "

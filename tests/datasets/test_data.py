@@ -226,13 +226,14 @@ def grey(path: Path, values: np.ndarray) -> list[int]:
 
 
 DEEP = [
-    # 16 bits: full range, 8-bit values, little of the range.
+    # 16 bits: full range, 8-bit values, 12-bit values, little of the range.
     ("x.png", np.uint16, [0, 255, 256, 511, 65535], [0, 0, 1, 1, 255], False),
-    ("x.tif", np.uint16, [0, 255, 4096], [0, 0, 16], False),
+    ("x.tif", np.uint16, [0, 255, 4096, 16384], [0, 0, 16, 64], False),
     ("x.tif", np.dtype(">u2"), [0, 256, 65535], [0, 1, 255], False),
     ("x.png", np.uint16, [0, 1, 100, 255], [0, 1, 100, 255], True),
     ("x.tif", np.uint16, [0, 40, 255], [0, 40, 255], True),
-    ("x.tif", np.uint16, [0, 256, 4095], [0, 1, 15], True),
+    ("x.tif", np.uint16, [0, 256, 4095], [0, 16, 255], True),
+    ("x.tif", np.uint16, [0, 256, 16383], [0, 1, 63], True),
     # 32 bits: mode I, negative and beyond 16 bits.
     ("x.tif", np.int32, [-9, 0, 7, 255], [0, 0, 7, 255], True),
     ("x.tif", np.int32, [0, 512, 65535], [0, 2, 255], False),

@@ -234,7 +234,7 @@ def test_pretraining_on_a_benchmark_needs_no_test_images(check, tmp_path):
     shutil.rmtree(trees.cars(tmp_path) / "cars_test")
     printed, _ = check(f"DATA.DATASET CARS DATA.PATH {tmp_path} DATA.PARTIAL true")
     assert "the test images are not looked at: cars was not found in" in printed
-    assert "cars_test is missing" in printed
+    assert "cars_test, or else car_ims, cars_annos.mat is missing" in printed
 
 
 def test_an_output_among_the_images_would_stop_the_run(data, check):
