@@ -183,7 +183,8 @@ def _folders(root: Path) -> Iterator[Path]:
 
 def _subfolders(folder: Path) -> list[Path]:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+        names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+        return [folder / name for name in sorted(names) if name not in SYSTEM_FOLDERS]
     return []
 
 
