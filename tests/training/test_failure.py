@@ -138,7 +138,7 @@ def test_a_gpu_without_room_is_one_sentence_with_what_to_lower():
     others_end(ended, 0)
     assert ended[0].code == 1
     (line,) = ended[0].said
-    assert "lower TRAIN.BATCH_SIZE_PER_GPU and raise TRAIN.ACCUM_STEPS" in line
+    assert "lower --batch_size_per_gpu; pretraining can raise --accum_steps" in line
     assert "TRAIN.CHECKPOINTING true (CUDA out of memory. Tried to allocate 2 GiB)" in line
 
 
