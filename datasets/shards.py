@@ -39,7 +39,7 @@ from datasets.folder import (
 )
 from utils.errors import InputError, run_script
 from utils.files import replacing
-from utils.logging import logger, progress
+from utils.logging import logger, progress, setup
 from utils.seeding import ORDER, derive_seed
 
 # An epoch is shuffled within a moving window of this many images, and at least so many shards.
@@ -389,6 +389,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
     parser.add_argument("--images_per_shard", type=int, default=1000, help="(%(default)s)")
     args = parser.parse_args()
+    setup(is_main=True)
     count, shards = write_shards(args.data_path, args.output, args.images_per_shard)
     print(f"wrote {count} images in {shards} shards to {args.output}")
 

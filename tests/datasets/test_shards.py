@@ -134,8 +134,12 @@ def test_the_command_writes_once_and_then_refuses(folder, environment, tmp_path)
     output = tmp_path / "a%d" / "out"
     words = ("-m", "datasets.shards", "--data_path", folder, "--output", output)
     words = (*words, "--images_per_shard", 4)
+    (folder / "auk" / "notes.txt").touch()
     done = run_python(*words, environment=environment)
-    assert done.stdout == f"wrote 7 images in 2 shards to {output}\n"
+    assert done.stdout == (
+        f"{folder}: passed over, not images by their names: 1 .txt\n"
+        f"wrote 7 images in 2 shards to {output}\n"
+    )
     assert sorted(os.listdir(output)) == ["classes.txt", "shard-000000.tar", "shard-000001.tar"]
     assert os.listdir(output.parent) == ["out"]
     before = {path: path.read_bytes() for path in output.iterdir()}
