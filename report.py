@@ -145,6 +145,7 @@ def main() -> None:
         page.table((facts | behind["versions"] | known).items()),
         page.command(behind["command"]),
     ]
+    parts += [page.paragraph(note) for note in splits.notes] if splits else []
     if tables:
         parts.append(page.paragraph("Each figure stands beside its zero: what no learning gives."))
     for name, table in tables.items():

@@ -298,8 +298,9 @@ def _labelled_folder(root: str | Path) -> ImageFolder:
     if not images.classes:
         stray = [path for path in images.paths if "/" not in path]
         raise InputError(
-            f"{images.root} has images outside class subfolders: an evaluation needs one "
-            f"subfolder for each class; move or remove {_few(stray)}"
+            f"{images.root} has images outside class subfolders: an evaluation needs one subfolder "
+            f"for each class; "
+            + ("it has none" if len(stray) == len(images) else f"move or remove {_few(stray)}")
         )
     return images
 

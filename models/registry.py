@@ -89,7 +89,7 @@ def resolve(spec: BackboneSpec) -> dict:
     if figures["family"] == "resnet":
         if own:
             options = ", ".join(f"MODEL.{name.upper()}" for name in own)
-            raise InputError(f"{options}: {spec.arch} has nothing of the kind; leave it out.")
+            raise InputError(f"{options}: {spec.arch} has nothing of the kind; leave them out.")
         return figures
     figures.update(own)
     depths, heads = figures["depths"], figures["num_heads"]

@@ -229,4 +229,10 @@ def gallery_and_queries(gallery: str | Path, queries: str | Path) -> Splits:
     Raises InputError where a folder has no classes, or the queries have one that the gallery
     lacks.
     """
-    return paired_folders("gallery and queries", gallery, queries)
+    splits = paired_folders("gallery and queries", gallery, queries)
+    if splits.train.root.resolve() == splits.test.root.resolve():
+        splits.notes.append(
+            f"gallery and queries are the same folder, {queries}: each image votes for itself, so "
+            f"the figures are too good"
+        )
+    return splits

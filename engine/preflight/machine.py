@@ -101,7 +101,7 @@ def short(where: str, needed: int, free: int, ways: dict[str, int]) -> Iterator[
         best = sorted((way for way in ways if ways[way] > 0), key=ways.get, reverse=True)
         yield (
             f"the run needs about {size_in_words(needed)} of memory on {where}, and "
-            f"{size_in_words(free)} are free: {', or '.join(best[:2])}"
+            f"{size_in_words(free)} are free: {', or '.join(best[:2]) or 'free some of it'}"
         )
 
 

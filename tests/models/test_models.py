@@ -133,7 +133,7 @@ def test_windows_shrink_to_the_maps_of_the_built_size_for_good(img_size, window,
     ("spec", "words"),
     [
         (BackboneSpec("swin_tinny"), "swin_tiny"),
-        (BackboneSpec("resnet50", embed_dim=64), "embed_dim"),
+        (BackboneSpec("resnet50", embed_dim=64), "MODEL.EMBED_DIM: resnet50 has nothing"),
         (BackboneSpec("deit_small", depths=(2, 2), num_heads=(2, 2)), "one depth"),
         (BackboneSpec("swin_tiny", depths=(2, 2)), "equally long"),
         (BackboneSpec("deit_small", num_heads=(5,)), "5 heads do not divide"),

@@ -61,6 +61,9 @@ def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_pa
     # Queries are the gallery: each image is its own nearest neighbour, and votes most.
     assert results["knn"]["trained"]["top1"] > 50
     assert "pointing" not in results  # nobody knows the parts
+    (note,) = results["data"]["notes"]
+    assert note.startswith("gallery and queries are the same folder")
+    assert note in done.stdout
     assert f"{results['knn']['random_initialisation']['top1']:.2f}" in done.stdout
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
@@ -93,10 +96,12 @@ def test_a_report_of_images_without_labels_has_attention_and_no_knn(
         ("--k 0", "--k: must be at least 1, not 0"),
         ("--size -8", "--size: must be at least 1"),
         ("--num_workers -1", "--num_workers: must be at least 0"),
+        ("", "--gallery alone gives no figure: --queries names what is classified"),
     ],
 )
 def test_a_report_refuses_bad_figures(flags, words, trained, images, monkeypatch, capsys):
-    arguments = f"--output_dir {trained} --gallery {images} --queries {images} {flags}"
+    queries = f"--queries {images} {flags}" if flags else ""
+    arguments = f"--output_dir {trained} --gallery {images} {queries}"
     monkeypatch.setattr(sys, "argv", ["report.py", *arguments.split()])
     with pytest.raises(SystemExit) as caught:
         run_script(report.main)
