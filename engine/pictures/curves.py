@@ -1,5 +1,6 @@
 """A run's log as curves: the loss and its terms, the teacher's health, the schedules."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -30,11 +31,15 @@ COMPARED = {
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a run's log.txt; InputError without any."""
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError):
-        lines = []
+    """The lines of a run's log.txt; InputError without any.
+
+    One that is torn, by a power cut or because it is being written, is left out.
+    """
+    lines = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                lines.append(dict(json.loads(line)))
     if not any("loss" in line for line in lines):
         raise InputError(f"{path} is not the log of a run: give the folder that main_cmd.py wrote.")
     return lines

@@ -7,6 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from datasets.folder import ImageFolder, StoredImages
 from datasets.shards import ImageShards
@@ -44,10 +45,10 @@ def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
         )
     if cfg.EVAL.KNN_EVERY:
         inside, outside = (os.path.realpath(p) for p in (cfg.EVAL.KNN_VAL, cfg.DATA.PATH))
-        if inside.startswith(f"{outside}{os.sep}"):
+        if Path(inside).is_relative_to(outside):
             yield (
-                f"EVAL.KNN_VAL {cfg.EVAL.KNN_VAL} lies in {cfg.DATA.PATH}, and its images are "
-                f"trained on: the k-NN test says more than one on new images would"
+                f"EVAL.KNN_VAL {cfg.EVAL.KNN_VAL} is trained on, as part of {cfg.DATA.PATH}: the "
+                f"k-NN test says more than one on new images would"
             )
     elif cfg.EVAL.KNN_TRAIN or cfg.EVAL.KNN_VAL:
         yield "EVAL.KNN_EVERY is 0: no k-NN test is made on EVAL.KNN_TRAIN and EVAL.KNN_VAL"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from datasets.folder import LabelledImages
 from engine.pictures.classes import most_confused, per_class_accuracy, plot_classes
+from engine.pictures.curves import plot_curves, read_log
 from engine.pictures.drawing import RIGHT, UNKNOWN, WRONG, save
 from engine.pictures.retrieved import choose_queries, plot_retrieved
 from engine.pictures.tsne import plot_tsne, stratified_subset
@@ -248,3 +249,19 @@ def test_a_picture_that_cannot_be_written_leaves_the_former(tmp_path):
     with pytest.raises(InputError, match=r"would have 800 x 440000 pixels.*show fewer images"):
         save(Figure(figsize=(8, 4400), dpi=100), tmp_path / "large.png")
     assert [path.name for path in tmp_path.iterdir()] == [former.name]
+
+
+def test_a_log_that_is_being_written_is_read_but_for_its_torn_line(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text(
+        '{"step": 1, "epoch": 1.0, "loss": null, "L_I": 2.0, "Q": 1.0}\n{"step": 2, "epoch": 2.0, '
+        '"loss": 3.0, "L_I": 1.0, "Q": 1.0}\n{"step": 3, "ep'
+    )
+    lines = read_log(log)
+    assert [line["step"] for line in lines] == [1, 2]
+    axis = plot_curves(lines).axes[0]  # a term of any name is beside the loss
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["loss", "L_I", "Q"]
+    for text in ("", "3\n", "[]\n"):
+        log.write_text(text)
+        with pytest.raises(InputError, match="is not the log of a run"):
+            read_log(log)

@@ -292,7 +292,7 @@ def test_a_run_warns_of_all_that_a_check_finds_at_no_cost(data, check, pretrain,
         for warning in found_in(tmp_path / "out")["warnings"]
         if not any(words in warning for words in of_headers)
     ]
-    for words in ("holds train and val, and all", "val lies in", "a step takes 6 of 21 images"):
+    for words in ("holds train and val, and", "val is trained on", "a step takes 6 of 21 images"):
         assert any(words in warning for warning in wanted)
     printed = pretrain(tmp_path / "run", options).stdout.splitlines()
     assert set(wanted) <= {line.removeprefix("warning: ") for line in printed}
