@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from datasets.contents import digests
 from utils.errors import InputError
@@ -39,6 +39,9 @@ _said = mmap.mmap(-1, 1)  # whether a guess was said; the loader's processes sha
 # PIL warns of damaged EXIF data and of very large images. Such an image is either used, and then
 # there is nothing to warn of, or an UnreadableImage says what is wrong.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# A PNG whose text or colour profile is larger than 1 MB is refused by default, but these are not
+# what is read of it. PIL holds all texts of an image to this number in any case.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 @dataclass(frozen=True)

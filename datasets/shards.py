@@ -49,7 +49,8 @@ WINDOW_SHARDS = 4
 OPEN_SHARDS = 64
 # The folder of the index files, beside the shards.
 INDEX_FOLDER = ".shard_index"
-INDEX_FORMAT = 2  # to be raised whenever older index files no longer say the same
+INDEX_FORMAT = 3  # to be raised whenever older index files no longer say the same
+SPECIAL = "links and the like"  # members that are no plain files, among the endings
 _THREADS = 16  # indexing waits for the disk more than it computes
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -292,9 +293,20 @@ def _read_tar(shard: Path, file: io.BufferedReader) -> tuple[Rows, Counter[str]]
     By webdataset's naming `2.mask.png` is another part of the sample whose image is `2.jpg`. Where
     a sample has no such image, the dots belong to names: `a.1.jpg` and `a.2.jpg` are two images.
     """
+    passed_over = Counter()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            members = [member for member in tar if member.isreg()]
+            members, plain = [], {}
+            for member in tar:
+                # tar writes a file's further names as links to the first, which comes before them.
+                if member.islnk() and (first := plain.get(member.linkname)):
+                    member.type = first.type
+                    member.offset_data, member.size = first.offset_data, first.size
+                if member.isreg() and not member.issparse():
+                    members.append(member)
+                    plain[member.name] = member
+                elif not member.isdir():
+                    passed_over[SPECIAL] += 1
             end = tar.offset
     except (tarfile.TarError, ValueError) as error:
         raise _unreadable(shard, str(error)) from None
@@ -304,14 +316,14 @@ def _read_tar(shard: Path, file: io.BufferedReader) -> tuple[Rows, Counter[str]]
         raise _unreadable(shard, f"it is cut short or damaged at byte {end}")
     named = [(member, *_named(member.name)) for member in members]
     whole = {stem for _, stem, end in named if end.lower() in image_endings()}
-    rows, passed_over, seen = [], Counter(), {}
+    rows, seen = [], {}
     for member, stem, end in named:
         ending = os.path.splitext(member.name)[1].lower()
         if member.name.endswith(f"/{end}") or member.name == end:
             ending = HIDDEN
         elif end.count(".") > 1 and stem in whole:
             ending = end.lower()  # of a part
-        if member.issparse() or ending not in image_endings():
+        if ending not in image_endings():
             passed_over[ending] += 1
             continue
         sample = member.name[: -len(ending)]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps, features
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 
 from datasets import folder as folder_module
@@ -294,6 +295,19 @@ def test_exif_orientation_is_applied_beside_a_damaged_tag(tmp_path):
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("what", ["zTXt", "iTXt", "iCCP"])
+def test_a_png_with_a_large_text_or_profile_is_read(what, tmp_path):
+    """As editors and renderers write them: Pillow's own limit is 1 MB."""
+    info, profile = PngInfo(), None
+    if what == "iCCP":
+        profile = bytes(3_000_000)
+    else:
+        (info.add_text if what == "zTXt" else info.add_itxt)("note", "a" * 3_000_000, zip=True)
+    path = tmp_path / "x.png"
+    Image.new("RGB", (9, 5), (10, 20, 30)).save(path, pnginfo=info, icc_profile=profile)
+    assert load_image(path).getpixel((8, 4)) == (10, 20, 30)
 
 
 def test_exif_orientation_is_applied(tmp_path):

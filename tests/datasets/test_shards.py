@@ -282,6 +282,23 @@ def cut(path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
 
 
+def test_further_names_of_a_file_are_images_too(tmp_path, capsys):
+    """tar writes equal files that are linked to each other, as deduplication leaves them, once."""
+    plain = tmp_path / "in"
+    save_images(plain, 2, 0)
+    (plain / "copy.png").hardlink_to(plain / "00.png")
+    (plain / "soft.png").symlink_to("00.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("00.png", "01.png", "copy.png", "soft.png"):
+            tar.add(plain / name, f"./{name}")
+    setup(is_main=True)
+    images = ImageShards(tmp_path)
+    names = [images.name(index).rpartition("/")[2] for index in range(len(images))]
+    assert names == ["00.png", "01.png", "copy.png"]
+    assert images.source(2).read() == images.source(0).read() == (plain / "00.png").read_bytes()
+    assert "no images by their names: 1 links and the like" in capsys.readouterr().out
+
+
 def overwrite(path: Path, place: int) -> None:
     with open(path, "r+b") as file:
         file.seek(place)
