@@ -169,7 +169,7 @@ def evaluate(
     source, about = trained(run, cfg) if run else (random_source(study, row, seed), {})
     splits, reading = results.splits[row.data], Reading.of(cfg, world, source)
     with quiet():
-        figures, zeros = figures_and_zeros(source, splits, reading, cfg, study.protocol)
+        figures, zeros, remarks = figures_and_zeros(source, splits, reading, cfg, study.protocol)
     behind = provenance(cfg, SplitFeatures(source, splits, reading))
     known = ("command", "date", "commit", "versions", "device", "data")
     result = {
@@ -179,6 +179,7 @@ def evaluate(
         "data_set": row.data,
         "figures": figures,
         "zeros": zeros,
+        "remarks": remarks,
         **{key: behind[key] for key in known},
         **about,
     }

@@ -35,6 +35,8 @@ def main() -> None:
     (found,) = measure(features, [KNN(cfg.KNN.KS, cfg.KNN.TEMPERATURE)])
     for k, figures in found.figures["k"].items():
         logger.info(f"{k}-NN: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %")
+    for remark in found.figures["remarks"]:
+        logger.warning(remark)
 
     distributed.on_main(lambda: write(cfg, features, found, folder))
     logger.info(f"written: {folder}/knn.json" + ", classes.png, tsne.png" * cfg.EVAL.PICTURES)

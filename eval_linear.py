@@ -58,7 +58,7 @@ def describe(figures: dict) -> str:
     if figures["sweep"]:
         name = "C" if "C" in figures else "base_lr"
         line += f"; {name} {figures[name]:g}, chosen on held-out training images"
-    return line
+    return "; ".join([line, *figures["remarks"]])
 
 
 if __name__ == "__main__":

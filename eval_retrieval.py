@@ -41,11 +41,8 @@ def main() -> None:
         f"mAP@100 as in the authors' released code, which flatters: "
         f"{figures['map_at_100_released']:.2f} %"
     )
-    if figures["queries_without_positives"]:
-        logger.warning(
-            f"{figures['queries_without_positives']} queries have no image of their class in the "
-            f"gallery: they count as not found"
-        )
+    for remark in figures["remarks"]:
+        logger.warning(remark)
 
     distributed.on_main(lambda: write(cfg, features, found, folder))
     shown = cfg.EVAL.PICTURES and features.splits is not None

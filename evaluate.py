@@ -66,7 +66,9 @@ def main() -> None:
         logger.info(f"{row_name(network)}: {network_line(network)}")
         rows.append(row(network, folder, cfg))
         for key, heading in columns(cfg):
-            logger.info(f"  {heading}: {table.cell(rows[-1]['figures'][key])} %")
+            figure = rows[-1]["figures"][key]
+            line = f"  {heading}: {figure['mean']:.2f} ± {figure['std'] or 0:.2f} %"
+            logger.info("; ".join([line, *figure["remarks"]]))
         distributed.on_main(
             lambda: table.write(folder, document(rows, behind, cfg), {"rows": rows} | behind)
         )
@@ -80,6 +82,7 @@ def row(network: SplitFeatures, folder: Path, cfg: Node) -> dict:
     A random initialisation is drawn anew for every seed.
     """
     figures: dict[str, list[float]] = defaultdict(list)
+    remarks: dict[str, list[str]] = defaultdict(list)
     details, unreadable = [], {}
     network = with_source(network, network.source)  # features go with the row
     is_random = network.source.weights.is_random
@@ -95,28 +98,36 @@ def row(network: SplitFeatures, folder: Path, cfg: Node) -> dict:
         protocols += [LinearProbe(cfg.LINEAR, share, seed, own) for share in shares_of(cfg)]
         for found in measure(drawn, protocols):
             details.append(found.figures)
-            for key, value in flat(found.figures).items():
+            for key, value, more in flat(found.figures):
                 figures[key].append(value)
+                remarks[key] += (remark for remark in more if remark not in remarks[key])
         unreadable |= drawn.bad
     return {
         "name": row_name(network),
         "network": network_line(network),
         "weights": asdict(network.source.weights),
         "image_size": {"crop": network.reading.size, "resize": network.reading.resize},
-        "figures": {key: table.spread(values) for key, values in figures.items()},
+        "figures": {
+            key: table.spread(values) | {"remarks": remarks[key]} for key, values in figures.items()
+        },
         "details": details,
         "unreadable_images": unreadable,
     }
 
 
-def flat(found: dict) -> dict[str, float]:
-    """The figures of a protocol that have a column or could have one, by key."""
+def flat(found: dict) -> list[tuple[str, float, list[str]]]:
+    """(key, value, remarks) of a protocol's figures that have a column or could have one."""
+    remarks = found["remarks"]
     if found["protocol"] == "k-NN":
-        top1 = {f"knn_{k}": each["top1"] for k, each in found["k"].items()}
-        return top1 | {f"knn_{k}_top5": each["top5"] for k, each in found["k"].items()}
+        return [
+            (f"knn_{k}{suffix}", each[name], remarks + each["remarks"])
+            for name, suffix in (("top1", ""), ("top5", "_top5"))
+            for k, each in found["k"].items()
+        ]
     if found["protocol"] == "retrieval":
-        return {name: found[name] for name in ("rank1", "rank5", "map", "map_at_100_released")}
-    return {f"linear_{found['label_share']:g}": found["top1"]}
+        names = ("rank1", "rank5", "map", "map_at_100_released")
+        return [(name, found[name], remarks) for name in names]
+    return [(f"linear_{found['label_share']:g}", found["top1"], remarks)]
 
 
 def with_source(network: SplitFeatures, source: Source) -> SplitFeatures:
@@ -166,14 +177,6 @@ def columns(cfg: Node) -> list[tuple[str, str]]:
     return found + [(name, f"{heading}{ratio}") for name, heading in names]
 
 
-def short_of_neighbours(rows: list[dict], cfg: Node) -> list[str]:
-    """A line where the gallery has fewer images than the k-NN column has neighbours."""
-    k = columns(cfg)[0][0].removeprefix("knn_")
-    knn = next(found["k"] for found in rows[0]["details"] if found["protocol"] == "k-NN")
-    most = knn[k]["neighbours"]
-    return [f"- {k}-NN: all {most} images of the gallery vote"] if most < int(k) else []
-
-
 def shares_of(cfg: Node) -> list[float]:
     """The shares of labels, the most first."""
     return sorted(set(cfg.LINEAR.LABEL_SHARES), reverse=True)
@@ -199,7 +202,6 @@ def document(rows: list[dict], behind: dict, cfg: Node) -> list[str]:
         f"Percent. {seeds} The linear probe counts after its last epoch.",
         "",
         *(f"- data: {note}" for note in data["notes"]),
-        *short_of_neighbours(rows, cfg),
         f"- command: `{behind['command']}`",
         f"- commit: {behind['commit'] or 'unknown'}; date: {behind['date']}",
         f"- device: {behind['device']}, processes: {behind['processes']}",
@@ -210,9 +212,14 @@ def document(rows: list[dict], behind: dict, cfg: Node) -> list[str]:
         line = f"- {r['name']}: {r['network']}, pooling {cfg.EVAL.POOLING}"
         if r["weights"]["path"] != RANDOM:
             line += f", sha256 {r['weights']['sha256']}"
+            line += "".join(f"; {doubt}" for doubt in r["weights"]["doubts"])
         for split, images in sorted(r["unreadable_images"].items()):
             line += f"; {len(images)} unreadable images of the {split} split are left out"
         lines.append(line)
+    for r in rows:
+        for key, heading in columns(cfg):
+            if remarks := r["figures"][key]["remarks"]:
+                lines.append(f"- \\* {heading} of {r['name']}: {'; '.join(remarks)}")
     closing = "results.json holds every value, the options and those of each checkpoint's run."
     return [*lines, "", closing]
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD
 from models import export
-from models.pretrained import SPEC_IN_METADATA, WeightsFile
+from models.pretrained import WeightsFile
+from models.recognition import SPEC_IN_METADATA
 from utils import checkpoint, config
 from utils.cli import Parser
 from utils.errors import InputError, run_script
@@ -44,6 +45,8 @@ def main() -> None:
     print(f"written: {arguments.out} ({facts['architecture']})")
     if "caveat" in facts:
         print(f"note: {facts['caveat']}")
+    if "doubts" in facts:
+        print(f"note: {facts['doubts']}")
 
 
 def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") -> dict[str, str]:
@@ -57,6 +60,8 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
     backbone, spec = file.backbone(), file.spec
     facts = {"architecture": spec.arch, SPEC_IN_METADATA: json.dumps(spec.to_dict())}
     facts |= describe_source(file)
+    if file.doubts:
+        facts["doubts"] = "; ".join(file.doubts.values())
     if form == "timm":
         state, more = export.to_timm(backbone, spec)
         facts |= more
@@ -67,7 +72,8 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
         if out.suffix == ".safetensors":
             checkpoint.save_safetensors(backbone.state_dict(), {"format": "pt", **facts}, out)
         else:
-            checkpoint.save({key: backbone.state_dict()}, out)
+            spec_of_ours = {SPEC_IN_METADATA: facts[SPEC_IN_METADATA]}
+            checkpoint.save({key: backbone.state_dict(), **spec_of_ours}, out)
     else:
         program = export.to_onnx(backbone, spec.img_size)
         program.model.metadata_props.update(facts)

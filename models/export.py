@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from models.backbone import Backbone
-from models.pretrained import infer_spec, load_strictly, timm_state
+from models.pretrained import load_strictly, timm_state
+from models.recognition import infer_spec
 from models.registry import BackboneSpec, resolve
 from utils.errors import InputError
 
@@ -105,7 +106,7 @@ def unpadded_multiple(backbone: Backbone) -> int:
 def esvit_caveat(backbone: Backbone, spec: BackboneSpec) -> str:
     """What names and shapes alone do not say of `backbone`; "" where they say all."""
     wanted = timm_arguments(spec)
-    found = timm_arguments(infer_spec(backbone.state_dict(), "the export"))
+    found = timm_arguments(infer_spec(backbone.state_dict(), "the export")[0])
     lost = {name: value for name, value in wanted.items() if found.get(name) != value}
     if not lost:
         return ""

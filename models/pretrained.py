@@ -5,27 +5,39 @@ names it, but for the left-overs that are expected (buffers, and heads where onl
 backbone is wanted).
 """
 
-import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.registry import ARCHITECTURES, BackboneSpec, build_backbone
+from models.recognition import Doubts, few, infer_spec, stored_spec
+from models.registry import BackboneSpec, build_backbone, resolve
 from utils.checkpoint import check_format, is_own, load_file
 from utils.checkpoint import metadata as checkpoint_metadata
 from utils.errors import InputError
 from utils.logging import logger
 
 BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
-SPEC_IN_METADATA = "cmd_backbone"
+# What other networks of these families have and none here, by the names of its weights.
+FOREIGN = {
+    r"\.ls[12]\.|\.gamma_[12]$": "LayerScale",
+    r"^reg(ister)?_tokens?$": "registers",
+    r"^(dist_token|head_dist\.)": "a distillation token",
+    r"^fc_norm\.": "a norm after the pooling",
+    r"^norm_pre\.": "a norm before the blocks",
+    r"\.[qk]_norm\.": "norms of queries and keys",
+    r"^absolute_pos_embed$": "absolute positions",
+    r"\.(q_bias|logit_scale|cpb_mlp)": "cosine attention",
+}
 # Options that shape a backbone.
 SHAPING = ("MODEL.ARCH", "MODEL.WINDOW_SIZE", "MODEL.PATCH_SIZE", "MODEL.IMG_SIZE")
 HEADS = r"^(head|head_dense|fc|pool|rationale)\."
+# A query and a key encoder side by side: MoCo v3's and v2's. The first is the one in use.
+ENCODERS = ("base_encoder.", "encoder_q.", "momentum_encoder.", "encoder_k.")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
 
 
@@ -38,9 +50,12 @@ def load_backbone(
     .safetensors). checkpoint_key: "teacher" or "student", where the file has both.
     spec: the architecture; by default the one stored in the file or read off its shapes.
     Calling the result on images [B, 3, H, W] gives (image feature [B, D], patch features
-    [B, N, D]). Raises InputError naming what does not fit.
+    [B, N, D]). Raises InputError naming what does not fit; a line says what is doubtful.
     """
-    return WeightsFile.read(path, checkpoint_key, spec).backbone()
+    file = WeightsFile.read(path, checkpoint_key, spec)
+    for doubt in file.doubts.values():
+        logger.warning(f"{path}: {doubt}")
+    return file.backbone()
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,8 @@ class WeightsFile:
     """One network's weights in a file.
 
     contents: all that the file holds. metadata: what a safetensors file says beside it. state:
-    the network's weights in EsViT's names. spec: the architecture.
+    the network's weights in EsViT's names. spec: the architecture. doubts: what of it the file does
+    not say; see models/recognition.py.
     """
 
     path: Path
@@ -57,6 +73,7 @@ class WeightsFile:
     metadata: dict[str, str]
     state: dict[str, Tensor]
     spec: BackboneSpec
+    doubts: Doubts = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -69,9 +86,10 @@ class WeightsFile:
         contents = load_file(path)
         state = backbone_state(select_state(contents, key, path))
         metadata = checkpoint_metadata(path)
+        spec, doubts = spec or stored_spec(contents, metadata), {}
         if spec is None:
-            spec = stored_spec(contents, metadata) or infer_spec(state, path)
-        return cls(Path(path), key, contents, metadata, state, spec)
+            spec, doubts = infer_spec(state, path, contents)
+        return cls(Path(path), key, contents, metadata, state, spec, doubts)
 
     def backbone(self) -> Backbone:
         """The backbone, in eval mode, on the CPU, without gradients; InputError if misfit."""
@@ -110,6 +128,11 @@ def select_state(checkpoint: object, key: str, path: str | Path) -> dict[str, Te
             f"{path} holds no network weights under a name that is known (teacher, student, model, "
             f"state_dict, or the weights themselves); it has: {held[:200]}."
         )
+    for prefix in ENCODERS:
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if own:
+            logger.info(f"{path} holds the encoders of MoCo: {prefix[:-1]} is read")
+            return own
     return tensors
 
 
@@ -172,7 +195,14 @@ def load_strictly(
         ],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{what}: {_few(names)}" for what, names in faults.items() if names)
+        listed = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
+        left = faults["left over"]
+        foreign = [what for name, what in FOREIGN.items() if any(re.search(name, n) for n in left)]
+        if foreign:
+            raise InputError(
+                f"{source}: the weights are of a network with {', '.join(foreign)}, which none "
+                f"here has. {listed}."
+            )
         raise InputError(
             f"{source}: the weights do not fit the network. {listed}."
             + (f" Check {', '.join(options)}." if options else "")
@@ -181,87 +211,24 @@ def load_strictly(
     if broken := [name for name, value in taken.items() if not value.isfinite().all()]:
         raise InputError(
             f"{source}: NaN or infinity stands in {len(broken)} of its {len(taken)} tensors "
-            f"({_few(broken)}): the run that made it has diverged. Take an earlier checkpoint."
+            f"({few(broken)}): the run that made it has diverged. Take an earlier checkpoint."
         )
     module.load_state_dict(taken, strict=False)
 
 
-def _few(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def stored_spec(checkpoint: object, metadata: dict[str, str]) -> BackboneSpec | None:
-    """The architecture that a checkpoint or an export of ours records; None for anyone else's."""
-    if is_own(checkpoint):
-        return BackboneSpec.from_dict(checkpoint["model"]["backbone"])
-    try:
-        return BackboneSpec.from_dict(json.loads(metadata[SPEC_IN_METADATA]))
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return None
-
-
-def infer_spec(state: dict[str, Tensor], path: str | Path) -> BackboneSpec:
-    """Read an architecture off the shapes of a backbone's weights in EsViT's names."""
-    if "conv1.weight" in state and "layer4.2.conv3.weight" in state:
-        return BackboneSpec("resnet50")
-    if "patch_embed.proj.weight" in state and "layers.0.blocks.0.norm1.weight" in state:
-        return _infer_swin(state, path)
-    if "patch_embed.proj.weight" in state and "pos_embed" in state:
-        return _infer_vit(state)
-    raise InputError(
-        f"{path} holds none of the known backbones ({', '.join(ARCHITECTURES)}); "
-        f"its first keys are: {_few(state)}."
-    )
-
-
-def _count(state: dict[str, Tensor], pattern: str) -> int:
-    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
-    return 1 + max(found, default=-1)
-
-
-def _named(family: str, **figures) -> str:
-    """The registry's name with these figures, else the family's first with them overridden."""
-    for name, known in ARCHITECTURES.items():
-        if known["family"] == family and all(known[k] == v for k, v in figures.items()):
-            return name
-    return next(name for name, known in ARCHITECTURES.items() if known["family"] == family)
-
-
-def _infer_swin(state: dict[str, Tensor], path: str | Path) -> BackboneSpec:
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    stages = _count(state, r"layers\.(\d+)\.")
-    depths = tuple(_count(state, rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(stages))
-    names = [f"layers.{s}.blocks.0.attn.relative_position_bias_table" for s in range(stages)]
-    if lost := [name for name in names if name not in state]:
-        raise InputError(f"{path} has weights of a Swin but not all: missing: {_few(lost)}.")
-    tables = [state[name] for name in names]
-    heads = tuple(table.shape[1] for table in tables)
-    # A table has (2w - 1)^2 rows; later stages' windows shrink to their maps.
-    window = (round(len(tables[0]) ** 0.5) + 1) // 2
-    arch = _named("swin", embed_dim=width, depths=depths, num_heads=heads)
-    return BackboneSpec(arch, width, depths, heads, window_size=window, patch_size=patch)
-
-
-def _infer_vit(state: dict[str, Tensor]) -> BackboneSpec:
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    depth = _count(state, r"blocks\.(\d+)\.")
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    # Heads leave no trace in the shapes: the family has 64 channels a head.
-    heads = max(1, width // 64)
-    arch = _named("vit", embed_dim=width, depths=(depth,), num_heads=(heads,))
-    return BackboneSpec(arch, width, (depth,), (heads,), patch_size=patch, img_size=side * patch)
-
-
-def load_pretrained(network: nn.Module, path: str | Path, key: str) -> list[str]:
+def load_pretrained(
+    network: nn.Module, path: str | Path, key: str, spec: BackboneSpec
+) -> list[str]:
     """Start a network from someone's weights; returns the names of the parts that were read.
 
-    The backbone must fit. A head, region head, pooling or LCR's branch is read too where the file
-    has one of the same shape, and keeps its fresh initialisation otherwise.
+    spec: what the backbone is built from. It must fit, also in what shapes do not show. A head,
+    region head, pooling or LCR's branch is read too where the file has one of the same shape, and
+    keeps its fresh initialisation otherwise.
     """
-    state = backbone_state(select_state(load_file(path), key, path))
+    file = WeightsFile.read(path, key)
+    state = file.state
     load_strictly(network.backbone, state, str(path), HEADS, SHAPING)
+    _check_unseen(file, spec)
     read = ["backbone"]
     for part in ("head", "head_dense", "pool", "rationale"):
         module = getattr(network, part)
@@ -273,6 +240,30 @@ def load_pretrained(network: nn.Module, path: str | Path, key: str) -> list[str]
             load_strictly(module, own, f"{path} ({part})")
             read.append(part)
     return read
+
+
+def _check_unseen(file: WeightsFile, spec: BackboneSpec) -> None:
+    """Raise InputError where a ViT has other heads; say what else is doubtful or different."""
+    theirs, ours = resolve(file.spec), resolve(spec)
+    doubts = dict(file.doubts)
+    if theirs["family"] == ours["family"] == "vit" and theirs["num_heads"] != ours["num_heads"]:
+        heads, wanted = theirs["num_heads"][0], ours["num_heads"][0]
+        if not spec.num_heads:
+            said = doubts.get("num_heads", f"it has {heads} attention heads")
+            raise InputError(
+                f"{file.path}: {said}; the network to train has {wanted}: give MODEL.NUM_HEADS "
+                f"[{heads}], or MODEL.NUM_HEADS [{wanted}] if you know it better."
+            )
+        if not doubts.pop("num_heads", None):
+            doubts["num_heads"] = f"its {heads} attention heads become {wanted}, by MODEL.NUM_HEADS"
+    if theirs["family"] == ours["family"] == "swin" and file.spec.img_size != spec.img_size:
+        doubts["img_size"] = (
+            f"its windows are laid out for {file.spec.img_size} pixels, those of the network to "
+            f"train for {spec.img_size} (MODEL.IMG_SIZE): where that shifts other stages, it "
+            f"computes another function"
+        )
+    for doubt in doubts.values():
+        logger.warning(f"{file.path}: {doubt}")
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from losses.targets import Centres
 from models.heads import DINOHead
 from models.mil import GatedAttentionPool
 from models.network import add_attention, make_teacher
-from models.pretrained import HEADS, infer_spec, load_strictly
+from models.pretrained import HEADS, load_strictly
+from models.recognition import infer_spec
 from models.registry import build_backbone
 from models.swin import Swin
 from models.vit import ViT
@@ -40,7 +41,7 @@ FEATURES = read_arrays("backbones.npz")
 
 def golden_backbone(name: str):
     state = weights(BACKBONES[name])
-    backbone = build_backbone(infer_spec(state, name))
+    backbone = build_backbone(infer_spec(state, name)[0])
     load_strictly(backbone, state, name)
     return backbone.eval()
 

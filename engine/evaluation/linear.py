@@ -4,6 +4,7 @@ All heads of a probe see the same features, so several learning rates cost one p
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from utils.seeding import derive_seed
 
 # Rows of one block of test features.
 BLOCK_ROWS = 8192
+ITERATIONS = 1000  # of a logistic regression, at most
 
 
 @dataclass(frozen=True)
@@ -196,11 +198,13 @@ def _drawn_by_class(labels: Tensor, seed: int) -> Iterator[Tensor]:
         yield places[torch.randperm(len(places), generator=generator)]
 
 
-def logistic_scores(train: Tensor, labels: Tensor, test: Tensor, outputs: int, c: float) -> Tensor:
+def logistic_scores(
+    train: Tensor, labels: Tensor, test: Tensor, outputs: int, c: float
+) -> tuple[Tensor, list[str]]:
     """Scores [m, outputs] of logistic regression (scikit-learn) on standardised features.
 
     train [n, D], labels [n], test [m, D]; c: inverse regularisation. A class without training
-    images gets -inf.
+    images gets -inf. The list has scikit-learn's warnings, of no convergence above all.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -210,14 +214,17 @@ def logistic_scores(train: Tensor, labels: Tensor, test: Tensor, outputs: int, c
     scores = torch.full((len(test), outputs), -torch.inf, dtype=torch.float64)
     if len(classes) == 1:
         scores[:, classes] = 0
-        return scores
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
-    model.fit(train.numpy(), labels.numpy())
+        return scores, []
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=ITERATIONS))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(train.numpy(), labels.numpy())
+    remarks = [f"logistic regression, C {c:g}: {str(w.message).splitlines()[0]}" for w in caught]
     decision = torch.from_numpy(model.decision_function(test.numpy())).double()
     if decision.ndim == 1:  # two classes
         decision = torch.stack([-decision, decision], dim=1)
     scores[:, classes] = decision
-    return scores
+    return scores, remarks
 
 
 def top_accuracy(scores: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -43,23 +43,33 @@ class KNN:
         gallery = len(train.labels)
         for k in self.ks:
             if k > gallery:
-                _say_that_all_vote(k, gallery)
+                _warn_once(all_vote(k, gallery))
         figures = {
             "protocol": "k-NN",
             "temperature": self.temperature,
             "gallery_images": gallery,
             "test_images": len(test.labels),
             "k": {
-                str(k): {"top1": top1, "top5": top5, "neighbours": min(k, gallery)}
+                str(k): {
+                    "top1": top1,
+                    "top5": top5,
+                    "neighbours": min(k, gallery),
+                    "remarks": [all_vote(k, gallery)] if k > gallery else [],
+                }
                 for k, (top1, top5) in scores.items()
             },
         }
         return KNNFigures(figures, {k: ranking[:, 0] for k, ranking in ranked.items()})
 
 
+def all_vote(k: int, gallery: int) -> str:
+    """The remark on a k-NN of more neighbours than there are images."""
+    return f"{k}-NN: the gallery has {gallery} images, and all of them vote"
+
+
 @functools.cache  # once for all networks and epochs
-def _say_that_all_vote(k: int, gallery: int) -> None:
-    logger.warning(f"{k}-NN: the gallery has {gallery} images, and all of them vote")
+def _warn_once(line: str) -> None:
+    logger.warning(line)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,11 @@ class Retrieval:
             "map": ranked.map,
             "map_at_100_released": ranked.map_at_100_released,
         }
+        if lone := ranked.queries_without_positives:
+            figures["remarks"] = [
+                f"{lone} of {len(queries)} queries have no image of their class in the gallery: "
+                f"they count as not found"
+            ]
         return RetrievalFigures(figures, ranked, queries, gallery)
 
 
@@ -108,11 +123,33 @@ def measure(
 ) -> list[Found]:
     """What each protocol finds, in order; `figures` of each are percent and plain data.
 
-    Every image goes through the network once for all protocols on features of centre crops.
+    `remarks` among them are sentences that qualify them: whoever shows a figure shows these beside
+    it. Every image goes through the network once for all protocols on features of centre crops.
     """
     for protocol in protocols:
         # A probe's features hold the image feature too: they are extracted first.
         if isinstance(protocol, LinearProbe):
             for split in ("test",) if protocol.augmented else SPLITS:
                 protocol.features_of(features, split)
-    return [protocol.measure(features) for protocol in protocols]
+    found = [protocol.measure(features) for protocol in protocols]
+    for protocol, each in zip(protocols, found, strict=True):
+        if not isinstance(protocol, Pointing):
+            each.figures["remarks"] = of_splits(features) + each.figures.get("remarks", [])
+    return found
+
+
+def of_splits(features: SplitFeatures) -> list[str]:
+    """Remarks on classes of the data that a split lacks, and on features that are all alike."""
+    remarks = []
+    for split in SPLITS:
+        if split in features.held:
+            images = features.of(split)
+            if images.are_alike:
+                remarks.append(f"the features of all images of the {split} split are alike")
+        else:
+            images = features.images(split)
+        absent = len(images.classes) - len(torch.as_tensor(images.labels).unique())
+        if absent:
+            count = len(images.classes)
+            remarks.append(f"{absent} of {count} classes have no image in the {split} split")
+    return remarks

@@ -158,13 +158,22 @@ class LinearProbe:
             figures |= self._logistic(data, used, test, outputs)
         else:
             figures |= self._sgd(data, used, test, outputs, reading)
+        blocks = len(test.widths) - test.avgpool_patchtokens
+        if blocks < own.N_LAST_BLOCKS:
+            figures["remarks"].append(
+                f"features of {blocks} block, not of {own.N_LAST_BLOCKS} (--n_last_blocks): "
+                f"EVAL.POOLING {features.pooling} has no more"
+            )
+        if own.AVGPOOL_PATCHTOKENS and not test.avgpool_patchtokens:
+            figures["remarks"].append(
+                "no mean of the patches is appended (--avgpool_patchtokens): the features are one, "
+                "or a mean by EVAL.POOLING"
+            )
         bad = _all_bad(data)
         if bad:
+            figures["remarks"].append(f"{len(bad)} unreadable training images are left out")
             listed = {*features.bad.get("train", []), *(str(image) for image in bad)}
             features.bad["train"] = sorted(listed)
-            logger.warning(
-                f"{len(bad)} unreadable training images were left out; results list them"
-            )
         figures["train_images"] = len(used) - len(bad)
         figures["seconds"] = round(time.perf_counter() - started, 1)
         return Found(figures)
@@ -184,18 +193,21 @@ class LinearProbe:
 
         Every process does all of it: one alone could take longer than the others may wait.
         """
-        comparison, (chosen, *others) = [], self.options.C
+        comparison, remarks, (chosen, *others) = [], [], self.options.C
         if others:
             held = self._held_out(data.labels, used)
             kept = used[~torch.isin(used, held)]
             for c in self.options.C:
-                scores = linear.logistic_scores(*data.plain(kept), data.plain(held)[0], outputs, c)
+                values, _ = data.plain(held)
+                scores, more = linear.logistic_scores(*data.plain(kept), values, outputs, c)
+                remarks += [f"{remark} (on the images to choose by)" for remark in more]
                 top1 = linear.top_accuracy(scores, data.labels[held])[0]
                 comparison.append({"C": c, "held_out_top1": top1})
             chosen = max(comparison, key=lambda line: line["held_out_top1"])["C"]
-        scores = linear.logistic_scores(*data.plain(used), test.values, outputs, chosen)
+        scores, more = linear.logistic_scores(*data.plain(used), test.values, outputs, chosen)
         top1, top5 = linear.top_accuracy(scores, test.labels)
-        return {"C": chosen, "top1": top1, "top5": top5, "sweep": comparison}
+        remarks += more
+        return {"C": chosen, "top1": top1, "top5": top5, "sweep": comparison, "remarks": remarks}
 
     def _sgd(
         self,
@@ -223,7 +235,7 @@ class LinearProbe:
             "training images": str(len(used)),
             "training data": data.fingerprint,
         }
-        self._resume(probe, data, settings)
+        remarks = self._resume(probe, data, settings)
         distributed.agree(
             {"the epoch to go on from": probe.epoch}, "put --output_dir where all of them see it"
         )
@@ -243,14 +255,16 @@ class LinearProbe:
                 heads = len(recipe.lrs)  # without their twins
                 line = {"epoch": probe.epoch, "loss": loss if math.isfinite(loss) else None}
                 probe.history.append({**line, "top1": top1[:heads], "top5": top5[:heads]})
-                state = {"probe": settings, "bad": [asdict(i) for i in bad], **probe.state()}
+                state = {"probe": settings, "bad": [asdict(i) for i in bad], "remarks": remarks}
+                state |= probe.state()
                 distributed.on_main(lambda state=state: self._save(state))
                 shown = "  ".join(f"{score:.2f}" for score in top1[:heads])
                 if probe.epoch % -(-recipe.epochs // LINES) == 0 or probe.epoch == recipe.epochs:
                     logger.info(
                         f"epoch {probe.epoch}/{recipe.epochs}  loss {loss:.4f}  top-1 {shown} %"
                     )
-        return self._chosen(probe, data, held_out)
+        figures = self._chosen(probe, data, held_out)
+        return figures | {"remarks": remarks + figures["remarks"]}
 
     def _save(self, state: dict) -> None:
         checkpoint.save(state, self.own_folder / STATE)
@@ -259,11 +273,11 @@ class LinearProbe:
 
     def _resume(
         self, probe: linear.Probe, data: AugmentedImages | CachedFeatures, settings: dict[str, str]
-    ) -> None:
-        """Go on from the state in the folder, if there is one and it is of this probe."""
+    ) -> list[str]:
+        """Go on from the state in the folder, if there is one and it is of this probe; says so."""
         path = self.own_folder / STATE
         if not path.exists():
-            return
+            return []
         state = checkpoint.load_file(path)
         stored = state.get("probe") if isinstance(state, dict) else None
         if not isinstance(stored, dict):
@@ -277,6 +291,10 @@ class LinearProbe:
         probe.load_state(state)
         data.bad.update(BadImage(**image) for image in state["bad"])
         logger.info(f"going on with the probe in {path} at epoch {probe.epoch}")
+        remarks = state.get("remarks", [])
+        if probe.epoch < probe.recipe.epochs:
+            remarks.append(f"went on from epoch {probe.epoch} in a second command")
+        return remarks
 
     def _chosen(
         self, probe: linear.Probe, data: AugmentedImages | CachedFeatures, held_out: Tensor
@@ -294,7 +312,7 @@ class LinearProbe:
             }
         figures = {"epochs": recipe.epochs, "batch": recipe.batch}
         if not recipe.has_twins:
-            return {**figures, **heads[0], "sweep": []}
+            return {**figures, **heads[0], "sweep": [], "remarks": []}
         values, labels = data.plain(held_out.nonzero().flatten())
         scores = probe.accuracy(values, labels)[0][len(heads) :]
         for head, score in zip(heads, scores, strict=True):
@@ -304,7 +322,10 @@ class LinearProbe:
         if not usable:
             raise InputError("every learning rate of --sweep made the probe diverge: give lower.")
         chosen = heads[max(usable, key=scores.__getitem__)]
-        return {**figures, "held_out_images": len(labels), **chosen, "sweep": heads}
+        lost = len(heads) - len(usable)
+        remarks = [f"{lost} of {len(heads)} learning rates diverged"] * (lost > 0)
+        known = {"held_out_images": len(labels), "sweep": heads, "remarks": remarks}
+        return figures | chosen | known
 
 
 def _all_bad(data: AugmentedImages | CachedFeatures) -> set[BadImage]:

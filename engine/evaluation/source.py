@@ -31,7 +31,8 @@ class Weights:
     sha256: of the file, or the seed of a random initialisation. epoch: epochs it was trained
     for, where known. run_config: the options of the run that made it, if it is ours; of a random
     initialisation, those of the network that it is the zero of. image_size: pixels, where the
-    file says them beside its weights (see export.py); else 0.
+    file says them beside its weights (see export.py); else 0. doubts: what is taken of the
+    architecture without a word of the file, a sentence each.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Weights:
     epoch: int | None = None
     run_config: dict | None = None
     image_size: int = 0
+    doubts: tuple[str, ...] = ()
 
     @property
     def is_random(self) -> bool:
@@ -96,14 +98,21 @@ def load_source(
     """The network at `path`; key: "teacher", "student", or another name in the file.
 
     Its architecture is what the checkpoint records or its shapes show, but for the MODEL.*
-    options of `cfg` that are in `typed`. Raises InputError for what cannot be read or does not
-    fit.
+    options of `cfg` that are in `typed`. A line says what is doubtful. Raises InputError for what
+    cannot be read or does not fit.
     """
     written = os.path.exists(path) and os.path.getmtime(path)
     file = WeightsFile.read(path, key)
     spec = _chosen_spec(file.spec, cfg, typed) if typed else file.spec
     own = file.contents if checkpoint.is_own(file.contents) else {}
     pixels = file.metadata.get("image_size", "")  # anything, in someone else's file
+    doubts = {k: doubt for k, doubt in file.doubts.items() if f"MODEL.{k.upper()}" not in typed}
+    if "MODEL.ARCH" in typed and spec.num_heads == ARCHITECTURES[spec.arch].get("num_heads"):
+        doubts.pop("num_heads", None)
+    for name, doubt in doubts.items():
+        is_option = name in ("num_heads", "img_size")
+        advice = f"; MODEL.{name.upper()} of the evaluation scripts says otherwise" * is_option
+        logger.warning(f"{path}: {doubt}{advice}")
     weights = Weights(
         path=str(path),
         sha256=checkpoint.sha256(path),
@@ -113,6 +122,7 @@ def load_source(
         epoch=own.get("epoch"),
         run_config=own.get("config"),
         image_size=int(pixels) if pixels.isdecimal() else 0,
+        doubts=tuple(doubts.values()),
     )
     if os.path.getmtime(path) != written:
         raise InputError(f"{path} has changed while it was read: is a run writing it? Try again.")
@@ -186,10 +196,11 @@ def _chosen_spec(known: BackboneSpec, cfg: Node, typed: Collection[str]) -> Back
     wanted = build.backbone_spec(cfg)
     spec = known
     if "MODEL.ARCH" in typed and wanted.arch != known.arch:
-        # Another architecture: its own figures, not the checkpoint's.
+        # Another architecture: its own figures, not the checkpoint's. But heads are known better
+        # there: a Swin's by their shapes, and a ViT's are not by its name (MoCo v3's vit_small).
         resolve(wanted)
         same_family = ARCHITECTURES[wanted.arch]["family"] == ARCHITECTURES[known.arch]["family"]
-        spec = replace(known, embed_dim=0, depths=(), num_heads=()) if same_family else wanted
+        spec = replace(known, embed_dim=0, depths=()) if same_family else wanted
     names = [field.name for field in fields(wanted) if f"MODEL.{field.name.upper()}" in typed]
     return replace(spec, **{name: getattr(wanted, name) for name in names})
 

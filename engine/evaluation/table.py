@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.files import write_json, write_text
 
-Figure = dict  # as `spread` gives it
+Figure = dict  # as `spread` gives it, and `remarks`, sentences that qualify it
 
 
 def spread(values: Sequence[float]) -> Figure:
@@ -16,9 +16,9 @@ def spread(values: Sequence[float]) -> Figure:
 
 
 def cell(figure: Figure) -> str:
-    """12.34 ± 0.56, or 12.34 where there is no deviation."""
+    """12.34 ± 0.56, or 12.34 where there is no deviation; with a star where there are remarks."""
     deviation = "" if figure["std"] is None else f" ± {figure['std']:.2f}"
-    return f"{figure['mean']:.2f}{deviation}"
+    return f"{figure['mean']:.2f}{deviation}" + " \\*" * bool(figure.get("remarks"))
 
 
 def difference(figure: Figure) -> str:

@@ -137,6 +137,9 @@ def write(
             f"- {run['name']}, seed {run['seed']}: {steps} steps in {seconds:.0f} s; sha256 "
             f"{run['checkpoint_sha256']}"
         )
+    for run in runs:
+        name = f"{run['name']}, seed {run['seed']}"
+        lines += [f"- {name}: {remark}" for remark in run.get("remarks", [])]
     lines += ["", "results.json holds every value and each run's options."]
     contents = {
         "study": study.name,

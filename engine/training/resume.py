@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from engine import build
 from engine.training.record import Record
 from engine.training.schedules import scaled_lr
 from engine.training.step import Pretraining
@@ -186,6 +187,8 @@ def start_from(cfg: Node, student: Network, teacher: Network) -> None:
     """INIT.WEIGHTS, if given, for student and teacher, at epoch 0; says which parts fitted."""
     if not cfg.INIT.WEIGHTS:
         return
-    read = load_pretrained(student, cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY)
+    read = load_pretrained(
+        student, cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY, build.backbone_spec(cfg)
+    )
     make_teacher(student, teacher)
     logger.info(f"starting from {cfg.INIT.WEIGHTS}: {', '.join(read)}")

@@ -450,7 +450,7 @@ def test_logistic_regression_is_scikit_learns(c):
     test[:, 0] *= 1000
     model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
     model.fit(train.numpy(), labels.numpy())
-    scores = linear.logistic_scores(train, labels, test, CLASSES, c)
+    scores, _ = linear.logistic_scores(train, labels, test, CLASSES, c)
     assert scores.shape == (40, CLASSES)
     assert np.allclose(scores, model.decision_function(test.numpy()), rtol=1e-4, atol=1e-5)
     assert scores.argmax(1).tolist() == model.predict(test.numpy()).tolist()
@@ -461,7 +461,7 @@ def test_logistic_regression_of_two_classes_is_scikit_learns():
     train, labels = train[labels < 2], 3 * labels[labels < 2]
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     model.fit(train.numpy(), labels.numpy())
-    scores = linear.logistic_scores(train, labels, test, 5, 1.0)
+    scores, _ = linear.logistic_scores(train, labels, test, 5, 1.0)
     assert set(model.predict(test.numpy())) == {0, 3}
     assert scores.argmax(1).tolist() == model.predict(test.numpy()).tolist()
     assert (scores[:, [1, 2, 4]] == -torch.inf).all()
@@ -470,7 +470,7 @@ def test_logistic_regression_of_two_classes_is_scikit_learns():
 def test_logistic_regression_never_says_a_class_without_training_images():
     (train, labels), (test, targets) = blobs(1, 90), blobs(2, 40)
     train, labels = train[labels != 1], labels[labels != 1]
-    scores = linear.logistic_scores(train, labels, test, 7, 1.0)
+    scores, _ = linear.logistic_scores(train, labels, test, 7, 1.0)
     ranking = scores.argsort(dim=1, descending=True)
     assert {0, 2, 3} == set(ranking[:, :3].flatten().tolist())
     # Four of the seven outputs are unknown: in the first five, but no hits.
@@ -482,8 +482,17 @@ def test_logistic_regression_never_says_a_class_without_training_images():
 
 def test_logistic_regression_of_one_class_says_that_class():
     train, test = blobs(1, 10)[0], blobs(2, 5)[0]
-    scores = linear.logistic_scores(train, torch.full((10,), 2), test, 4, 1.0)
+    scores, _ = linear.logistic_scores(train, torch.full((10,), 2), test, 4, 1.0)
     assert linear.top_accuracy(scores, torch.tensor([2, 2, 2, 0, 1])) == (60, 60)
+
+
+def test_a_regression_that_has_not_converged_says_so(recwarn, monkeypatch):
+    (train, labels), (test, _) = blobs(1, 90, noise=3), blobs(2, 40)
+    assert linear.logistic_scores(train, labels, test, CLASSES, 1.0)[1] == []
+    monkeypatch.setattr(linear, "ITERATIONS", 2)
+    (remark,) = linear.logistic_scores(train, labels, test, CLASSES, 1.0)[1]
+    assert remark.startswith("logistic regression, C 1: lbfgs failed to converge after 2 iter")
+    assert not recwarn.list, "it stands beside the figure, not on stderr"
 
 
 def test_top_accuracy_of_few_and_many_classes():

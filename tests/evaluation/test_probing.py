@@ -270,7 +270,10 @@ def test_a_killed_probe_goes_on_to_the_same_figures(probe, checkpoint, data, tmp
     assert 3 <= stopped < 60
     again = probe(options, folder)
     assert f"at epoch {stopped}" in again.stdout
-    assert again.result == whole.result
+    remark = f"went on from epoch {stopped} in a second command"
+    assert again.stdout.count(remark) == 1
+    assert again.result == whole.result | {"remarks": [remark]}
+    assert probe(options, folder).result["remarks"] == [remark], "the probe remembers it"
     assert again.log == whole.log
     for name in ("weights", "biases"):
         for one, other in zip(again.state[name], whole.state[name], strict=True):
@@ -382,6 +385,9 @@ def test_unreadable_training_images_are_left_out_and_listed(probe, damaged, kind
     assert listed.keys() == {"train"}
     assert [Path(line.split(" cannot")[0]).name for line in listed["train"]] == ["1.jpg", "6.jpg"]
     assert done.result["train_images"] == 22
+    assert "2 unreadable training images are left out" in str(done.result["remarks"]) or (
+        kind == "cached"  # left out when the features were extracted, which is said there
+    )
     assert done.result["top1"] >= 90
     again = probe(options, tmp_path, data=damaged)
     assert again.result == done.result

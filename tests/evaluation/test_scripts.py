@@ -399,8 +399,18 @@ def test_queries_without_an_image_of_their_class_are_told(weights, data, tmp_pat
         path.write_text("no image")
     line = f"--pretrained_weights {weights} --data_path {tmp_path}/data EVAL.PICTURES false"
     out = works("retrieval", line, f"--output_dir {tmp_path} DATA.MAX_BAD 0.5")
-    assert "warning: 4 queries have no image of their class in the gallery" in out
-    assert results(tmp_path, "retrieval")["queries_without_positives"] == 4
+    remarks = results(tmp_path, "retrieval")["remarks"]
+    assert remarks == [
+        "1 of 7 classes have no image in the train split",
+        "4 of 28 queries have no image of their class in the gallery: they count as not found",
+    ]
+    assert all(f"warning: {remark}" in out for remark in remarks)
+    out = works("knn", line, f"--output_dir {tmp_path} DATA.MAX_BAD 0.5 --nb_knn 3 30 40")
+    found = results(tmp_path, "knn")
+    assert found["remarks"] == remarks[:1]
+    assert [found["k"][k]["remarks"] for k in ("3", "30")] == [[], []]
+    remark = "40-NN: the gallery has 30 images, and all of them vote"
+    assert found["k"]["40"]["remarks"] == [remark]
 
 
 @pytest.mark.parametrize("name", ["knn", "retrieval"])

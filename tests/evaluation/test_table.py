@@ -154,21 +154,13 @@ def test_the_table_says_what_stands_behind_it(made, checkpoints):
     assert "teacher, epoch 1, " in made.text
     assert "32 px of 37" in made.text
     assert "3 classes, 24 training and 21 test images" in made.text
-    assert "of the gallery vote" not in made.text
+    assert "all of them vote" not in made.text
     changed = made.text.split("- options that are not the defaults: ")[1].splitlines()[0]
     assert "EVAL.SEEDS 2" in changed
     assert "LINEAR.EPOCHS 3" in changed
     assert "LINEAR.CLASSIFIER" not in changed
     assert made.results["config"]["LINEAR"]["EPOCHS"] == 3
     assert made.rows[0]["weights"]["run_config"]["SEED"] == 3
-
-
-def test_a_column_of_more_neighbours_than_there_are_says_so():
-    knn = {"protocol": "k-NN", "k": {k: {"neighbours": 12} for k in ("10", "20", "100", "200")}}
-    line = "- 20-NN: all 12 images of the gallery vote"
-    assert evaluate.short_of_neighbours([{"details": [knn]}], defaults()) == [line]
-    knn["k"]["20"]["neighbours"] = 20
-    assert evaluate.short_of_neighbours([{"details": [knn]}], defaults()) == []
 
 
 def test_the_same_command_takes_up_what_is_there(made, checkpoints, data, tmp_path):
@@ -230,6 +222,28 @@ def test_other_classifiers_and_splits_say_so(checkpoints, data, tmp_path):
     done = run(eval_linear, tmp_path, *words, "--n_last_blocks", 2, "--classifier", "logistic")
     assert other.figures[0]["linear_1"]["values"] == [done.result["top1"]]
     assert f"{done.result['top1']:.2f}" == other.cells[0][2]
+
+
+def test_what_qualifies_a_figure_stands_beside_it(data, tmp_path):
+    plain = plain_network(tmp_path / "plain.pth", depth=2)
+    options = f"{COMMON} {PROBE} --size 32 --nb_knn 30 --seeds 1 --features cached"
+    found = table(tmp_path / "table", [plain], data, f"{options} EVAL.POOLING mean")
+    ((name, knn, probe, *_), _) = found.cells
+    assert knn.endswith(" \\*")
+    assert probe.endswith(" \\*")
+    assert not found.cells[0][-1].endswith("*"), "retrieval has no doubt of its own"
+    remarks = found.figures[0]["knn_30"]["remarks"]
+    assert remarks == ["30-NN: the gallery has 24 images, and all of them vote"]
+    assert f"- \\* 30-NN top-1 of {name}: {remarks[0]}" in found.text
+    assert "features of 1 block, not of 2" in found.figures[0]["linear_1"]["remarks"][0]
+    # What the file does not say of the network is of all its figures.
+    (doubt,) = found.rows[0]["weights"]["doubts"]
+    assert "1 attention heads are taken" in doubt
+    assert f"; {doubt}" in found.text
+    assert f"warning: {plain}: {doubt}" in found.done.stdout
+    assert "doubts" in found.rows[1]["weights"]
+    again = table(tmp_path / "again", [plain], data, f"{options} MODEL.NUM_HEADS [1]")
+    assert again.rows[0]["weights"]["doubts"] == []
 
 
 def refused(folder: Path, *words) -> str:

@@ -390,7 +390,7 @@ def test_poolings_that_a_network_lacks_are_left_out(judged):
     _, source, cfg, splits, study = judged
     protocol = replace(study.protocol, poolings=("default", "mil", "lcr"), k=3)
     reading = Reading.of(cfg, ALONE, source)
-    found, zeros = figures_and_zeros(source, splits, reading, cfg, protocol)
+    found, zeros, _ = figures_and_zeros(source, splits, reading, cfg, protocol)
     pooled = {f"{level}knn_{name}" for level in ("", "coarse_") for name in ("default", "mil")}
     assert pooled == {name for name in found if "knn" in name} == {n for n in zeros if "knn" in n}
 

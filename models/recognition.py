@@ -1,0 +1,253 @@
+"""Which architecture a file of weights has: recorded in it, said by its makers, or by its shapes.
+
+A number of heads, and the image size that a Swin's windows are laid out for, leave no trace in the
+weights. What is taken for them without a word of the file is a doubt: a sentence that whoever loads
+the file prints, and that stands beside every figure.
+"""
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN
+from torch import Tensor
+
+from models.registry import ARCHITECTURES, BackboneSpec
+from utils.checkpoint import is_own
+from utils.errors import InputError
+
+SPEC_IN_METADATA = "cmd_backbone"
+# timm's name of the file beside the weights on the Hugging Face hub.
+CONFIG = "config.json"
+# Vision Transformers whose heads have not 64 channels, by width: timm's, and those of MAE.
+HEADS_BY_WIDTH = {1280: 16, 1408: 16, 1664: 16}
+MOCO_V3_HEADS = 12
+LARGEST_MAP = 1024  # patches a side
+
+Doubts = dict[str, str]  # by the field of BackboneSpec
+
+
+def stored_spec(contents: object, metadata: dict[str, str]) -> BackboneSpec | None:
+    """The architecture that a checkpoint or an export of ours records; None for anyone else's."""
+    if is_own(contents):
+        return BackboneSpec.from_dict(contents["model"]["backbone"])
+    try:
+        return BackboneSpec.from_dict(json.loads((metadata or contents)[SPEC_IN_METADATA]))
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def infer_spec(
+    state: dict[str, Tensor], path: str | Path, contents: object = None
+) -> tuple[BackboneSpec, Doubts]:
+    """An architecture by the shapes of a backbone's weights in EsViT's names, and what is doubtful.
+
+    contents: the whole file, which with a config.json of timm beside it may say more than the
+    shapes. Raises InputError where they are of no known backbone.
+    """
+    if "conv1.weight" in state and "layer4.2.conv3.weight" in state:
+        return BackboneSpec("resnet50"), {}
+    if "patch_embed.proj.weight" in state and "layers.0.blocks.0.norm1.weight" in state:
+        return _infer_swin(state, path, said(contents, state, path))
+    if "patch_embed.proj.weight" in state and "pos_embed" in state:
+        return _infer_vit(state, said(contents, state, path), contents)
+    raise InputError(
+        f"{path} holds none of the known backbones ({', '.join(ARCHITECTURES)}); "
+        f"its first keys are: {few(state)}."
+    )
+
+
+def _infer_swin(
+    state: dict[str, Tensor], path: str | Path, known: dict
+) -> tuple[BackboneSpec, Doubts]:
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    stages = _count(state, r"layers\.(\d+)\.")
+    depths = tuple(_count(state, rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(stages))
+    names = [f"layers.{s}.blocks.0.attn.relative_position_bias_table" for s in range(stages)]
+    if lost := [name for name in names if name not in state]:
+        raise InputError(f"{path} has weights of a Swin but not all: missing: {few(lost)}.")
+    tables = [state[name] for name in names]
+    heads = tuple(table.shape[1] for table in tables)
+    # A table has (2w - 1)^2 rows; later stages' windows shrink to their maps.
+    windows = [(round(len(table) ** 0.5) + 1) // 2 for table in tables]
+    arch = _named("swin", embed_dim=width, depths=depths, num_heads=heads)
+    sides = _layouts(state, windows, depths)
+    doubts, size = {}, known.get("img_size")
+    if size is None:
+        # As is usual: the last stage's map is one window. Or 224 pixels where that is the same.
+        usual = windows[-1] * 2 ** (stages - 1)
+        usual = usual if usual in sides else min(sides, default=usual)
+        plain = 224 // patch
+        size = patch * (plain if sides.get(plain) == sides.get(usual, ()) else usual)
+        if len(set(sides.values())) != 1:
+            doubts["img_size"] = (
+                f"its windows are taken as laid out for {size} pixels, which the file does not "
+                f"say: laid out for more, its last stage shifts them"
+            )
+    spec = BackboneSpec(arch, width, depths, heads, windows[0], patch_size=patch, img_size=size)
+    return spec, doubts | _unlike_here(known)
+
+
+def _layouts(
+    state: dict[str, Tensor], windows: list[int], depths: tuple[int, ...]
+) -> dict[int, tuple[bool, ...]]:
+    """Sides of the first map, in patches, that fit the windows, and which stages each shifts.
+
+    Microsoft's files keep the masks of the shifted windows, [windows, M², M²], which say more.
+    """
+    masks = {name: len(mask) for name, mask in state.items() if name.endswith(".attn_mask")}
+    found, step = {}, 2 ** (len(windows) - 1)
+    for side in range(step, LARGEST_MAP + 1, step):
+        maps = [side // 2**stage for stage in range(len(windows))]
+        shifts = tuple(
+            window < own and depth > 1
+            for window, own, depth in zip(windows, maps, depths, strict=True)
+        )
+        wanted = {
+            f"layers.{stage}.blocks.{block}.attn_mask": (maps[stage] / windows[stage]) ** 2
+            for stage, depth in enumerate(depths)
+            for block in range(1, depth, 2)
+            if shifts[stage]
+        }
+        are_windows = all(w == min(windows[0], own) for w, own in zip(windows, maps, strict=True))
+        if are_windows and (not masks or masks == wanted):
+            found[side] = shifts
+    return found
+
+
+def _infer_vit(
+    state: dict[str, Tensor], known: dict, contents: object
+) -> tuple[BackboneSpec, Doubts]:
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    depth = _count(state, r"blocks\.(\d+)\.")
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    heads, doubts = HEADS_BY_WIDTH.get(width, max(1, width // 64)), {}
+    if "num_heads" in known:
+        (heads,) = known["num_heads"]
+    elif names := _moco_v3(state, contents, width):
+        heads = MOCO_V3_HEADS
+        doubts["num_heads"] = f"{heads} attention heads are taken, as MoCo v3's have: {names}"
+    else:
+        doubts["num_heads"] = (
+            f"{heads} attention heads are taken, {width / heads:g} channels each as is usual: the "
+            f"file does not say"
+        )
+    arch = _named("vit", embed_dim=width, depths=(depth,), num_heads=(heads,))
+    spec = BackboneSpec(arch, width, (depth,), (heads,), patch_size=patch, img_size=side * patch)
+    return spec, doubts | _unlike_here(known)
+
+
+def _unlike_here(known: dict) -> Doubts:
+    """What the file says of itself that is done otherwise here, whatever the options."""
+    doubts = {}
+    if (activation := known.get("activation", "GELU")) != "GELU":
+        doubts["activation"] = f"its activation is {activation}; here GELU is taken"
+    if (mean := known.get("mean", IMAGENET_DEFAULT_MEAN)) != IMAGENET_DEFAULT_MEAN:
+        doubts["mean"] = (
+            f"images are normalised by ImageNet's mean and deviation here, and were in its "
+            f"training by others (mean {', '.join(f'{value:g}' for value in mean)})"
+        )
+    return doubts
+
+
+def _moco_v3(state: dict[str, Tensor], contents: object, width: int) -> str:
+    """By what a ViT shows itself as one of MoCo v3; "" where it does not."""
+    state_dict = contents.get("state_dict") if isinstance(contents, dict) else None
+    if any(re.match(r"(module\.)?(base|momentum)_encoder\.", name) for name in state_dict or ()):
+        return "the file has its names"
+    # MAE's are fixed too, but that has no ViT-S. [CLS] gets none.
+    if width == 384 and not state["pos_embed"][0, 0].any():
+        return "its position embeddings are fixed sines"
+    return ""
+
+
+def said(contents: object, state: dict[str, Tensor], path: str | Path) -> dict:
+    """Fields of BackboneSpec by what the file, or timm's config.json beside it, says of itself.
+
+    Names of architectures count where what they stand for has the weights' width. timm's mean
+    their network with the arguments beside them; DINO's and EsViT's ours.
+    """
+    width, known = len(state.get("norm.weight", ())), {}
+    for name, arguments, mean in _statements(contents, path):
+        own = ARCHITECTURES.get(name, {})
+        if own.get("family") == "vit" and own["embed_dim"] == width:
+            if not _moco_v3(state, contents, width):  # its vit_small is another
+                known["num_heads"] = own["num_heads"]
+        elif timm.is_model(name):
+            known |= _of_timm(name, arguments, mean, width)
+        if known:
+            break
+    layout = re.search(r"window\d+_(\d+)", str(_arguments(contents).get("cfg", "")))
+    if layout:  # of EsViT's presets
+        known.setdefault("img_size", int(layout[1]))
+    return known
+
+
+def _statements(contents: object, path: str | Path) -> Iterable[tuple[str, dict, list | None]]:
+    """(name of an architecture, its keyword arguments, images' mean), the surest first."""
+    try:
+        beside = json.loads((Path(path).parent / CONFIG).read_text())
+    except (OSError, ValueError):
+        beside = None
+    arguments = _arguments(contents)
+    size = {"img_size": arguments["img_size"]} if arguments.get("img_size") else {}
+    of_run = {**size, **_dict(arguments.get("model_kwargs"))}
+    for facts, more in ((_dict(beside), {}), (_dict(contents), of_run), (arguments, of_run)):
+        for key in ("architecture", "arch", "model"):
+            if isinstance(facts.get(key), str):
+                mean = _dict(facts.get("pretrained_cfg")).get("mean") or arguments.get("mean")
+                yield facts[key], {**more, **_dict(facts.get("model_args"))}, mean
+
+
+def _arguments(contents: object) -> dict:
+    """The command line of the run that made a file, where it is kept as DINO and timm do."""
+    arguments = _dict(contents).get("args")
+    return vars(arguments) if isinstance(arguments, Namespace) else _dict(arguments)
+
+
+def _dict(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _of_timm(name: str, arguments: dict, mean: Iterable | None, width: int) -> dict:
+    """What timm's model of this name says that shapes do not; {} where it has another width."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0, **arguments)
+        if model.num_features != width:
+            return {}
+        known = {
+            "img_size": model.patch_embed.img_size[0],
+            "mean": tuple(map(float, mean or model.pretrained_cfg["mean"])),
+        }
+        block = next(part for part in model.modules() if hasattr(part, "mlp"))
+        known["activation"] = type(block.mlp.act).__name__
+        if hasattr(model, "blocks"):
+            known["num_heads"] = (block.attn.num_heads,)
+        return known
+    except Exception:  # whatever a foreign name with foreign arguments makes timm do
+        return {}
+
+
+def _count(state: dict[str, Tensor], pattern: str) -> int:
+    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
+    return 1 + max(found, default=-1)
+
+
+def _named(family: str, **figures) -> str:
+    """The registry's name with these figures, else the family's first with them overridden."""
+    for name, known in ARCHITECTURES.items():
+        if known["family"] == family and all(known[k] == v for k, v in figures.items()):
+            return name
+    return next(name for name, known in ARCHITECTURES.items() if known["family"] == family)
+
+
+def few(names: Iterable[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
