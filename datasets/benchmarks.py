@@ -145,10 +145,13 @@ class Benchmark:
             lacking.append(", ".join(piece for piece in pieces if not places[piece]))
             found |= {piece: None for piece in pieces if places[piece]}
         what = "an evaluation" if evaluated else "pretraining"
+        place = root if root.name == self.folder else inner
+        # What fetches does so only to where nothing is.
+        once = f" once {place} is removed" if self.fetch and place.is_dir() else ""
         raise InputError(
             f"{name} was not found in {root}: expected {self.folder} in it, or this folder itself; "
             f"{_contents(inner)}. Of what {what} needs, {', '.join(found) or 'nothing'} is there; "
-            f"{', or else '.join(lacking)} is missing. {self.source}"
+            f"{', or else '.join(lacking)} is missing. {self.source}{once}"
             + ("" if evaluated else "; DATA.DATASET folder pretrains on any folder of images")
         )
 

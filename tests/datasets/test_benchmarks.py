@@ -209,6 +209,7 @@ def test_an_absent_benchmark_is_described(name, tmp_path):
         (found,) = tmp_path.rglob(piece)
         found.rename(found.with_name("away"))
         lacks = error(name, tmp_path)
+        assert (f"downloads it once {tmp_path / OFFICIAL[name][0]} is removed" in lacks) == fetched
         assert f"{', '.join(p for p in pieces if p != piece)} is there; {piece}" in lacks
         found.with_name("away").rename(found)
 

@@ -101,6 +101,11 @@ def test_small_numbers_in_yaml(yaml_file):
     assert value("TRAIN.MIN_LR", "--cfg", yaml_file("TRAIN: {MIN_LR: 1e-7}")) == 1e-7
 
 
+def test_capitals_mean_nothing_in_a_name():
+    cfg = parse("--dataset", "CUB", "--objective", "MoCo_v2", "DATA.CROPS", "Device").cfg
+    assert (cfg.DATA.DATASET, cfg.LOSS.OBJECTIVE, cfg.DATA.CROPS) == ("cub", "moco_v2", "device")
+
+
 def test_lists_from_flags_pairs_and_single_values():
     sizes = ["AUG.LOCAL_CROPS_SIZE", "[96, 64]"]
     assert value("AUG.LOCAL_CROPS_NUMBER", "AUG.LOCAL_CROPS_NUMBER", "[4, 6]", *sizes) == [4, 6]
