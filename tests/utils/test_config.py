@@ -102,8 +102,8 @@ def test_small_numbers_in_yaml(yaml_file):
 
 
 def test_capitals_mean_nothing_in_a_name():
-    cfg = parse("--dataset", "CUB", "--objective", "MoCo_v2", "DATA.CROPS", "Device").cfg
-    assert (cfg.DATA.DATASET, cfg.LOSS.OBJECTIVE, cfg.DATA.CROPS) == ("cub", "moco_v2", "device")
+    cfg = parse("--dataset", "CUB", "--objective", "EsViT", "DATA.CROPS", "Device").cfg
+    assert (cfg.DATA.DATASET, cfg.LOSS.OBJECTIVE, cfg.DATA.CROPS) == ("cub", "esvit", "device")
 
 
 def test_lists_from_flags_pairs_and_single_values():
