@@ -7,7 +7,6 @@ pretraining needs no labels.
 `python -m datasets.shards --help` writes the shards of an image folder.
 """
 
-import argparse
 import contextlib
 import functools
 import io
@@ -37,6 +36,7 @@ from datasets.folder import (
     fingerprint_of,
     image_endings,
 )
+from utils import cli
 from utils.errors import InputError, run_script
 from utils.files import replacing
 from utils.logging import logger, progress, setup
@@ -393,13 +393,15 @@ def write_shards(
 
 def main() -> None:
     """Write the shards that the command line asks for and say so in one line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m datasets.shards",
         description="Write a folder of images as tar shards, for DATA.DATASET shards.",
     )
     parser.add_argument("--data_path", required=True, help="folder of images")
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
-    parser.add_argument("--images_per_shard", type=int, default=1000, help="(%(default)s)")
+    parser.add_argument(
+        "--images_per_shard", type=cli.at_least(1), default=1000, help="(%(default)s)"
+    )
     args = parser.parse_args()
     setup(is_main=True)
     count, shards = write_shards(args.data_path, args.output, args.images_per_shard)

@@ -8,7 +8,6 @@ and parts.json holds each image's label, coarse label and the box of its part.
 Run `python -m datasets.synthetic --help` to write one.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -24,6 +23,7 @@ from datasets.synthetic_images import (
     in_range,
     render,
 )
+from utils import cli
 from utils.errors import InputError, run_script
 from utils.files import replacing
 from utils.logging import progress
@@ -138,14 +138,15 @@ def _read(folder: Path) -> dict:
 
 def main() -> None:
     """Write the set that the command line asks for and say so in one line."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m datasets.synthetic",
         description="Write a synthetic fine-grained image folder with the parts' boxes.",
     )
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=1000, help="training images (%(default)s)")
-    parser.add_argument("--val", type=int, default=500, help="validation images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (%(default)s)")
+    add, some = parser.add_argument, cli.at_least(0)
+    add("--train", type=some, default=1000, help="training images (%(default)s)")
+    add("--val", type=some, default=500, help="validation images (%(default)s)")
+    add("--seed", type=some, default=0, help="seed of all draws (%(default)s)")
     parser.add_argument(
         "--difficulty",
         choices=DIFFICULTIES,
@@ -156,7 +157,7 @@ def main() -> None:
     for field in settings:
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=field.type,
+            type=cli.at_least(field.metadata["range"][0], field.type),
             metavar="{}..{}".format(*field.metadata["range"]),
             help=field.metadata["help"],
         )

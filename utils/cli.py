@@ -116,15 +116,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}. See --help.")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes whole numbers from `least` up."""
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """The type of a flag that takes numbers from `least` up, read as those of options are."""
 
-    def whole_number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return int(text)
+    def number(text: str) -> float:
+        value = config.scalar(text)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or value < least:
+            raise argparse.ArgumentTypeError(f"must be {config.KINDS[kind]} from {least}: {text}")
+        return value
 
-    return whole_number
+    return number
 
 
 def _parser(description: str, face: Face) -> argparse.ArgumentParser:
@@ -241,7 +244,6 @@ def split_pairs(
 def _meant(text: str, option: Option) -> str:
     """The option's value by EsViT's flag with a truth value, such as fp16 for --use_fp16 true."""
     flag, yes, no = option.yes_no
-    values = {"true": yes, "on": yes, "1": yes, "false": no, "off": no, "0": no}
-    if text.lower() not in values:
+    if text.lower() not in config.TRUTH:
         raise InputError(f"{flag} must be true or false, not '{text}'.")
-    return values[text.lower()]
+    return yes if config.TRUTH[text.lower()] else no

@@ -9,6 +9,7 @@ import copy
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,18 @@ from utils.options import COMPARING, CONTRASTIVE, NOTHING, OPTIONS, SECTIONS, Op
 
 # Reading YAML takes seconds for each megabyte; all options are 4 kB.
 LARGEST_FILE = 1 << 16  # bytes
-LONGEST_VALUE = 1 << 12  # characters of a number or a list
-LARGEST_NUMBER = 2**63 - 1  # of whole ones, as in tensors
+LARGEST_NUMBER = 2**63 - 1  # as in tensors
+WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+TRUTH = {"true": True, "yes": True, "on": True, "1": True}
+TRUTH |= {"false": False, "no": False, "off": False, "0": False}
 KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     list: "a list of numbers",
-    str: "a text",
+    str: "a text, in quotes",
 }
 
 
@@ -54,9 +59,9 @@ def get(cfg: Node, key: str) -> Any:
 def put(cfg: Node, key: str, value: object, source: str) -> None:
     """Set SECTION.KEY from a value of `source` (a file, a flag, the command line).
 
-    Strings are read as YAML, so that 1e-4, true and [1, 2] mean what they say. An integer
-    passes for a float, and a single value for a list of one; any other change of type, or
-    an unknown key, is an InputError that names the nearest key.
+    A text is read by `scalar`; [1, 2] is a list. A truth value may be yes, no, on, off, 1 or 0. An
+    integer passes for a float, and a single value for a list of one; any other change of type,
+    or an unknown key, is an InputError that names the nearest key.
     """
     if key not in OPTIONS:
         raise InputError(f"{source}: there is no option '{key}'.{_hint(key)}")
@@ -74,37 +79,44 @@ def _hint(key: str) -> str:
     return f" Did you mean {near[0]}?" if near else " docs/configuration.md lists them all."
 
 
+def scalar(text: str) -> object:
+    """What a plain word stands for, in a file as on the command line.
+
+    Digits are a decimal number, whatever zeros lead; 0.5, .5, 5. and 1e-4 are numbers; true and
+    false are truth values; an empty word, ~ and null stand for nothing. All else is a text, such
+    as 0x10, 0o10, 1_000, 1:30, inf and nan.
+    """
+    text = text.strip()
+    if NUMBER.fullmatch(text):
+        return int(text) if WHOLE.fullmatch(text) else float(text)
+    return _WORDS.get(text.lower(), text)
+
+
 def _typed(value: object, option: Option, source: str) -> object:
-    default, where = option.default, f"{source}: {option.name}"
-    if isinstance(value, str) and not isinstance(default, str):
-        value = _scalar(value)
-    if isinstance(default, list):
-        value = list(value) if isinstance(value, list | tuple) else [value]
-        value = [_scalar(v) if isinstance(v, str) else v for v in value]
-    numbers = value if isinstance(value, list) else [value]
-    if any(isinstance(n, int) and abs(n) > LARGEST_NUMBER for n in numbers):
-        raise InputError(f"{where} must lie within {LARGEST_NUMBER}, the largest number.")
-    if isinstance(default, bool) and value in (0, 1):  # EsViT's users type 0 and 1
-        value = bool(value)
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    fits = type(value) is type(default)
-    if isinstance(default, list):
-        fits = all(type(v) in (int, float) for v in value)
+    kind, read = type(option.default), value
+    if kind is bool:
+        read = TRUTH.get(str(value).lower(), value)
+    elif kind is list:
+        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+            value = value[1:-1].split(",") if value[1:-1].strip() else []
+        entries = value if isinstance(value, list | tuple) else [value]
+        read = [scalar(entry) if isinstance(entry, str) else entry for entry in entries]
+    elif kind is not str and isinstance(value, str):
+        read = scalar(value)
+    if kind is float and type(read) is int:
+        read = float(read)
+    fits = type(read) is kind
+    if kind is list:
+        fits = all(type(entry) in (int, float) for entry in read)
     if not fits:
-        raise InputError(f"{where} must be {KINDS[type(default)]}, not {_shown(value)}.")
+        raise InputError(f"{source}: {option.name} must be {KINDS[kind]}, not {value!r}.")
     if option.lower or option.choices:
-        value = value.lower()
-    if isinstance(value, str) and not _may_be_a_name(value):
-        raise InputError(f"{where} must be text that can name a file, not {value!r}.")
-    return os.path.expanduser(value) if option.path else value
-
-
-def _shown(value: object) -> str:
-    try:
-        return repr(value)
-    except ValueError:  # Python prints no number of thousands of digits
-        return "so large a number"
+        read = read.lower()
+    if kind is str and not _may_be_a_name(read):
+        raise InputError(
+            f"{source}: {option.name} must be text that can name a file, not {read!r}."
+        )
+    return os.path.expanduser(read) if option.path else read
 
 
 def _may_be_a_name(text: str) -> bool:
@@ -114,52 +126,42 @@ def _may_be_a_name(text: str) -> bool:
     return False
 
 
-class _Reader(yaml.SafeLoader):
-    """Plain YAML. No aliases, by which a few lines may stand for billions, nor repeated keys."""
+class _Reader(yaml.BaseLoader):
+    """YAML whose plain words are read by `scalar`, and whose names and quoted words are texts.
+
+    No tags, no aliases, by which a few lines may stand for billions, and no repeated names.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"write out what *{event.anchor} stands for", event.start_mark
-            )
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse(f"write out what *{event.anchor} stands for", event)
+        if getattr(event, "tag", None):
+            self._refuse(f"leave out the tag {event.tag}", event)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is there twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+    def construct_scalar(self, node: yaml.ScalarNode) -> object:
+        return node.value if node.style else scalar(node.value)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:
+        tree: dict[str, object] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._refuse("a name should stand here", key)
+            if key.value in tree:
+                self._refuse(f"{key.value} is there twice", key)
+            tree[key.value] = self.construct_object(value, deep=True)
+        return tree
+
+    def _refuse(self, reason: str, where: yaml.Event | yaml.Node) -> None:
+        raise yaml.MarkedYAMLError(problem=reason, problem_mark=where.start_mark)
 
 
-def read_yaml(text: str) -> object:
-    """The contents of YAML; yaml.YAMLError for whatever is wrong with it."""
-    try:
-        return yaml.load(text, _Reader)
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        # What PyYAML meets a value with that is not of its tag, such as !!int x.
-        raise yaml.YAMLError(f"a value cannot be read ({error})") from None
+class _Writer(yaml.SafeDumper):
+    """YAML that any reader takes alike: texts that are numbers to `scalar` are quoted, too."""
 
 
-def _scalar(text: str) -> object:
-    if len(text) > LONGEST_VALUE:
-        return text
-    try:
-        value = read_yaml(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as a string: it wants 1.0e-4.
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
+_Writer.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("+-.0123456789"))
 
 
 def read_file(path: str | Path, flag: str = "--cfg") -> object:
@@ -170,15 +172,15 @@ def read_file(path: str | Path, flag: str = "--cfg") -> object:
             raise InputError(f"{flag}: there is no file {path}.")
         with open(path, "rb") as file:
             contents = file.read(LARGEST_FILE + 1)
-    except ValueError:  # a null character
-        raise InputError(f"{flag}: there is no file {path}.") from None
     except OSError as error:
         raise InputError(f"{flag}: {path} cannot be read ({error.strerror}).") from None
     if len(contents) > LARGEST_FILE:
         raise InputError(f"{path} is no file of options: it is larger than {LARGEST_FILE} bytes.")
     try:
-        return read_yaml(contents.decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.load(contents.decode(), _Reader)
+    except RecursionError:
+        raise InputError(f"{path} is not a YAML file: it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of bytes and escapes, too
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a YAML file: {reason}.") from None
 
@@ -201,7 +203,7 @@ def flat(tree: dict, source: str, prefix: str = "") -> Iterator[tuple[str, objec
     """(SECTION.KEY, value) of each option in nested data."""
     for key, value in tree.items():
         if not isinstance(key, str):
-            raise InputError(f"{source}: {_shown(key)} stands where an option's name should.")
+            raise InputError(f"{source}: {key!r} stands where an option's name should.")
         if not prefix and key in SECTIONS and isinstance(value, dict | None):
             # None: all lines of the section are commented out.
             yield from flat(value or {}, source, f"{key}.")
@@ -234,7 +236,7 @@ def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
 
 def write(cfg: Node, path: str | Path) -> None:
     """The resolved options as YAML; raises InputError where they cannot be written."""
-    write_text(path, yaml.safe_dump(to_dict(cfg), sort_keys=False))
+    write_text(path, yaml.dump(to_dict(cfg), Dumper=_Writer, sort_keys=False))
 
 
 def deciding(*what: str) -> list[str]:
@@ -288,8 +290,9 @@ def _check_value(option: Option, value: Any) -> None:
             raise InputError(f"{name} must be a finite number, not {number}.")
         if option.at_least is not None and number < option.at_least:
             raise InputError(f"{name} must be at least {option.at_least}, not {number}.")
-        if option.at_most is not None and number > option.at_most:
-            raise InputError(f"{name} must be at most {option.at_most}, not {number}.")
+        most = LARGEST_NUMBER if option.at_most is None else option.at_most
+        if number > most:
+            raise InputError(f"{name} must be at most {most}, not {number}.")
 
 
 def _check_crops(cfg: Node) -> None:

@@ -15,6 +15,12 @@ over the file, the file over the default. An unknown or ill-typed option stops t
 before anything else. The options as resolved are written to the run's folder
 (`config.yaml`). Lists are written `[1, 2]` in YAML and `'[1,2]'` on the command line.
 
+Numbers are read alike in files and on the command line, and not as YAML 1.1 does: digits are
+decimal whatever zeros lead (`010` is 10), and `0.5`, `.5`, `5.`, `1e-4` are what they look like.
+Nothing else is a number: `0x10`, `0o10`, `1_000`, `1:30`, `1,5`, `inf` and `nan` are refused. Truth
+values are `true`, `yes`, `on` and `1`, or `false`, `no`, `off` and `0`, in any case. In a file
+`null`, `~` and nothing are no value, and tags and aliases are refused.
+
 A run that resumes keeps the options that decide its weights; those marked *resume* may change,
 and so may all that decide no weights (`--resume force` takes others too).
 

@@ -14,8 +14,8 @@ def parse(*words: str) -> cli.CommandLine:
     return cli.parse("a test", words)
 
 
-def value(option: str, *words: str):
-    return config.get(parse(*words).cfg, option)
+def value(option: str, *words: str, face: cli.Face = cli.PRETRAIN):
+    return config.get(cli.parse("a test", words, face).cfg, option)
 
 
 def refusal(*words: str) -> str:
@@ -91,14 +91,58 @@ def test_a_path_keeps_its_dots_digits_and_signs():
 # Values
 
 
-@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
-@pytest.mark.parametrize("way", [["--lr"], ["TRAIN.BASE_LR"]])
-def test_a_small_number_in_any_spelling(text, way):
-    assert value("TRAIN.BASE_LR", *way, text) == 1e-4
+def ways(flag: str, option: str, text: str, yaml_file) -> list[list[str]]:
+    """A value by flag, as KEY VALUE and in a file."""
+    section, _, key = option.rpartition(".")
+    written = f"{section}:\n  {key}: {text}\n" if section else f"{key}: {text}\n"
+    return [[flag, text], [option, text], ["--cfg", yaml_file(written)]]
 
 
-def test_small_numbers_in_yaml(yaml_file):
-    assert value("TRAIN.MIN_LR", "--cfg", yaml_file("TRAIN: {MIN_LR: 1e-7}")) == 1e-7
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4", "+.0001", "00.0001", "1.e-4"])
+def test_a_small_number_in_any_spelling(text, yaml_file):
+    for words in ways("--lr", "TRAIN.BASE_LR", text, yaml_file):
+        assert value("TRAIN.BASE_LR", *words) == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("010", 10), ("08", 8), ("0", 0), ("00", 0), ("+7", 7), ("0019", 19)]
+)
+def test_digits_are_decimal_whatever_zeros_lead(text, meant, yaml_file):
+    for words in ways("--seed", "SEED", text, yaml_file):
+        assert value("SEED", *words) == meant
+    for words in ways("", "LINEAR.SWEEP", f"[{text}, 0.5]", yaml_file)[1:]:
+        assert value("LINEAR.SWEEP", *words, face=cli.LINEAR) == [meant, 0.5]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1:30", "1:30:00", "0x10", "0o10", "0b11", "1_000", "1,000", "1 000", "10.0", "1e3"),
+        *("null", "~", "yes", "true", "١٢", "10k", "1e", "--5", "2001-01-01"),
+    ],
+)
+def test_what_is_not_plainly_a_whole_number_is_refused(text, yaml_file):
+    for words in ways("--epochs", "TRAIN.EPOCHS", text, yaml_file)[1:]:
+        assert "TRAIN.EPOCHS must be a whole number" in refusal(*words)
+
+
+@pytest.mark.parametrize("text", ["nan", ".nan", "inf", "-.inf", "1:30.5", "0x1p3", "1_0.5", "1,5"])
+def test_what_is_not_plainly_a_number_is_refused(text, yaml_file):
+    for words in ways("--lr", "TRAIN.BASE_LR", text, yaml_file)[1:]:
+        assert "TRAIN.BASE_LR must be a number" in refusal(*words)
+
+
+@pytest.mark.parametrize("text", ["08", "010", "1e-4", "1:30", "on", "~", "null", "1_0", "0x1"])
+def test_a_text_that_looks_like_a_number_is_written_so_that_all_read_a_text(text, tmp_path):
+    cfg = config.defaults()
+    cfg.INIT.CHECKPOINT_KEY = text
+    config.write(cfg, tmp_path / "config.yaml")
+    assert value("INIT.CHECKPOINT_KEY", "--cfg", str(tmp_path / "config.yaml")) == text
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert tree["INIT"]["CHECKPOINT_KEY"] == text
+    file = tmp_path / "typed.yaml"
+    file.write_text("DATA:\n  PATH: 08\n")
+    assert "DATA.PATH must be a text, in quotes, not 8" in refusal("--cfg", str(file))
 
 
 def test_capitals_mean_nothing_in_a_name():
@@ -116,13 +160,13 @@ def test_lists_from_flags_pairs_and_single_values():
     assert value("MODEL.DEPTHS", "MODEL.DEPTHS", "[2, 2]", "MODEL.NUM_HEADS", "[1, 2]") == [2, 2]
 
 
-@pytest.mark.parametrize("text", ["true", "True", "on"])
+@pytest.mark.parametrize("text", ["true", "True", "on", "yes", "1"])
 def test_truth_in_any_spelling(text):
     assert value("HEAD.USE_BN", "--use_bn_in_head", text) is True
     assert value("TRAIN.PRECISION", "--use_fp16", text) == "fp16"
 
 
-@pytest.mark.parametrize("text", ["0", "false", "off"])
+@pytest.mark.parametrize("text", ["0", "false", "off", "No"])
 def test_falsehood_in_every_spelling_that_esvit_takes(text):
     assert value("HEAD.NORM_LAST_LAYER", "--norm_last_layer", text) is False
     assert value("TRAIN.PRECISION", "--use_fp16", text) == "fp32"
@@ -454,7 +498,7 @@ def test_the_ends_of_a_range_are_allowed_and_nan_is_not():
                 config.put(cfg, key, end, "test")
                 config.check(cfg)
         if isinstance(option.default, float):
-            assert f"{key} must be a finite number" in refusal(key, ".nan")
+            assert f"{key} must be a finite number" in refusal(key, "1e999")
 
 
 # What an option decides
@@ -577,7 +621,7 @@ def test_dense_prediction_may_not_contradict_the_file(tmp_path):
 
 def test_infinity_is_no_value():
     with pytest.raises(InputError, match="BASE_LR must be a finite number"):
-        cli.parse("", ["TRAIN.BASE_LR", ".inf"])
+        cli.parse("", ["TRAIN.BASE_LR", "1e400"])
 
 
 def test_a_home_folder_is_found(monkeypatch):

@@ -142,7 +142,7 @@ def wrong_line(draw: random.Random, face: cli.Face) -> list[str]:
         lambda: [value(draw) for _ in range(draw.randrange(1, 5))],
         lambda: [draw.choice([flag, key, noise(draw), value(draw)]) for _ in range(8)],
     ]
-    return draw.choice(kinds)()
+    return [word.replace("\0", "") for word in draw.choice(kinds)()]  # no command line has one
 
 
 def bomb(draw: random.Random, leaf: str, layer: Callable[[str], str]) -> str:
@@ -317,12 +317,13 @@ def test_processes_that_are_given_nonsense_end_in_one_line(tmp_path, environment
         ("TRAIN: {EPOCHS: 3, EPOCHS: 4}\n", "EPOCHS is there twice"),
         ("AUG:\n  LOCAL_CROPS_SIZE: &a [96]\n  LOCAL_CROPS_NUMBER: *a\n", "what *a stands for"),
         ("TRAIN: " + "[" * 2000, "nested too deeply"),
-        ("SEED: !!int x\n", "a value cannot be read"),
-        ("SEED: !!python/name:os.system\n", "could not determine a constructor"),
+        ("SEED: !!int 3\n", "leave out the tag tag:yaml.org,2002:int"),
+        ("SEED: !!python/name:os.system\n", "leave out the tag"),
         ("TRAIN: 3\n", "no option 'TRAIN'. It is a section; TRAIN.EPOCHS is one in it."),
-        ("1: 3\n", "1 stands where an option's name should"),
+        ("1: 3\n", "there is no option '1'"),
+        ("[a]: 3\n", "a name should stand here"),
         ("TRAIN:\n  EPOCHS: {a: 1}\n", "TRAIN.EPOCHS must be a whole number, not {'a': 1}"),
-        ("SEED: 0x" + "f" * 5000, "SEED must lie within 9223372036854775807"),
+        ("SEED: " + "9" * 19, "SEED must be at most 9223372036854775807"),
         ('DATA: {PATH: "a\\0b"}', "DATA.PATH must be text that can name a file"),
         ("SEED: 3\n" + "#" * 70_000, "it is larger than 65536 bytes"),
     ],
@@ -337,12 +338,12 @@ def test_a_wrong_file_is_told_what_is_wrong(text, said, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["AUG.COLOR_JITTER", "[.nan, 0, 0, 0]"], "AUG.COLOR_JITTER must be a finite number"),
-        (["TRAIN.BASE_LR", "9" * 400], "TRAIN.BASE_LR must lie within 9223372036854775807"),
-        (["SEED", str(2**63)], "SEED must lie within 9223372036854775807"),
-        (["--sweep", "0.1", "0x" + "f" * 4000], "LINEAR.SWEEP must lie within 92233"),
+        (["AUG.COLOR_JITTER", "[.nan, 0, 0, 0]"], "AUG.COLOR_JITTER must be a list of numbers"),
+        (["TRAIN.BASE_LR", "9" * 400], "TRAIN.BASE_LR must be a finite number, not inf"),
+        (["SEED", str(2**63)], "SEED must be at most 9223372036854775807"),
+        (["--sweep", "0.1", "1" + "0" * 30], "LINEAR.SWEEP must be at most 92233"),
         (["TRAIN.BASE_LR", "1e400"], "TRAIN.BASE_LR must be a finite number, not inf"),
-        (["KNN.KS", "!!bool x"], "KNN.KS must be a list of numbers, not ['!!bool x']"),
+        (["KNN.KS", "!!bool x"], "KNN.KS must be a list of numbers, not '!!bool x'"),
         (["--cfg", "x" * 300], "cannot be read (File name too long)"),
         (["--cfg", "a\nb"], r"there is no file a\nb."),
     ],
