@@ -26,9 +26,8 @@ from engine.training.loop import train
 from engine.training.record import Record
 from engine.training.step import Pretraining
 from models.registry import resolve
-from utils import checkpoint, cli, config, distributed
+from utils import checkpoint, cli, config, distributed, lock
 from utils.errors import InputError, run_script
-from utils.files import make_folder
 from utils.logging import logger
 from utils.precision import precision_of
 from utils.signals import StopSignals
@@ -122,11 +121,12 @@ def pretrain(signals: StopSignals) -> None:
 
 
 def open_folder(cfg: config.Node, folder: Path, refused: list[Path], size: int) -> None:
-    """Make the run's folder and write the resolved options into it; refused files step aside.
+    """Make the run's folder, keep others out of it, and write the resolved options into it.
 
-    size: bytes of a checkpoint; InputError where there is no room for one.
+    refused: files that step aside. size: bytes of a checkpoint; InputError where there is no room
+    for one.
     """
-    make_folder(folder)
+    lock.claim(folder, "pretraining")
     for warning in machine.warnings(cfg, machine.disk_needed(cfg, folder, size)):
         logger.warning(warning)
     for path in refused:

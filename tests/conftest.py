@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from utils import launch
 from utils.errors import run_script
 from utils.signals import STOP_SIGNALS
 
@@ -74,8 +75,9 @@ def network_options() -> str:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """One thread a process, none of the launcher's variables."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    """One thread a process, none of a launcher's variables."""
+    launchers = (*launch.OWN, "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_")
+    kept = {name: v for name, v in os.environ.items() if not name.startswith(launchers)}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

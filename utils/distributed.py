@@ -5,6 +5,7 @@ In one process every collective is the identity, so nothing above needs to know.
 
 import inspect
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import launch
 from utils.errors import InputError
 
 PATIENCE = 20.0  # seconds of waiting for other processes after which a line says so
@@ -39,44 +41,67 @@ ALONE = World(0, 1, torch.device("cpu"))  # this process by itself, whatever oth
 
 
 def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
-    """Join the process group that torchrun or torch.distributed.launch describes, if any.
+    """Join the process group that a launcher describes (utils/launch.py), if any.
 
     device: auto (a GPU where there is one) | cpu | cuda. nccl on GPUs, gloo on the CPU.
     Raises InputError when a GPU is asked for and there is none for this process, and when the
     launcher's variables are not as they should be.
     """
-    rank, size, local_rank = _place("RANK", 0), _place("WORLD_SIZE", 1), _place("LOCAL_RANK", 0)
-    if size > 1:
-        _check_places(rank, size)
+    rank, size, local_rank, certain = launch.place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise InputError(
-                f"DEVICE cuda: process {local_rank} of this machine has no GPU ({count} found). "
-                f"Start at most {count} processes here, or set DEVICE cpu."
-                if count
-                else "DEVICE cuda: no GPU was found on this machine. Set DEVICE cpu (or auto).",
-            )
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
-    else:
-        place = torch.device("cpu")
-    if size > 1:
-        timeout = timedelta(minutes=timeout_minutes)
-        # torchrun keeps one store over its restarts, with the addresses of those who died.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt {attempt}", _meet(rank, size, timeout)),
-            rank=rank,
-            world_size=size,
-            # Where nccl gives up it aborts without a word; Ballot's gloo is to do so before.
-            timeout=timeout * 1.2 if device == "cuda" else timeout,
-            device_id=place if device == "cuda" else None,
+    place = _gpu(local_rank) if device == "cuda" else torch.device("cpu")
+    if size == 1:
+        return World(rank, size, place)
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        store = _meet(rank, size, timeout if certain else timedelta(seconds=0.9 * PATIENCE))
+    except dist.DistError:
+        if certain:
+            raise
+        print(
+            f"no other process came: this one runs alone. SLURM_NTASKS is {size}: to train with "
+            f"so many start them by srun, and to spare the waiting unset it.",
+            file=sys.stderr,
         )
+        launch.forget()
+        return World(0, 1, place)
+    store.set_timeout(timeout)
+    # torchrun keeps one store over its restarts, with the addresses of those who died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    if place.type == "cuda":
+        gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(place).uuid}"
+        if store.add(gpu, 1) > 1:
+            raise InputError(
+                f"rank {rank} has no GPU of its own: start one process for each GPU, or set DEVICE "
+                f"cpu."
+            )
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        # Where nccl gives up it aborts without a word; Ballot's gloo is to do so before.
+        timeout=timeout * 1.2 if device == "cuda" else timeout,
+        device_id=place if device == "cuda" else None,
+    )
     return World(rank, size, place)
+
+
+def _gpu(local_rank: int) -> torch.device:
+    """This process's GPU; the only one that it sees, where each sees one of its own."""
+    count = torch.cuda.device_count()
+    if not count:
+        raise InputError("DEVICE cuda: no GPU was found on this machine. Set DEVICE cpu (or auto).")
+    if local_rank >= count > 1:
+        raise InputError(
+            f"DEVICE cuda: process {local_rank} of this machine has no GPU ({count} found). Start "
+            f"at most {count} processes here, or set DEVICE cpu."
+        )
+    place = torch.device("cuda", local_rank if count > 1 else 0)
+    torch.cuda.set_device(place)
+    return place
 
 
 def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
@@ -95,29 +120,6 @@ def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
     finally:
         pool.shutdown(wait=False)
     return store
-
-
-def _place(name: str, alone: int) -> int:
-    """A whole number that a launcher sets; `alone` where there is none."""
-    text = os.environ.get(name, str(alone))
-    if not text.isascii() or not text.isdigit():
-        raise InputError(f"the launcher's variable {name} is '{text}', not a whole number.")
-    return int(text)
-
-
-def _check_places(rank: int, size: int) -> None:
-    if rank >= size:
-        raise InputError(
-            f"the launcher's variables say RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to "
-            f"{size - 1}."
-        )
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise InputError(
-                f"WORLD_SIZE is {size} but {name} is not set: start the processes by torchrun, or "
-                f"say where they meet (MASTER_ADDR, MASTER_PORT)."
-            )
-    _place("MASTER_PORT", 0)
 
 
 def wrap(module: nn.Module, world: World) -> nn.Module:

@@ -52,7 +52,7 @@ def setup(is_main: bool) -> None:
 
 def on_terminal() -> bool:
     """Whether a progress bar makes sense: a person is looking at rank 0's stderr."""
-    return sys.stderr.isatty() and int(os.environ.get("RANK", 0)) == 0
+    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:

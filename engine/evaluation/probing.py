@@ -19,7 +19,8 @@ from engine.evaluation.features import Encoder, Reading, check_bad
 from utils import checkpoint, distributed
 from utils.config import Node
 from utils.errors import InputError
-from utils.files import make_folder, write_text
+from utils.files import write_text
+from utils.lock import claim
 from utils.logging import logger
 
 STATE = "linear.pth"
@@ -124,7 +125,7 @@ class LinearProbe:
         """Raises InputError where the folder holds another probe's state."""
         started, own = time.perf_counter(), self.options
         if own.CLASSIFIER == "sgd":
-            distributed.on_main(lambda: make_folder(self.own_folder))
+            distributed.on_main(lambda: claim(self.own_folder, "probe"))
         test = self.features_of(features, "test")
         outputs = own.NUM_LABELS or len(test.classes)
         if outputs < len(test.classes):

@@ -2,20 +2,15 @@
 # Sourced by the sbatch files, with the arguments of main_cmd.py behind it.
 # shellcheck shell=bash
 
-# Where the processes meet: rank 0's node, and a port that another job is unlikely to take. It is
-# below 32768, from where the system gives ports to whoever asks.
-export MASTER_ADDR MASTER_PORT
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-
 # Signals to the whole job reach this shell too, which must live to ask for the requeue. A handler,
 # not an empty string: srun would inherit being deaf.
 trap ':' TERM USR1
 
-# srun starts the processes itself, without torchrun: the job step's signals reach them directly.
+# srun starts the processes itself, without torchrun: the job step's signals reach them directly, and
+# what it says of each one's place main_cmd.py reads (utils/launch.py).
 #   --kill-on-bad-exit  one process that ends in error takes the others along at once
-#   --export            the whole environment, PYTHON and MASTER_* with it
 code=0
-srun --kill-on-bad-exit=1 --export=ALL bash experiments/slurm/task.sh main_cmd.py "$@" || code=$?
+srun --kill-on-bad-exit=1 --export=ALL "${PYTHON:-python}" main_cmd.py "$@" || code=$?
 
 # srun ends with the highest of its processes' codes: 75 says that they stopped for a signal, and
 # that nothing is lost; the job goes back into the queue and carries on. 138 is USR1 in the first

@@ -270,28 +270,6 @@ def test_a_launcher_names_the_killed_process(launcher, size, environment, tmp_pa
     assert f"exitcode  : -9 (pid: {killed})  (SIGKILL)" in cause
 
 
-@pytest.mark.parametrize(
-    ("variables", "words"),
-    [
-        ({"RANK": "0"}, "MASTER_ADDR is not set: start the processes by torchrun"),
-        ({"RANK": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK 3 of WORLD_SIZE 2"),
-        ({"RANK": "one"}, "RANK is 'one', not a whole number"),
-        (
-            {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"},
-            "MASTER_PORT is 'http', not a whole number",
-        ),
-    ],
-)
-def test_wrong_variables_of_a_launcher_are_one_sentence(variables, words, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=words):
-        distributed.start("cpu")
-
-
 def waits_for_another(number: int) -> None:
     """A process that gets a signal while it waits for one that never comes."""
     distributed.PATIENCE = 0.1

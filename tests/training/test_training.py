@@ -506,5 +506,5 @@ def test_images_a_second_do_not_count_the_time_of_a_pause(tmp_path):
 
 def test_nothing_is_written_beside_the_runs_folder(trained):
     names = {path.name for path in trained.iterdir() if not path.name.startswith("checkpoint")}
-    assert names == {"config.yaml", "log.txt", "tensorboard"}
+    assert names == {".pretraining.lock", "config.yaml", "log.txt", "tensorboard"}
     assert os.listdir(trained.parent) == ["run"]

@@ -1,0 +1,134 @@
+"""Who started this process and its peers: torchrun, Slurm's srun, an MPI's mpirun, or nobody.
+
+torchrun and torch.distributed.launch say a process's place in the environment. What the others say
+is put into the same variables, which torch and everything here read.
+"""
+
+import os
+import re
+from typing import NamedTuple
+
+from utils.errors import InputError
+
+OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# The same in Open MPI, and in MPICH and what descends from it.
+MPI = (
+    [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")],
+    ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+)
+
+
+class Place(NamedTuple):
+    """rank, of size processes; local_rank, among those of this machine.
+
+    certain: whether the others are there. Where Slurm says neither that this is a step of srun nor
+    that it is a batch script, which runs once, nobody knows.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    certain: bool = True
+
+
+def place() -> Place:
+    """This process's place. InputError where what a launcher says is missing or cannot be."""
+    certain = True
+    if "RANK" not in os.environ:
+        certain = _adopt()
+    rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
+    if "WORLD_SIZE" not in os.environ and (rank or local_rank):
+        raise InputError(
+            f"RANK is {rank} and LOCAL_RANK {local_rank}, but WORLD_SIZE is not set: start the "
+            f"processes by torchrun, or unset both for one that is alone."
+        )
+    if rank >= size:
+        raise InputError(
+            f"the launcher's variables say RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to "
+            f"{size - 1}."
+        )
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
+        if not os.environ.get(name):
+            raise InputError(
+                f"WORLD_SIZE is {size} but {name} is not set: start the processes by torchrun or "
+                f"srun, or say each its place (RANK, LOCAL_RANK) and all where they meet "
+                f"(MASTER_ADDR, MASTER_PORT)."
+            )
+    for name in ("MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        number(name, 1)
+    return Place(rank, size, local_rank, certain)
+
+
+def forget() -> None:
+    """Take back what was put into torch's variables: there are no others."""
+    for name in OWN:
+        os.environ.pop(name, None)
+
+
+def number(name: str, default: int | None = None) -> int:
+    """A whole number that a launcher sets, or `default` where it does not."""
+    text = os.environ.get(name, default)
+    if text is None:
+        raise InputError(f"the launcher's variable {name} is not set.")
+    if not str(text).isascii() or not str(text).isdigit():
+        raise InputError(f"the launcher's variable {name} is '{text}', not a whole number.")
+    return int(text)
+
+
+def _adopt() -> bool:
+    """Put what mpirun or srun says into torch's variables; returns whether it is certain."""
+    mpi = next((names for names in MPI if names[2] in os.environ), None)
+    is_step = "SLURM_STEP_NUM_TASKS" in os.environ  # of srun
+    is_script = os.environ.get("ENVIRONMENT") == "BATCH" and not is_step  # of sbatch
+    if mpi:
+        rank, size, certain = number(mpi[0]), number(mpi[1]), True
+    elif "SLURM_PROCID" in os.environ and not is_script:
+        rank = number("SLURM_PROCID")
+        size = number("SLURM_STEP_NUM_TASKS" if is_step else "SLURM_NTASKS", None if rank else 1)
+        certain = is_step or rank > 0
+    else:
+        return True
+    if size == 1:
+        return True
+    if number("WORLD_SIZE", size) != size:
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {size} processes were started."
+        )
+    if mpi:
+        local_rank, local_size, port = number(mpi[2]), number(mpi[3], 0), 29500
+        address = "127.0.0.1" if local_size == size else ""
+    else:
+        nodes = _slurm("NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        address, local_size = first_node(nodes), _tasks_of_node(_slurm("TASKS_PER_NODE"))
+        if address == nodes:
+            address, local_size = "127.0.0.1", size
+        local_rank = number("SLURM_LOCALID", rank if local_size == size else None)
+        # Below 32768, from where the system gives ports to whoever asks.
+        port = 20000 + (number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID", 0)) % 12000
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    if local_size:
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
+    os.environ.setdefault("MASTER_ADDR", address)
+    os.environ.setdefault("MASTER_PORT", str(port))
+    return certain
+
+
+def _slurm(name: str) -> str:
+    """What Slurm says of the step, else of the job; "" where it says neither."""
+    return os.environ.get(f"SLURM_STEP_{name}") or os.environ.get(f"SLURM_{name}", "")
+
+
+def first_node(nodes: str) -> str:
+    """The first of Slurm's list of nodes: gpu003 of "gpu[003-007,9],login1"."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0]
+
+
+def _tasks_of_node(counts: str) -> int:
+    """This node's number of processes in Slurm's "4(x2),3"; 0 where it is not said."""
+    each = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+        for _ in range(int(times or 1))
+    ]
+    node = number("SLURM_NODEID", 0)
+    return each[node] if node < len(each) else 0
