@@ -222,7 +222,9 @@ def _cell(
     if len(data) > 1 and "data" not in tree:
         raise InputError(f"{where}: `data` must say which of {', '.join(data)} it is on.")
     (chosen,) = choose([tree.pop("data", next(iter(data)))], data, f"{where}, data")
-    title, base = str(tree.pop("title")), ROOT / str(tree.pop("base"))
+    title, base = tree.pop("title"), ROOT / str(tree.pop("base"))
+    if not isinstance(title, str):
+        raise InputError(f"{where}: title must be a text, in quotes, not {title!r}.")
     if not base.is_file():
         raise InputError(f"{where}: base names {base}, and there is no such file.")
     return Cell(name, title, chosen, base, shared | _options(tree, where) | typed)

@@ -542,4 +542,4 @@ def test_every_kept_epoch_has_its_file(trained):
         state = torch.load(trained / f"checkpoint{epoch:04d}.pth", weights_only=True)
         assert (state["epoch"], state["step"]) == (epoch, 2 * epoch)
     assert torch.load(trained / PREVIOUS, weights_only=True)["epoch"] == 3
-    assert not list(trained.glob(".*"))
+    assert not list(trained.glob(".*.tmp"))
