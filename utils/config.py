@@ -290,7 +290,9 @@ def _check_value(option: Option, value: Any) -> None:
             raise InputError(f"{name} must be a finite number, not {number}.")
         if option.at_least is not None and number < option.at_least:
             raise InputError(f"{name} must be at least {option.at_least}, not {number}.")
-        most = LARGEST_NUMBER if option.at_most is None else option.at_most
+        most = option.at_most
+        if most is None:
+            most = LARGEST_NUMBER if isinstance(number, int) else math.inf
         if number > most:
             raise InputError(f"{name} must be at most {most}, not {number}.")
 

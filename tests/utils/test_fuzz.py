@@ -341,7 +341,7 @@ def test_a_wrong_file_is_told_what_is_wrong(text, said, tmp_path):
         (["AUG.COLOR_JITTER", "[.nan, 0, 0, 0]"], "AUG.COLOR_JITTER must be a list of numbers"),
         (["TRAIN.BASE_LR", "9" * 400], "TRAIN.BASE_LR must be a finite number, not inf"),
         (["SEED", str(2**63)], "SEED must be at most 9223372036854775807"),
-        (["--sweep", "0.1", "1" + "0" * 30], "LINEAR.SWEEP must be at most 92233"),
+        (["--sweep", "0.1", "9" * 19], "LINEAR.SWEEP must be at most 92233"),
         (["TRAIN.BASE_LR", "1e400"], "TRAIN.BASE_LR must be a finite number, not inf"),
         (["KNN.KS", "!!bool x"], "KNN.KS must be a list of numbers, not '!!bool x'"),
         (["--cfg", "x" * 300], "cannot be read (File name too long)"),
