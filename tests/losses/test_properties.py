@@ -54,7 +54,9 @@ def any_value(key: str) -> st.SearchStrategy:
         return REAL
     if isinstance(default, list):
         return st.lists(WHOLE | REAL, max_size=5)
-    return TEXTS | st.sampled_from(OPTIONS[key].choices or ("",))
+    if OPTIONS[key].lower or OPTIONS[key].choices:
+        return TEXTS.map(str.lower) | st.sampled_from(OPTIONS[key].choices or ("",))
+    return TEXTS
 
 
 def valid_value(key: str) -> st.SearchStrategy:
