@@ -51,10 +51,18 @@ def infer_spec(
     """
     if "conv1.weight" in state and "layer4.2.conv3.weight" in state:
         return BackboneSpec("resnet50"), {}
-    if "patch_embed.proj.weight" in state and "layers.0.blocks.0.norm1.weight" in state:
-        return _infer_swin(state, path, said(contents, state, path))
-    if "patch_embed.proj.weight" in state and "pos_embed" in state:
-        return _infer_vit(state, said(contents, state, path), contents)
+    if "patch_embed.proj.weight" in state:
+        known = said(contents, state, path)
+        rows, columns = known.get("grid", (0, 0))
+        if rows != columns:  # which a number of position embeddings may not show
+            raise InputError(
+                f"{path} says of itself that it is laid out for {rows} x {columns} patches: the "
+                f"networks of this project are for square images."
+            )
+        if "layers.0.blocks.0.norm1.weight" in state:
+            return _infer_swin(state, path, known)
+        if "pos_embed" in state:
+            return _infer_vit(state, known, contents)
     raise InputError(
         f"{path} holds none of the known backbones ({', '.join(ARCHITECTURES)}); "
         f"its first keys are: {few(state)}."
@@ -222,6 +230,7 @@ def _of_timm(name: str, arguments: dict, mean: Iterable | None, width: int) -> d
             return {}
         known = {
             "img_size": model.patch_embed.img_size[0],
+            "grid": model.patch_embed.grid_size,
             "mean": tuple(map(float, mean or model.pretrained_cfg["mean"])),
         }
         block = next(part for part in model.modules() if hasattr(part, "mlp"))

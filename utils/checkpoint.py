@@ -157,7 +157,8 @@ def _unpickle(path: Path) -> Any:
             name = "".join(str(error).split("GLOBAL ", 1)[-1].split()[:1]).rstrip(".,")
             reason = (
                 f"is refused: it wants to run {name[:80]!a} while loading, and a checkpoint may "
-                f"hold only tensors and plain data"
+                f"hold only tensors and plain data: have its weights saved alone, as a state_dict "
+                f"or a .safetensors file"
             )
         raise NotIntact(path, reason) from None
     except Exception as error:  # whatever foreign or altered bytes make the unpickler do

@@ -52,7 +52,6 @@ def provenance(cfg: Node, features: SplitFeatures) -> dict:
     if features.held:
         known["features"] = {
             split: {"images": len(held.labels), "made_by": held.made_by}
-            | ({"all_alike": True} if held.are_alike else {})
             for split, held in features.held.items()
         }
     if features.bad:

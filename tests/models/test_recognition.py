@@ -129,6 +129,17 @@ def test_a_config_of_something_else_leaves_the_doubt(tmp_path, text):
     assert list(file.doubts) == ["num_heads"]
 
 
+def test_positions_of_images_that_are_not_square_are_refused_even_where_their_number_is(tmp_path):
+    """2 x 8 patches are as many as 4 x 4."""
+    shape = {**SMALL_VIT, "img_size": (16, 64)}
+    facts = {"architecture": "deit_tiny_patch16_224", "model_args": shape}
+    model = timm.create_model(facts["architecture"], num_classes=0, **shape)
+    write(tmp_path / "x.pth", model.state_dict())
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="laid out for 2 x 8 patches"):
+        WeightsFile.read(tmp_path / "x.pth")
+
+
 def test_other_pixels_than_ours_are_said(tmp_path):
     facts = {"architecture": "vit_tiny_patch16_224", "model_args": SMALL_VIT}
     write(tmp_path / "x.pth", vit(48, 4))
