@@ -78,14 +78,15 @@ def main() -> None:
     if splits is not None:
         refuse_among_images(folder, splits.train, splits.test)
     reading = Reading(world, size, default_resize(size), workers=arguments.num_workers)
+    features = SplitFeatures(source, splits, reading)
     # Printed and written, each figure beside its zero: results.json by these names, the tables.
     figures, tables = {}, {}
 
     # k-NN beside the network that the run began with.
     if arguments.gallery and splits:
+        at_start = SplitFeatures(Source(None, teacher_at_start.eval()), splits, reading)
         trained, untrained = (
-            measure(SplitFeatures(of, splits, reading), [KNN([k])])[0].figures["k"][str(k)]
-            for of in (source, Source(None, teacher_at_start.eval()))
+            measure(of, [KNN([k])])[0].figures["k"][str(k)] for of in (features, at_start)
         )
         chance = 100 / len(splits.train.classes)
         figures["knn"] = {
@@ -108,9 +109,9 @@ def main() -> None:
         paths = [splits.test.root / name for name in splits.test.paths]
         if pointing.part_boxes(paths)[0]:
             untrained = untrained_network(cfg, network, student_at_start, kind).eval()
+            fresh = SplitFeatures(Source(None, untrained), splits, reading)
             found, zero = (
-                measure(SplitFeatures(of, splits, reading), [Pointing((kind,))])[0].figures[kind]
-                for of in (source, Source(None, untrained))
+                measure(of, [Pointing((kind,))])[0].figures[kind] for of in (features, fresh)
             )
             name, words = UNTRAINED[kind]
             mass = found.pop("mass_on_part")
@@ -138,7 +139,7 @@ def main() -> None:
         "optimizer steps": state["step"],
         "images per step": state["images_per_step"],
     }
-    behind = provenance(cfg, SplitFeatures(source, splits, reading))
+    behind = provenance(cfg, features)
     write_json(folder / "results.json", {"title": title, "facts": facts} | figures | behind)
     known = {name: behind[name] for name in ("device", "commit", "date")}
     parts = [

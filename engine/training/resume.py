@@ -9,13 +9,14 @@ from engine import build
 from engine.training.record import Record
 from engine.training.schedules import scaled_lr
 from engine.training.step import Pretraining
+from models import registry
 from models.network import Network, load_shared, make_teacher
 from models.pretrained import load_pretrained
 from utils import checkpoint, config
 from utils.config import Node
 from utils.errors import InputError
 from utils.logging import logger
-from utils.options import OPTIONS, SHAPES
+from utils.options import CONTRASTIVE, OPTIONS
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def find(
         changes.append(("the images in DATA.PATH", _shown(was), _shown(fingerprint)))
     text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
     # Weights of another shape cannot go on, even by force.
-    reshaped = {name for name, _, _ in changes} & set(config.deciding(SHAPES))
+    reshaped = _networks(cfg) != _networks(stored)
     if reshaped or (changes and cfg.RESUME != "force"):
         force = ", or --resume force to go on with the new ones"
         raise InputError(
@@ -109,6 +110,14 @@ def _other_processes(cfg: Node, state: dict, images_per_step: int, processes: in
         f"path, the candidates of L_T and the order of sums depend on the processes, so what "
         f"follows is not bit for bit what the others would have given"
     )
+
+
+def _networks(cfg: Node) -> dict:
+    """What decides the shapes of weights and of the objective's state, unread options left out."""
+    own = {"backbone": registry.identity(build.backbone_spec(cfg))}
+    if cfg.LOSS.OBJECTIVE in CONTRASTIVE:
+        own["queue"] = cfg.MOCO.QUEUE
+    return build.model_description(cfg) | own
 
 
 def _must_agree(cfg: Node, stored: Node) -> list[str]:

@@ -64,6 +64,11 @@ def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_pa
     (note,) = results["data"]["notes"]
     assert note.startswith("gallery and queries are the same folder")
     assert note in done.stdout
+    # What stands behind the figures: the features that they are of.
+    assert {split: of["images"] for split, of in results["features"].items()} == {
+        "train": 16,
+        "test": 16,
+    }
     assert f"{results['knn']['random_initialisation']['top1']:.2f}" in done.stdout
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2

@@ -597,6 +597,12 @@ def test_even_by_force_no_resume_with_other_networks(trained, refuse):
     assert line.endswith("Use the old options, or another --output_dir.")
 
 
+def test_force_is_offered_where_the_networks_are_the_same(trained, refuse):
+    line = refuse(trained, f"{TRAINED} MOCO.QUEUE 99 LCR.CHANNELS 8 MODEL.WINDOW_SIZE 5")
+    assert "MODEL.WINDOW_SIZE (was 7, now 5), MOCO.QUEUE (was 65536, now 99)" in line
+    assert line.endswith("or --resume force to go on with the new ones.")
+
+
 def test_a_resume_beyond_the_runs_end_is_refused(trained, refuse, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     line = refuse(tmp_path / "run", f"{TRAINED} TRAIN.EPOCHS 2")
