@@ -4,7 +4,7 @@ A feed has a data set for the loader to read, by keys (epoch, image), and `crop`
 the loader brings into crops on the device; engine/build.py chooses one.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -29,7 +29,7 @@ from utils.errors import InputError
 from utils.signals import held
 
 
-class Feed:
+class Feed(ABC):
     """The way from stored images to crops.
 
     dataset: what a loader reads. device: of the crops. bad: what is known to be unreadable before

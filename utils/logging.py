@@ -80,10 +80,11 @@ class RunLog:
     def __init__(self, folder: Path, lines: int, first_step: int) -> None:
         self._path = folder / "log.txt"
         with self._writing():
-            text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-            kept = text.splitlines(keepends=True)[:lines]
+            text = self._path.read_bytes() if self._path.exists() else b""
+            # What a power cut has torn lies beyond them, as `sync` comes before a checkpoint.
+            kept = text.decode("utf-8", "replace").splitlines()[:lines]
             self.lines = len(kept)
-            write_text(self._path, "".join(kept), "log")
+            write_text(self._path, "".join(f"{line}\n" for line in kept), "log")
             events = folder / "tensorboard"
             events.mkdir(exist_ok=True)
             # Not SummaryWriter, whose thread ends with a traceback on a full disk, after which its

@@ -243,6 +243,8 @@ class SplitFeatures:
                 found = load(path)
                 reason = found.misfit(made_by, blocks, avgpool)
             except InputError as error:
+                if self.must_fit and not path.exists():
+                    raise
                 reason = str(error)
         if reason and self.must_fit:
             raise InputError(f"the features in {path} are refused: {reason}")

@@ -62,8 +62,7 @@ BAD = {
     "features below a file": ("--dump_features IN/file/below", "--dump_features IN/file/below"),
     "no features": (
         "--load_features IN/stray",
-        "the features in IN/stray/train.safetensors are refused: there are no features at "
-        "IN/stray/train.safetensors: its folder holds none.",
+        "there are no features at IN/stray/train.safetensors: its folder holds none.",
     ),
     "both features": (
         "--load_features IN/stray --dump_features IN/stray",

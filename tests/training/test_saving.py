@@ -243,6 +243,15 @@ def test_a_log_on_a_full_disk_stops_the_run_and_has_no_torn_line(tmp_path, told)
     assert told == []
 
 
+def test_a_log_whose_end_a_power_cut_tore_goes_on_after_the_lines_of_its_checkpoint(tmp_path):
+    whole = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3))
+    (tmp_path / "log.txt").write_bytes(whole.encode() + b'{"step": 4, \xff\0\0')
+    log = RunLog(tmp_path, 3, 3)
+    log.write(4, {"loss": 1.0})
+    log.close()
+    assert lines_of(tmp_path) == [1, 2, 3, 4]
+
+
 def test_tensorboard_forgets_what_lies_beyond_the_checkpoint(tmp_path):
     for last, first in ((5, 0), (6, 3)):
         log = RunLog(tmp_path, first, first)
