@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,9 @@ from datasets.parsers import Listing, Places
 from utils.errors import InputError
 
 Rows = list[tuple[str, int]]  # (file, relative to a folder; index of its class)
+# Names of a folder's splits, the first that is there before the others.
+TRAINING = ("train", "training", "trainval")
+HELD_OUT = ("val", "validation", "valid", "test", "testing")
 _NAMED = 5  # names of classes or entries in one message
 _DEPTH = 3  # folders below the one that is named in which a benchmark's pieces are looked for
 
@@ -235,21 +238,31 @@ def _reason(error: Exception) -> str:
 def folder_splits(name: str, root: str | Path) -> Splits:
     """ROOT/train and ROOT/val, or else ROOT/test, one subfolder a class; numbered by train's.
 
-    Raises InputError where a split is missing, has images outside class subfolders, or the
-    second has a class that the first lacks.
+    Other names: TRAINING and HELD_OUT, in capitals too. Raises InputError where a split is
+    missing, has images outside class subfolders, or the second has a class that the first lacks.
     """
     folder = existing_folder(root)
-    present = [split for split in ("val", "test") if (folder / split).is_dir()]
-    if not (folder / "train").is_dir() or not present:
+    train, held_out = folders_named(folder, TRAINING), folders_named(folder, HELD_OUT)
+    if not (train and held_out):
         raise InputError(
-            f"{folder} has no {'val or test' if (folder / 'train').is_dir() else 'train'} folder: "
+            f"{folder} has no {'val or test' if train else 'train'} folder: "
             f"expected train and val (or test) in it, each with one subfolder for each class; "
             f"{_contents(folder)}"
         )
-    splits = paired_folders(name, folder / "train", folder / present[0])
-    if len(present) > 1:
-        splits.notes.append(f"{folder} has both val and test: val is used")
+    splits = paired_folders(name, train[0], held_out[0])
+    for found in (train, held_out):
+        if len(found) > 1:
+            names = [split.name for split in found]
+            splits.notes.append(f"{folder} has {' and '.join(names)}: {names[0]} is used")
     return splits
+
+
+def folders_named(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The subfolders of these names, whatever their capitals, in the names' order."""
+    with contextlib.suppress(OSError):
+        inside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir()]
+        return [entry for name in names for entry in inside if entry.name.lower() == name]
+    return []
 
 
 def paired_folders(name: str, train: str | Path, test: str | Path) -> Splits:

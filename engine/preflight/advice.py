@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from datasets.benchmarks import HELD_OUT, TRAINING
 from datasets.folder import ImageFolder, StoredImages
 from datasets.shards import ImageShards
 from engine import build
@@ -16,9 +17,6 @@ from models.registry import resolve
 from utils.config import Node, crops_on_device
 
 LARGE_STEP = 0.25  # of the data
-# Letters of names of folders and shards, such as train2017.
-TRAINING = {"train", "training", "trainval"}
-HELD_OUT = {"val", "valid", "validation", "test", "testing"}
 
 
 def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
@@ -78,6 +76,7 @@ def mixed_splits(images: StoredImages) -> dict[str, list[str]]:
 
 
 def _letters(name: str) -> str:
+    """Of train2017 they are train."""
     return re.sub("[^a-z]", "", name.lower())
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from datasets.benchmarks import Benchmark
+from datasets.benchmarks import HELD_OUT, Benchmark, folders_named
 from datasets.fine_grained import DATASETS, load_splits
 from datasets.folder import (
     DEEP_GREY,
@@ -32,7 +32,6 @@ from utils.distributed import World
 from utils.errors import InputError
 
 LEAST_SIDE = 32  # pixels; shorter is tiny, whatever the crops
-HELD_OUT = ("val", "test")  # folders beside the training images
 _TAIL = 4096  # bytes: in compressed files of one length the last ones differ the most
 
 Index = tuple[int, int]  # (which of several data sets, index of the image in it)
@@ -129,10 +128,9 @@ def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
             findings.warnings.append(f"the test images are not looked at: {error}")
             return None
     training = Path(os.path.abspath(cfg.DATA.PATH))
-    if source is ImageFolder and training.name not in HELD_OUT:
-        for name in HELD_OUT:
-            if (training.parent / name).is_dir():
-                return ImageFolder(training.parent / name)
+    if source is ImageFolder and training.name.lower() not in HELD_OUT:
+        beside = folders_named(training.parent, HELD_OUT)
+        return ImageFolder(beside[0]) if beside else None
     return None
 
 

@@ -504,7 +504,19 @@ def test_val_goes_before_test(tmp_path):
     trees.folders(tmp_path, second="test")
     splits = load_splits("folder", tmp_path)
     assert splits.test.root == tmp_path / "val"
-    assert splits.notes == [f"{tmp_path} has both val and test: val is used"]
+    assert splits.notes == [f"{tmp_path} has val and test: val is used"]
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "validation"), ("Training", "Valid"), ("train", "Test")]
+)
+def test_splits_may_have_the_other_names_of_the_field(names, tmp_path):
+    trees.folders(tmp_path)
+    for plain, name in zip(("train", "val"), names, strict=True):
+        (tmp_path / plain).rename(tmp_path / name)
+    splits = load_splits("folder", tmp_path)
+    assert [splits.train.root.name, splits.test.root.name] == [*names]
+    assert (len(splits.train), len(splits.test), splits.notes) == (9, 6, [])
 
 
 def test_classes_that_the_test_split_lacks_are_noted_and_keep_trains_numbers(tmp_path):
