@@ -120,7 +120,7 @@ def flat(found: dict) -> list[tuple[str, float, list[str]]]:
     remarks = found["remarks"]
     if found["protocol"] == "k-NN":
         return [
-            (f"knn_{k}{suffix}", each[name], remarks + each["remarks"])
+            (f"knn_{k}{suffix}", each[name], each["remarks"])
             for name, suffix in (("top1", ""), ("top5", "_top5"))
             for k, each in found["k"].items()
         ]

@@ -151,6 +151,8 @@ def main() -> None:
         parts.append(page.paragraph("Each figure stands beside its zero: what no learning gives."))
     for name, table in tables.items():
         parts += [page.heading(name), page.table(table.items())]
+    remarks = figures.get("knn", {}).get("trained", {}).get("remarks", [])
+    parts += [page.paragraph(f"k-NN: {remark}") for remark in remarks]
     page.write(folder / "report.html", title, [*parts, *page.pictures(folder, pictures)])
     print(f"written: {folder / 'results.json'}, report.html and PNGs beside it")
 

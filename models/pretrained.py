@@ -131,7 +131,7 @@ def select_state(checkpoint: object, key: str, path: str | Path) -> dict[str, Te
     for prefix in ENCODERS:
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if own:
-            logger.info(f"{path} holds the encoders of MoCo: {prefix[:-1]} is read")
+            logger.warning(f"{path} holds the encoders of MoCo: {prefix[:-1]} is read")
             return own
     return tensors
 

@@ -50,7 +50,10 @@ def infer_spec(
     shapes. Raises InputError where they are of no known backbone.
     """
     if "conv1.weight" in state and "layer4.2.conv3.weight" in state:
-        return BackboneSpec("resnet50"), {}
+        names = (name.split(".")[0] for name, *_ in _statements(contents, path))
+        other = next((name for name in names if re.search("resne[txs]", name)), "resnet50")
+        doubt = {"arch": f"the file says that it is a {other}; torchvision's resnet50 is taken"}
+        return BackboneSpec("resnet50"), doubt if other != "resnet50" else {}
     if "patch_embed.proj.weight" in state:
         known = said(contents, state, path)
         rows, columns = known.get("grid", (0, 0))

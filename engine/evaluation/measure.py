@@ -134,7 +134,8 @@ def measure(
     found = [protocol.measure(features) for protocol in protocols]
     for protocol, each in zip(protocols, found, strict=True):
         if not isinstance(protocol, Pointing):
-            each.figures["remarks"] = of_splits(features) + each.figures.get("remarks", [])
+            for figures in (each.figures, *each.figures.get("k", {}).values()):
+                figures["remarks"] = of_splits(features) + figures.get("remarks", [])
     return found
 
 

@@ -22,8 +22,8 @@ COARSE = "coarse_"  # before the name of a figure on the coarse classes
 
 def figures_and_zeros(
     source: Source, splits: Splits, reading: Reading, cfg: Node, protocol: Protocol
-) -> tuple[dict[str, float], dict[str, float], list[str]]:
-    """All figures of a frozen network, by the same names their zeros, and remarks on figures.
+) -> tuple[dict[str, float], dict[str, float], dict[str, list[str]]]:
+    """All figures of a frozen network; by the same names their zeros, and remarks where there are.
 
     cfg: the options of its run. Where the images are of the synthetic set, coarse classes and the
     parts' boxes are evaluated too. Figures are percent, but `ratio_*`, the attention on the part
@@ -32,7 +32,7 @@ def figures_and_zeros(
     """
     figures: dict[str, float] = {}
     zeros: dict[str, float] = {}
-    remarks: list[str] = []
+    remarks: dict[str, list[str]] = {}
     options = cfg.LINEAR.clone()
     options.CLASSIFIER = "logistic"
     options.N_LAST_BLOCKS = min(options.N_LAST_BLOCKS, len(source.network.backbone.all_blocks()))
@@ -54,14 +54,14 @@ def figures_and_zeros(
             if pooling == "default":
                 protocols += [Retrieval(cfg.RETRIEVAL.SPLIT), probe]
             knn, *others = (found.figures for found in measure(labelled, protocols))
-            of_knn = knn["remarks"] + knn["k"][str(protocol.k)]["remarks"]
-            remarks += [f"{prefix}knn_{pooling}: {remark}" for remark in of_knn]
-            figures[f"{prefix}knn_{pooling}"] = knn["k"][str(protocol.k)]["top1"]
+            of_knn = knn["k"][str(protocol.k)]
+            remarks[f"{prefix}knn_{pooling}"] = of_knn["remarks"]
+            figures[f"{prefix}knn_{pooling}"] = of_knn["top1"]
             zeros[f"{prefix}knn_{pooling}"] = guess["linear"]
             if others:
                 retrieval, probed = others
-                for name, of in (("rank1, map", retrieval), ("linear", probed)):
-                    remarks += [f"{prefix}{name}: {remark}" for remark in of["remarks"]]
+                remarks |= {f"{prefix}{name}": retrieval["remarks"] for name in ("rank1", "map")}
+                remarks[f"{prefix}linear"] = probed["remarks"]
                 figures |= {f"{prefix}{name}": retrieval[name] for name in ("rank1", "map")}
                 figures[f"{prefix}linear"] = probed["top1"]
                 zeros |= {f"{prefix}{name}": zero for name, zero in guess.items()}
@@ -73,7 +73,7 @@ def figures_and_zeros(
             figures |= {f"mass_{kind}": mass, f"ratio_{kind}": mass / chance}
             zeros |= {f"pointing_{kind}": chance, f"mass_{kind}": chance, f"ratio_{kind}": 1.0}
             zeros[f"fixed_{kind}"] = seen["best_fixed_cell"]
-    return figures, zeros, remarks
+    return figures, zeros, {name: said for name, said in remarks.items() if said}
 
 
 def guessing(train: Tensor, test: Tensor, classes: int) -> dict[str, float]:

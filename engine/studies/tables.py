@@ -1,5 +1,6 @@
 """The tables and the curves of a study, from the results that there are."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -93,7 +94,12 @@ def _found(name: str, title: str, results: Results, seeds: Sequence[int]) -> lis
     """The row of what is there under a name, if anything."""
     there = [seed for seed in seeds if (name, seed) in results]
     note = "" if len(there) == len(seeds) else f" (seed {', '.join(map(str, there))})"
-    return _row(name, title + note, there, [results[name, seed]["figures"] for seed in there])
+    rows = _row(name, title + note, there, [results[name, seed]["figures"] for seed in there])
+    for row in rows:
+        for key, figure in row["figures"].items():
+            said = (results[name, seed].get("remarks", {}).get(key, []) for seed in there)
+            figure["remarks"] = [*dict.fromkeys(itertools.chain.from_iterable(said))]
+    return rows
 
 
 def write(
@@ -139,7 +145,8 @@ def write(
         )
     for run in runs:
         name = f"{run['name']}, seed {run['seed']}"
-        lines += [f"- {name}: {remark}" for remark in run.get("remarks", [])]
+        for figure, remarks in run.get("remarks", {}).items():
+            lines.append(f"- \\* {figure} of {name}: {'; '.join(remarks)}")
     lines += ["", "results.json holds every value and each run's options."]
     contents = {
         "study": study.name,

@@ -87,8 +87,13 @@ def test_moco_v2s_query_encoder_is_read(tmp_path):
     both = {f"module.encoder_q.{name}": value for name, value in state.items()}
     both |= {f"module.encoder_k.{name}": 0 * value for name, value in state.items()}
     both |= {"module.encoder_q.fc.2.weight": torch.zeros(2, 2), "module.queue": torch.zeros(2, 2)}
-    backbone = load_backbone(write(tmp_path / "x.pth", {"state_dict": both, "arch": "resnet50"}))
-    assert torch.equal(backbone.conv1.weight, state["conv1.weight"])
+    contents = {"state_dict": both, "arch": "resnet50"}
+    file = WeightsFile.read(write(tmp_path / "x.pth", contents))
+    assert torch.equal(file.backbone().conv1.weight, state["conv1.weight"])
+    assert not file.doubts
+    contents["arch"] = "resnetblur50"  # of the same names and shapes
+    file = WeightsFile.read(write(tmp_path / "x.pth", contents))
+    assert "resnetblur50; torchvision's resnet50 is taken" in file.doubts["arch"]
 
 
 def test_dinos_arguments_are_believed(tmp_path):

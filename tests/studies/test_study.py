@@ -388,16 +388,20 @@ def test_pointing_figures_are_those_of_the_maps(judged, finished):
 
 def test_poolings_that_a_network_lacks_are_left_out(judged):
     _, source, cfg, splits, study = judged
-    protocol = replace(study.protocol, poolings=("default", "mil", "lcr"), k=3)
+    protocol = replace(study.protocol, poolings=("default", "mil", "lcr"), k=10**4)
     reading = Reading.of(cfg, ALONE, source)
-    found, zeros, _ = figures_and_zeros(source, splits, reading, cfg, protocol)
+    found, zeros, remarks = figures_and_zeros(source, splits, reading, cfg, protocol)
     pooled = {f"{level}knn_{name}" for level in ("", "coarse_") for name in ("default", "mil")}
     assert pooled == {name for name in found if "knn" in name} == {n for n in zeros if "knn" in n}
+    assert pooled == remarks.keys()
+    assert "and all of them vote" in remarks["knn_mil"][0]
 
 
 def test_the_written_table_says_what_its_json_says(finished, run_here, tmp_path):
     shutil.copytree(finished / "out/results", tmp_path / "out/results")
     copied(finished, tmp_path / "out", "cmd", 1, 3.0)
+    path = tmp_path / "out/results/cmd-seed0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"remarks": {"linear": ["hm"]}}))
     words = ("--study", finished / "tiny.yaml", "--output_dir", tmp_path / "out", "--table")
     assert run_here(*words)[0] == 0
     rows = {row["name"]: row for row in tables(tmp_path / "out")["small"]["rows"]}
@@ -414,6 +418,8 @@ def test_the_written_table_says_what_its_json_says(finished, run_here, tmp_path)
     assert cells["CMD"][5].strip() == f"{mean:.2f} ± {deviation:.2f}"
     assert rows["cmd"]["figures"]["map"]["values"] == values
     assert cells["esvit (seed 0)"][2].strip() == "–"
+    assert cells["CMD"][3].endswith(" \\* ")
+    assert "- \\* linear of cmd, seed 0: hm" in text
 
 
 @pytest.mark.parametrize(
