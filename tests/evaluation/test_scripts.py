@@ -367,7 +367,8 @@ def test_a_part_of_a_benchmark(name, weights, tmp_path):
     out = works(name, line, "DATA.PARTIAL true EVAL.PICTURES false")
     known = results(tmp_path / "out", name)
     (note,) = known["data"]["notes"]
-    assert note.startswith(f"cub in {tmp_path} has 3 classes, 9 training and 6 test images")
+    found = f"cub in {tmp_path}/CUB_200_2011 has 3 classes, 9 training and 6 test images"
+    assert note.startswith(found)
     assert f"warning: {note}" in out
     assert (known["data"]["name"], known["data"]["classes"]) == ("cub", 3)
     assert known["gallery_images"] == 9
