@@ -98,9 +98,9 @@ def test_a_report_of_images_without_labels_has_attention_and_no_knn(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--k 0", "--k: must be at least 1, not 0"),
-        ("--size -8", "--size: must be at least 1"),
-        ("--num_workers -1", "--num_workers: must be at least 0"),
+        ("--k 0", "--k: must be a whole number from 1: 0"),
+        ("--size -8", "--size: must be a whole number from 1"),
+        ("--num_workers -1", "--num_workers: must be a whole number from 0"),
         ("", "--gallery alone gives no figure: --queries names what is classified"),
     ],
 )

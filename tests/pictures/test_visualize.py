@@ -482,8 +482,14 @@ def test_text_in_a_page_is_escaped(tmp_path):
         ("--checkpoint {vit} --images {vit}", "vit.pth cannot be read"),
         ("--checkpoint {vit} --images {images} {image}", "give one folder, or files"),
         ("--checkpoint {vit} --images {images} --size 60", "must be a multiple of 8, the patch"),
-        ("--checkpoint {vit} --images {images} --count 0", "--count: must be at least 1, not 0"),
-        ("--checkpoint {vit} --images {images} --queries -1", "--queries: must be at least 0"),
+        (
+            "--checkpoint {vit} --images {images} --count 0",
+            "--count: must be a whole number from 1: 0",
+        ),
+        (
+            "--checkpoint {vit} --images {images} --queries -1",
+            "--queries: must be a whole number from 0",
+        ),
         ("--checkpoint {bare} --checkpoint_key other --images {images}", "'other'"),
         ("--images {images}", "--checkpoint"),
     ],

@@ -428,7 +428,7 @@ def test_the_written_table_says_what_its_json_says(finished, run_here, tmp_path)
         (["--cells", "cmd,esvt"], "--cells: there is no 'esvt'. Did you mean esvit?"),
         (["TRAIN.EPOHCS", "3"], "Did you mean TRAIN.EPOCHS?"),
         (["TRAIN.EPOCHS", "0"], "cell cmd: TRAIN.EPOCHS must be at least 1"),
-        (["--jobs", "0"], "--jobs: must be at least 1"),
+        (["--jobs", "0"], "--jobs: must be a whole number from 1"),
         (["--tabel"], "--tabel"),
     ],
 )
