@@ -88,6 +88,11 @@ def parse() -> tuple[argparse.Namespace, Study]:
 def compare(arguments: argparse.Namespace, study: Study) -> None:
     logging.setup(is_main=True)
     world = distributed.start(config.get(study.config(arguments.cells[0]), "DEVICE"))
+    if world.size > 1:
+        raise InputError(
+            f"compare.py is one process and was started as {world.size}: leave the launcher out, "
+            f"and give --processes for several to a run."
+        )
     output, processes = arguments.output_dir, arguments.processes
     results = StudyResults(study, output, processes)
     if arguments.table:

@@ -28,7 +28,7 @@ from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
 from engine.studies.runs import IDENTITY, LOCK, STDOUT, locked, run_of
 from engine.studies.spec import load
-from tests.processes import PATIENCE, run_python, start_python
+from tests.processes import PATIENCE, run_group, run_python, start_python
 from tests.studies.studies import TINY, study_file
 from utils import checkpoint
 from utils.distributed import ALONE
@@ -269,6 +269,13 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_figures(
     assert steps == list(range(1, TOTAL + 1))
     expected = figures(finished / "out")
     assert figures(output) == {name: expected[name] for name in ("cmd-seed0", "random-seed0")}
+
+
+def test_a_study_is_one_process(environment, tmp_path):
+    words = ["compare.py", "--study", study_file(tmp_path), "--output_dir", tmp_path / "out"]
+    done = run_group(2, *words, environment=environment, code=2)
+    assert "compare.py is one process and was started as 2: leave the launcher" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_changed_study_is_refused_by_what_differs(finished, run_here, tmp_path):
