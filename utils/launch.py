@@ -6,6 +6,7 @@ is put into the same variables, which torch and everything here read.
 
 import os
 import re
+import zlib
 from typing import NamedTuple
 
 from utils.errors import InputError
@@ -95,7 +96,8 @@ def _adopt() -> bool:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {size} processes were started."
         )
     if mpi:
-        local_rank, local_size, port = number(mpi[2]), number(mpi[3], 0), 29500
+        local_rank, local_size = number(mpi[2]), number(mpi[3], 0)
+        job = zlib.crc32(os.environ.get("PMIX_NAMESPACE", "").encode())  # Open MPI's
         address = "127.0.0.1" if local_size == size else ""
     else:
         nodes = _slurm("NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
@@ -103,13 +105,13 @@ def _adopt() -> bool:
         if address == nodes:
             address, local_size = "127.0.0.1", size
         local_rank = number("SLURM_LOCALID", rank if local_size == size else None)
-        # Below 32768, from where the system gives ports to whoever asks.
-        port = 20000 + (number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID", 0)) % 12000
+        job = number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID", 0)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     if local_size:
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
     os.environ.setdefault("MASTER_ADDR", address)
-    os.environ.setdefault("MASTER_PORT", str(port))
+    # Below 32768, from where the system gives ports to whoever asks.
+    os.environ.setdefault("MASTER_PORT", str(20000 + job % 12000))
     return certain
 
 

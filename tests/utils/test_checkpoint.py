@@ -515,7 +515,7 @@ def test_a_runs_checkpoint_loads_without_any_allowance_and_rebuilds_the_network(
     assert set(state) == {
         *("format", "step", "epoch", "images_per_step", "student", "teacher", "optimizer"),
         *("steps_per_epoch", "scaler", "carried", "config", "versions", "model"),
-        *("processes", "guard", "window", "watch", "bad_images", "log_lines"),
+        *("processes", "images", "guard", "window", "watch", "bad_images", "log_lines"),
     }
     assert state["format"] == checkpoint.FORMAT == 3
     assert (state["step"], state["epoch"], state["images_per_step"]) == (8, 4, 8)

@@ -1,6 +1,7 @@
 """Who started a process: torchrun, srun, mpirun or nobody; one run at a time in a folder."""
 
 import signal
+import zlib
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def given(monkeypatch):
 
     def give(text: str) -> None:
         for name in {*launch.os.environ, *NAMES}:
-            if name in NAMES or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_")):
+            if name in NAMES or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_", "PMIX_")):
                 monkeypatch.setenv(name, "")  # so that it is restored, whoever sets it
                 monkeypatch.delenv(name)
         for word in text.split():
@@ -72,15 +73,15 @@ def given(monkeypatch):
         # Others win over Slurm, in whose jobs they may run.
         (f"{STEP} SLURM_PROCID=3 RANK=0 WORLD_SIZE=1", Place(0, 1, 0), None),
         (
-            f"{OMPI} OMPI_COMM_WORLD_LOCAL_SIZE=2 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1",
+            f"{OMPI} OMPI_COMM_WORLD_LOCAL_SIZE=2 PMIX_NAMESPACE=job@1 SLURM_PROCID=0",
             Place(1, 2, 1),
-            ("127.0.0.1", "29500", "2"),
+            ("127.0.0.1", str(20000 + zlib.crc32(b"job@1") % 12000), "2"),
         ),
-        (f"{OMPI} MASTER_ADDR=head", Place(1, 2, 1), ("head", "29500", None)),
+        (f"{OMPI} MASTER_ADDR=head", Place(1, 2, 1), ("head", "20000", None)),
         (
             "PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2",
             Place(1, 2, 1),
-            ("127.0.0.1", "29500", "2"),
+            ("127.0.0.1", "20000", "2"),
         ),
     ],
 )
