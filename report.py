@@ -127,6 +127,8 @@ def main() -> None:
         shown = maps.maps_of_views(network, whole_views(images.squares, size), kind)
         pictures["attention.png"] = maps.whole_picture(images, {"": shown}, kind, per_line=6)
 
+    if not world.is_main:
+        return
     for name, table in tables.items():
         print(name)
         for label, value in table.items():
