@@ -67,8 +67,8 @@ def main() -> None:
         rows.append(row(network, folder, cfg))
         for key, heading in columns(cfg):
             figure = rows[-1]["figures"][key]
-            line = f"  {heading}: {figure['mean']:.2f} ± {figure['std'] or 0:.2f} %"
-            logger.info("; ".join([line, *figure["remarks"]]))
+            plain = table.cell(figure | {"remarks": []})
+            logger.info("; ".join([f"  {heading}: {plain} %", *figure["remarks"]]))
         distributed.on_main(
             lambda: table.write(folder, document(rows, behind, cfg), {"rows": rows} | behind)
         )

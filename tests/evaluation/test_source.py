@@ -26,6 +26,7 @@ from models.network import Network
 from models.registry import BackboneSpec, build_backbone
 from tests.runs import pretraining, small_config
 from utils import checkpoint, cli
+from utils.config import defaults
 from utils.errors import InputError
 from utils.logging import setup
 
@@ -533,3 +534,20 @@ def test_a_folder_is_no_checkpoint_but_may_hold_one(cmd_run):
     assert refusal(folder, "") == (
         f"{folder} is a folder, not a checkpoint: name a file in it (checkpoint.pth)."
     )
+
+
+def test_an_architecture_that_is_typed_leaves_the_heads_that_the_file_shows(tmp_path):
+    """EsViT's command lines name one always; MoCo v3's networks of these names have 12 heads."""
+    made = build_backbone(BackboneSpec("deit_tiny", num_heads=(12,), img_size=32)).state_dict()
+    cfg = defaults()
+    cfg.MODEL.ARCH = "deit_tiny"
+    for prefix, heads, count in (("module.base_encoder.", 12, 1), ("module.", 3, 0)):
+        path = tmp_path / "x.pth"
+        torch.save({"state_dict": {f"{prefix}{k}": v for k, v in made.items()}}, path)
+        source = load_source(path, cfg=cfg, typed={"MODEL.ARCH"})
+        assert source.network.backbone.blocks[0].attn.num_heads == heads
+        assert len(source.weights.doubts) == count
+    cfg.MODEL.NUM_HEADS = [6]
+    source = load_source(path, cfg=cfg, typed={"MODEL.NUM_HEADS"})
+    assert source.network.backbone.blocks[0].attn.num_heads == 6
+    assert source.weights.doubts == ()

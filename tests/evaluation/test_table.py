@@ -235,6 +235,7 @@ def test_what_qualifies_a_figure_stands_beside_it(data, tmp_path):
     remarks = found.figures[0]["knn_30"]["remarks"]
     assert remarks == ["30-NN: the gallery has 24 images, and all of them vote"]
     assert f"- \\* 30-NN top-1 of {name}: {remarks[0]}" in found.text
+    assert f"  30-NN top-1: {knn[:-3]} %; {remarks[0]}\n" in found.done.stdout
     assert "features of 1 block, not of 2" in found.figures[0]["linear_1"]["remarks"][0]
     # What the file does not say of the network is of all its figures.
     (doubt,) = found.rows[0]["weights"]["doubts"]
