@@ -34,7 +34,7 @@ from engine.studies.results import StudyResults
 from engine.studies.runs import LOCK, Run, locked, pretrained, run_of
 from engine.studies.spec import Study, choose, load
 from engine.studies.zeros import random_source
-from utils import checkpoint, cli, config, distributed, launch, logging
+from utils import checkpoint, cli, config, distributed, logging
 from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError, run_script
@@ -87,12 +87,6 @@ def parse() -> tuple[argparse.Namespace, Study]:
 
 def compare(arguments: argparse.Namespace, study: Study) -> None:
     logging.setup(is_main=True)
-    group = launch.place()
-    if group.size > 1 and group.certain:
-        raise InputError(
-            f"a study is one process, not {group.size}, and starts its runs itself: without a "
-            f"launcher, with --processes {group.size} for runs of so many."
-        )
     world = distributed.start(config.get(study.config(arguments.cells[0]), "DEVICE"))
     if world.size > 1:
         raise InputError(

@@ -32,7 +32,7 @@ from tests.processes import PATIENCE, run_group, run_python, start_python
 from tests.studies.studies import TINY, study_file
 from utils import checkpoint
 from utils.distributed import ALONE
-from utils.errors import InputError, run_script
+from utils.errors import run_script
 from utils.files import write_json
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
@@ -446,17 +446,6 @@ def test_a_typo_on_the_command_line_is_one_sentence(words, sentence, run_here, t
     assert code == 2
     assert len(err.splitlines()) == 1
     assert sentence in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_study_under_a_launcher_is_refused_before_it_waits_for_others(tmp_path, monkeypatch):
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    words = ["--study", study_file(tmp_path), "--output_dir", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
-    with pytest.raises(InputError, match="a study is one process, not 2, and starts its runs"):
-        compare.compare(*compare.parse())
     assert not (tmp_path / "out").exists()
 
 
