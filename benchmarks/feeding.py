@@ -122,7 +122,7 @@ class Feeding:
 
     def _decoded_bytes(self) -> int:
         """What all images take decoded, by their headers; DecodedImages checks that they do."""
-        sizes = (self.images.header(index)[0] for index in range(len(self.images)))
+        sizes = (self.images.header_size(index) for index in range(len(self.images)))
         reduced = (capped_size(size, self.cfg.DATA.CACHE_SIZE) for size in sizes)
         return sum(3 * height * width for height, width in reduced)
 

@@ -121,7 +121,7 @@ def gather_padded(pixels: Tensor, starts: Sequence[int], sizes: Sequence[Size]) 
 def _capped_header(images: StoredImages, shorter_side: int, index: int) -> Size | BadImage:
     """The size at which an image will be kept, perhaps turned; a marker if it is unreadable."""
     try:
-        return capped_size(images.header(index)[0], shorter_side)
+        return capped_size(images.header_size(index), shorter_side)
     except UnreadableImage as error:
         return error.bad
 

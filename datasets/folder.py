@@ -35,6 +35,7 @@ HIDDEN = "hidden"  # files and folders whose names begin with a dot, among the e
 CONTENTS = "contents:"  # what fingerprints begin with; earlier ones knew sizes alone
 MAX_ELONGATION = 4  # of a reduced image
 DEEP_GREY = ("I", "F")  # first letters of Pillow's modes of more than 8 bits
+LOOKED_AT = 1000  # images, to say how many are of these modes
 _said = mmap.mmap(-1, 1)  # whether a guess was said; the loader's processes share it by forking
 # PIL warns of damaged EXIF data and of very large images. Such an image is either used, and then
 # there is nothing to warn of, or an UnreadableImage says what is wrong.
@@ -172,8 +173,8 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         _said[0] = 1
         logger.warning(
             f"{name} has pixels of {'floating point' if image.mode == 'F' else 'more than 8 bits'} "
-            f"up to {largest:g}, and no file says which value is white: {white:g} is taken. Other "
-            "images are treated by the same rule (docs/evaluation.md), and --check counts them"
+            f"up to {largest:g}, and no file says which value is white: {white:g} is taken, and "
+            "in other images by the same rule (docs/evaluation.md)"
         )
     levels = np.floor(values / 256) if white == 65535 else np.rint(values * (255 / white))
     return Image.fromarray(np.nan_to_num(levels).clip(0, 255).astype(np.uint8))
@@ -193,7 +194,7 @@ class StoredImages(ABC):
 
     unlisted: folders that could not be listed; the images below them are not among these.
     passed_over: numbers of other files, by their endings. fingerprint: see `LabelledImages`.
-    `load` and `header` raise `UnreadableImage`.
+    `load` and `header_size` raise `UnreadableImage`.
     """
 
     unlisted: Sequence[BadImage] = ()
@@ -216,10 +217,31 @@ class StoredImages(ABC):
         """Image `index` through `load_image` and nothing else."""
         return load_image(self.source(index), shorter_side, self.name(index))
 
-    def header(self, index: int) -> tuple[tuple[int, int], str]:
-        """The two sides of image `index` in pixels, by its header, so perhaps turned; its mode."""
+    def header_size(self, index: int) -> tuple[int, int]:
+        """The two sides of image `index` in pixels, by its header alone, so perhaps turned."""
         with _opened(self.source(index), self.name(index)) as image:
-            return image.size, image.mode
+            return image.size
+
+    def deep_grey(self) -> list[str]:
+        """A sentence with the number of images whose white is guessed, where there are such.
+
+        Read are the headers of at most LOOKED_AT images, at even distances; see `_eight_bits`.
+        """
+        places, deep = range(0, len(self), len(self) // LOOKED_AT + 1), 0
+        for place in places:
+            with (
+                contextlib.suppress(UnreadableImage),
+                _opened(self.source(place), self.name(place)) as image,
+            ):
+                deep += image.mode.startswith(DEEP_GREY)
+        if not deep:
+            return []
+        _said[0] = 1
+        return [
+            f"grey images of more than 8 bits or of floating point: {deep:,} of {len(places):,} "
+            "that were looked at; no file says which value is white, and it is taken from each "
+            "image's largest one (docs/evaluation.md)"
+        ]
 
 
 class LabelledImages(StoredImages):

@@ -53,6 +53,8 @@ def open_splits(cfg: Node) -> Splits | None:
         },
         "give all of them the same --data_path",
     )
+    for split in SPLITS:
+        splits.notes.extend(f"{split}: {note}" for note in getattr(splits, split).deep_grey())
     for note in splits.notes:
         logger.warning(note)
     return splits

@@ -1,6 +1,6 @@
 """What options and data would run with and yet be unwise: found at no cost, by a run as by --check.
 
-Each is a sentence for a warning. What takes a look into the images, or a step, --check alone finds.
+Each is a sentence for a warning. What takes a look into all images, or a step, --check alone finds.
 """
 
 import os
@@ -31,7 +31,8 @@ def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
 
 
 def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
-    """Images that are held out elsewhere and trained on here."""
+    """Images that are held out elsewhere and trained on here, and pixels that are guessed at."""
+    yield from images.deep_grey()
     for folder, names in mixed_splits(images).items():
         train = next(name for name in names if _letters(name) in TRAINING)
         instead = f"{folder}/{train}"

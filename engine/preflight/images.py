@@ -15,7 +15,6 @@ from typing import BinaryIO, NamedTuple
 from datasets.benchmarks import HELD_OUT, Benchmark, folders_named
 from datasets.fine_grained import DATASETS, load_splits
 from datasets.folder import (
-    DEEP_GREY,
     ImageFolder,
     LabelledImages,
     StoredImages,
@@ -41,11 +40,10 @@ class Header(NamedTuple):
     """What an image file says without being decoded; equal for equal files.
 
     size: its two sides in pixels, perhaps turned; None where they cannot be read, for the
-    `reason`. mode: Pillow's, of its pixels. length: bytes. tail: a hash of its last bytes.
+    `reason`. length: bytes. tail: a hash of its last bytes.
     """
 
     size: tuple[int, int] | None
-    mode: str = ""
     length: int = 0
     tail: bytes = b""
     reason: str = ""
@@ -81,11 +79,11 @@ def equal_files(
 
 def _header(images: StoredImages, index: int) -> Header:
     try:
-        size, mode = images.header(index)
+        size = images.header_size(index)
         with _opened(images, index) as file:
             length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - _TAIL))
-            return Header(size, mode, length, _hash(file.read()))
+            return Header(size, length, _hash(file.read()))
     except UnreadableImage as error:
         return Header(None, reason=error.bad.reason)
     except OSError as error:
@@ -157,12 +155,6 @@ def training(
         findings.warnings.append(
             f"training images with a side of less than {below} pixels: {len(tiny):,}; their crops "
             "are enlarged from very little"
-        )
-    deep = sum(header.mode.startswith(DEEP_GREY) for header in headers)
-    if deep:
-        findings.warnings.append(
-            f"training images with grey pixels of more than 8 bits or of floating point: {deep:,}; "
-            "which value is white is taken from each image's largest one (docs/evaluation.md)"
         )
     groups = [[images.name(index) for number, index in group if number == 0] for group in same]
     groups = [group for group in groups if len(group) > 1]
