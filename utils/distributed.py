@@ -56,7 +56,12 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     timeout = timedelta(minutes=timeout_minutes)
     try:
         store = _meet(rank, size, timeout if certain else timedelta(seconds=0.9 * PATIENCE))
-    except dist.DistError:
+    except dist.DistError as error:
+        if certain and "failed to listen" in str(error):
+            raise InputError(
+                f"port {os.environ['MASTER_PORT']} of this machine is taken, perhaps by another "
+                f"run: start with another one (torchrun's --master_port, or MASTER_PORT)."
+            ) from None
         if certain:
             raise
         print(

@@ -113,7 +113,7 @@ def _end_of_another(error: Exception) -> str:
 
 
 def _short_of_memory(error: Exception) -> str:
-    """One sentence for the failures that only tell of too little memory; else empty."""
+    """One sentence for the failures that only tell of too little memory or files; else empty."""
     reason = str(error)
     if type(error).__name__ == "OutOfMemoryError":
         advice = (
@@ -131,6 +131,15 @@ def _short_of_memory(error: Exception) -> str:
         advice = "a loader process was killed, most often for want of memory: lower --num_workers"
         if "Bus error" in reason:
             advice += ", or make /dev/shm larger (docker run --shm-size)"
+    elif "shared memory" in reason and "No space left" in reason:
+        advice = (
+            "/dev/shm, by which loader processes hand over their images, is full: make it larger "
+            "(docker run --shm-size), or lower --num_workers or --batch_size_per_gpu"
+        )
+        reason = reason.strip().splitlines()[-1]  # a loader process's traceback is before
+    elif "Too many open files" in reason or "received 0 items of ancdata" in reason:
+        advice = "no more files may be opened: raise the limit (ulimit -n), or lower --num_workers"
+        reason = reason.strip().splitlines()[-1]
     else:
         return ""
     return f"{advice} ({_one_line(reason)})"

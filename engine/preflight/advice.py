@@ -15,6 +15,7 @@ from datasets.shards import ImageShards
 from engine import build
 from models.registry import resolve
 from utils.config import Node, crops_on_device
+from utils.options import OPTIONS
 
 LARGE_STEP = 0.25  # of the data
 
@@ -23,6 +24,7 @@ def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
     """A sentence for each thing. images: the training set."""
     yield from _of_data(cfg, images)
     yield from _of_batch(cfg, processes, len(images))
+    yield from _of_temperatures(cfg)
     if crops_on_device(cfg) and 0 < cfg.DATA.CACHE_SIZE < cfg.AUG.GLOBAL_CROPS_SIZE:
         yield (
             f"DATA.CACHE_SIZE {cfg.DATA.CACHE_SIZE} is below AUG.GLOBAL_CROPS_SIZE "
@@ -89,6 +91,30 @@ def _all_above(folders: Iterable[str]) -> set[str]:
             found.add(folder)
             folder = folder.rpartition("/")[0]
     return found
+
+
+def _of_temperatures(cfg: Node) -> Iterator[str]:
+    """A teacher that is not sharp, or a temperature that is never reached."""
+    loss = cfg.LOSS
+    if build.objective(cfg).projects:
+        return
+    first, student = loss.WARMUP_TEACHER_TEMP, loss.STUDENT_TEMP
+    warms_up = loss.WARMUP_TEACHER_TEMP_EPOCHS > 0
+    highest = max(loss.TEACHER_TEMP, first) if warms_up else loss.TEACHER_TEMP
+    if highest >= student:
+        yield (
+            f"the teacher's temperature {highest} is not below LOSS.STUDENT_TEMP {student}: its "
+            f"targets are no sharper than the student's predictions, by which runs collapse. "
+            f"Sharper is a lower LOSS.TEACHER_TEMP"
+        )
+    if not warms_up and first not in (
+        loss.TEACHER_TEMP,
+        OPTIONS["LOSS.WARMUP_TEACHER_TEMP"].default,
+    ):
+        yield (
+            f"LOSS.WARMUP_TEACHER_TEMP {first} is not used: LOSS.WARMUP_TEACHER_TEMP_EPOCHS is 0, "
+            f"and the teacher's temperature is {loss.TEACHER_TEMP} from the first step"
+        )
 
 
 def _of_batch(cfg: Node, processes: int, images: int) -> Iterator[str]:

@@ -85,6 +85,11 @@ def find(
         logger.warning(f"resuming with other options: {text}")
     if others:
         logger.warning(_other_processes(cfg, state, images_per_step, processes))
+    if cfg.INIT.WEIGHTS and cfg.INIT.WEIGHTS != stored.INIT.WEIGHTS:
+        logger.warning(
+            f"INIT.WEIGHTS {cfg.INIT.WEIGHTS} is not read: the run goes on from {path}. To start "
+            f"from other weights, give another --output_dir"
+        )
     return Found(path, state, refused, forced=bool(changes))
 
 
@@ -160,6 +165,13 @@ def resume(run: Pretraining, record: Record, found: Found) -> None:
         record.window.load_state_dict(state["window"], run.world)
         record.watch.load_state_dict(state["watch"])
     logger.info(f"resuming from {found.path} at step {run.step}")
+    epochs, now = state["config"]["TRAIN"]["EPOCHS"], run.cfg.TRAIN.EPOCHS
+    if epochs != now and run.step < run.total_steps:
+        last = state["optimizer"]["param_groups"][0]["lr"]
+        logger.warning(
+            f"TRAIN.EPOCHS is {now} (was {epochs}), and the schedules stretch to it: the learning "
+            f"rate, {last:.3g} at the last step, goes on at {run.schedules.lr[run.step]:.3g}"
+        )
 
 
 def _restore(run: Pretraining, state: dict) -> None:

@@ -36,6 +36,9 @@ OBJECTIVES = {
 }
 
 
+SHARP = {"LOSS__OBJECTIVE": "dino"}
+
+
 def unit(count: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(count, width, generator=draw, dtype=dtype), dim=1)
@@ -193,6 +196,14 @@ def test_every_micro_batch_is_shuffled_anew():
         ({"LOSS__OBJECTIVE": "cmd"}, 1, 40, "CMD.LT residual compares a patch with 6 bags"),
         ({"LOSS__OBJECTIVE": "cmd", "CMD__DIVERSE_K": 5}, 1, 40, None),
         ({"LOSS__OBJECTIVE": "cmd"}, 2, 40, None),
+        (SHARP | {"LOSS__TEACHER_TEMP": 0.07}, 2, 40, None),
+        (SHARP | {"LOSS__TEACHER_TEMP": 0.1}, 2, 40, "temperature 0.1 is not below LOSS.STUDENT_T"),
+        (
+            SHARP | {"LOSS__WARMUP_TEACHER_TEMP": 0.3, "LOSS__WARMUP_TEACHER_TEMP_EPOCHS": 1},
+            *(2, 40, "the teacher's temperature 0.3 is not below"),
+        ),
+        (SHARP | {"LOSS__WARMUP_TEACHER_TEMP": 0.3}, 2, 40, "WARMUP_TEACHER_TEMP 0.3 is not used"),
+        ({"LOSS__TEACHER_TEMP": 0.3}, 1, 41, None),
     ],
 )
 def test_what_is_unwise_is_warned_about(options, processes, images, words):

@@ -1,8 +1,10 @@
 """A process of a group dies, throws or does not come: all end, and the first failure is named."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -218,6 +220,33 @@ def test_alone_a_bug_keeps_its_traceback_and_too_little_memory_is_a_line(capfd):
     assert "--num_workers" in line
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: ...\n"
+                "RuntimeError: unable to allocate shared memory(shm) for file </torch_9_1_2>: No "
+                "space left on device (28)\n"
+            ),
+            "make it larger (docker run --shm-size), or lower --num_workers",
+        ),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "raise the limit (ulimit -n)"),
+        (RuntimeError("received 0 items of ancdata"), "raise the limit (ulimit -n)"),
+    ],
+)
+def test_what_loader_processes_lack_is_a_line(error, advice, capfd):
+    def fails():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(fails)
+    assert caught.value.code == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert advice in line
+    assert "Traceback" not in line
+
+
 def test_a_pretraining_ends_when_one_of_its_processes_is_killed(command, environment, tmp_path):
     """With loader workers, which hold the killed process's connections open for a while."""
     options = "TRAIN.BATCH_SIZE_PER_GPU 4 PRINT_FREQ 1 TRAIN.EPOCHS 5000 DATA.WORKERS 1"
@@ -268,6 +297,17 @@ def test_a_launcher_names_the_killed_process(launcher, size, environment, tmp_pa
     cause = done.stderr.split("Root Cause (first observed failure):")[1]
     assert "rank      : 1 " in cause
     assert f"exitcode  : -9 (pid: {killed})  (SIGKILL)" in cause
+
+
+def test_a_port_that_another_run_has_taken_is_one_sentence(monkeypatch):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        places = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in places.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(InputError, match=f"port {port} of this machine is taken"):
+            distributed.start("cpu")
 
 
 def waits_for_another(number: int) -> None:

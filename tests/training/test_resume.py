@@ -1,5 +1,6 @@
 """Going on where a run stopped: after kills, signals, damage, and with other options."""
 
+import math
 import os
 import random
 import re
@@ -444,11 +445,22 @@ def test_a_resume_may_change_length_paths_workers_and_print_frequency(
     shutil.copytree(images, tmp_path / "moved")
     os.utime(tmp_path / "moved" / "red" / "00.png")  # when it was written is not what it holds
     options = f"TRAIN.EPOCHS 5 PRINT_FREQ 2 DATA.WORKERS 1 DATA.PATH {tmp_path / 'moved'}"
-    halved = "TRAIN.BATCH_SIZE_PER_GPU 4 TRAIN.ACCUM_STEPS 2"
+    halved = "TRAIN.BATCH_SIZE_PER_GPU 4 TRAIN.ACCUM_STEPS 2 INIT.WEIGHTS other.pth"
     done = pretrain(tmp_path / "run", f"{TRAINED} {options} {halved}")
     assert "at step 8" in done.stdout
     assert "other options" not in done.stdout
     assert load(tmp_path / "run")["step"] == 10
+    # What a resume takes and has another effect than at the start is said.
+    assert "warning: INIT.WEIGHTS other.pth is not read: the run goes on from " in done.stdout
+    (rates,) = re.findall(
+        r"TRAIN.EPOCHS is 5 \(was 4\), and the schedules stretch to it: "
+        r"the learning rate, (\S+) at the last step, goes on at (\S+)",
+        done.stdout,
+    )
+    peak, least = 0.05 * 8 / 256, 1e-6
+    places = [(1 + math.cos(math.pi * place)) / 2 for place in (7 / 8, 8 / 10)]
+    wanted = [least + (peak - least) * place for place in places]
+    assert list(map(float, rates)) == pytest.approx(wanted, rel=0.01)
 
 
 def test_a_forced_resume_goes_on_with_the_new_options_and_says_so(trained, pretrain, tmp_path):

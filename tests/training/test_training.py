@@ -467,7 +467,9 @@ def test_a_run_made_to_collapse_is_warned_about_and_the_same_with_both_on_is_not
     if entropy is None:
         assert not warnings
         return
-    (warning,) = warnings
+    *early, warning = warnings
+    assert len(early) == (how == "sharpening off")
+    assert all("targets are no sharper" in each for each in early)
     assert "the teacher gives all images nearly the same target" in warning
     assert "Check the teacher temperature and the centring" in warning
     assert log_of(tmp_path)[-1]["teacher_entropy"] == pytest.approx(entropy, abs=0.05)
