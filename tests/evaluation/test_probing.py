@@ -230,10 +230,11 @@ def test_the_probe_is_as_wide_as_its_features(probe, options, width):
 
 
 def test_the_pooling_decides_the_features(probe):
-    weights = [
-        probe(f"{CACHED} --epochs 1 {options}").state["weights"][0]
-        for options in ("--n_last_blocks 1", "--pooling mean", "--pooling mil")
-    ]
+    options = ("--n_last_blocks 1", "--pooling mean", "--pooling mil --avgpool_patchtokens true")
+    done = [probe(f"{CACHED} --epochs 1 {more}") for more in options]
+    assert [len(each.result["remarks"]) for each in done] == [0, 1, 2]
+    assert "--n_last_blocks" in done[1].result["remarks"][0]
+    weights = [each.state["weights"][0] for each in done]
     for one, other in itertools.combinations(weights, 2):
         assert not torch.allclose(one, other, atol=1e-5)
 
@@ -541,6 +542,7 @@ def test_a_diverging_rate_does_not_stop_a_sweep_and_is_not_chosen(clustered, tmp
     done = on_features(clustered, tmp_path, "--sweep 1.0e+38 1 --epochs 10")
     assert done.result["base_lr"] == 1
     assert done.result["top1"] >= 99
+    assert done.result["remarks"] == ["1 of 2 learning rates diverged"]
 
 
 def test_a_sweep_of_diverging_rates_alone_is_one_sentence(clustered, tmp_path):
