@@ -26,7 +26,7 @@ _AT_ONCE = 256  # files of a thread's task
 # What bounds the cost of a first start: of so many files a part is read, of the others the size
 # counts; of a file larger than so many blocks, blocks at even distances.
 MOST_FILES = 100_000
-BLOCK, BLOCKS = 2**14, 64  # bytes, number
+BLOCK, BLOCKS = 2**18, 64  # bytes, number
 
 
 def cache_folder(kind: str, folder: Path) -> Path:
