@@ -328,7 +328,7 @@ def _check_batch(cfg: Node) -> None:
     objective, images = cfg.LOSS.OBJECTIVE, cfg.TRAIN.BATCH_SIZE_PER_GPU
     if objective in CONTRASTIVE and local_crops(cfg):
         raise InputError(
-            f"LOSS.OBJECTIVE {objective} contrasts two crops of an image and wants no local ones. "
+            f"LOSS.OBJECTIVE {objective} contrasts two crops of an image, without local ones. "
             f"Its recipe: --cfg experiments/{objective}.yaml; AUG.LOCAL_CROPS_NUMBER [] alone "
             f"keeps the optimizer, momentum, head and crops of the others."
         )
