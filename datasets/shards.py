@@ -93,7 +93,10 @@ class ImageShards(StoredImages):
         indices = read_indices(self.shards)
         self.passed_over = sum((Counter(index.passed_over) for index in indices), Counter())
         if self.passed_over:
-            logger.info(f"{shards}: no images by their names: {endings_line(self.passed_over)}")
+            logger.info(
+                f"{shards}: passed over, not images by their names: "
+                f"{endings_line(self.passed_over)}"
+            )
         self.counts = [len(index.names) for index in indices]
         self._stamps = [index.stamp for index in indices]
         self._offsets, self._sizes = (

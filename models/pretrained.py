@@ -256,6 +256,10 @@ def _check_unseen(file: WeightsFile, spec: BackboneSpec) -> None:
             )
         if not doubts.pop("num_heads", None):
             doubts["num_heads"] = f"its {heads} attention heads become {wanted}, by MODEL.NUM_HEADS"
+    elif spec.num_heads:
+        doubts.pop("num_heads", None)
+    elif "num_heads" in doubts:
+        doubts["num_heads"] += "; MODEL.NUM_HEADS says otherwise"
     if theirs["family"] == ours["family"] == "swin" and file.spec.img_size != spec.img_size:
         doubts["img_size"] = (
             f"its windows are laid out for {file.spec.img_size} pixels, those of the network to "

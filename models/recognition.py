@@ -143,9 +143,10 @@ def _infer_vit(
         heads = MOCO_V3_HEADS
         doubts["num_heads"] = f"{heads} attention heads are taken, as MoCo v3's have: {names}"
     else:
+        usual = " as is usual" * (width in HEADS_BY_WIDTH or width % 64 == 0)
         doubts["num_heads"] = (
-            f"{heads} attention heads are taken, {width / heads:g} channels each as is usual: the "
-            f"file does not say"
+            f"{heads} attention heads are taken, {width / heads:g} channels each{usual}: the file "
+            f"does not say"
         )
     arch = _named("vit", embed_dim=width, depths=(depth,), num_heads=(heads,))
     spec = BackboneSpec(arch, width, (depth,), (heads,), patch_size=patch, img_size=side * patch)

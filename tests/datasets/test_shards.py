@@ -296,7 +296,7 @@ def test_further_names_of_a_file_are_images_too(tmp_path, capsys):
     names = [images.name(index).rpartition("/")[2] for index in range(len(images))]
     assert names == ["00.png", "01.png", "copy.png"]
     assert images.source(2).read() == images.source(0).read() == (plain / "00.png").read_bytes()
-    assert "no images by their names: 1 links and the like" in capsys.readouterr().out
+    assert "passed over, not images by their names: 1 links and the like" in capsys.readouterr().out
 
 
 def overwrite(path: Path, place: int) -> None:

@@ -191,6 +191,22 @@ def test_an_unusual_vit_to_start_from_is_refused_or_asked_for(tmp_path):
     assert load_pretrained(network, path, "teacher", asked) == ["backbone"]
 
 
+def test_heads_that_no_file_says_are_doubted_at_a_start_until_an_option_says_them(tmp_path, caplog):
+    path = write(tmp_path / "x.pth", vit(216, 3))
+    network = torch.nn.Module()
+    network.head = network.head_dense = network.pool = network.rationale = None
+    for heads, doubt in (
+        ((), "72 channels each: the file does not say; MODEL.NUM_HEADS says otherwise\n"),
+        ((3,), ""),
+    ):
+        spec = BackboneSpec("deit_tiny", 216, (1,), heads, patch_size=8, img_size=32)
+        network.backbone = build_backbone(spec)
+        load_pretrained(network, path, "teacher", spec)
+        assert caplog.text.endswith(doubt)
+        assert bool(caplog.text) == bool(doubt)
+        caplog.clear()
+
+
 # The size that windows are laid out for
 
 
