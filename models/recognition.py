@@ -193,6 +193,9 @@ def said(contents: object, state: dict[str, Tensor], path: str | Path) -> dict:
             known |= _of_timm(name, arguments, mean, width)
         if known:
             break
+    heads = _arguments(contents).get("num_heads")
+    if isinstance(heads, int) and heads > 0 and not width % heads:
+        known.setdefault("num_heads", (heads,))
     layout = re.search(r"window\d+_(\d+)", str(_arguments(contents).get("cfg", "")))
     if layout:  # of EsViT's presets
         known.setdefault("img_size", int(layout[1]))

@@ -344,5 +344,5 @@ def test_a_single_image_has_nothing_to_be_told_from():
 
 
 def test_local_crops_are_refused_with_the_recipe():
-    with pytest.raises(InputError, match=r"no local ones.*--cfg experiments/moco_v2\.yaml"):
+    with pytest.raises(InputError, match=r"without local ones.*--cfg experiments/moco_v2\.yaml"):
         small_config(LOSS__OBJECTIVE="moco_v2")

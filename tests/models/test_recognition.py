@@ -96,6 +96,16 @@ def test_moco_v2s_query_encoder_is_read(tmp_path):
     assert "resnetblur50; torchvision's resnet50 is taken" in file.doubts["arch"]
 
 
+@pytest.mark.parametrize(("heads", "believed"), [(12, 12), (5, 6), (0, 6), ("12", 6)])
+def test_heads_in_the_command_line_of_a_file_are_believed_where_they_divide_its_width(
+    heads, believed, tmp_path
+):
+    path = write(tmp_path / "x.pth", {"teacher": vit(384, 6), "args": Namespace(num_heads=heads)})
+    file = WeightsFile.read(path)
+    assert heads_of(file) == believed
+    assert ("num_heads" in file.doubts) == (believed != heads)
+
+
 def test_dinos_arguments_are_believed(tmp_path):
     contents = {"teacher": vit(384, 6), "args": Namespace(arch="vit_small", patch_size=8)}
     file = WeightsFile.read(write(tmp_path / "x.pth", contents))
