@@ -102,9 +102,9 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
         return
 
     # Data, and what is done on it: what does not fit is refused before anything runs.
-    make_folder(output)
     for name in dict.fromkeys(study.cells[cell].data for cell in arguments.cells):
         results.splits[name] = open_data(study, name, arguments.data_path, output)
+    make_folder(output)
     finished = results.finished()
     waiting = [
         run_of(study, cell, seed, results.splits[study.cells[cell].data], output, processes)
@@ -153,6 +153,7 @@ def open_data(study: Study, name: str, folder: Path | None, output: Path) -> Spl
     data = study.data[name]
     if data.images is not None:
         folder = output / "data" / name
+        make_folder(folder.parent)
         if synthetic.write_folder(data.images, data.seed, folder, data.train, data.val):
             logger.info(f"{name}: {data.train} and {data.val} images written to {folder}")
     if folder is None:

@@ -325,6 +325,11 @@ def test_results_on_other_images_are_refused(finished, run_here, tmp_path):
     code, _, err = run_here(*words)
     assert code == 2
     assert "give --data_path" in err
+    inside = data / "val" / "study"
+    code, _, err = run_here("--study", study, "--output_dir", inside, "--data_path", data)
+    assert code == 2
+    assert "choose a folder outside of it" in err
+    assert not inside.exists()
 
 
 # --- figures --------------------------------------------------------------------------
