@@ -72,7 +72,7 @@ class BadImages:
             raise InputError(
                 f"{len(self.known)} of {self.images} images cannot be read, more than "
                 f"DATA.MAX_BAD {self.share:g} allows: {folder / LIST} lists them, for instance "
-                f"{path} ({reason}); repair or remove them"
+                f"{path} ({reason}); repair or remove them (a resume on them takes --resume force)"
                 + (", or raise DATA.MAX_BAD." if len(self.known) < self.images else ".")
             )
 

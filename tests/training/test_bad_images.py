@@ -566,8 +566,8 @@ def test_more_than_the_share_stop_and_name_the_list(tmp_path):
         images.exchange(tmp_path)
     assert str(caught.value) == (
         f"3 of 200 images cannot be read, more than DATA.MAX_BAD 0.01 allows: {tmp_path / LIST} "
-        "lists them, for instance /data/a.jpg (reason a); repair or remove them, or raise "
-        "DATA.MAX_BAD."
+        "lists them, for instance /data/a.jpg (reason a); repair or remove them (a "
+        "resume on them takes --resume force), or raise DATA.MAX_BAD."
     )
     assert listed(tmp_path)["count"] == 3
 
