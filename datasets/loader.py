@@ -17,7 +17,7 @@ from utils.distributed import World, share
 from utils.errors import InputError
 from utils.logging import progress
 from utils.seeding import ORDER, derive_seed
-from utils.signals import outlive_signals
+from utils.signals import end_if_orphaned, outlive_signals
 
 Key = tuple[int, int]  # (epoch, index of the image)
 _INDICES_AT_ONCE = 16  # that a worker of `for_each` is handed
@@ -258,6 +258,7 @@ def for_each(function: Callable[[Any], Any], indices: Sequence, workers: int, wh
         batch_sampler=BatchSampler(indices, _INDICES_AT_ONCE, drop_last=False),
         num_workers=min(workers, len(indices) // _INDICES_AT_ONCE),
         collate_fn=list,
+        worker_init_fn=end_if_orphaned,
         generator=torch.Generator(),  # the global one is left alone
     )
     return list(progress((item for batch in loader for item in batch), what, len(indices)))

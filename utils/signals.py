@@ -4,6 +4,7 @@ A batch system that wants its machines back sends one of them some time before i
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -93,6 +94,17 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_if_orphaned(worker_id: int) -> None:
+    """A loader's worker_init_fn: a worker whose parent died while it was started ends at once.
+
+    torch's own watch begins later, takes whoever is the parent then for the one that started it,
+    and so would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if multiprocessing.get_start_method() == "fork" and parent and os.getppid() != parent.pid:
+        os._exit(1)
+
+
 def outlive_signals(worker_id: int) -> None:
     """A loader's worker_init_fn: signals to all processes of a job leave this one alive.
 
@@ -101,6 +113,7 @@ def outlive_signals(worker_id: int) -> None:
     as multiprocessing does at the parent's exit. (macOS does not say who sends: there SIGTERM ends
     it.)
     """
+    end_if_orphaned(worker_id)
     if not hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         return

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from tests.processes import ended_ranks
+from tests.processes import ended_ranks, launch_python
 from utils import distributed
 from utils.signals import (
     EXIT_PREEMPTED,
@@ -191,3 +191,25 @@ def test_a_preempted_script_says_one_line_and_ends_with_75():
     assert end.code == EXIT_PREEMPTED == 75
     (line,) = end.said
     assert line.startswith("preempted: stopped by SIGTERM before the first step: nothing was lost")
+
+
+def test_a_loader_worker_whose_parent_died_while_it_was_started_ends(environment):
+    """It would have said that it stays."""
+    code = """
+import multiprocessing, os, time
+from utils.signals import end_if_orphaned
+
+def work(parent):
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    end_if_orphaned(0)
+    print("stays", flush=True)
+
+multiprocessing.set_start_method("fork")
+end_if_orphaned(0)
+multiprocessing.Process(target=work, args=(os.getpid(),)).start()
+print("begun", flush=True)
+os._exit(0)
+"""
+    # Its output ends when the worker does.
+    assert launch_python("-c", code, environment=environment).stdout == "begun\n"
