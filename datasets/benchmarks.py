@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -139,10 +140,13 @@ class Benchmark:
     def _places(self, name: str, root: Path, evaluated: bool) -> tuple[Layout, Places]:
         """The layout of which all is there, and where; InputError with what is found if none is."""
         inner = root / self.folder
+        below = functools.cache(_subfolders)  # each folder is listed once for all pieces
         found, lacking = {}, []
         for layout in self.layouts:
             pieces = layout.training + (layout.evaluation if evaluated else ())
-            places = {piece: _find(inner, piece) or _find(root, piece) for piece in pieces}
+            places = {
+                piece: _find(inner, piece, below) or _find(root, piece, below) for piece in pieces
+            }
             if all(places.values()):
                 return layout, places
             lacking.append(", ".join(piece for piece in pieces if not places[piece]))
@@ -166,24 +170,25 @@ def _elsewhere(folder: Path, path: str, listed: list[str]) -> str:
     return f", but one of its name is at {place}" if place else ""
 
 
-def _find(root: Path, name: str) -> Path | None:
+def _find(root: Path, name: str, below: Callable[[Path], list[Path]]) -> Path | None:
     """The file or folder of this name below `root`, of several the least deep, or `root` itself.
 
     A folder in a folder of the same name, to which some archives unpack, is taken instead.
+    below: folder -> its subfolders.
     """
-    places = (place for folder in _folders(root) for place in sorted(folder.glob(name)))
+    places = (place for folder in _folders(root, below) for place in sorted(folder.glob(name)))
     place = next(places, root if root.name == name else None)
     while place is not None and (place / name).is_dir():
         place = place / name
     return place
 
 
-def _folders(root: Path) -> Iterator[Path]:
+def _folders(root: Path, below: Callable[[Path], list[Path]]) -> Iterator[Path]:
     """`root` and the folders below it down to _DEPTH, the least deep first."""
     level = [root]
     for _ in range(_DEPTH):
         yield from level
-        level = [below for folder in level for below in _subfolders(folder)]
+        level = [inner for folder in level for inner in below(folder)]
     yield from level
 
 
