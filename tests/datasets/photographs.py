@@ -1,0 +1,43 @@
+"""Small images of noise, files of them, and what compares crops with them."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from datasets.multicrop import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+)
+
+
+def noise(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(i).save(root / name)
+    return root
+
+
+def pixels(crop: torch.Tensor) -> np.ndarray:
+    """Undo the normalisation: uint8 [S, S, 3]."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((crop * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def same(crop: torch.Tensor, image: Image.Image) -> bool:
+    return np.array_equal(pixels(crop), np.asarray(image))
+
+
+def equal_crops(left: list[torch.Tensor], right: list[torch.Tensor]) -> list[bool]:
+    return [torch.equal(a, b) for a, b in zip(left, right, strict=True)]
+
+
+def rng_states() -> list:
+    return [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]  # noqa: NPY002
