@@ -12,7 +12,7 @@ from engine.training.bad_images import BadImages
 from engine.training.record import Record
 from engine.training.step import Pretraining
 from utils import config
-from utils.distributed import ALONE
+from utils.distributed import ALONE, World
 
 # Options that make small_config's network a ResNet-50.
 RESNET = {
@@ -63,9 +63,12 @@ def small_config(**options) -> config.Node:
     return cfg
 
 
-def pretraining(cfg: config.Node, steps_per_epoch: int = 4) -> Pretraining:
-    """What main_cmd.py puts together for one process on the CPU."""
-    return Pretraining.build(cfg, ALONE, *build.networks(cfg), steps_per_epoch)
+def pretraining(
+    cfg: config.Node, steps_per_epoch: int = 4, device: torch.device = ALONE.device
+) -> Pretraining:
+    """What main_cmd.py puts together for one process."""
+    world = World(0, 1, device)
+    return Pretraining.build(cfg, world, *build.networks(cfg), steps_per_epoch)
 
 
 def record_of(images: int = 0) -> Record:

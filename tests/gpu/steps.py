@@ -1,0 +1,57 @@
+"""Training steps on a device at a precision, beside the CPU's in float32."""
+
+import torch
+from torch import Tensor
+
+from engine.training.step import Pretraining
+from tests.runs import SWIN, batch_of, pretraining, small_config
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+# A network for each objective, so that every family is there.
+NETWORKS = {
+    "dino": {},
+    "esvit": SWIN,
+    "cmd": SWIN,
+    "released": {},
+    "moco_v2": SWIN,
+    "lcr": SWIN,
+}
+
+
+def options_of(objective: str) -> dict:
+    """Options of a small run of this objective, without what is drawn on the device."""
+    options = {**NETWORKS[objective], "LOSS__OBJECTIVE": objective, "MODEL__DROP_PATH": 0.0}
+    if objective in ("moco_v2", "lcr"):
+        options |= {"AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8}
+    # Adam would blow up the rounding of gradients that are zero.
+    return {**options, "TRAIN__OPTIMIZER": "sgd"}
+
+
+def run_on(device: torch.device, precision: str, **options) -> Pretraining:
+    """A run on a device; float16, which the product refuses on a CPU, in a rehearsal too."""
+    rehearsed = precision == "fp16" and device.type == "cpu"
+    cfg = small_config(**options, TRAIN__PRECISION="fp32" if rehearsed else precision)
+    run = pretraining(cfg, device=device)
+    if rehearsed:
+        run.precision = precision
+    if precision == "fp16":
+        # At the default 2^16 the first steps of so small a network overflow, and are skipped.
+        run.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**4)
+    return run
+
+
+def crops_for(run: Pretraining, seed: int = 0) -> list[Tensor]:
+    """Normal noise as crops, V float32 [B, 3, S, S] on the run's device, the same on each."""
+    generator = torch.Generator().manual_seed(seed)
+    aug, batch = run.cfg.AUG, run.cfg.TRAIN.BATCH_SIZE_PER_GPU
+    sizes = [aug.GLOBAL_CROPS_SIZE] * 2
+    if aug.LOCAL_CROPS_NUMBER:
+        sizes += aug.LOCAL_CROPS_SIZE * aug.LOCAL_CROPS_NUMBER[0]
+    crops = [torch.randn(batch, 3, size, size, generator=generator) for size in sizes]
+    return [crop.to(run.world.device) for crop in crops]
+
+
+def step(run: Pretraining, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """One step over `crops_for(run, seed)`: its figures, and whether it was good."""
+    figures, _, good = run.train_step(iter([batch_of(crops_for(run, seed))]))
+    return figures, good
