@@ -65,6 +65,7 @@ def objective(cfg: Node) -> Objective | Contrastive:
         ls_grad=cfg.CMD.LS_GRAD,
         lt=cfg.CMD.LT,
         diverse_k=cfg.CMD.DIVERSE_K,
+        candidates=cfg.CMD.LT_CANDIDATES,
         region_weight=cfg.CMD.REGION_WEIGHT,
         student_temp=cfg.LOSS.STUDENT_TEMP,
     )

@@ -72,12 +72,9 @@ def soft_cross_entropy(
     gradient to students and prototypes, and the targets' entropies [T] in nats, without
     gradient. Values are kept in float32 (or float64 throughout), whatever autocast says:
     half-precision logits are too coarse at a teacher's temperature. Under autocast the products'
-    inputs may be rounded (see `fast_products`), at temperatures from LEAST_FAST_TEMPERATURE on.
+    inputs may be rounded (see `fast_products`).
     """
-    device = students.device.type
-    coolest = min(temperature, targets.temperature)
-    fast = torch.is_autocast_enabled(device) and coolest >= LEAST_FAST_TEMPERATURE
-    with torch.autocast(device, enabled=False), fast_products(device, fast):
+    with fast_products(students.device.type, min(temperature, targets.temperature)):
         students, prototypes = _at_least_float32(students), _at_least_float32(prototypes)
         frozen = Targets(
             _at_least_float32(targets.embeddings.detach()),
@@ -94,27 +91,30 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def fast_products(device: str, enabled: bool) -> Iterator[None]:
-    """Within it, products of float32 matrices may round their inputs; results stay float32.
+def fast_products(device: str, temperature: float) -> Iterator[None]:
+    """Within it autocast is off; where it was on, products of float32 may round their inputs.
 
-    To TF32 (11 significant bits) on a GPU, to bfloat16 (8) on a CPU with matrix instructions for
+    For logits of LEAST_FAST_TEMPERATURE or warmer. Results stay float32. Inputs are rounded to
+    TF32 (11 significant bits) on a GPU, to bfloat16 (8) on a CPU with matrix instructions for
     it (AMX); on another CPU nothing is rounded, and oneDNN's float32 product is used, which is
     often the faster one. Between unit vectors, rounding inputs moves a logit by about 1e-4
     (bfloat16), where half-precision results would move it by thirty times that; with trained
     magnitudes (HEAD.NORM_LAST_LAYER false) both grow with them.
     """
-    if not enabled:
-        yield
-        return
-    backend, kind = torch.backends.mkldnn.matmul, "bf16"
-    if device == "cuda":
-        backend, kind = torch.backends.cuda.matmul, "tf32"
-    before = backend.fp32_precision
-    backend.fp32_precision = kind
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
+    fast = torch.is_autocast_enabled(device) and temperature >= LEAST_FAST_TEMPERATURE
+    with torch.autocast(device, enabled=False):
+        if not fast:
+            yield
+            return
+        backend, kind = torch.backends.mkldnn.matmul, "bf16"
+        if device == "cuda":
+            backend, kind = torch.backends.cuda.matmul, "tf32"
+        before = backend.fp32_precision
+        backend.fp32_precision = kind
+        try:
+            yield
+        finally:
+            backend.fp32_precision = before
 
 
 def _chunks(rows: int, prototypes: Tensor) -> list[slice]:

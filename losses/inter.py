@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.cross_entropy import Targets, soft_cross_entropy
+from losses.cross_entropy import Targets, fast_products, soft_cross_entropy
 from losses.intra import pair_weights
 from losses.targets import image_targets
 from utils import distributed
@@ -53,17 +53,34 @@ def kl_divergence(log_target: Tensor, log_input: Tensor) -> Tensor:
     return (log_target.exp() * (log_target - log_input)).sum(-1)
 
 
-@in_full_precision
-def diverse_density(teacher: Views, k: int, residual: bool = False) -> Tensor:
+def draw_candidates(teacher: Views, count: int, seed: int) -> Tensor | None:
+    """Places [count] of images among those of all processes, by rank; None (all) of no more.
+
+    int64, on the teacher's device, without repeats. seed: the same on all processes.
+    """
+    images = distributed.size() * teacher.batch
+    if images <= count:
+        return None
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    return order[:count].to(teacher.image_embeddings.device, non_blocking=True)
+
+
+def diverse_density(
+    teacher: Views, k: int, residual: bool = False, candidates: Tensor | None = None
+) -> Tensor:
     """L_T, diverse: attend to patches that recur in some other images and not in all (ours).
 
     After diverse density (Maron & Lozano-Pérez 1998), without labels. For patch n of view i
-    of image b, and every bag (j, b') of another image, both views and all processes:
+    of image b, and every bag (j, b') of another image among the candidates, both views:
         s(j, b') = max_m cos(u_{i,b,n}, u_{j,b',m})
         r_n = mean of the k largest s - mean of all s
         L_T = KL( softmax_n(r_n / 0.02) || a_{i,b} ), mean over i and b.
     The target has no gradient; the attention's reaches the pooling alone. 0 where the batch
     has a single image: there is no other bag.
+
+    candidates: as draw_candidates gives them; None: the images of all processes. Every image
+    meets as many others: one that is not among C candidates leaves the last of them out. So
+    neither the cost nor what k of (C - 1) I bags means depends on the number of processes.
 
     residual: the same of what a patch has beyond its image (ours). u - the mean of the bag's u,
     in units of its root mean square over the bag, takes the place of u, and the inner product
@@ -71,50 +88,66 @@ def diverse_density(teacher: Views, k: int, residual: bool = False) -> Tensor:
     background, then recurs nowhere, and a patch that is like its image weighs little.
     """
     (log_attention,) = teacher.log_attention
-    target = diverse_targets(teacher, k, residual)
+    target = diverse_targets(teacher, k, residual, candidates)
     if target is None:
         return 0 * log_attention.sum()
     return (target.exp() * (target - log_attention)).sum(-1).mean()
 
 
 @torch.no_grad()
-@in_full_precision
-def diverse_targets(teacher: Views, k: int, residual: bool = False) -> Tensor | None:
+def diverse_targets(
+    teacher: Views, k: int, residual: bool = False, candidates: Tensor | None = None
+) -> Tensor | None:
     """log t [I * B, N], crop-major; None where no other image is at hand."""
     (patches,) = teacher.patch_embeddings
     patches = F.normalize(_float(patches), dim=-1)
     if residual:
         patches = _residuals(patches)
-    temperature = RESIDUAL_TEMPERATURE if residual else DIVERSE_TEMPERATURE
     own = image_major(patches, teacher.batch)  # [B, I, N, d]
-    everyone = distributed.gather(own)  # [B', I, N, d]
-    total, views, count, _ = everyone.shape
-    if total < 2:
+    first = distributed.position() * teacher.batch
+    itself = torch.arange(first, first + teacher.batch, device=own.device)
+    if candidates is None:
+        met = distributed.gather(own)  # [C, I, N, d]
+    else:
+        met = distributed.pick(own, candidates)
+        same = itself[:, None] == candidates
+        same[:, -1] = True
+        itself = same.int().argmax(1)  # the first of equals
+    if len(met) < 2:
         return None
-    bags, others = everyone.flatten(0, 1), (total - 1) * views  # [B' * I, N, d]
-    first_own = distributed.position() * teacher.batch
-    # In chunks of images, and where one image is too much, of bags.
+    temperature = RESIDUAL_TEMPERATURE if residual else DIVERSE_TEMPERATURE
+    with fast_products(own.device.type, temperature):
+        recurrence = _recurrence(own, met, itself, k)
+    return F.log_softmax(recurrence.transpose(0, 1).flatten(0, 1) / temperature, dim=-1)
+
+
+def _recurrence(own: Tensor, met: Tensor, itself: Tensor, k: int) -> Tensor:
+    """r [B, I, N] of patches [B, I, N, d] by those that they meet [C, I, N, d].
+
+    itself [B]: which of the C an image does not meet. In chunks of images, and where one image
+    is too much, of bags.
+    """
+    views, count = own.shape[1:3]
+    bags, others = met.flatten(0, 1), (len(met) - 1) * views  # [C * I, N, d]
+    itself = itself[:, None] * views + torch.arange(views, device=own.device)  # [B, I]
     per_bag = views * count * count
     images_at_once = max(1, CHUNK_ELEMENTS // (per_bag * len(bags)))
     bags_at_once = max(1, CHUNK_ELEMENTS // (per_bag * images_at_once))
     recurrence = []
-    for first in range(0, teacher.batch, images_at_once):
-        queries = own[first : first + images_at_once].flatten(1, 2)  # [b, I * N, d]
+    for queries, left_out in zip(
+        own.flatten(1, 2).split(images_at_once), itself.split(images_at_once), strict=True
+    ):
         similarity = torch.cat(
             [
                 torch.einsum("bqd,gnd->bqgn", queries, chunk).amax(-1)
                 for chunk in bags.split(bags_at_once)
             ],
             dim=-1,
-        )  # [b, I * N, B' * I]
-        image = first_own + first + torch.arange(len(queries), device=bags.device)
-        itself = image[:, None] * views + torch.arange(views, device=bags.device)  # [b, I]
-        itself = itself[:, None].expand(-1, views * count, -1)
-        top = similarity.scatter(-1, itself, -torch.inf).topk(min(k, others)).values.mean(-1)
-        recurrence.append(top - similarity.scatter(-1, itself, 0).sum(-1) / others)
-    recurrence = torch.cat(recurrence).unflatten(1, (views, count))
-    recurrence = recurrence.transpose(0, 1).flatten(0, 1)
-    return F.log_softmax(recurrence / temperature, dim=-1)
+        )  # [b, I * N, C * I]
+        left_out = left_out[:, None].expand(-1, views * count, -1)
+        top = similarity.scatter(-1, left_out, -torch.inf).topk(min(k, others)).values.mean(-1)
+        recurrence.append(top - similarity.scatter(-1, left_out, 0).sum(-1) / others)
+    return torch.cat(recurrence).unflatten(1, (views, count))
 
 
 def _residuals(patches: Tensor) -> Tensor:

@@ -36,10 +36,10 @@ EVERY_CROP, GLOBAL_CROPS = slice(None), slice(2)
 class Objective:
     """Distillation: which terms are on, and their constants; see the CMD.* and LOSS.* options.
 
-    Calling it on student views, teacher views, centres and the teacher's temperature gives
-    (total, terms, entropy): a scalar with gradient; each active term by its name (L_I, L_R,
-    L_S, L_T; T, S for released), detached and unweighted; the entropy [I * B] of the teacher's
-    image distributions in nats.
+    Calling it on student views, teacher views, centres, the teacher's temperature and a seed of
+    what is drawn, the same on all processes, gives (total, terms, entropy): a scalar with
+    gradient; each active term by its name (L_I, L_R, L_S, L_T; T, S for released), detached and
+    unweighted; the entropy [I * B] of the teacher's image distributions in nats.
 
     student_crops, teacher_crops: which crops of an image they see.
     """
@@ -55,6 +55,7 @@ class Objective:
     ls_grad: str = "image"
     lt: str = "residual"
     diverse_k: int = 6
+    candidates: int = 64
     region_weight: str = "uniform"
     student_temp: float = 0.1
 
@@ -93,7 +94,7 @@ class Objective:
         return Centres(prototypes, self.needs_region_head, self.needs_bag_centre, momentum)
 
     def __call__(
-        self, student: Views, teacher: Views, centres: Centres, teacher_temp: float
+        self, student: Views, teacher: Views, centres: Centres, teacher_temp: float, seed: int = 0
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         temps = (self.student_temp, teacher_temp)
         terms: dict[str, Tensor] = {}
@@ -119,13 +120,16 @@ class Objective:
             )
             total = total + self.lambda1 * terms["L_S"]
         if self.name == "cmd" and self.lt != "none":
-            terms["L_T"] = self._teacher_term(teacher, centres, teacher_temp)
+            terms["L_T"] = self._teacher_term(teacher, centres, teacher_temp, seed)
             total = total + self.lambda1 * terms["L_T"]
         return total, _detached(terms), entropy
 
-    def _teacher_term(self, teacher: Views, centres: Centres, teacher_temp: float) -> Tensor:
+    def _teacher_term(
+        self, teacher: Views, centres: Centres, teacher_temp: float, seed: int
+    ) -> Tensor:
         if self.lt in ("diverse", "residual"):
-            return inter.diverse_density(teacher, self.diverse_k, self.lt == "residual")
+            drawn = inter.draw_candidates(teacher, self.candidates, seed)
+            return inter.diverse_density(teacher, self.diverse_k, self.lt == "residual", drawn)
         if self.lt == "contrast":
             return inter.contrast(teacher)
         if self.lt == "cross":
@@ -140,10 +144,10 @@ class Contrastive:
     """Contrast of one crop of an image with the other; see the MOCO.* and LCR.* options.
 
     The student's first crop is the query, the teacher's second the key. Calling it on student
-    views, teacher views, the queue and a temperature that it does not read gives (total, terms,
-    hits): L_C, and for lcr L_F, a sum over the images of all processes; hits [B] is 1 where a
-    query's own key is nearer than the queue. lcr needs an image feature that is the mean of the
-    patch features, and their predicted map in the student's views.
+    views, teacher views, the queue, and a temperature and a seed that it does not read, gives
+    (total, terms, hits): L_C, and for lcr L_F, a sum over the images of all processes; hits [B] is
+    1 where a query's own key is nearer than the queue. lcr needs an image feature that is the mean
+    of the patch features, and their predicted map in the student's views.
     """
 
     name: str = "moco_v2"
@@ -172,7 +176,7 @@ class Contrastive:
         return KeyQueue(self.queue, dim, seed)
 
     def __call__(
-        self, student: Views, teacher: Views, queue: KeyQueue, teacher_temp: float
+        self, student: Views, teacher: Views, queue: KeyQueue, teacher_temp: float, seed: int = 0
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         terms: dict[str, Tensor] = {}
         terms["L_C"], hits = info_nce(

@@ -159,6 +159,8 @@ option("CMD.LT", "residual", "form of L_T: residual, diverse, contrast, cross, s
        choices=(*COMPARING, "cross", "same", "none"))
 option("CMD.DIVERSE_K", 6, "bags in which a patch must recur, for LT residual and diverse",
        at_least=1)
+option("CMD.LT_CANDIDATES", 64, "images with which a patch is compared, for LT residual and "
+       "diverse: drawn in every step from those of all processes; of no more, all", at_least=2)
 option("CMD.REGION_WEIGHT", "uniform", "weights of patches in L_R: uniform or mix (half attention)",
        choices=("uniform", "mix"))
 

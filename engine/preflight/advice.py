@@ -127,14 +127,15 @@ def _of_batch(cfg: Node, processes: int, images: int) -> Iterator[str]:
             f"{images // per_step:,}, few for the schedules and the teacher: consider a smaller "
             "batch or more epochs"
         )
-    bags = 2 * (batch * processes - 1)
-    if goal.needs_pooling and goal.lt in ("residual", "diverse") and bags <= goal.diverse_k:
-        yield (
-            f"CMD.LT {goal.lt} compares a patch with {bags} bags of other images, and "
-            f"CMD.DIVERSE_K is {goal.diverse_k}: all patches count alike, and L_T teaches an even "
-            f"attention. Take a larger batch or a smaller CMD.DIVERSE_K."
-        )
     if not goal.projects:
+        bags = 2 * (min(batch * processes, goal.candidates) - 1)
+        if goal.needs_pooling and goal.lt in ("residual", "diverse") and bags <= goal.diverse_k:
+            yield (
+                f"CMD.LT {goal.lt} compares a patch with {bags} bags of other images, and "
+                f"CMD.DIVERSE_K is {goal.diverse_k}: all patches count alike, and L_T teaches an "
+                f"even attention. Take a larger batch, more CMD.LT_CANDIDATES or a smaller "
+                f"CMD.DIVERSE_K."
+            )
         return
     has_norm = cfg.HEAD.USE_BN or resolve(build.backbone_spec(cfg))["family"] == "resnet"
     if has_norm and batch * processes <= cfg.MOCO.BN_IMAGES:

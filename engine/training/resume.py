@@ -42,7 +42,7 @@ def find(
     is ours and intact, or when options differ in more than epochs, paths, workers and logging, or
     the images, naming them; RESUME force overrides the latter two, but not where weights have
     other shapes. Another number of processes is a warning, and so is a checkpoint that does not
-    say of which images it is.
+    say of which images it is, or that is of a version without some option.
     """
     newest = checkpoint.newest_intact(Path(cfg.OUTPUT_DIR))
     if newest is None:
@@ -51,9 +51,12 @@ def find(
     for file, reason in refused:
         logger.warning(f"{file} is passed over: {reason}")
     stored = config.from_dict(state["config"], str(path))
+    names, known = _must_agree(cfg, stored), dict(config.flat(state["config"], str(path)))
+    if new := ", ".join(f"{name} {config.get(cfg, name)}" for name in names if name not in known):
+        logger.warning(f"{path} is of a version without these options, by which it goes on: {new}")
     changes = [
         (name, config.get(stored, name), config.get(cfg, name))
-        for name in config.differing(cfg, stored, _must_agree(cfg, stored))
+        for name in config.differing(cfg, stored, names)
     ]
     others = state["processes"] != processes
     per_process = images_per_step // processes

@@ -29,13 +29,8 @@ from utils.config import Node
 from utils.distributed import World
 from utils.logging import logger
 from utils.precision import autocast, precision_of
-from utils.seeding import STEPS, derive_seed
+from utils.seeding import CANDIDATES, STEPS, derive_seed
 from utils.views import Views
-
-
-def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Seed of the device-side randomness (drop path) of one micro-batch."""
-    return derive_seed(seed, STEPS, step, micro, rank)
 
 
 @dataclass
@@ -138,14 +133,16 @@ class Pretraining:
             is_last = micro == micros - 1
             batch = next(batches)
             indices.append(batch.indices)
-            torch.manual_seed(step_seed(cfg.SEED, self.step, micro, self.world.rank))
+            # Drop path is drawn by each process, what images are compared by all alike.
+            torch.manual_seed(derive_seed(cfg.SEED, STEPS, self.step, micro, self.world.rank))
+            shared_seed = derive_seed(cfg.SEED, CANDIDATES, self.step, micro)
             with self._gradients_synced(is_last):
                 # Views of the crops by both networks.
                 student, teacher = self.forward(batch.data, micro)
                 # The objective, against the centres (or keys) of the step before.
                 with self.autocast():
                     loss, terms, per_image = self.objective(
-                        student, teacher, self.carried, rates.teacher_temp
+                        student, teacher, self.carried, rates.teacher_temp, shared_seed
                     )
                 self.carried.collect(teacher)
                 if measure_health and is_last:

@@ -175,20 +175,23 @@ def _cosines(patches: Tensor) -> list[Tensor]:
     return [patch / patch.norm() for patch in patches]
 
 
-def diverse_term(teacher: Side, pool, k: int, residual: bool = False) -> Tensor:
-    """L_T, diverse or residual; 0 where there is no other image."""
+def diverse_term(
+    teacher: Side, pool, k: int, residual: bool = False, candidates: list[int] | None = None
+) -> Tensor:
+    """L_T, diverse or residual; 0 where there is no other image. candidates: None for all."""
     form, temperature = (_residuals, 0.1) if residual else (_cosines, 0.02)
     if teacher.batch == 1:
         return 0 * attention(pool, teacher.patches[0][0].detach()).sum()
+    candidates = list(range(teacher.batch)) if candidates is None else candidates
     terms = []
     for i, b in product(range(2), range(teacher.batch)):
+        met = [c for c in candidates if c != b] if b in candidates else candidates[:-1]
+        assert len(met) == len(candidates) - 1
         patches = teacher.patches[i][b].detach()
         recurrence = []
         for patch in form(patches):
             best = []
-            for j, other in product(range(2), range(teacher.batch)):
-                if other == b:
-                    continue
+            for j, other in product(range(2), met):
                 theirs = form(teacher.patches[j][other].detach())
                 best.append(max(float(patch @ u) for u in theirs))
             top = sorted(best, reverse=True)[:k]

@@ -42,6 +42,7 @@ GOALS = {
     "esvit": goal_of("esvit"),
     "released": goal_of("released"),
     "cmd": goal_of("cmd"),
+    "cmd drawn": goal_of("cmd", candidates=3),  # of the images of both
     "cmd contrast": goal_of("cmd", lt="contrast"),
     "cmd cross": goal_of("cmd", lt="cross"),
     "cmd same": goal_of("cmd", lt="same"),

@@ -11,12 +11,14 @@ from datasets.folder import ImageFolder
 from datasets.loader import Batch, StepSampler, build_loader, epoch_order
 from engine import build
 from engine.training.determinism import explain_refusal, set_deterministic
-from engine.training.step import Pretraining, step_seed
+from engine.training.step import Pretraining
 from tests.conftest import TRAINED
 from tests.runs import pretraining, small_config
+from utils import seeding
 from utils.config import Node
 from utils.distributed import ALONE
 from utils.errors import InputError
+from utils.seeding import derive_seed
 
 STEPS = 5  # an epoch of 16 images in threes
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -158,7 +160,7 @@ def test_ranks_steps_and_micro_batches_drop_paths_of_their_own():
     crops = [torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
 
     def dropped(step: int, micro: int, rank: int) -> Tensor:
-        torch.manual_seed(step_seed(cfg.SEED, step, micro, rank))
+        torch.manual_seed(derive_seed(cfg.SEED, seeding.STEPS, step, micro, rank))
         return student(crops).image_embeddings.detach()
 
     places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
@@ -200,7 +202,7 @@ def test_another_seed_is_another_run(images):
     for index in first.keys() & second.keys():
         pairs = zip(first[index], second[index], strict=True)
         assert not any(torch.equal(a, b) for a, b in pairs)
-    assert step_seed(1, 3, 0, 1) != step_seed(2, 3, 0, 1)
+    assert derive_seed(1, seeding.STEPS, 3, 0, 1) != derive_seed(2, seeding.STEPS, 3, 0, 1)
     weights = [build.networks(cfg)[0].state_dict() for cfg in (one, other)]
     # Only what starts as a constant is the same: biases, norms, the prototypes' magnitudes.
     same = {name for name in weights[0] if torch.equal(weights[0][name], weights[1][name])}

@@ -557,13 +557,14 @@ def test_at_an_epochs_edge_too_and_by_force_it_is_said(of_17, pretrain, refuse, 
     assert "warning: resuming" not in pretrain(tmp_path / "run", options).stdout
 
 
-def test_a_checkpoint_that_knows_no_images_goes_on_and_says_so(of_17, pretrain, tmp_path):
+def test_an_older_checkpoint_goes_on_and_says_what_it_does_not_know(of_17, pretrain, tmp_path):
     state = load(of_17[1])
-    del state["images"]
+    del state["images"], state["config"]["CMD"]["LT_CANDIDATES"]
     (tmp_path / "run").mkdir()
     checkpoint.save(state, tmp_path / "run" / "checkpoint.pth")
     done = pretrain(tmp_path / "run", f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {of_17[0]}")
     assert "checkpoint.pth does not say which images it was trained on" in done.stdout
+    assert "without these options, by which it goes on: CMD.LT_CANDIDATES 64\n" in done.stdout
     assert load(tmp_path / "run")["images"].startswith("contents:")
 
 

@@ -388,6 +388,7 @@ BAD = {
     "CMD.LS_GRAD": "none",
     "CMD.LT": "all",
     "CMD.DIVERSE_K": 0,
+    "CMD.LT_CANDIDATES": 1,
     "CMD.REGION_WEIGHT": "full",
     "DATA.WORKERS": -1,
     "MOCO.QUEUE": 0,
