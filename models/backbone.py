@@ -24,6 +24,13 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] float -> image feature [B, D] and patch features [B, N, D], row-major."""
 
+    def shared(self, calls: int) -> list[tuple]:
+        """For each of `calls` forwards with the same weights, its other arguments.
+
+        What does not depend on the images is computed here, once for all of them.
+        """
+        return [()] * calls
+
     @abstractmethod
     def last_blocks(
         self, images: Tensor, n: int, avgpool_patchtokens: bool = False

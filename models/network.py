@@ -87,11 +87,10 @@ class Network(nn.Module):
         is applied to them as well, its inputs detached and its parameters not, and both are
         returned. All parameters are used inside this one call, as DDP requires.
         """
-        image_features, patch_features = [], []
-        for size in _runs_of_equal_size(crops):
-            image, patches = self.backbone(torch.cat(size))
-            image_features.append(image)
-            patch_features.append(patches)
+        sizes = _runs_of_equal_size(crops)
+        shared = zip(sizes, self.backbone.shared(len(sizes)), strict=True)
+        outputs = [self.backbone(torch.cat(size), *arguments) for size, arguments in shared]
+        image_features, patch_features = map(list, zip(*outputs, strict=True))
         features = torch.cat(image_features)
         views = Views(
             batch=len(crops[0]),

@@ -16,12 +16,17 @@ from einops import rearrange
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.backbone import Backbone, check_depth, drop_path_rates, init_transformer
 
 LAYER_NORM_EPS = 1e-5
 # Map sizes whose shift mask is kept; images of every size would fill the memory.
 MOST_MASKS = 64
+# Of torch's attentions on a GPU the one that trains a bias, or where it does not take a shape or
+# GPU, none that is fused. Left to itself torch would give the teacher, whose bias needs no
+# gradient, another one (cuDNN's, or whatever a version prefers).
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class PadThenShiftBlock(SwinTransformerBlock):
@@ -35,7 +40,15 @@ class PadThenShiftBlock(SwinTransformerBlock):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, dynamic_mask=True, **kwargs)
 
-    def _attn(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """A map [B, H, W, C] -> the same shape; bias [heads, M², M²], of `SwinStage.biases`."""
+        _, height, width, _ = x.shape
+        x = x + self.drop_path1(self._attn(self.norm1(x), bias))
+        x = x.flatten(1, 2)
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x.unflatten(1, (height, width))
+
+    def _attn(self, x: Tensor, bias: Tensor) -> Tensor:
         """Windowed attention over a map [B, H, W, C]."""
         _, height, width, _ = x.shape
         (window_h, window_w), shift, attention = self.window_size, self.shift_size, self.attn
@@ -57,7 +70,6 @@ class PadThenShiftBlock(SwinTransformerBlock):
             t=3,
             h=self.attn.num_heads,
         ).unbind(0)
-        bias = attention._get_rel_pos_bias()  # [1, heads, M², M²]
         if any(shift):
             mask = shift_mask(rows, columns, self.window_size, shift, x.device)
             bias = bias + mask[:, None]
@@ -79,11 +91,18 @@ class PadThenShiftBlock(SwinTransformerBlock):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v: q, k, v [B, heads, N, d], bias [heads, N, N]."""
     if q.is_cuda:
-        # Not expanded to the batch: torch would make it one when it pads it to its alignment.
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        return fused(q, k, v, bias)
     # On a CPU torch has no fused kernel that trains a bias, and its unfused one takes more
     # passes over the attention than this.
     return torch.add(bias, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`attend` by the same kernel of torch's whether a bias is trained or not."""
+    with sdpa_kernel(KERNELS):
+        # Not expanded to the batch: torch would make it one when it pads its rows to a multiple
+        # of 8, which the kernel wants.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
 
 
 @torch.compiler.assume_constant_result
@@ -146,6 +165,19 @@ class SwinStage(nn.Module):
         )
         self.downsample = PatchMerging(dim, norm_layer=norm_layer) if downsample else None
 
+    def biases(self, calls: int) -> list[list[Tensor]]:
+        """For each of `calls` forwards, each block's relative-position bias [heads, M², M²].
+
+        All by one gather, whose gradient is one sum. Each forward has a copy of its own, so that
+        a table's gradient is the sum of theirs, the last one's first: the bits of a gather each.
+        """
+        own = [block.attn for block in self.blocks]
+        index, heads = own[0].relative_position_index, own[0].num_heads
+        tables = torch.cat([attention.relative_position_bias_table for attention in own] * calls, 1)
+        gathered = tables.index_select(0, index.flatten()).T.contiguous()
+        parts = gathered.view(calls, len(own), heads, *index.shape).unbind(0)
+        return [list(part.unbind(0)) for part in reversed(parts)]
+
 
 class Swin(Backbone):
     """Swin backbone. The image feature is the average of the last stage's normed tokens [esvit].
@@ -201,13 +233,20 @@ class Swin(Backbone):
         self.norm = norm_layer(self.num_features)
         self.apply(init_transformer)
 
-    def _block_outputs(self, images: Tensor):
+    def shared(self, calls: int) -> list[tuple]:
+        """The position biases, by stage and block."""
+        by_stage = [stage.biases(calls) for stage in self.layers]
+        return [(list(biases),) for biases in zip(*by_stage, strict=True)]
+
+    def _block_outputs(self, images: Tensor, biases: Sequence[Sequence[Tensor]] | None = None):
         """Yield (map [B, H, W, C], is the last stage) after every block."""
         self.check_size(images)
+        if biases is None:
+            ((biases,),) = self.shared(1)
         x = self.patch_embed(images)
-        for stage in self.layers:
-            for block in stage.blocks:
-                x = block(x)
+        for stage, of_stage in zip(self.layers, biases, strict=True):
+            for block, bias in zip(stage.blocks, of_stage, strict=True):
+                x = block(x, bias)
                 yield x, stage.downsample is None
             if stage.downsample is not None:
                 x = stage.downsample(x)
@@ -215,8 +254,8 @@ class Swin(Backbone):
     def all_blocks(self) -> list[nn.Module]:
         return [block for stage in self.layers for block in stage.blocks]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        for x, _ in self._block_outputs(images):  # noqa: B007 - the last one is wanted
+    def forward(self, images: Tensor, biases: Sequence | None = None) -> tuple[Tensor, Tensor]:
+        for x, _ in self._block_outputs(images, biases):  # noqa: B007 - the last one is wanted
             pass
         patches = self.norm(x).flatten(1, 2)
         return patches.mean(dim=1), patches

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.loader import Batch
 from engine import build
@@ -84,6 +85,18 @@ def checkpoint_of(run: Pretraining) -> dict:
 def batch_of(crops: list[Tensor]) -> Batch:
     """What the loader would bring with these crops [B, 3, S, S]."""
     return Batch(crops, torch.arange(len(crops[0])), [])
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 # Comparing runs

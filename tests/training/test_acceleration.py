@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.training.acceleration import compile_network
 from engine.training.resume import Found, resume
 from engine.training.step import Pretraining
-from tests.runs import RESNET, batch_of, checkpoint_of, pretraining, record_of, small_config
+from tests.runs import RESNET, Calls, batch_of, checkpoint_of, pretraining, record_of, small_config
 from utils.errors import InputError
 
 SWIN = {
@@ -199,18 +198,6 @@ def test_moments_of_another_layout_go_on_as_they_were():
 
 # Operators that hand a tensor's value to the host; on a GPU each would wait for it.
 SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
-
-
-class Calls(TorchDispatchMode):
-    """Counts operator calls by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def calls_of_a_step(**options) -> list[str]:
