@@ -73,7 +73,7 @@ def pretrain(signals: StopSignals) -> None:
     evaluated = (held_out.train, held_out.test) if held_out else ()
     refuse_among_images(Path(cfg.OUTPUT_DIR), images, *evaluated)
     # Files are read for it, once: by one process, for all.
-    (fingerprint, *_) = distributed.gather_objects(images.fingerprint if world.is_main else "")
+    fingerprint = distributed.of_main(images.fingerprint if world.is_main else "")
 
     # Networks, the same on every process; objective, optimizer, schedules.
     student, teacher = build.networks(cfg)

@@ -56,19 +56,22 @@ class KeyQueue(nn.Module):
         self._collected.append(teacher.image_embeddings.float())
 
     @torch.no_grad()
-    def update(self, good: Tensor | None = None) -> None:
+    def update(self, good: Tensor | None = None) -> Tensor:
         """Put what was collected since the last update in; of more than Q the last Q.
 
-        good: a bool scalar on the device; where it is false, the queue stays as it is.
+        good: a bool scalar on the device, whether this process's step was (None: it was).
+        Returns whether that of every process was, by the same exchange; where one was not, the
+        queue stays as it is.
         """
         collected, self._collected = self._collected, []
         if not collected:
             raise RuntimeError("KeyQueue.update was called with nothing collected")
-        new = distributed.gather(torch.cat(collected))[-len(self.keys) :]
+        own = torch.cat(collected)
+        bad = torch.zeros_like(own[:1]) if good is None else (~good).expand(1, own.shape[1])
+        everyone = distributed.gather(torch.cat([own, bad])[None])  # [P, B + 1, d]
+        good = everyone[:, -1, 0].sum() == 0
+        new = everyone[:, :-1].flatten(0, 1)[-len(self.keys) :]
         places = (self.place + torch.arange(len(new), device=new.device)) % len(self.keys)
-        moved = (self.place + len(new)) % len(self.keys)
-        if good is not None:
-            new = torch.where(good, new, self.keys[places])
-            moved = torch.where(good, moved, self.place)
-        self.keys[places] = new
-        self.place.copy_(moved)
+        self.keys[places] = torch.where(good, new, self.keys[places])
+        self.place.copy_(torch.where(good, (self.place + len(new)) % len(self.keys), self.place))
+        return good

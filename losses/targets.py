@@ -56,19 +56,21 @@ class Centres(nn.Module):
         self._collected.append(means)
 
     @torch.no_grad()
-    def update(self, good: Tensor | None = None) -> None:
+    def update(self, good: Tensor | None = None) -> Tensor:
         """c <- m c + (1 - m) mean, over what was collected since the last update.
 
-        good: a bool scalar on the device; where it is false, the centres stay as they are.
+        good: a bool scalar on the device, whether this process's step was (None: it was).
+        Returns whether that of every process was, by the same exchange; where one was not, the
+        centres stay as they are.
         """
         collected, self._collected = self._collected, []
         if not collected:
             raise RuntimeError("Centres.update was called with nothing collected")
-        names = list(collected[0])
-        stacked = torch.stack(
-            [torch.stack([means[name] for means in collected]).mean(0) for name in names]
-        )
-        for name, mean in zip(names, distributed.mean(stacked), strict=True):
+        means = [torch.stack([micro[name] for micro in collected]).mean(0) for name in collected[0]]
+        bad = torch.zeros_like(means[0][:1]) if good is None else ~good[None]
+        *means, bad = distributed.totals([*means, bad])
+        for name, total in zip(collected[0], means, strict=True):
             centre = getattr(self, name)
-            moved = self.momentum * centre + (1 - self.momentum) * mean
-            centre.copy_(moved if good is None else torch.where(good, moved, centre))
+            moved = self.momentum * centre + (1 - self.momentum) * total / distributed.size()
+            centre.copy_(torch.where(bad > 0, centre, moved))
+        return bad[0] == 0

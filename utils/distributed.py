@@ -8,10 +8,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import launch
 from utils.errors import InputError
 
+T = TypeVar("T")
 PATIENCE = 20.0  # seconds of waiting for other processes after which a line says so
+# For what goes from host to host, past the devices: gloo's group beside nccl's. None: gloo's is the
+# only one.
+_hosts: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     Raises InputError when a GPU is asked for and there is none for this process, and when the
     launcher's variables are not as they should be.
     """
+    global _hosts
     rank, size, local_rank, certain = launch.place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,10 +93,12 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         store=store,
         rank=rank,
         world_size=size,
-        # Where nccl gives up it aborts without a word; Ballot's gloo is to do so before.
+        # Where nccl gives up it aborts without a word; gloo is to do so before.
         timeout=timeout * 1.2 if device == "cuda" else timeout,
         device_id=place if device == "cuda" else None,
     )
+    if device == "cuda":
+        _hosts = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, place)
 
 
@@ -148,13 +156,15 @@ def wrap(module: nn.Module, world: World) -> nn.Module:
 
 def stop() -> None:
     """Leave the process group, if one was joined; all processes together."""
+    global _hosts
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_hosts)
         # gloo's thread frees the last collective's tensors under Python's lock. Were the group
         # destroyed meanwhile, which joins that thread under the same lock, both would wait for
         # ever (seen with torch 2.11, once in a few hundred runs). Asleep we do not hold it.
         time.sleep(0.2)
         dist.destroy_process_group()
+        _hosts = None
 
 
 def size() -> int:
@@ -171,9 +181,9 @@ def gather(tensor: Tensor) -> Tensor:
     """Equally shaped tensors [B, ...] of all processes, concatenated by rank; no gradient."""
     if size() == 1:
         return tensor.detach()
-    parts = [torch.empty_like(tensor) for _ in range(size())]
-    dist.all_gather(parts, tensor.detach().contiguous())
-    return torch.cat(parts)
+    found = tensor.new_empty(size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather(list(found.chunk(size())), tensor.detach().contiguous())
+    return found
 
 
 def pick(tensor: Tensor, places: Tensor) -> Tensor:
@@ -190,31 +200,63 @@ def pick(tensor: Tensor, places: Tensor) -> Tensor:
     return rows
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
-    """Tensors [n_r, ...] of all processes, n_r differing, concatenated by rank.
+def permuted(tensor: Tensor, order: Tensor) -> Tensor:
+    """This process's B rows of gather(tensor)[order]; no other process's come here. No gradient.
 
-    On the CPU, on every process; no gradient.
+    tensor: [B, ...], equally shaped on all processes; order: int64 [P * B] on the CPU, the same
+    permutation on all.
     """
-    mine = tensor.detach()
+    own, asked = position(), order.view(size(), -1)  # by each process, B rows
+    holders = asked // len(tensor)
+    sent = (asked[holders == own] - own * len(tensor)).to(tensor.device, non_blocking=True)
+    rows = tensor.detach()[sent].contiguous()
     if size() == 1:
-        return mine.cpu()
-    if dist.get_backend() == "nccl":
-        mine = mine.cuda()
-    counts = gather(torch.tensor([len(mine)], device=mine.device)).tolist()
-    # Collectives want equal shapes: padded to the longest, cut again.
-    padded = mine.new_zeros(max(counts), *mine.shape[1:])
-    padded[: len(mine)] = mine
-    parts = gather(padded[None]).cpu()
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return rows
+    found, counts = torch.empty_like(rows), holders[own].bincount(minlength=size())
+    dist.all_to_all_single(found, rows, counts.tolist(), (holders == own).sum(1).tolist())
+    # They came by holder, each one's in the order in which they were asked for.
+    places = holders[own].argsort(stable=True).argsort()
+    return found[places.to(tensor.device, non_blocking=True)]
+
+
+@torch.no_grad()
+def gather_rows(batches: Sequence[Tensor]) -> Tensor:
+    """Rows [n, ...] of all processes by rank, on every process; each has its own in batches.
+
+    batches: [b, ...] each, on the CPU; none where a process has no row, but not on all. Around a
+    ring of hosts each process's rows go straight to their place in the result: nothing is held
+    twice, and a machine's network carries each row once, however many processes are there.
+    """
+    kind = (batches[0].shape[1:], batches[0].dtype) if batches else None
+    found = gather_objects((sum(map(len, batches)), kind))
+    shape, dtype = next(kind for _, kind in found if kind)
+    counts = [count for count, _ in found]
+    rows = torch.empty(sum(counts), *shape, dtype=dtype)
+    parts, own, ranks = rows.split(counts), position(), size()
+    if batches:
+        torch.cat(batches, out=parts[own])
+    for step in range(own, own - ranks + 1, -1):
+        sending = dist.isend(parts[step % ranks], (own + 1) % ranks, group=_hosts)
+        dist.recv(parts[(step - 1) % ranks], (own - 1) % ranks, group=_hosts)
+        sending.wait()
+    return rows
 
 
 def gather_objects(value: object) -> list:
-    """Each process's value (plain data, small), by rank, on every process."""
+    """Each process's value (plain data, small), by rank, on every process; between hosts."""
     if size() == 1:
         return [value]
     values: list = [None] * size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_hosts)
     return values
+
+
+def of_main(value: T) -> T:
+    """Rank 0's value (plain data, tensors on the CPU) on every process; between hosts."""
+    values = [value]
+    if size() > 1:
+        dist.broadcast_object_list(values, 0, group=_hosts)
+    return values[0]
 
 
 def total(tensor: Tensor) -> Tensor:
@@ -225,11 +267,11 @@ def total(tensor: Tensor) -> Tensor:
     return result
 
 
-def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give all processes rank 0's values, in place."""
-    if size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of several tensors, by one exchange, in the widest of their types; no gradient."""
+    sums = total(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = sums.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def share(items: int, world: World) -> range:
@@ -267,11 +309,7 @@ class Ballot:
     who are a little behind. It is between hosts: no device waits.
     """
 
-    def __init__(self, world: World, timeout_minutes: float) -> None:
-        self._group = None
-        if world.size > 1:
-            timeout = timedelta(minutes=timeout_minutes)
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+    def __init__(self) -> None:
         self._cast: tuple[Tensor, dist.Work] | None = None
 
     def cast(self, counts: Mapping[str, int]) -> dict[str, int]:
@@ -279,11 +317,11 @@ class Ballot:
 
         counts: the same names on all processes at every call.
         """
-        if self._group is None:
+        if size() == 1:
             return dict(counts)
         before = self._cast
         mine = torch.tensor(list(counts.values()))
-        self._cast = mine, dist.all_reduce(mine, group=self._group, async_op=True)
+        self._cast = mine, dist.all_reduce(mine, group=_hosts, async_op=True)
         if before is None:
             return dict.fromkeys(counts, 0)
         sums, work = before

@@ -188,7 +188,7 @@ def extract(
             places.append(loaded.indices)
     bad = [image for theirs in distributed.gather_objects(bad) for image in theirs]
     check_bad(bad, count, max_bad)
-    values, indices = _gather(outputs, places)
+    values, indices = distributed.gather_rows(outputs), distributed.gather_rows(places)
     return Extracted(values, torch.tensor(images.labels)[indices], indices.tolist(), bad)
 
 
@@ -196,15 +196,6 @@ def _transformed(
     images: LabelledImages, transform: Callable[[Image.Image], Tensor], index: int, _: int
 ) -> Tensor:
     return transform(images.load(index))
-
-
-def _gather(outputs: list[Tensor], places: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The rows of all processes; one without any gets the rows' shape from the others."""
-    shapes = distributed.gather_objects(outputs[0].shape[1:] if outputs else None)
-    shape = next(shape for shape in shapes if shape is not None)
-    none = torch.empty(0, dtype=torch.int64)
-    values = distributed.gather_rows(torch.cat(outputs) if outputs else torch.empty(0, *shape))
-    return values, distributed.gather_rows(torch.cat(places) if places else none)
 
 
 def check_bad(bad: Collection[BadImage | str], images: int, share: float) -> None:

@@ -117,10 +117,9 @@ class Probe:
         means.sum().backward()
         parameters = [*self.weights, *self.biases]
         if self.world.size > 1:
-            flat = distributed.total(torch.cat([p.grad.flatten() for p in parameters]))
-            parts = flat.split([p.numel() for p in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
+            sums = distributed.totals([parameter.grad for parameter in parameters])
+            for parameter, gradient in zip(parameters, sums, strict=True):
+                parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return means.detach()[0]

@@ -63,5 +63,5 @@ def over_blocks(
     mine = [blocks[index] for index in share(len(blocks), world)]
     # A process without a block learns the shapes from the first.
     parts = [results(block) for block in mine] or [[part[:0] for part in results(blocks[0])]]
-    joined = [torch.cat(part) for part in zip(*parts, strict=True)]
-    return [gather_rows(part) for part in joined] if world.size > 1 else joined
+    join = gather_rows if world.size > 1 else torch.cat
+    return [join(part) for part in zip(*parts, strict=True)]

@@ -48,7 +48,7 @@ class BadImages:
         # What the first process finds is taken, so that all know the same.
         is_main = distributed.position() == 0
         bad = {path: why for path, why in self.known.items() if _is_bad(path)} if is_main else {}
-        self.known = distributed.gather_objects(bad)[0]
+        self.known = distributed.of_main(bad)
 
     def exchange(self, folder: Path) -> None:
         """All processes together: warn of what is new and write the list, folder/bad_images.json.

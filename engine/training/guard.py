@@ -21,7 +21,7 @@ _REMEMBERED = 20  # of the latest steps, for the dump
 
 
 class StepGuard:
-    """Judges every step, keeps count of the bad ones and remembers the latest steps.
+    """Keeps count of the bad steps and remembers the latest ones.
 
     skipped: bad steps of the run; row: bad ones up to now without a good one between; longest:
     the longest row since `counts` was last called: scalars on the device, int64. reported: how
@@ -37,21 +37,23 @@ class StepGuard:
             maxlen=_REMEMBERED
         )
 
-    def judge(
-        self, step: int, indices: list[Tensor], figures: dict[str, Tensor], norms: Tensor
-    ) -> Tensor:
-        """Whether the step is good on every process: a bool scalar on the device.
+    def note(
+        self,
+        step: int,
+        indices: list[Tensor],
+        figures: dict[str, Tensor],
+        norms: Tensor,
+        good: Tensor,
+    ) -> None:
+        """Count a step, and remember it.
 
-        indices: int64 [B] for each micro-batch; figures: the step's, "loss" and "grad_norm" among
-        them; norms: float32 [P], those of the parameters' gradients.
+        indices: int64 [B] for each micro-batch; figures: the step's; norms: float32 [P], those of
+        the parameters' gradients; good: a bool scalar on the device, the same on every process.
         """
-        wrong = ~(figures["loss"].isfinite() & figures["grad_norm"].isfinite())
-        bad = distributed.total(wrong.long()) > 0
         self._latest.append((step, indices, figures, norms))
-        self.skipped = self.skipped + bad
-        self.row = (self.row + 1) * bad
+        self.skipped = self.skipped + ~good
+        self.row = (self.row + 1) * ~good
         self.longest = torch.maximum(self.longest, self.row)
-        return ~bad
 
     def counts(self) -> dict[str, Tensor]:
         """For a line of the log; the longest row starts anew at the present one."""

@@ -23,8 +23,9 @@ def held_out_knn(run: Pretraining, held_out: Splits) -> tuple[float, float]:
     """k-NN top-1 and top-5, percent, of the teacher's image features on the held-out folders."""
     cfg, size = run.cfg, config.eval_size(run.cfg)
     backbone = run.teacher.backbone.eval()
-    # Each CPU process has statistics of its own: what is tested is what a checkpoint holds.
-    distributed.broadcast(backbone.buffers())
+    # A process may have statistics of its own: what is tested is what a checkpoint holds.
+    statistics = {name: buffer.cpu() for name, buffer in backbone.named_buffers()}
+    backbone.load_state_dict(distributed.of_main(statistics), strict=False)
     reading = Reading(
         run.world,
         size,

@@ -42,7 +42,7 @@ def train(
         at_end.callback(lines.close)
         checkpoints = Checkpoints(run, record, folder, log)
         at_end.callback(checkpoints.close)
-        ballot = Ballot(run.world, run.cfg.TRAIN.TIMEOUT_MINUTES)
+        ballot = Ballot()
         batches = map(record.bad_images.noted, batches)
         while run.step < run.total_steps:
             line_due = lines.due(run.step + 1)

@@ -28,16 +28,11 @@ def shuffled(network: Network, crops: Tensor, seed: int) -> Views:
     seed: the same on all processes. Row b is of crop b, as if the crops had not moved. No
     gradient; patch features, whose rows stay where they were computed, are left out.
     """
-    everyone = distributed.gather(crops)
-    order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))
-    order = order.to(crops.device, non_blocking=True)
-    batch = len(crops)
-    first = distributed.position() * batch
-    views = network([everyone[order[first : first + batch]]])
-    back = order.argsort()[first : first + batch]
-    return replace(
-        views,
-        image_features=distributed.gather(views.image_features)[back],
-        image_embeddings=distributed.gather(views.image_embeddings)[back],
-        patch_features=[],
-    )
+    total = distributed.size() * len(crops)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    views = network([distributed.permuted(crops, order)])
+    # Both at once: the wider of their types holds the values of each.
+    features, embeddings = views.image_features, views.image_embeddings
+    both = distributed.permuted(torch.cat([features, embeddings], dim=1), order.argsort())
+    features, embeddings = both.split([features.shape[1], embeddings.shape[1]], dim=1)
+    return replace(views, image_features=features, image_embeddings=embeddings, patch_features=[])

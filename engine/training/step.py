@@ -162,14 +162,14 @@ class Pretraining:
         if epoch < cfg.TRAIN.FREEZE_LAST_LAYER:
             cancel_last_layer(self.student)
         figures["grad_norm"] = norms.norm()
-        good = self.guard.judge(self.step, indices, figures, norms)
-
-        # The student's step, the teacher's average, and the centres (or the queue).
+        # Centres (or the queue), with word from every process whether loss and gradient are finite.
+        good = self.carried.update(figures["loss"].isfinite() & figures["grad_norm"].isfinite())
+        self.guard.note(self.step, indices, figures, norms, good)
+        # The student's step, and the teacher's average.
         step_if(good, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(rates.momentum, good)
-        self.carried.update(good)
         self.guard.statistics.keep_if(good, statistics)
         self.step += 1
         return figures, measured, good

@@ -26,9 +26,7 @@ from tests.losses.loss_cases import (
     make,
 )
 from tests.processes import found_by_each
-from utils import distributed
 from utils.distributed import World
-from utils.errors import InputError
 
 WORLD, BATCH = 2, 6
 
@@ -146,14 +144,6 @@ def found_by(world: World) -> dict:
     for name in GOALS:
         halves = slice(2 * rank, 2 * rank + 2)
         found["network", name] = network_gradients(GOALS[name], halves, wrap=True)
-    rows = torch.arange(6.0).reshape(2, 3) + 100 * rank
-    found["gather"] = distributed.gather(rows.T)
-    found["mean"] = distributed.mean(rows.requires_grad_())
-    found["position"] = distributed.position()
-    try:
-        distributed.agree({"images": 8, "step": rank}, "share them")
-    except InputError as error:
-        found["agree"] = str(error)
     return found
 
 
@@ -235,26 +225,3 @@ def test_ddp_finds_the_gradients_of_the_whole_batch(ranks, name):
         assert torch.equal(gradient, parts[1][parameter]), parameter
     assert parts[0].keys() == whole.keys()
     assert_same_gradients(parts[0], whole, tolerance=1e-5)
-
-
-def test_gather_is_by_rank_and_mean_has_no_gradient(ranks):
-    rows = torch.arange(6.0).reshape(2, 3)
-    for rank, found in enumerate(ranks):
-        assert found["position"] == rank
-        assert torch.equal(found["gather"], torch.cat([rows.T, (rows + 100).T]))
-        assert torch.equal(found["mean"], rows + 50)
-        assert not found["mean"].requires_grad
-
-
-def test_in_one_process_collectives_are_the_identity_without_gradient():
-    rows = torch.arange(6.0).reshape(2, 3).requires_grad_()
-    for collective in (distributed.gather, distributed.mean):
-        out = collective(rows)
-        assert torch.equal(out, rows)
-        assert not out.requires_grad
-    assert distributed.position() == 0
-
-
-def test_processes_that_see_different_files_are_told(ranks):
-    for found in ranks:
-        assert found["agree"] == "the processes differ in step ([0, 1]): share them."

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import build
-from engine.training.guard import StepGuard
 from engine.training.loop import train
 from engine.training.resume import Found, resume
 from engine.training.step import Pretraining
+from losses.objective import Objective
 from tests.processes import found_by_each
 from tests.runs import RESNET, batch_of, pretraining, record_of, small_config
 from utils import checkpoint
@@ -102,6 +102,24 @@ def test_a_gradient_alone_is_enough(value):
     assert figures["loss"].isfinite()
     assert not good
     assert not figures["grad_norm"].isfinite()
+    after = everything(run)
+    assert_same({name: after[name] for name in before}, before)
+
+
+class WithoutLoss(Objective):
+    """A loss that is not finite, with its finite gradient."""
+
+    def __call__(self, *views) -> tuple:
+        loss, *rest = super().__call__(*views)
+        return loss + math.nan, *rest
+
+
+def test_a_loss_alone_is_enough_where_gradients_are_finite():
+    run = pretraining(small_config())
+    before, run.objective = everything(run), WithoutLoss(**vars(run.objective))
+    figures, _, good = run.train_step(iter([batch(0)]))
+    assert figures["grad_norm"].isfinite()
+    assert not good
     after = everything(run)
     assert_same({name: after[name] for name in before}, before)
 
@@ -259,19 +277,6 @@ def test_a_resume_takes_up_the_unfinished_line_the_row_and_the_watch(tmp_path):
     counts = [{k: v.item() for k, v in each.guard.counts().items()} for each in (run, again)]
     assert counts[0] == counts[1] == {"skipped_steps": 2, "longest_row": 2}
     assert record.window.fetch({}) == other.window.fetch({})
-
-
-def judged(world: World, bad_rank: int) -> bool:
-    """What a process finds of a step whose loss is not finite on one process alone."""
-    guard = StepGuard([], world.device)
-    loss = torch.tensor(math.nan if world.rank == bad_rank else 1.0)
-    figures = {"loss": loss, "grad_norm": torch.tensor(1.0)}
-    return guard.judge(0, [], figures, torch.ones(2)).item()
-
-
-def test_a_loss_of_one_process_is_enough_where_gradients_are_finite():
-    assert found_by_each(2, judged, 1) == [False, False]
-    assert found_by_each(2, judged, None) == [True, True]
 
 
 def test_bad_steps_with_good_ones_between_do_not_stop(tmp_path):
