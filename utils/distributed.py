@@ -172,11 +172,6 @@ def size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all processes; no gradient."""
-    return total(tensor) / size()
-
-
 def gather(tensor: Tensor) -> Tensor:
     """Equally shaped tensors [B, ...] of all processes, concatenated by rank; no gradient."""
     if size() == 1:

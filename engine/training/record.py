@@ -41,7 +41,7 @@ class Window:
         values = [self._sums[:-1] / self._sums[-1]]
         if extra:
             values.append(torch.stack([value.float() for value in extra.values()]))
-        means = distributed.mean(torch.cat(values)).tolist()
+        means = (distributed.total(torch.cat(values)) / distributed.size()).tolist()
         self._sums = None
         return dict(zip(names, means, strict=True))
 

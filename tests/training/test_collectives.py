@@ -124,7 +124,7 @@ def found_by(world: World) -> dict:
         found["permuted", batch] = moved, back, crops
     rows = torch.arange(6.0).reshape(2, 3) + 100 * rank
     found["gather"] = distributed.gather(rows.T)
-    found["mean"] = distributed.mean(rows.requires_grad_())
+    found["total"] = distributed.total(rows.requires_grad_())
     found["totals"] = distributed.totals([torch.tensor([1.0, 2.0]), torch.tensor(rank == 1)])
     found["of main"] = distributed.of_main({"rank": rank, "rows": rows.detach()})
     found["position"] = distributed.position()
@@ -171,13 +171,13 @@ def test_permuted_rows_are_those_of_the_gathered_ones_and_come_back(ranks, batch
         assert torch.equal(back.float(), crops)
 
 
-def test_gather_is_by_rank_and_sums_and_means_have_no_gradient(ranks):
+def test_gather_is_by_rank_and_sums_have_no_gradient(ranks):
     rows = torch.arange(6.0).reshape(2, 3)
     for rank, found in enumerate(ranks):
         assert found["position"] == rank
         assert torch.equal(found["gather"], torch.cat([rows.T + 100 * r for r in range(WORLD)]))
-        assert torch.equal(found["mean"], rows + 100)
-        assert not found["mean"].requires_grad
+        assert torch.equal(found["total"], 3 * rows + 300)
+        assert not found["total"].requires_grad
         assert [total.tolist() for total in found["totals"]] == [[3.0, 6.0], 1.0]
         assert found["of main"]["rank"] == 0
         assert torch.equal(found["of main"]["rows"], rows)
@@ -188,7 +188,7 @@ def test_in_one_process_collectives_are_the_identity_without_gradient():
     order = torch.tensor([1, 0])
     for out, wanted in (
         (distributed.gather(rows), rows),
-        (distributed.mean(rows), rows),
+        (distributed.total(rows), rows),
         (distributed.gather_rows(rows.split(1)), rows),
         (distributed.permuted(rows, order), rows[order]),
     ):
