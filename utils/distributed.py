@@ -158,7 +158,7 @@ def stop() -> None:
     """Leave the process group, if one was joined; all processes together."""
     global _hosts
     if dist.is_available() and dist.is_initialized():
-        dist.barrier(group=_hosts)
+        gather_objects(None)  # a barrier between hosts
         # gloo's thread frees the last collective's tensors under Python's lock. Were the group
         # destroyed meanwhile, which joins that thread under the same lock, both would wait for
         # ever (seen with torch 2.11, once in a few hundred runs). Asleep we do not hold it.
