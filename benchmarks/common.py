@@ -1,6 +1,7 @@
 """What the measurements share: options of a step, its settings, and the report of each.
 
-A contestant is a precision, with "+compile" behind it for torch.compile: fp32, bf16+compile.
+A contestant is a precision, with "+compile" behind it for torch.compile, and "+KEY=VALUE" for an
+option of its own: fp32, bf16+compile, bf16+TRAIN.CHECKPOINTING=true.
 """
 
 import argparse
@@ -95,7 +96,8 @@ def settings_of(args: argparse.Namespace, contestant: str) -> dict:
     Raises InputError for a contestant that there is not, and for options that are no pairs.
     """
     precision, *how = contestant.split("+")
-    if precision not in DTYPES or how not in ([], ["compile"]):
+    own = ["TRAIN.COMPILE=true" if word == "compile" else word for word in how]
+    if precision not in DTYPES or not all("=" in word for word in own):
         raise InputError(f"there is no contestant '{contestant}': give fp32, bf16+compile, ...")
     if len(args.options) % 2:
         raise InputError(f"options come as KEY VALUE pairs, not {' '.join(args.options)}")
@@ -104,7 +106,7 @@ def settings_of(args: argparse.Namespace, contestant: str) -> dict:
         **{name: getattr(args, name) for name in (*_NETWORK, *_CROPS)},
         "precision": precision,
         "device": device(),
-        "options": options | ({"TRAIN.COMPILE": True} if how else {}),
+        "options": options | dict(word.split("=", 1) for word in own),
     }
 
 

@@ -76,7 +76,7 @@ def test_a_cell_may_have_a_base_of_its_own_under_the_same_options(tmp_path):
 
 
 def test_photographs_give_the_contrastive_objectives_their_own_recipes():
-    study = load(ROOT / "experiments/studies/flowers.yaml")
+    study = load(ROOT / "experiments/studies/photographs.yaml")
     for cell in ("lcr", "moco_v2"):
         cfg, recipe = study.config(cell), config.defaults()
         config.merge_file(recipe, ROOT / f"experiments/{cell}.yaml")
@@ -132,7 +132,7 @@ def test_a_written_study_gives_main_cmd_the_options_it_says(path):
 
 def test_the_studies_are_those_asked_for():
     names = {path.stem for path in STUDIES}
-    assert names >= {"objectives", "ablation", "flowers", "flowers_cpu"}
+    assert names >= {"objectives", "ablation", "photographs", "flowers_cpu"}
     ablation = load(ROOT / "experiments/studies/ablation.yaml")
     assert len(ablation.cells) <= 13
     assert {data.images.background_identity for data in ablation.data.values()} == {0.0, 1.0}
