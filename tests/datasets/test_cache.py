@@ -204,24 +204,6 @@ def test_the_cap_takes_part_in_a_run(varied):
     assert not torch.equal(crops_of(capped, ALONE, 0, 4)[0], crops_of(whole, ALONE, 0, 4)[0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mode", ["ram+workers", "device+workers"])
-def test_a_gpus_batch_is_gathered_without_waiting_for_it(mode, varied):
-    world = World(0, 1, torch.device("cuda", 0))
-    kept = DecodedImages(varied, CAP, world, 0, on_device=mode.startswith("device"))
-    other = DecodedImages(varied, CAP, ALONE)
-    order = list(range(len(varied)))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        batch = kept.batch(order)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    batch = Images(batch.pixels.cpu(), batch.sizes)
-    wanted = other.batch(order)
-    for i in order:
-        assert np.array_equal(kept_image(batch, i), kept_image(wanted, i))
-
-
 # Several processes of one machine
 
 

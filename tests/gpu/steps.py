@@ -1,5 +1,8 @@
 """Training steps on a device at a precision, beside the CPU's in float32."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -22,7 +25,8 @@ def options_of(objective: str) -> dict:
     """Options of a small run of this objective, without what is drawn on the device."""
     options = {**NETWORKS[objective], "LOSS__OBJECTIVE": objective, "MODEL__DROP_PATH": 0.0}
     if objective in ("moco_v2", "lcr"):
-        options |= {"AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8}
+        # With a BatchNorm in the head: keys are shuffled.
+        options |= {"AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8, "HEAD__USE_BN": True}
     # Adam would blow up the rounding of gradients that are zero.
     return {**options, "TRAIN__OPTIMIZER": "sgd"}
 
@@ -55,3 +59,15 @@ def step(run: Pretraining, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """One step over `crops_for(run, seed)`: its figures, and whether it was good."""
     figures, _, good = run.train_step(iter([batch_of(crops_for(run, seed))]))
     return figures, good
+
+
+@contextlib.contextmanager
+def unwaited(device: torch.device) -> Iterator[None]:
+    """Within it the host may not wait for the device, where that is a GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")

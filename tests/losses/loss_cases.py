@@ -52,18 +52,20 @@ class Case:
             f"{part}.{name}": leaf for part in parts or found for name, leaf in found[part].items()
         }
 
-    def to(self, dtype: torch.dtype, images: slice = slice(None)) -> "Case":
-        """Fresh leaves of another type, of some images only."""
+    def to(
+        self, dtype: torch.dtype, images: slice = slice(None), device: torch.device | str = "cpu"
+    ) -> "Case":
+        """Fresh leaves of another type, of some images only, on a device."""
         pool = GatedAttentionPool(self.pool.tanh.in_features, self.pool.tanh.out_features)
         pool.load_state_dict(self.pool.state_dict())
         centres = Centres(len(self.centres.image), region=True, bag=True)
         centres.load_state_dict(self.centres.state_dict())
         return replace(
             self,
-            student=_leaves_of(self.student, dtype, images),
-            teacher=_leaves_of(self.teacher, dtype, images),
-            pool=pool.to(dtype),
-            centres=centres.to(dtype),
+            student=_leaves_of(self.student, dtype, images, device),
+            teacher=_leaves_of(self.teacher, dtype, images, device),
+            pool=pool.to(device, dtype),
+            centres=centres.to(device, dtype),
         )
 
     def views(self) -> tuple[Views, Views]:
@@ -109,9 +111,9 @@ def make(layout: str, batch: int, seed: int = 0, prototypes: int = 7) -> Case:
     return case.to(torch.float64)
 
 
-def _leaves_of(side: Side, dtype: torch.dtype, images: slice) -> Side:
+def _leaves_of(side: Side, dtype: torch.dtype, images: slice, device: torch.device | str) -> Side:
     def leaf(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone().to(dtype).requires_grad_()
+        return tensor.detach().clone().to(device, dtype).requires_grad_()
 
     return Side(
         [leaf(view[images]) for view in side.images],
