@@ -126,6 +126,7 @@ def test_a_compiled_step_is_the_plain_one(accelerator, checkpointing):
     """Without a graph break. By inductor on a GPU; a rehearsal, where it takes minutes, goes
     without its kernels."""
     options = options_of("cmd") | {"TRAIN__CHECKPOINTING": checkpointing}
+    options |= {"MODEL__DEPTHS": [2], "MODEL__NUM_HEADS": [2]}
     plain, run = (run_on(accelerator, "bf16", **options) for _ in range(2))
     torch._dynamo.reset()
     for network in (run.student, run.teacher):
