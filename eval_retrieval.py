@@ -59,8 +59,8 @@ def write(cfg: Node, features: SplitFeatures, found: RetrievalFigures, folder: P
         images = features.images_with_features()
         chosen = choose_queries(found.ranked.average_precision)
         figure = plot_retrieved(
-            images.subset(found.queries.tolist()),
-            images.subset(found.gallery.tolist()),
+            images.subset(found.queries),
+            images.subset(found.gallery),
             found.ranked.first[chosen],
             chosen,
             "Queries, from the best average precision to the worst, and their first hits",

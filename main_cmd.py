@@ -62,7 +62,7 @@ def pretrain(signals: StopSignals) -> None:
     images = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     epoch_steps = steps_per_epoch(len(images), batch, world.size, accumulation)
-    for warning in advice.warnings(cfg, world.size, images):
+    for warning in advice.warnings(cfg, world.size, images) if world.is_main else ():
         logger.warning(warning)
     held_out = None
     if cfg.EVAL.KNN_EVERY:

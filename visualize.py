@@ -13,8 +13,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from datasets.folder import LabelledImages, refuse_among_images
 from datasets.multicrop import eval_transform
 from engine.evaluation import attention
@@ -155,7 +153,7 @@ def tsne_picture(
     world: World,
 ) -> Picture | None:
     """t-SNE of the image features of at most `most` images; None of fewer than 3."""
-    chosen = stratified_subset(torch.tensor(images.labels), most, seed).tolist()
+    chosen = stratified_subset(images.labels, most, seed).tolist()
     subset, whole = images.subset(chosen), eval_transform(size, size)
     found = extract(lambda batch: source.network.backbone(batch)[0], subset, whole, world)
     figure = plot_tsne(found.values, found.labels, images.classes, seed, most)

@@ -24,8 +24,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from benchmarks.common import device_name, write_report
-from engine.evaluation import retrieval
-from engine.evaluation.similarity import nearest, over_blocks, unit
+from engine.evaluation import knn, retrieval
+from engine.evaluation.similarity import Blocks, Gallery, over_blocks, unit
 from utils.distributed import ALONE
 from utils.errors import run_script
 
@@ -49,8 +49,10 @@ def draw_features(kind: str, images: int, width: int, seed: int) -> tuple[Tensor
 
 def neighbours(gallery: Tensor, queries: Tensor, k: int) -> Tensor:
     """The places [m, k] in the gallery of each query's neighbours, by the product's search."""
+    blocks = Blocks.that_fit(*gallery.shape, knn.EACH, None)
+    features = Gallery(gallery, blocks, CPU)
     (places,) = over_blocks(
-        lambda block, _: nearest(block @ gallery.T, k)[1:], queries, len(gallery), ALONE
+        lambda block, _: features.nearest(block, k)[1:], queries, blocks.queries, ALONE
     )
     return places
 

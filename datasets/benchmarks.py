@@ -8,18 +8,25 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from datasets.folder import SYSTEM_FOLDERS, ImageFolder, LabelledImages, existing_folder
 from datasets.parsers import Listing, Places
+from utils import distributed
 from utils.errors import InputError
 
 Rows = list[tuple[str, int]]  # (file, relative to a folder; index of its class)
 # Names of a folder's splits, the first that is there before the others.
 TRAINING = ("train", "training", "trainval")
 HELD_OUT = ("val", "validation", "valid", "test", "testing")
+LOOKED_FOR = 100  # images of a set, by each process that has not listed them itself
 _NAMED = 5  # names of classes or entries in one message
 _DEPTH = 3  # folders below the one that is named in which a benchmark's pieces are looked for
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,25 @@ class Splits:
     train: LabelledImages
     test: LabelledImages
     notes: list[str]
+
+
+def listed_once(find: Callable[[], T]) -> T:
+    """What `find` gives, `LabelledImages` or `Splits`: the first process lists files, for all.
+
+    All processes together. Raises InputError on all where `find` does, and where another process
+    lacks one of LOOKED_FOR images of a set, at even distances.
+    """
+    found, lacking = distributed.on_main(find), None
+    for images in (found.train, found.test) if isinstance(found, Splits) else (found,):
+        names = map(images.name, range(0, len(images), len(images) // LOOKED_FOR + 1))
+        lacking = lacking or next((name for name in names if not os.path.lexists(name)), None)
+    for rank, name in enumerate(distributed.gather_objects(lacking)):
+        if name is not None:
+            raise InputError(
+                f"process {rank} has no {name}, which process 0 has found: put the images where "
+                "all of them see the same files"
+            )
+    return found
 
 
 class Counts(NamedTuple):
@@ -289,7 +315,7 @@ def paired_folders(name: str, train: str | Path, test: str | Path) -> Splits:
         )
     places = {label: place for place, label in enumerate(known)}
     number = {others[label]: places[label] for label in others}
-    labels = [number[second.classes[label]] for label in second.labels]
+    labels = torch.tensor([number[label] for label in second.classes])[second.labels]
     notes = []
     if len(known) == 1:
         notes.append(f"all images are of one class ({first.classes[0]}): every figure is 100 %")

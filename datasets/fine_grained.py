@@ -6,7 +6,7 @@ from pathlib import Path
 from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 
 from datasets import parsers
-from datasets.benchmarks import Benchmark, Counts, Layout, Splits, folder_splits
+from datasets.benchmarks import Benchmark, Counts, Layout, Splits, folder_splits, listed_once
 from datasets.folder import ImageFolder, LabelledImages
 from datasets.shards import ImageShards, find_shards, read_indices
 from utils import distributed
@@ -91,21 +91,26 @@ def build_dataset(
 ) -> LabelledImages | ImageShards:
     """The images to pretrain on: a benchmark's training split, or all in a folder or in shards.
 
-    Of a benchmark its test images and labels are not needed, and no labels are given.
+    All processes together: the first one lists the files (of shards, each reads the indices). Of a
+    benchmark its test images and labels are not needed, and no labels are given.
     root: for shards, the folder that holds them or a brace pattern of their names. For `partial`
     and errors see `load_splits`.
     """
     source = _registered(name)
-    if isinstance(source, Benchmark):
-        splits = source.splits(name, root, partial, evaluated=False)
-        for note in splits.notes:
-            logger.warning(note)
-        return splits.train
-    return source(root)
+    if source is ImageShards:
+        return ImageShards(root)
+    if source is ImageFolder:
+        return listed_once(lambda: ImageFolder(root))
+    splits = listed_once(lambda: source.splits(name, root, partial, evaluated=False))
+    for note in splits.notes:
+        logger.warning(note)
+    return splits.train
 
 
 def load_splits(name: str, root: str | Path, partial: bool = False) -> Splits:
     """The training and test split of the data set registered as `name`, without a transform.
+
+    All processes together: the first one lists the files.
 
     root: for a benchmark, its official folder or the folder that holds that; for a folder of
     images, the folder that holds train and val (or test). partial: a note, not an error, where
@@ -116,13 +121,13 @@ def load_splits(name: str, root: str | Path, partial: bool = False) -> Splits:
     """
     source = _registered(name)
     if isinstance(source, Benchmark):
-        return source.splits(name, root, partial)
+        return listed_once(lambda: source.splits(name, root, partial))
     if source is ImageShards:
         raise InputError(
             f"the data set '{name}' is for pretraining and has no splits: evaluate on a folder of "
             "images or a benchmark"
         )
-    return folder_splits(name, root)
+    return listed_once(lambda: folder_splits(name, root))
 
 
 def prepare(name: str, root: str | Path, fetch: bool = False) -> None:

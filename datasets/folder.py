@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
 
 from datasets.contents import digests
+from datasets.strings import Strings
 from utils.errors import InputError
 from utils.logging import logger
 
@@ -247,15 +250,20 @@ class StoredImages(ABC):
 class LabelledImages(StoredImages):
     """Image files with labels; what every data set of this project is.
 
-    root: the folder that `paths` (relative posix strings) are relative to. labels: one int for
-    each path, an index into `classes` (names in the order of their numbers), or -1 where
+    root: the folder that `paths` (relative posix strings) are relative to. labels: int64 [n], of
+    each path an index into `classes` (names in the order of their numbers), or -1 where
     nothing is known.
     """
 
     def __init__(
-        self, root: str | Path, paths: list[str], labels: list[int], classes: list[str]
+        self,
+        root: str | Path,
+        paths: Iterable[str],
+        labels: Sequence[int] | Tensor,
+        classes: list[str],
     ) -> None:
-        self.root, self.paths, self.labels, self.classes = Path(root), paths, labels, classes
+        self.root, self.paths, self.classes = Path(root), Strings.of(paths), classes
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -273,13 +281,13 @@ class LabelledImages(StoredImages):
         So a copy of a set is the same set, wherever it lies and whenever it was made.
         """
         contents = digests(self.root, self.paths)
-        return fingerprint_of([self.paths, contents, self.labels, self.classes])
+        return fingerprint_of([[*self.paths], contents, self.labels.tolist(), self.classes])
 
-    def subset(self, indices: Iterable[int]) -> "LabelledImages":
+    def subset(self, indices: Sequence[int] | Tensor) -> "LabelledImages":
         """The images at `indices`, in that order."""
-        indices = list(indices)
-        paths, labels = ([values[i] for i in indices] for values in (self.paths, self.labels))
-        return LabelledImages(self.root, paths, labels, self.classes)
+        indices = torch.as_tensor(indices)
+        paths = [self.paths[i] for i in indices.tolist()]
+        return LabelledImages(self.root, paths, self.labels[indices], self.classes)
 
 
 def fingerprint_of(facts: list) -> str:
@@ -300,7 +308,9 @@ class ImageFolder(LabelledImages):
     def __init__(self, root: str | Path) -> None:
         folder = existing_folder(root)
         self.unlisted, self.passed_over = [], Counter()
-        paths = sorted(self._find(str(folder), "", frozenset()))
+        paths: list[str] = []
+        self._find(str(folder), "", frozenset(), paths)
+        paths.sort()
         for bad in self.unlisted:
             logger.warning(f"the images below {bad.path} are left out: {bad.reason}")
         if not paths:
@@ -316,42 +326,44 @@ class ImageFolder(LabelledImages):
                 f"{folder}: passed over, not images by their names: "
                 f"{endings_line(self.passed_over)}"
             )
-        firsts = [path.split("/")[0] for path in paths if "/" in path]
+        firsts = [path.partition("/")[0] for path in paths if "/" in path]
         classes = sorted({*firsts}) if len(firsts) == len(paths) else []
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name] for name in firsts] if classes else [-1] * len(paths)
         super().__init__(folder, paths, labels, classes)
 
-    def _find(self, folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
-        """Relative paths of the images below `folder`; `above` breaks loops of links.
+    def _find(self, folder: str, prefix: str, above: frozenset[str], paths: list[str]) -> None:
+        """Relative paths of the images below `folder` join `paths`; `above` breaks loops of links.
 
-        Folders that cannot be listed join `unlisted`, endings of other files `passed_over`.
+        Folders that cannot be listed join `unlisted`, endings of other files `passed_over`. No
+        file is asked for more than the folder's own list says, but links.
         """
-        real = os.path.realpath(folder)
+        real, wanted = os.path.realpath(folder), image_endings()
         if real in above:
             return
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    name = entry.name
+                    if name[0] == ".":
                         self.passed_over[HIDDEN] += 1
                         continue
-                    ending = os.path.splitext(entry.name)[1].lower()
+                    dot = name.rfind(".")
+                    ending = name[dot:].lower() if dot > 0 else ""
                     try:
                         is_folder = entry.is_dir()
                     # A link to itself, or into a folder that may not be entered.
                     except OSError as error:
                         is_folder = False
-                        if ending not in image_endings():
+                        if ending not in wanted:
                             self.unlisted.append(_unlisted(entry.path, error))
                             continue
-                    if is_folder and entry.name in SYSTEM_FOLDERS:
-                        self.passed_over[entry.name] += 1
+                    if is_folder and name in SYSTEM_FOLDERS:
+                        self.passed_over[name] += 1
                     elif is_folder:
-                        below = f"{prefix}{entry.name}/"
-                        yield from self._find(entry.path, below, above | {real})
-                    elif ending in image_endings():
-                        yield prefix + entry.name
+                        self._find(entry.path, f"{prefix}{name}/", above | {real}, paths)
+                    elif ending in wanted:
+                        paths.append(prefix + name)
                     else:
                         self.passed_over[ending] += 1
         except OSError as error:

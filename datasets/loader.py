@@ -59,7 +59,7 @@ class StepSampler(Sampler[list[Key]]):
         seed: int,
         first_step: int,
         last_step: int,
-        order: Callable[[int], list[int]] | None = None,
+        order: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(length, batch, world, accumulation)
         self.batch, self.accumulation = batch, accumulation
@@ -73,14 +73,14 @@ class StepSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         share = self.batch * self.accumulation
-        current, order = -1, []
+        current, order = -1, torch.empty(0)
         for step in self.steps:
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 current, order = epoch, self.order(epoch)
             start = (place * self.world + self.rank) * share
             for first in range(start, start + share, self.batch):
-                yield [(epoch, index) for index in order[first : first + self.batch]]
+                yield [(epoch, index) for index in order[first : first + self.batch].tolist()]
 
 
 class EpochSampler(Sampler[list[Key]]):
@@ -94,14 +94,15 @@ class EpochSampler(Sampler[list[Key]]):
 
     def __init__(
         self,
-        indices: Sequence[int],
+        indices: Sequence[int] | Tensor,
         batch: int,
         world: World,
         seed: int,
         first_epoch: int,
         last_epoch: int,
     ) -> None:
-        self.indices, self.batch, self.world, self.seed = indices, batch, world, seed
+        self.indices = torch.as_tensor(indices)
+        self.batch, self.world, self.seed = batch, world, seed
         self.epochs = range(first_epoch, last_epoch)
 
     @property
@@ -116,13 +117,14 @@ class EpochSampler(Sampler[list[Key]]):
             order = epoch_order(len(self.indices), self.seed, epoch)
             for first in range(0, len(order), self.batch):
                 batch = order[first : first + self.batch]
-                yield [(epoch, self.indices[batch[i]]) for i in share(len(batch), self.world)]
+                mine = batch[list(share(len(batch), self.world))]
+                yield [(epoch, index) for index in self.indices[mine].tolist()]
 
 
-def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of 0 .. length - 1 in which an epoch visits the images."""
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of 0 .. length - 1 in which an epoch visits the images, int64."""
     generator = torch.Generator().manual_seed(derive_seed(seed, ORDER, epoch))
-    return torch.randperm(length, generator=generator).tolist()
+    return torch.randperm(length, generator=generator)
 
 
 class Batch(NamedTuple):

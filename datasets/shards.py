@@ -186,12 +186,12 @@ class ShardOrder:
         mean = -(-sum(self.counts) // len(self.counts))
         return max(WINDOW_IMAGES, WINDOW_SHARDS * mean)
 
-    def __call__(self, epoch: int) -> list[int]:
+    def __call__(self, epoch: int) -> Tensor:
         spans = self.spans(epoch)
         steps = sum(self.counts) // (self.step * self.world)
         whole = steps * self.step
         parts = torch.stack([span[:whole].view(steps, self.step) for span in spans], dim=1)
-        return torch.cat([parts.flatten(), *(span[whole:] for span in spans)]).tolist()
+        return torch.cat([parts.flatten(), *(span[whole:] for span in spans)])
 
     def spans(self, epoch: int) -> list[Tensor]:
         """Each rank's images of the epoch in their order, int64."""
@@ -389,7 +389,7 @@ def write_shards(
                 path = images.source(place)
                 sample = {"__key__": f"{place:08d}", path.suffix[1:].lower(): path.read_bytes()}
                 if images.classes:
-                    sample["cls"] = str(images.labels[place]).encode()
+                    sample["cls"] = str(images.labels[place].item()).encode()
                 writer.write(sample)
     return len(images), -(-len(images) // images_per_shard)
 

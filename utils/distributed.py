@@ -283,17 +283,22 @@ def agree(facts: dict[str, object], advice: str) -> None:
             raise InputError(f"the processes differ in {name} ({values}): {advice}.")
 
 
-def on_main(function: Callable[[], object]) -> None:
-    """Call `function` on rank 0 alone while the others wait; its InputError is raised on all."""
-    error = None
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, which calls it alone while the others wait, on all.
+
+    What it gives can be pickled and may be large. Its InputError is raised on all.
+    """
+    found = [None, None]  # what it gave, what it complained of
     if position() == 0:
         try:
-            function()
+            found[0] = function()
         except InputError as caught:
-            error = str(caught)
-    error = gather_objects(error)[0]
-    if error is not None:
-        raise InputError(error)
+            found[1] = str(caught)
+    if size() > 1:
+        dist.broadcast_object_list(found, 0)
+    if found[1] is not None:
+        raise InputError(found[1])
+    return found[0]
 
 
 class Ballot:

@@ -5,16 +5,18 @@ what made them (the checkpoint's sha256 among it), so that no figure comes from 
 """
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from datasets.benchmarks import Splits
 from datasets.folder import CONTENTS, LabelledImages
+from datasets.strings import Strings
 from datasets.synthetic_images import COARSE_NAMES
 from engine.evaluation.features import Encoder, Reading, check_bad
 from engine.evaluation.source import Source
@@ -25,11 +27,13 @@ from utils.files import make_folder
 from utils.logging import logger
 
 FORMAT = "1"
-# Fields of Features in a file's tensors and in its metadata.
+# Fields of Features in a file's tensors (the header of a safetensors file is too small for a
+# million paths) and in its metadata.
 _TEXTS = ("paths", "classes", "bad")
 _DATA = ("root", "widths", "avgpool_patchtokens", "made_by")
 SPLITS = ("train", "test")
 BAD_SHOWN = 5
+ROWS_AT_ONCE = 8192  # of features
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Features:
 
     values: Tensor
     labels: Tensor
-    paths: list[str]
+    paths: Sequence[str]
     classes: list[str]
     root: str
     widths: list[int]
@@ -57,8 +61,8 @@ class Features:
         """Whether several images have the same features, but for rounding."""
         if len(self.values) < 2:
             return False
-        spread = self.values.amax(0) - self.values.amin(0)
-        return bool(spread.max() <= 1e-6 * self.values.abs().max())
+        most, least = self.values.amax(0), self.values.amin(0)
+        return bool((most - least).max() <= 1e-6 * most.maximum(-least).max())
 
     def narrowed(self, blocks: int, avgpool_patchtokens: bool = False) -> "Features":
         """These features with the columns of the last `blocks` blocks alone (a view).
@@ -179,17 +183,17 @@ class SplitFeatures:
 
     def images_with_features(self) -> LabelledImages:
         """The images whose features there are: those of `train`, then those of `test`."""
-        paths, labels = [], []
-        for split in SPLITS:
-            held = self.of(split)
-            paths += [str(Path(held.root) / path) for path in held.paths]
-            labels += held.labels.tolist()
-        return LabelledImages("", paths, labels, held.classes)
+        both = [self.of(split) for split in SPLITS]
+        paths = [os.path.join(held.root, path) for held in both for path in held.paths]
+        labels = torch.cat([held.labels for held in both])
+        return LabelledImages("", paths, labels, both[0].classes)
 
     def _made_by(self, split: str) -> dict[str, str]:
         """What is known of what decides a split's features."""
         known = {}
-        if self.source is not None and self.source.weights is not None:
+        if self.source is not None:
+            if self.source.weights is None:
+                return known  # what cannot be kept needs no name, and no image is read for it
             known = self.source.identity(self.pooling) | {
                 "size": str(self.reading.size),
                 "resize": str(self.reading.resize),
@@ -203,7 +207,8 @@ class SplitFeatures:
         """Raise InputError for features that no figure should come from."""
         images = len(features.bad) + len(features.labels)
         check_bad(features.bad, images, self.reading.max_bad)
-        broken = (~features.values.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        finite = [part.isfinite().all(dim=1) for part in features.values.split(ROWS_AT_ONCE)]
+        broken = (~torch.cat(finite)).nonzero().flatten().tolist()
         if broken:
             coarse = self.reading.precision != "fp32"
             raise InputError(
@@ -268,7 +273,7 @@ class SplitFeatures:
         features = Features(
             values=extracted.values,
             labels=extracted.labels,
-            paths=[images.paths[place] for place in extracted.places],
+            paths=images.subset(extracted.places).paths,
             classes=images.classes,
             root=str(images.root),
             widths=widths,
@@ -291,7 +296,7 @@ class Found:
 def save(features: Features, path: Path) -> None:
     """Write the file whole; raises InputError where the disk refuses."""
     tensors = {"values": features.values.contiguous(), "labels": features.labels}
-    tensors |= {name: _pack(getattr(features, name)) for name in _TEXTS}
+    tensors |= {name: Strings.of(getattr(features, name)).packed for name in _TEXTS}
     metadata = {name: json.dumps(getattr(features, name)) for name in _DATA}
     make_folder(path.parent, "--dump_features")
     save_safetensors(tensors, metadata | {"format": FORMAT}, path, "feature file")
@@ -308,19 +313,9 @@ def load(path: Path) -> Features:
             if metadata.get("format") != FORMAT or "made_by" not in metadata:
                 raise InputError(f"{path} holds no features that this version wrote.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        texts = {name: _unpack(tensors[name]) for name in _TEXTS}
+        paths, classes, bad = (Strings(tensors[name]) for name in _TEXTS)
         data = {name: json.loads(metadata[name]) for name in _DATA}
-        return Features(tensors["values"], tensors["labels"], **texts, **data)
+        values, labels = tensors["values"], tensors["labels"]
+        return Features(values, labels, paths, classes=[*classes], bad=[*bad], **data)
     except (SafetensorError, OSError, KeyError, ValueError):
         raise InputError(f"{path} is not a feature file, or is damaged.") from None
-
-
-def _pack(lines: list[str]) -> Tensor:
-    """Text as bytes: the header of a safetensors file is too small for a million paths."""
-    data = "\0".join(lines).encode(errors="surrogateescape")
-    return torch.from_numpy(np.array(bytearray(data), dtype=np.uint8))
-
-
-def _unpack(packed: Tensor) -> list[str]:
-    text = packed.numpy().tobytes().decode(errors="surrogateescape")
-    return text.split("\0") if text else []

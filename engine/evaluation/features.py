@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.benchmarks import Splits, paired_folders
+from datasets.benchmarks import Splits, listed_once, paired_folders
 from datasets.folder import LabelledImages
 from datasets.loader import BadImage, KeyedDataset, build_loader, usable_workers
 from datasets.multicrop import default_resize, eval_transform
@@ -144,13 +144,13 @@ class Reading:
 class Extracted:
     """What `extract` gives, the same on every process, on the CPU.
 
-    values [n, ...] float32; labels [n] int64; places: the images' indices in the data set,
-    rising; bad: the images that could not be read and are in none of the others.
+    values [n, ...] float32; labels [n] int64; places: int64 [n], the images' indices in the data
+    set, rising; bad: the images that could not be read and are in none of the others.
     """
 
     values: Tensor
     labels: Tensor
-    places: list[int]
+    places: Tensor
     bad: list[BadImage]
 
 
@@ -172,12 +172,12 @@ def extract(
     the first.
     """
     count = len(images)
-    batches = [[(0, i) for i in range(n, min(n + batch, count))] for n in range(0, count, batch)]
-    mine = [batches[i] for i in distributed.share(len(batches), world)]
+    mine = distributed.share(-(-count // batch), world)
+    keys = ([(0, i) for i in range(n * batch, min((n + 1) * batch, count))] for n in mine)
     dataset = KeyedDataset(count, 0, partial(_transformed, images, transform))
     outputs, places = [], []
     bad: list[BadImage] = []
-    loader = build_loader(dataset, mine, workers, pin_memory=world.device.type == "cuda")
+    loader = build_loader(dataset, keys, workers, pin_memory=world.device.type == "cuda")
     for loaded in progress(loader, "batches of features", len(mine)):
         bad += loaded.bad
         if len(bad) > max_bad * count:
@@ -189,7 +189,7 @@ def extract(
     bad = [image for theirs in distributed.gather_objects(bad) for image in theirs]
     check_bad(bad, count, max_bad)
     values, indices = distributed.gather_rows(outputs), distributed.gather_rows(places)
-    return Extracted(values, torch.tensor(images.labels)[indices], indices.tolist(), bad)
+    return Extracted(values, images.labels[indices], indices, bad)
 
 
 def _transformed(
@@ -217,10 +217,12 @@ def check_bad(bad: Collection[BadImage | str], images: int, share: float) -> Non
 def gallery_and_queries(gallery: str | Path, queries: str | Path) -> Splits:
     """Two folders with class subfolders; the gallery is `train`, the queries are `test`.
 
+    All processes together: the first one lists the files.
+
     Raises InputError where a folder has no classes, or the queries have one that the gallery
     lacks.
     """
-    splits = paired_folders("gallery and queries", gallery, queries)
+    splits = listed_once(lambda: paired_folders("gallery and queries", gallery, queries))
     if splits.train.root.resolve() == splits.test.root.resolve():
         splits.notes.append(
             f"gallery and queries are the same folder, {queries}: each image votes for itself, so "

@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
-from engine.evaluation.similarity import nearest, over_blocks, unit
+from engine.evaluation.similarity import (
+    BLOCK_ELEMENTS,
+    Blocks,
+    Gallery,
+    free_bytes,
+    nearest,
+    over_blocks,
+)
 from utils.distributed import ALONE, World
 
 TOP = 5
+# Bytes for each similarity: float32, and what ties at the last place take.
+EACH = 24
 
 
 def accuracy(ranking: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -25,6 +34,7 @@ def rankings(
     temperature: float,
     classes: int,
     world: World = ALONE,
+    room: int | None = None,
 ) -> dict[int, Tensor]:
     """The best classes of each query, best first: [m, min(5, classes)] int64 for each k.
 
@@ -34,22 +44,27 @@ def rankings(
     gallery [n, D], queries [m, D]: features on the CPU of any scale and float type,
     L2-normalised here; gallery_labels [n] int64, below `classes`. world: the processes that
     share the work, and the device. The result is on the CPU, on every process, with the same
-    bits for any number of processes.
+    bits for any number of processes. room: bytes of the device, by default all that are free on a
+    GPU; a gallery for which they are too few is brought over by parts.
     A neighbour votes for its class with exp(cosine / temperature) in float32. Ties: neighbours
     by gallery order, classes by index. A k above n counts the whole gallery.
     """
-    most = min(max(ks), len(gallery))
-    gallery = unit(gallery, world.device)
+    most, voting = min(max(ks), len(gallery)), max(1, BLOCK_ELEMENTS // classes)
+    blocks = Blocks.that_fit(*gallery.shape, EACH, room or free_bytes(world))
+    features = Gallery(gallery, blocks, world.device)
 
     def ranked(block: Tensor, _: slice) -> list[Tensor]:
         # Votes are summed on the CPU, in the neighbours' order: a GPU sums in any.
-        values, places = (part.cpu() for part in nearest(block @ gallery.T, most))
+        values, places = (part.cpu() for part in features.nearest(block, most))
         # Relative to the nearest one's vote, which changes no order and cannot overflow.
         votes = ((values - values[:, :1]) / temperature).exp()
-        labels = gallery_labels[places]
-        return [best_classes(votes[:, :k], labels[:, :k], classes) for k in ks]
+        pairs = [*zip(votes.split(voting), gallery_labels[places].split(voting), strict=True)]
+        return [
+            torch.cat([best_classes(vote[:, :k], label[:, :k], classes) for vote, label in pairs])
+            for k in ks
+        ]
 
-    found = over_blocks(ranked, queries, max(len(gallery), classes), world)
+    found = over_blocks(ranked, queries, blocks.queries, world)
     return dict(zip(ks, found, strict=True))
 
 

@@ -191,8 +191,9 @@ def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
 
 def _drawn_by_class(labels: Tensor, seed: int) -> Iterator[Tensor]:
     """The indices of each class in an order drawn by (seed, class)."""
-    for label in labels.unique().tolist():
-        places = (labels == label).nonzero().flatten()
+    classes, counts = labels.unique(return_counts=True)
+    by_class = labels.argsort(stable=True).split(counts.tolist())
+    for label, places in zip(classes.tolist(), by_class, strict=True):
         generator = torch.Generator().manual_seed(derive_seed(seed, seeding.LABELS, label))
         yield places[torch.randperm(len(places), generator=generator)]
 

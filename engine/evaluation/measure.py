@@ -149,7 +149,7 @@ def of_splits(features: SplitFeatures) -> list[str]:
                 remarks.append(f"the features of all images of the {split} split are alike")
         else:
             images = features.images(split)
-        absent = len(images.classes) - len(torch.as_tensor(images.labels).unique())
+        absent = len(images.classes) - len(images.labels.unique())
         if absent:
             count = len(images.classes)
             remarks.append(f"{absent} of {count} classes have no image in the {split} split")

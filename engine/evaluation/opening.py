@@ -44,17 +44,12 @@ def open_splits(cfg: Node) -> Splits | None:
     splits = load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     for folder in filter(None, (cfg.OUTPUT_DIR, cfg.EVAL.DUMP_FEATURES)):
         refuse_among_images(Path(folder), splits.train, splits.test)
-    # One process reads the files; the others find what it kept of them.
-    distributed.on_main(lambda: (splits.train.fingerprint, splits.test.fingerprint))
-    distributed.agree(
-        {
-            f"the images of the {split} split": getattr(splits, split).fingerprint
-            for split in SPLITS
-        },
-        "give all of them the same --data_path",
-    )
-    for split in SPLITS:
-        splits.notes.extend(f"{split}: {note}" for note in getattr(splits, split).deep_grey())
+    for split, images in zip(SPLITS, (splits.train, splits.test), strict=True):
+        # One process reads the files, for all.
+        images.fingerprint, grey = distributed.on_main(
+            lambda images=images: (images.fingerprint, images.deep_grey())
+        )
+        splits.notes.extend(f"{split}: {note}" for note in grey)
     for note in splits.notes:
         logger.warning(note)
     return splits

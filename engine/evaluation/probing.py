@@ -41,7 +41,7 @@ class AugmentedImages:
     bad: set[BadImage] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.labels, self.fingerprint = torch.tensor(self.images.labels), self.images.fingerprint
+        self.labels, self.fingerprint = self.images.labels, self.images.fingerprint
 
     def batches(self, sampler: EpochSampler, width: int) -> Batches:
         """Features of this process's share of every batch, on the device."""
@@ -62,7 +62,7 @@ class AugmentedImages:
 
         Those that cannot be read are left out: as part of all, training has judged them.
         """
-        subset = self.images.subset(indices.tolist())
+        subset = self.images.subset(indices)
         extracted = replace(self.reading, max_bad=1).extract(self.encoder, subset)
         return extracted.values, extracted.labels
 
@@ -240,7 +240,7 @@ class LinearProbe:
         distributed.agree(
             {"the epoch to go on from": probe.epoch}, "put --output_dir where all of them see it"
         )
-        sampler = EpochSampler(used.tolist(), batch, world, self.seed, probe.epoch, recipe.epochs)
+        sampler = EpochSampler(used, batch, world, self.seed, probe.epoch, recipe.epochs)
         batches = data.batches(sampler, probe.width)
         while probe.epoch < recipe.epochs:
             loss = probe.train_epoch(batches, sampler.batches_per_epoch).item()

@@ -1,17 +1,19 @@
 """Image retrieval by cosine: Rank-1, Rank-5 and mean average precision."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.evaluation.similarity import over_blocks, unit
+from engine.evaluation.similarity import Blocks, Gallery, free_bytes, over_blocks
 from utils.distributed import ALONE, World
 
 RELEASED_DEPTH = 100
 # Similarities ranked at a time on a CPU: their keys are made in memory that is used again. This
 # takes half the time of a whole block.
 SORTED_ELEMENTS = 2**22
+EACH = 64  # bytes for each similarity on a GPU: itself, its key, and what sorting takes
 NEVER = 2**62  # the rank of a positive that is not there
 
 
@@ -44,27 +46,35 @@ def retrieve(
     query_labels: Tensor,
     first: int = 10,
     world: World = ALONE,
+    room: int | None = None,
 ) -> Ranked:
     """Rank the whole gallery for each query; a gallery image of the same label is positive.
 
     gallery [n, D], queries [m, D]: features on the CPU of any scale and float type,
     L2-normalised here; labels int64. first: gallery places to keep, min(first, n) of them.
     world: the processes that share the work, and the device. Every process returns the same
-    bits, whatever their number. Ties: gallery order.
+    bits, whatever their number. room: as in `knn.rankings`. Ties: gallery order.
     """
-    gallery = unit(gallery, world.device)
+    blocks = Blocks.that_fit(*gallery.shape, EACH, room or free_bytes(world))
+    features = Gallery(gallery, blocks, world.device)
     labels, by_label = gallery_labels.to(world.device).sort(stable=True)
     targets = query_labels.to(world.device)
 
     def ranked(block: Tensor, rows: slice) -> list[Tensor]:
+        def ranks(similarities: Callable[[], Iterable], targets: Tensor) -> list[Tensor]:
+            return ranks_of(similarities, labels, by_label, targets, first)
+
+        if not features.is_whole:
+            return ranks(lambda: features.similarities(block), targets[rows])
+        ((_, similarity),) = features.similarities(block)
         on_cpu = world.device.type == "cpu"
         size = max(1, SORTED_ELEMENTS // len(gallery)) if on_cpu else len(block)
-        parts = zip((block @ gallery.T).split(size), targets[rows].split(size), strict=True)
-        found = [ranks_of(part, labels, by_label, target, first) for part, target in parts]
+        parts = zip(similarity.split(size), targets[rows].split(size), strict=True)
+        found = [ranks(lambda part=part: [(0, part)], target) for part, target in parts]
         return [torch.cat(part) for part in zip(*found, strict=True)]
 
     average, released, has_positives, rank1, rank5, places = over_blocks(
-        ranked, queries, len(gallery), world
+        ranked, queries, blocks.queries, world
     )
     return Ranked(
         rank1=100 * rank1.sum().item() / len(queries),
@@ -78,23 +88,38 @@ def retrieve(
 
 
 def ranks_of(
-    similarity: Tensor, labels: Tensor, by_label: Tensor, targets: Tensor, first: int
+    similarities: Callable[[], Iterable[tuple[int, Tensor]]],
+    labels: Tensor,
+    by_label: Tensor,
+    targets: Tensor,
+    first: int,
 ) -> list[Tensor]:
     """Of each query [b]: AP and AP@100 as released, float64; whether it has positives, whether
     one is at rank 1 and in the first 5; its first places.
 
-    similarity [b, n]; labels [n] ascending; by_label [n]: the places they come from.
+    similarities: the gallery in parts, (first place, cosines [b, p]), which may be overwritten; it
+    is called again for the ranks where there are several. labels [n] ascending; by_label [n]: the
+    places they come from.
     """
     start = torch.searchsorted(labels, targets)
     count = torch.searchsorted(labels, targets, right=True) - start
     # Positives lie side by side in by_label; short rows are filled up, then left out.
-    column = torch.arange(max(1, int(count.max())), device=similarity.device)
+    column = torch.arange(max(1, int(count.max())), device=labels.device)
     is_positive = column < count[:, None]
     positives = by_label[(start[:, None] + column).clamp_max(len(labels) - 1)]
-    keys = order_keys(similarity)
-    keys_of_positives = keys.gather(1, positives)
-    keys = sort_rows(keys)
-    ranks = torch.searchsorted(keys, keys_of_positives) + 1
+    own = torch.zeros_like(positives)  # the positives' keys
+    parts = 0
+    for start, similarity in similarities():
+        parts += 1
+        keys = order_keys(similarity, start)
+        columns = positives - start
+        there = keys.gather(1, columns.clamp(0, keys.shape[1] - 1))
+        own = there.where((columns >= 0) & (columns < keys.shape[1]), own)
+    ranks, best = torch.ones_like(positives), own[:, :0]
+    again = ((order_keys(part, start)) for start, part in similarities()) if parts > 1 else [keys]
+    for keys in map(sort_rows, again):
+        ranks += torch.searchsorted(keys, own)
+        best = sort_rows(torch.cat([best, keys[:, :first]], dim=1))[:, :first]
     ranks = ranks.masked_fill_(~is_positive, NEVER).sort(dim=1).values
     precision = (column + 1) / ranks.double() * is_positive
     early = ranks <= RELEASED_DEPTH
@@ -104,20 +129,20 @@ def ranks_of(
         count > 0,
         ranks[:, 0] <= 1,
         ranks[:, 0] <= 5,
-        keys[:, :first] & 0xFFFFFFFF,
+        best & 0xFFFFFFFF,
     ]
 
 
-def order_keys(similarity: Tensor) -> Tensor:
+def order_keys(similarity: Tensor, start: int) -> Tensor:
     """int64 [m, n], unlike within a row, that ascend as similarity falls, then as places rise.
 
-    The upper half holds a float32's bits in descending order, the lower the place: so ties,
-    which are many where the gallery is large, need no care.
+    start: the first column's place. The upper half holds a float32's bits in descending order, the
+    lower the place: so ties, which are many where the gallery is large, need no care.
     """
     bits = similarity.add_(0.0).view(torch.int32)  # -0 becomes 0, its equal
     falling = torch.where(bits < 0, bits & 0x7FFFFFFF, ~bits)
     keys = falling.long().bitwise_left_shift_(32)
-    return keys.bitwise_or_(torch.arange(keys.shape[1], device=keys.device))
+    return keys.bitwise_or_(torch.arange(start, start + keys.shape[1], device=keys.device))
 
 
 def sort_rows(keys: Tensor) -> Tensor:

@@ -43,6 +43,10 @@ def run(cfg: Node, world: World) -> None:
         {"images for training and validation": [len(part) for part in sets]},
         "put them where all of them see the same files",
     )
+    if cfg.EVAL.KNN_EVERY:
+        folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
+        splits = findings.attempt(lambda: gallery_and_queries(*folders))
+        findings.warnings += splits.notes if splits else []
     headers = [read_headers(part, world, usable_workers(data.WORKERS)) for part in sets]
     distributed.on_main(lambda: _report(cfg, world, images, held_out, headers, findings))
 
@@ -74,10 +78,6 @@ def _report(
         if folder:
             known = (len(images), images.fingerprint, per_step, world.size)
             found = findings.attempt(lambda: resume.find(cfg, *known))
-    if cfg.EVAL.KNN_EVERY:
-        folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
-        splits = findings.attempt(lambda: gallery_and_queries(*folders))
-        findings.warnings += splits.notes if splits else []
     findings.crops = _crops(cfg, world)
     findings.memory = findings.attempt(
         lambda: machine.memory_needed(cfg, world, kept, found, findings)

@@ -6,13 +6,13 @@ No image is decoded: headers are read, and of files that may be equal all bytes.
 import hashlib
 import io
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from datasets.benchmarks import HELD_OUT, Benchmark, folders_named
+from datasets.benchmarks import HELD_OUT, Benchmark, folders_named, listed_once
 from datasets.fine_grained import DATASETS, load_splits
 from datasets.folder import (
     ImageFolder,
@@ -117,7 +117,7 @@ def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
     """
     if cfg.EVAL.KNN_VAL:
         same = os.path.realpath(cfg.EVAL.KNN_VAL) == os.path.realpath(cfg.DATA.PATH)
-        return None if same else ImageFolder(cfg.EVAL.KNN_VAL)
+        return None if same else listed_once(lambda: ImageFolder(cfg.EVAL.KNN_VAL))
     source = DATASETS.get(cfg.DATA.DATASET)
     if isinstance(source, Benchmark):
         try:
@@ -128,7 +128,7 @@ def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
     training = Path(os.path.abspath(cfg.DATA.PATH))
     if source is ImageFolder and training.name.lower() not in HELD_OUT:
         beside = folders_named(training.parent, HELD_OUT)
-        return ImageFolder(beside[0]) if beside else None
+        return listed_once(lambda: ImageFolder(beside[0])) if beside else None
     return None
 
 
@@ -248,6 +248,6 @@ def _class_counts(images: LabelledImages | ImageShards) -> dict[str, int]:
     """Images of each class, the smallest first; empty without classes."""
     if isinstance(images, ImageShards):
         return {}
-    counts = Counter(images.labels)
-    by_name = {label: counts[number] for number, label in enumerate(images.classes)}
-    return dict(sorted(by_name.items(), key=lambda item: item[1]))
+    known = images.labels[images.labels >= 0]
+    counts = known.bincount(minlength=len(images.classes)).tolist()
+    return dict(sorted(zip(images.classes, counts, strict=True), key=lambda item: item[1]))

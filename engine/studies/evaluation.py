@@ -37,7 +37,7 @@ def figures_and_zeros(
     options.CLASSIFIER = "logistic"
     options.N_LAST_BLOCKS = min(options.N_LAST_BLOCKS, len(source.network.backbone.all_blocks()))
     probe = LinearProbe(options, seed=cfg.SEED)
-    labels = [torch.tensor(images.labels) for images in (splits.train, splits.test)]
+    labels = [images.labels for images in (splits.train, splits.test)]
     classes = splits.train.classes
     guesses = {"": guessing(*labels, len(classes))}
     knows_parts = (splits.train.root.parent / synthetic.PARTS_FILE).is_file()

@@ -23,7 +23,7 @@ def test_class_folders_give_sorted_labels(tmp_path):
     folder = ImageFolder(tmp_path)
     assert folder.paths == ["auk/y.webp", "auk/z.JPeG", "wren/b.png", "wren/deep/er/a.PNG"]
     assert folder.classes == ["auk", "wren"]
-    assert folder.labels == [0, 0, 1, 1]
+    assert folder.labels.tolist() == [0, 0, 1, 1]
     assert np.array_equal(np.asarray(folder.load(2)), np.asarray(noise(0)))
 
 
@@ -31,7 +31,7 @@ def test_images_without_classes_have_label_minus_one(tmp_path):
     folder = ImageFolder(save(tmp_path, "b.png", "sub/a.bmp", "a.tif"))
     assert folder.paths == ["a.tif", "b.png", "sub/a.bmp"]
     assert folder.classes == []
-    assert folder.labels == [-1, -1, -1]
+    assert folder.labels.tolist() == [-1, -1, -1]
 
 
 def test_hidden_entries_and_other_files_are_skipped(tmp_path):

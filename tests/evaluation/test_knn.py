@@ -157,8 +157,8 @@ def test_queries_are_numbered_by_the_gallerys_classes(tmp_path):
     queries = folder(tmp_path / "queries", ["bee", "cat"])
     splits = gallery_and_queries(gallery, queries)
     first, second = splits.train, splits.test
-    assert first.labels == [0, 1, 2]
-    assert second.labels == [1, 2]
+    assert first.labels.tolist() == [0, 1, 2]
+    assert second.labels.tolist() == [1, 2]
 
 
 def test_a_class_that_the_gallery_lacks_is_an_error(tmp_path):

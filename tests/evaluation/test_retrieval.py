@@ -110,7 +110,7 @@ def test_copies_in_the_gallery_come_in_its_order():
 
 def test_a_cosine_of_minus_zero_ties_with_zero():
     similarity_row = torch.tensor([[0.0, -0.0, 0.5, -0.5, -0.0, 1e-40, -1e-40]])
-    order = retrieval.order_keys(similarity_row).argsort(dim=1)
+    order = retrieval.order_keys(similarity_row, 0).argsort(dim=1)
     assert order.tolist() == [[2, 5, 0, 1, 4, 6, 3]]
 
 

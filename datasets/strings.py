@@ -1,0 +1,62 @@
+"""A list of a million strings that costs a process their bytes alone."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_AT_ONCE = 2**20  # bytes that are decoded together
+
+
+class Strings(Sequence[str]):
+    """Strings without zero bytes, as paths are, in one tensor; each is made when it is asked for.
+
+    A list of strings is copied into every loader process, for Python writes into each string how
+    often it is referred to. Forked processes share this one's memory, and others that
+    multiprocessing starts are handed it in shared memory.
+
+    packed: uint8, in UTF-8 with a zero byte between two; bytes that are none of UTF-8, which names
+    of files may hold, as Python has them in strings ("surrogateescape").
+    """
+
+    def __init__(self, packed: Tensor, ends: Tensor | None = None) -> None:
+        if ends is None:
+            found = np.flatnonzero(packed.numpy() == 0)
+            ends = torch.from_numpy(np.append(found, len(packed)) if len(packed) else found)
+        self.packed, self._ends = packed, ends
+        self._bytes, self._places = memoryview(packed.numpy()), ends.numpy()
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> "Strings":
+        """These strings, in this order."""
+        if isinstance(strings, Strings):
+            return strings
+        packed = bytearray("\0".join(strings).encode(errors="surrogateescape"))
+        return cls(torch.from_numpy(np.frombuffer(packed, np.uint8)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int | slice) -> "str | Strings":
+        if isinstance(index, slice):
+            return Strings.of([self[i] for i in range(len(self))[index]])
+        index = range(len(self))[index]
+        return self._text(self._places[index - 1] + 1 if index else 0, self._places[index])
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        while start < len(self._bytes):
+            # To the first end so far away, so that no string is cut.
+            end = self._places[np.searchsorted(self._places[:-1], start + _AT_ONCE)]
+            yield from self._text(start, end).split("\0")
+            start = end + 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and [*self] == [*other]
+
+    def __reduce__(self) -> tuple:
+        return Strings, (self.packed, self._ends)
+
+    def _text(self, start: int, end: int) -> str:
+        return str(self._bytes[start:end], "utf-8", "surrogateescape")
