@@ -8,6 +8,8 @@ sentence; that all images are there is checked there too.
 """
 
 import codecs
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from torchvision.datasets import Flowers102
 from datasets.folder import ImageFolder
 
 Places = dict[str, Path]
-Rows = list[tuple[Path, int]]  # (image file, index of its class), in the official order
+Rows = list[tuple[str, int]]  # (path of an image file, index of its class), in official order
 
 
 class Listing(NamedTuple):
@@ -42,10 +44,10 @@ def read_listed_images(places: Places) -> Listing:
     labels = lists.get("image_class_labels.txt", {})
     used = set(labels.values())
     number = {label: index for index, label in enumerate(key for key in names if key in used)}
-    rows: dict[str, Rows] = {"1": [], "0": []}
+    folder, rows = str(places["images"]), {"1": [], "0": []}
     for image, path in paths.items():
         label = number[labels[image]] if labels else -1
-        rows[splits[image]].append((places["images"] / path, label))
+        rows[splits[image]].append((os.path.join(folder, path), label))
     return Listing([names[label] for label in number], rows["1"], rows["0"])
 
 
@@ -59,7 +61,7 @@ def _by_key(file: Path) -> dict[str, str]:
     return values
 
 
-def _fields(file: Path, count: int) -> list[list[str]]:
+def _fields(file: Path, count: int) -> Iterator[list[str]]:
     """The fields of each line that is not blank; the last field is the rest of the line.
 
     Editors on Windows end lines otherwise and put a byte order mark first: both are left out.
@@ -67,11 +69,11 @@ def _fields(file: Path, count: int) -> list[list[str]]:
     data = file.read_bytes()
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if utf_16 else "utf-8-sig", errors="replace")
-    lines = [line.strip().split(maxsplit=count - 1) for line in text.split("\n") if line.strip()]
-    for fields in lines:
-        if len(fields) < count:
+    for fields in (line.strip().split(maxsplit=count - 1) for line in text.split("\n")):
+        if 0 < len(fields) < count:
             raise ValueError(f"{file.name} has the line '{' '.join(fields)}'")
-    return lines
+        if fields:
+            yield fields
 
 
 def read_pets(places: Places) -> Listing:
@@ -87,7 +89,7 @@ def read_pets(places: Places) -> Listing:
             name = image.rpartition("_")[0].replace("_", " ").title()
             if names.setdefault(int(label), name) != name:
                 raise ValueError(f"class {label} is both '{names[int(label)]}' and '{name}'")
-            rows.append((places["images"] / f"{image}.jpg", int(label)))
+            rows.append((f"{places['images']}/{image}.jpg", int(label)))
         splits.append(rows)
     number = {label: index for index, label in enumerate(sorted(names))}
     train, test = ([(path, number[label]) for path, label in rows] for rows in splits)
@@ -110,10 +112,7 @@ def read_flowers(places: Places) -> Listing:
             raise ValueError(f"setid.mat names images beyond the {len(labels)} labelled ones")
         splits.append(
             [
-                (
-                    places["jpg"] / f"image_{i:05d}.jpg",
-                    int(labels[i - 1]) - 1 if labels else -1,
-                )
+                (f"{places['jpg']}/image_{i:05d}.jpg", int(labels[i - 1]) - 1 if labels else -1)
                 for i in images
             ]
         )
@@ -124,14 +123,14 @@ def read_cars(places: Places) -> Listing:
     """Stanford Cars with a folder for each split: all that is in cars_train is for training."""
     if "cars_meta.mat" not in places:
         folder = ImageFolder(places["cars_train"])
-        return Listing([], [(folder.root / path, -1) for path in folder.paths], [])
+        return Listing([], [(f"{folder.root}/{path}", -1) for path in folder.paths], [])
     splits = []
     for folder, file in (
         ("cars_train", "cars_train_annos.mat"),
         ("cars_test", "cars_test_annos_withlabels*.mat"),
     ):
         rows = np.atleast_1d(_mat(places[file])["annotations"])
-        splits.append([(places[folder] / row["fname"], int(row["class"]) - 1) for row in rows])
+        splits.append([(f"{places[folder]}/{row['fname']}", int(row["class"]) - 1) for row in rows])
     return Listing(_mat(places["cars_meta.mat"])["class_names"].tolist(), *splits)
 
 
@@ -143,7 +142,7 @@ def read_cars_in_one_folder(places: Places) -> Listing:
     content = _mat(places["cars_annos.mat"])
     splits: tuple[Rows, Rows] = ([], [])
     for row in np.atleast_1d(content["annotations"]):
-        image = places["car_ims"] / Path(row["relative_im_path"]).name
+        image = f"{places['car_ims']}/{Path(row['relative_im_path']).name}"
         splits[row["test"]].append((image, int(row["class"]) - 1))
     return Listing(content["class_names"].tolist(), *splits)
 
@@ -165,7 +164,7 @@ def read_aircraft(places: Places) -> Listing:
         file = places.get(f"images_variant_{split}.txt")
         splits.append(
             [
-                (places["images"] / f"{image}.jpg", number[name] if classes else -1)
+                (f"{places['images']}/{image}.jpg", number[name] if classes else -1)
                 for image, name in (_fields(file, 2) if file else [])
             ]
         )
