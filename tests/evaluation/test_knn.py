@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from engine.evaluation import knn, similarity
+from engine.evaluation import knn, retrieval, similarity
 from engine.evaluation.features import gallery_and_queries
+from engine.evaluation.similarity import Blocks
 from utils.errors import InputError
 
 
@@ -83,19 +84,43 @@ def slow_ranking(gallery, labels, queries, k: int, classes: int, temperature: fl
     return found
 
 
-@pytest.mark.parametrize("block", [1, 333, 2**24])
+@pytest.mark.parametrize(
+    ("block", "room"),
+    # In so many bytes are 8 of the gallery's 60 images at once, for 4 queries.
+    [(1, None), (333, None), (2**24, None), (2**24, 2560)],
+)
 @pytest.mark.parametrize("classes", [1, 2, 9])
-def test_rankings_of_tied_features_are_those_of_plain_loops(block, classes, monkeypatch):
+def test_rankings_of_tied_features_are_those_of_plain_loops(block, room, classes, monkeypatch):
     monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
     gallery, queries = signs(1, 60), signs(2, 12)
     labels = torch.from_numpy(np.random.default_rng(3).integers(0, classes, 60))
     ks = [1, 4, 20, 60, 99]
-    ranked = knn.rankings(gallery, labels, queries, ks, temperature=0.5, classes=classes)
+    assert room is None or Blocks.that_fit(60, 16, knn.EACH, room) == (4, 8)
+    ranked = knn.rankings(gallery, labels, queries, ks, 0.5, classes, room=room)
     for k in ks:
         assert ranked[k].dtype == torch.int64
         assert ranked[k].tolist() == slow_ranking(gallery, labels, queries, k, classes, 0.5)
         one = knn.rankings(gallery, labels, queries[:1], [k], temperature=0.5, classes=classes)
         assert torch.equal(one[k], ranked[k][:1])
+
+
+def test_blocks_fit_into_the_room_of_a_device():
+    """The gallery whole where half of the room holds it; figures of a GPU, and of a CPU."""
+    gib = 2**30
+    for each in (knn.EACH, retrieval.EACH):
+        for gallery, width in ((50_000, 768), (1_281_167, 768), (2_700_000, 1536)):
+            for room in (gib, 10 * gib, 70 * gib, 130 * gib):
+                queries, part = Blocks.that_fit(gallery, width, each, room)
+                held = 4 * part * width * (1 if part == gallery else 2)
+                assert held <= room / 2
+                assert each * queries * part <= room / 2
+                assert (part == gallery) == (4 * gallery * width <= room // 2)
+                assert queries == similarity.MOST_QUERIES or 4 * each * queries * part > room / 2
+    imagenet = 1_281_167, 768
+    assert Blocks.that_fit(*imagenet, knn.EACH, 70 * gib) == (1024, 1_281_167)
+    assert Blocks.that_fit(*imagenet, knn.EACH, 71 * gib) == (1024, 1_281_167)
+    assert Blocks.that_fit(*imagenet, knn.EACH, None) == (13, 1_281_167)
+    assert Blocks.that_fit(10, 768, knn.EACH, 1000) == (1, 1)  # at least
 
 
 def test_a_small_temperature_is_the_nearest_neighbour():

@@ -80,13 +80,17 @@ def test_average_precision_is_scikit_learns():
     assert ours.map == pytest.approx(100 * np.mean(theirs))
 
 
-@pytest.mark.parametrize("block", [1, 1001, 2**24])
+@pytest.mark.parametrize(
+    ("block", "room"),
+    # In so many bytes are 8 of the gallery's 150 images at once, for 2 queries.
+    [(1, None), (1001, None), (2**24, None), (2**24, 2560)],
+)
 @pytest.mark.parametrize("images", [1, 3, 7, 150])
-def test_tied_features_are_measured_as_by_plain_loops(images, block, monkeypatch):
+def test_tied_features_are_measured_as_by_plain_loops(images, block, room, monkeypatch):
     monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
     monkeypatch.setattr(retrieval, "SORTED_ELEMENTS", max(1, block // 2))
     gallery, queries = tied_features(1, images), tied_features(2, 20, classes=6)
-    ours = retrieval.retrieve(*gallery, *queries)
+    ours = retrieval.retrieve(*gallery, *queries, room=room)
     assert ours.queries_without_positives > 0
     assert_is(ours, slow_measure(*gallery, *queries))
 

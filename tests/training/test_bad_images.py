@@ -304,7 +304,7 @@ if os.geteuid() == 0:
 images = ImageFolder(sys.argv[1])
 batches = batches_of(images, workers, batch=4, last=6)
 print(json.dumps({
-    "paths": images.paths,
+    "paths": [*images.paths],
     "indices": [batch.indices.tolist() for batch in batches],
     "bad": sorted({(bad.path, bad.reason) for batch in batches for bad in batch.bad}),
     "unlisted": sorted((bad.path, bad.reason) for bad in images.unlisted),
