@@ -127,7 +127,7 @@ def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
             return None
     training = Path(os.path.abspath(cfg.DATA.PATH))
     if source is ImageFolder and training.name.lower() not in HELD_OUT:
-        beside = folders_named(training.parent, HELD_OUT)
+        beside = distributed.on_main(lambda: folders_named(training.parent, HELD_OUT))
         return listed_once(lambda: ImageFolder(beside[0])) if beside else None
     return None
 
