@@ -24,8 +24,8 @@ class Strings(Sequence[str]):
         if ends is None:
             found = np.flatnonzero(packed.numpy() == 0)
             ends = torch.from_numpy(np.append(found, len(packed)) if len(packed) else found)
+        # No view of their memory is kept: it moves when multiprocessing shares a tensor.
         self.packed, self._ends = packed, ends
-        self._bytes, self._places = memoryview(packed.numpy()), ends.numpy()
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> "Strings":
@@ -42,13 +42,14 @@ class Strings(Sequence[str]):
         if isinstance(index, slice):
             return Strings.of([self[i] for i in range(len(self))[index]])
         index = range(len(self))[index]
-        return self._text(self._places[index - 1] + 1 if index else 0, self._places[index])
+        start = self._ends[index - 1].item() + 1 if index else 0
+        return self._text(start, self._ends[index].item())
 
     def __iter__(self) -> Iterator[str]:
         start = 0
-        while start < len(self._bytes):
+        while start < len(self.packed):
             # To the first end so far away, so that no string is cut.
-            end = self._places[np.searchsorted(self._places[:-1], start + _AT_ONCE)]
+            end = self._ends[torch.searchsorted(self._ends[:-1], start + _AT_ONCE)].item()
             yield from self._text(start, end).split("\0")
             start = end + 1
 
@@ -59,4 +60,4 @@ class Strings(Sequence[str]):
         return Strings, (self.packed, self._ends)
 
     def _text(self, start: int, end: int) -> str:
-        return str(self._bytes[start:end], "utf-8", "surrogateescape")
+        return str(self.packed[start:end].numpy(), "utf-8", "surrogateescape")

@@ -79,6 +79,7 @@ def test_a_loaders_process_has_no_copy_of_the_names(method):
         ours.send(images)
     before, after, letters = ours.recv()
     process.join()
+    assert images.paths == names  # whose memory has moved where it was sent
     assert letters == sum(len(f"/data/{name}") + 1 for name in names)
     # They are 11 MiB, and strings of Python 20 MiB.
     assert after - before < 5 * 2**20
