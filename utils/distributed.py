@@ -288,17 +288,16 @@ def on_main(function: Callable[[], T]) -> T:
 
     What it gives can be pickled and may be large. Its InputError is raised on all.
     """
-    found = [None, None]  # what it gave, what it complained of
+    value = error = None
     if position() == 0:
         try:
-            found[0] = function()
+            value = function()
         except InputError as caught:
-            found[1] = str(caught)
-    if size() > 1:
-        dist.broadcast_object_list(found, 0)
-    if found[1] is not None:
-        raise InputError(found[1])
-    return found[0]
+            error = str(caught)
+    value, error = of_main((value, error))
+    if error is not None:
+        raise InputError(error)
+    return value
 
 
 class Ballot:
