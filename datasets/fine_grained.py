@@ -139,7 +139,7 @@ def prepare(name: str, root: str | Path, fetch: bool = False) -> None:
     if fetch and isinstance(source, Benchmark):
         distributed.on_main(lambda: source.download(name, root))
     if distributed.size() > 1 and source is ImageShards:
-        distributed.on_main(lambda: read_indices(find_shards(root)))
+        distributed.on_main(lambda: len(read_indices(find_shards(root))))
 
 
 def _registered(name: str) -> Benchmark | type[ImageFolder] | type[ImageShards]:
