@@ -52,7 +52,7 @@ class Script:
     """A script in a process of its own, with the methods of a subprocess.Popen."""
 
     def __init__(self, words: tuple, environment: Mapping[str, str], merged: bool, **how) -> None:
-        _start_fork_server()
+        start_fork_server()
         self.args, self.merged = [str(word) for word in words], merged
         self._folder = tempfile.TemporaryDirectory()
         self.out = Path(self._folder.name) / "out.txt"
@@ -194,7 +194,7 @@ def launch_python(
     return done
 
 
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
     """Once in each test process; whoever forks from it first must ask for it here."""
     with _STARTING:
         multiprocessing.set_forkserver_preload(list(PRELOADED))
@@ -280,7 +280,7 @@ def _execute(words: list[str]) -> None:
 
 def found_by_each(size: int, function: Callable[..., Any], *arguments) -> list[Any]:
     """function(World, *arguments), a module's own, in `size` processes; their results by rank."""
-    _start_fork_server()
+    start_fork_server()
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.start_processes(
             _work,
@@ -332,7 +332,7 @@ def ended_ranks(
 
     function calls utils.distributed.start itself. absent: a rank that is never started.
     """
-    _start_fork_server()
+    start_fork_server()
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{rank}.txt" for rank in range(size)]

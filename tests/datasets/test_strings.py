@@ -11,7 +11,7 @@ import pytest
 from datasets.fine_grained import build_dataset, load_splits
 from datasets.folder import ImageFolder, LabelledImages
 from datasets.strings import Strings
-from tests.processes import found_by_each
+from tests.processes import found_by_each, start_fork_server
 from utils.distributed import World
 from utils.errors import InputError
 
@@ -75,6 +75,7 @@ def letters_of(images: LabelledImages) -> int:
 def test_a_loaders_process_has_no_copy_of_the_names(method):
     names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i:032d}.JPEG" for i in range(NAMES)]
     images = LabelledImages("/data", names, [1] * NAMES, ["a", "b"])
+    start_fork_server()
     context = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
     forked = method == "fork"
