@@ -68,6 +68,7 @@ def objective(cfg: Node) -> Objective | Contrastive:
         candidates=cfg.CMD.LT_CANDIDATES,
         region_weight=cfg.CMD.REGION_WEIGHT,
         student_temp=cfg.LOSS.STUDENT_TEMP,
+        chunk_mib=cfg.LOSS.CHUNK_MIB,
     )
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-# Elements of one [rows, K] matrix of a chunk. On a CPU 32 MiB of float32, which its caches about
-# hold; elsewhere 256 MiB, for large products.
+# Elements of one [rows, K] matrix of a chunk where LOSS.CHUNK_MIB is 0. On a CPU 32 MiB of float32,
+# which its caches about hold; elsewhere 256 MiB (docs/speed.md says why).
 CHUNK_ELEMENTS = {"cpu": 2**23, "accelerator": 2**26}
 # Fewer rows than this make a product so thin that reading the prototypes is all it does.
 LEAST_ROWS = 32
@@ -64,17 +64,21 @@ def soft_cross_entropy(
     targets: Targets,
     matches: Tensor,
     weights: Tensor,
-) -> tuple[Tensor, Tensor]:
+    chunk_mib: int = 0,
+    entropies: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """sum_{s,m} w[s,m] CE(q[t[s,m]], softmax(W e[s] / temperature)), and the entropy of q.
 
     students: embeddings [S, d]; prototypes: W [K, d]; targets: of T rows; matches: t [S, M],
-    int64, rows of the targets; weights: w [S, M], fixed. Returns the loss, a scalar with
-    gradient to students and prototypes, and the targets' entropies [T] in nats, without
-    gradient. Values are kept in float32 (or float64 throughout), whatever autocast says:
-    half-precision logits are too coarse at a teacher's temperature. Under autocast the products'
-    inputs may be rounded (see `fast_products`).
+    int64, rows of the targets; weights: w [S, M], fixed; chunk_mib: LOSS.CHUNK_MIB. Returns the
+    loss, a scalar with gradient to students and prototypes, and the targets' entropies [T] in
+    nats, without gradient; None in their place where `entropies` is false. Values are kept in
+    float32 (or float64 throughout), whatever autocast says: half-precision logits are too coarse
+    at a teacher's temperature. Under autocast the products' inputs may be rounded (see
+    `fast_products`).
     """
-    with fast_products(students.device.type, min(temperature, targets.temperature)):
+    device = students.device.type
+    with fast_products(device, min(temperature, targets.temperature)):
         students, prototypes = _at_least_float32(students), _at_least_float32(prototypes)
         frozen = Targets(
             _at_least_float32(targets.embeddings.detach()),
@@ -83,7 +87,10 @@ def soft_cross_entropy(
             None if targets.centre is None else targets.centre.detach(),
         )
         weights = weights.detach().to(students.dtype)
-        return _SoftCrossEntropy.apply(students, prototypes, temperature, frozen, matches, weights)
+        step = max(LEAST_ROWS, chunk_elements(device, chunk_mib) // len(prototypes))
+        return _SoftCrossEntropy.apply(
+            students, prototypes, temperature, frozen, matches, weights, step, entropies
+        )
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -117,10 +124,12 @@ def fast_products(device: str, temperature: float) -> Iterator[None]:
             backend.fp32_precision = before
 
 
-def _chunks(rows: int, prototypes: Tensor) -> list[slice]:
-    """Rows 0 .. rows - 1 in chunks whose [rows, K] matrices have about CHUNK_ELEMENTS."""
-    elements = CHUNK_ELEMENTS["cpu" if prototypes.device.type == "cpu" else "accelerator"]
-    step = max(LEAST_ROWS, elements // len(prototypes))
+def chunk_elements(device: str, mib: int) -> int:
+    """Elements of one [rows, K] matrix of a chunk on a device of this type; mib: LOSS.CHUNK_MIB."""
+    return mib * 2**18 or CHUNK_ELEMENTS["cpu" if device == "cpu" else "accelerator"]
+
+
+def _chunks(rows: int, step: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, rows, step)]
 
 
@@ -134,7 +143,9 @@ class _SoftCrossEntropy(Function):
         targets: Targets,
         matches: Tensor,
         weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        step: int,
+        wants_entropies: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         wants_students, wants_prototypes = ctx.needs_input_grad[:2]
         grad_students = torch.empty_like(students) if wants_students else None
         grad_prototypes = torch.zeros_like(prototypes) if wants_prototypes else None
@@ -142,17 +153,21 @@ class _SoftCrossEntropy(Function):
 
         # The teacher's rows: q W, q^T pushed and the entropies.
         rows = targets.embeddings
-        entropies, target_means = rows.new_empty(len(rows)), torch.empty_like(rows)
+        entropies = rows.new_empty(len(rows)) if wants_entropies else None
+        scaled, target_means = rows / targets.temperature, torch.empty_like(rows)
+        offset = None if targets.centre is None else targets.centre / targets.temperature
         pushed = torch.zeros_like(rows)
         for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
             pushed.index_add_(0, match, weight[:, None] * students)
-        for chunk in _chunks(len(rows), prototypes):
-            logits = buffers.logits(rows[chunk] / targets.temperature, targets.prototypes)
-            if targets.centre is not None:
-                logits.sub_(targets.centre / targets.temperature)
-            q, normaliser = buffers.softmax(logits)
-            entropies[chunk] = normaliser - logits.mul_(q).sum(-1)
-            target_means[chunk] = q @ prototypes
+        for chunk in _chunks(len(rows), step):
+            logits = buffers.logits(scaled[chunk], targets.prototypes)
+            if offset is not None:
+                logits.sub_(offset)
+            q = buffers.softmax(logits)
+            if wants_entropies:
+                normaliser = _logsumexp(logits, q)
+                entropies[chunk] = normaliser - logits.mul_(q).sum(-1)
+            torch.mm(q, prototypes, out=target_means[chunk])
             if wants_prototypes:
                 grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
 
@@ -162,22 +177,23 @@ class _SoftCrossEntropy(Function):
         for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
             pulled.addcmul_(weight[:, None], target_means[match])
         loss = -(pulled * students).sum() / temperature
-        for chunk in _chunks(len(students), prototypes):
-            total = totals[chunk]
-            logits = buffers.logits(students[chunk] / temperature, prototypes)
-            p, normaliser = buffers.softmax(logits)
-            loss += total @ normaliser
+        scaled, weighted = students / temperature, totals[:, None] * students
+        for chunk in _chunks(len(students), step):
+            logits = buffers.logits(scaled[chunk], prototypes)
+            p = buffers.softmax(logits)
+            loss += totals[chunk] @ _logsumexp(logits, p)
             if wants_students:
-                grad_students[chunk] = total[:, None] * (p @ prototypes)
+                torch.mm(p, prototypes, out=grad_students[chunk])
             if wants_prototypes:
-                grad_prototypes.addmm_(p.T, total[:, None] * students[chunk])
+                grad_prototypes.addmm_(p.T, weighted[chunk])
         if wants_students:
-            grad_students.sub_(pulled).div_(temperature)
+            grad_students.mul_(totals[:, None]).sub_(pulled).div_(temperature)
         if wants_prototypes:
             grad_prototypes.div_(temperature)
 
         ctx.gradients = grad_students, grad_prototypes
-        ctx.mark_non_differentiable(entropies)
+        if wants_entropies:
+            ctx.mark_non_differentiable(entropies)
         return loss, entropies
 
     @staticmethod
@@ -187,13 +203,7 @@ class _SoftCrossEntropy(Function):
             raise RuntimeError("soft_cross_entropy keeps its gradients for one backward pass")
         # In place, K x d being large; and so once.
         gradients, ctx.gradients = ctx.gradients, None
-        return (
-            *(None if g is None else g.mul_(grad_loss) for g in gradients),
-            None,
-            None,
-            None,
-            None,
-        )
+        return (*(None if g is None else g.mul_(grad_loss) for g in gradients), *[None] * 6)
 
 
 class _Buffers:
@@ -217,9 +227,12 @@ class _Buffers:
         out = self._get("logits", embeddings, len(embeddings), len(prototypes))
         return torch.mm(embeddings, prototypes.T, out=out)
 
-    def softmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """softmax(logits) [r, K] and logsumexp(logits) [r]."""
-        probabilities = self._get("softmax", logits, *logits.shape)
-        torch.softmax(logits, dim=-1, out=probabilities)
-        # Of the largest logit z: log p = z - logsumexp, and p is at least 1 / K.
-        return probabilities, logits.amax(-1) - probabilities.amax(-1).log()
+    def softmax(self, logits: Tensor) -> Tensor:
+        """softmax(logits) [r, K]."""
+        return torch.softmax(logits, dim=-1, out=self._get("softmax", logits, *logits.shape))
+
+
+def _logsumexp(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """logsumexp(logits) [r], given their softmax [r, K]."""
+    # Of the largest logit z: log p = z - logsumexp, and p is at least 1 / K.
+    return logits.amax(-1) - probabilities.amax(-1).log()

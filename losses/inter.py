@@ -18,7 +18,11 @@ CHUNK_ELEMENTS = 2**25
 
 
 def student_loss(
-    student: Views, teacher_views: int, student_temp: float, train_bag: bool = False
+    student: Views,
+    teacher_views: int,
+    student_temp: float,
+    train_bag: bool = False,
+    chunk_mib: int = 0,
 ) -> Tensor:
     """L_S = KL(p^B_v || p^I_v), the bag of regions teaches its image.
 
@@ -39,6 +43,7 @@ def student_loss(
         Targets(student.bag_embeddings, student.region_prototypes, student_temp),
         torch.arange(len(weights), device=weights.device)[:, None],
         weights[:, None],
+        chunk_mib,
     )
     return cross_entropy - (weights * entropy).sum()
 

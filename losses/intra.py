@@ -21,7 +21,12 @@ def pair_weights(teacher_views: int, student_views: int, like: Tensor) -> Tensor
 
 
 def image_loss(
-    student: Views, teacher: Views, centre: Tensor, student_temp: float, teacher_temp: float
+    student: Views,
+    teacher: Views,
+    centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    chunk_mib: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """L_I = mean over pairs of CE(q^I_i, p^I_v); DINO's loss.
 
@@ -37,6 +42,7 @@ def image_loss(
         image_targets(teacher, centre, teacher_temp),
         teacher_rows(teacher, student.count).flatten(0, 1),
         (pairs / batch).repeat_interleave(batch, dim=0),
+        chunk_mib,
     )
 
 
@@ -53,6 +59,7 @@ def region_loss(
     student_temp: float,
     teacher_temp: float,
     attention_mix: bool = False,
+    chunk_mib: int = 0,
 ) -> Tensor:
     """L_R = mean over pairs of mean_n CE(q_{i,m*(n)}, p_{v,n}); EsViT's region loss.
 
@@ -85,6 +92,8 @@ def region_loss(
         region_targets(teacher, centre, teacher_temp),
         torch.cat(matches),
         torch.cat(weights),
+        chunk_mib,
+        entropies=False,
     )
     return loss
 

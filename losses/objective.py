@@ -58,6 +58,7 @@ class Objective:
     candidates: int = 64
     region_weight: str = "uniform"
     student_temp: float = 0.1
+    chunk_mib: int = 0
 
     def __post_init__(self) -> None:
         named = {
@@ -98,7 +99,7 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         temps = (self.student_temp, teacher_temp)
         terms: dict[str, Tensor] = {}
-        terms["L_I"], entropy = image_loss(student, teacher, centres.image, *temps)
+        terms["L_I"], entropy = image_loss(student, teacher, centres.image, *temps, self.chunk_mib)
         if self.name == "dino":
             return terms["L_I"], _detached(terms), entropy
         terms["L_R"] = region_loss(
@@ -107,6 +108,7 @@ class Objective:
             centres.region,
             *temps,
             attention_mix=self.needs_pooling and self.region_weight == "mix",
+            chunk_mib=self.chunk_mib,
         )
         total = (terms["L_I"] + terms["L_R"]) / 2
         if self.name == "released":
@@ -116,7 +118,7 @@ class Objective:
             total = total + self.lambda1 * (terms["T"] + terms["S"])
         if self.name == "cmd" and self.ls:
             terms["L_S"] = inter.student_loss(
-                student, teacher.count, self.student_temp, train_bag=self.ls_grad == "both"
+                student, teacher.count, self.student_temp, self.ls_grad == "both", self.chunk_mib
             )
             total = total + self.lambda1 * terms["L_S"]
         if self.name == "cmd" and self.lt != "none":

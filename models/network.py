@@ -1,7 +1,7 @@
-"""A network: backbone, heads and pooling over a list of crops; and the teacher's EMA."""
+"""A network: backbone, heads and pooling over a list of crops."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -164,33 +164,3 @@ def load_shared(teacher: Network, state: dict[str, Tensor]) -> None:
 def student_only(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parts of a student's state that the teacher lacks."""
     return {k: v for k, v in state.items() if k.startswith(STUDENT_ONLY)}
-
-
-@dataclass
-class TeacherEMA:
-    """teacher <- m * teacher + (1 - m) * student, over backbone and heads [esvit].
-
-    The parameter lists are paired by name once. BatchNorm statistics are not averaged: the
-    teacher keeps its own, from its own forward passes [esvit].
-    """
-
-    student: Network
-    teacher: Network
-    _student: list[Tensor] = field(init=False)
-    _teacher: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        students = dict(self.student.named_parameters())
-        named = list(self.teacher.named_parameters())
-        self._teacher = [parameter for _, parameter in named]
-        self._student = [students[name] for name, _ in named]
-
-    @torch.no_grad()
-    def update(self, momentum: float, good: Tensor | None = None) -> None:
-        """One step of the average; in place, no host sync.
-
-        good: a bool scalar on the device; where it is false, the teacher stays as it is.
-        """
-        weight = 1 - momentum if good is None else good * (1 - momentum)
-        for teacher, student in zip(self._teacher, self._student, strict=True):
-            teacher.lerp_(student, weight)

@@ -148,6 +148,8 @@ option("LOSS.TEACHER_TEMP", 0.04, "the teacher's temperature after the warm-up",
 option("LOSS.WARMUP_TEACHER_TEMP_EPOCHS", 0, "epochs of that warm-up, which is linear",
        at_least=0, flag="--warmup_teacher_temp_epochs")
 option("LOSS.CENTER_MOMENTUM", 0.9, "of the EMA of the centres", at_least=0, at_most=1)
+option("LOSS.CHUNK_MIB", 0, "MiB of a [rows, K] matrix in the cross-entropies, which take rows by "
+       "chunks; 0: 32 on a CPU, 256 on a GPU", at_least=0, at_most=2**20, decides=NOTHING)
 
 section("CMD", "the inter-level terms; read by the objectives cmd and released (LAMBDA1)",
         WEIGHTS, (PRETRAIN,))

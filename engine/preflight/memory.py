@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine import build
 from engine.training.acceleration import checkpoint_blocks
-from losses.cross_entropy import CHUNK_ELEMENTS
+from losses.cross_entropy import chunk_elements
 from models.network import Network, student_only
 from utils.config import Node
 from utils.distributed import World
@@ -65,12 +65,14 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
             kept.append(kept_by_forward(student, crops[objective.student_crops]))
     (few, more), (kept_of_few, kept_of_more) = SMALL_BATCHES, kept
     kept_of_image = (kept_of_more - kept_of_few) // (more - few)
-    elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "accelerator"]
+    elements = chunk_elements(device.type, cfg.LOSS.CHUNK_MIB)
     return StepMemory(
         **_stored(cfg, student, teacher),
         crops=crops_size(cfg),
         activations=kept_of_few + (batch - few) * kept_of_image,
-        gradients=_bytes(p for p in student.parameters() if p.requires_grad),
+        # On a GPU clipping keeps a buffer of their size (engine/training/optim.py).
+        gradients=_bytes(p for p in student.parameters() if p.requires_grad)
+        * (2 if device.type == "cuda" and cfg.TRAIN.CLIP_GRAD else 1),
         # Two matrices [rows, K] of float32; contrast has no prototypes.
         loss=0 if objective.projects else 2 * 4 * elements,
         checkpoint=checkpoint_size(cfg, student, teacher),

@@ -1,4 +1,7 @@
-"""TRAIN.DETERMINISTIC: the same command gives the same bits every time, or says why it cannot."""
+"""TRAIN.DETERMINISTIC: the same command gives the same bits every time, or says why it cannot.
+
+Without it cuDNN may choose its kernels by time.
+"""
 
 import contextlib
 import os
@@ -20,8 +23,9 @@ def set_deterministic(cfg: Node) -> None:
     """Where TRAIN.DETERMINISTIC is on, let torch use only operations that repeat their bits.
 
     To be called once, before the first product on a GPU: cuBLAS reads its environment variable
-    when it starts (it is set unless the user has). Turns on torch.use_deterministic_algorithms and
-    turns off cuDNN's benchmark, which picks kernels by time.
+    when it starts (it is set unless the user has). Turns on torch.use_deterministic_algorithms.
+    Where it is off, cuDNN's benchmark is on: at the first batch of each shape it picks a kernel by
+    time, and crops come in two or three sizes for a whole run.
 
     Covered, on one machine with the same versions, number of processes and options:
     - the CPU: the sums of a given number of threads have one order. There the option changes no
@@ -41,6 +45,7 @@ def set_deterministic(cfg: Node) -> None:
 
     Raises InputError for a value of CUBLAS_WORKSPACE_CONFIG with which cuBLAS does not repeat.
     """
+    torch.backends.cudnn.benchmark = not cfg.TRAIN.DETERMINISTIC
     if not cfg.TRAIN.DETERMINISTIC:
         return
     if os.environ.setdefault(_WORKSPACE, _WORKSPACES[0]) not in _WORKSPACES:
@@ -49,7 +54,6 @@ def set_deterministic(cfg: Node) -> None:
             f"cuBLAS does not repeat its sums; unset it, or set it to {' or '.join(_WORKSPACES)}."
         )
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
     # Else torch fills every new tensor first: a pass over memory, and nothing here reads one unset.
     torch.utils.deterministic.fill_uninitialized_memory = False
     logger.info(

@@ -1,9 +1,10 @@
-"""The optimizer's side of the recipe: parameter groups, clipping, the frozen last layer."""
+"""The optimizer's side of the recipe: groups, clipping, the step, the teacher's average."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 
 def parameter_groups(module: nn.Module) -> list[dict]:
@@ -52,20 +53,48 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
-@torch.no_grad()
-def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale each parameter's gradient on its own by limit / (norm + 1e-6) where that is < 1.
+class Clipping:
+    """Scales each gradient on its own by limit / (norm + 1e-6) where that is < 1.
 
-    Not the global norm [esvit]. limit 0 clips nothing. Returns the norms before clipping,
-    float32 [P] for the parameters that have a gradient; nothing is fetched to the host.
+    Not by the global norm [esvit]. On a GPU one kernel scales many tensors only by factors of
+    their shapes: there the factors are spread over a buffer as large as the gradients, which is
+    kept, since to cut it up anew at each step would take the host as long as a kernel for each.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
-    if limit > 0:
-        scales = ((norms + 1e-6).reciprocal() * limit).clamp(max=1.0)
-        for gradient, scale in zip(gradients, scales.unbind(), strict=True):
-            gradient.mul_(scale)
-    return norms
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._spread: tuple[Tensor, list[Tensor], Tensor, list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def __call__(self, limit: float) -> Tensor:
+        """Clip what gradients there are; limit 0 clips nothing.
+
+        Returns their norms before clipping, float32 [P]; nothing is fetched to the host.
+        """
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if limit > 0:
+            scales = ((norms + 1e-6).reciprocal() * limit).clamp(max=1.0)
+            spread = self._spread_over(gradients, scales) if scales.is_cuda else scales.unbind()
+            torch._foreach_mul_(gradients, spread)
+        return norms
+
+    def _spread_over(self, gradients: list[Tensor], scales: Tensor) -> list[Tensor]:
+        """scales [P] -> a tensor like each gradient, filled with its scale."""
+        if self._spread is None or len(self._spread[3]) != len(gradients):
+            # Multiples of 4, so that every piece begins where vectors of 4 are read.
+            sizes = [gradient.numel() + -gradient.numel() % 4 for gradient in gradients]
+            kept, buffer = torch.empty_like(scales), scales.new_empty(sum(sizes))
+            sources = [scale.expand(size) for scale, size in zip(kept, sizes, strict=True)]
+            pieces = [
+                piece.as_strided(gradient.shape, gradient.stride())
+                for piece, gradient in zip(buffer.split(sizes), gradients, strict=True)
+            ]
+            self._spread = kept, sources, buffer, pieces
+        kept, sources, buffer, pieces = self._spread
+        kept.copy_(scales)
+        torch.cat(sources, out=buffer)
+        return pieces
 
 
 def cancel_last_layer(module: nn.Module) -> None:
@@ -76,3 +105,40 @@ def cancel_last_layer(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if "last_layer" in name:
             parameter.grad = None
+
+
+class TeacherEMA:
+    """teacher <- m * teacher + (1 - m) * student, over backbone and heads [esvit].
+
+    The parameter lists are paired by name once. BatchNorm statistics are not averaged: the
+    teacher keeps its own, from its own forward passes [esvit].
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        students = dict(student.named_parameters())
+        self._teacher = list(teacher.parameters())
+        self._student = [students[name] for name, _ in teacher.named_parameters()]
+        self._no_buffers = [None] * len(self._teacher)
+
+    @torch.no_grad()
+    def update(self, momentum: float, good: Tensor | None = None) -> None:
+        """One step of the average; in place, no host sync, one kernel for many parameters.
+
+        good: a bool scalar on the device; where it is false, the teacher stays as it is.
+        """
+        # Fused SGD, which a number on the device can hold back, as torch's lerp cannot: with the
+        # student in the gradient's place, a weight decay of -1 makes it student - teacher. From a
+        # momentum of a half on, a CPU gives lerp's bits.
+        sgd(
+            self._teacher,
+            self._student,
+            self._no_buffers,
+            fused=True,
+            found_inf=None if good is None else (~good).float(),
+            lr=momentum - 1,
+            weight_decay=-1,
+            momentum=0,
+            dampening=0,
+            nesterov=False,
+            maximize=False,
+        )

@@ -16,14 +16,21 @@ from engine import build
 from engine.training import health
 from engine.training.acceleration import checkpoint_blocks, compile_network
 from engine.training.guard import StepGuard, all_finite
-from engine.training.optim import build_optimizer, cancel_last_layer, clip_each, set_rates, step_if
+from engine.training.optim import (
+    Clipping,
+    TeacherEMA,
+    build_optimizer,
+    cancel_last_layer,
+    set_rates,
+    step_if,
+)
 from engine.training.schedules import Schedules
 from engine.training.shuffling import shuffled, shuffling_seed
 from losses.contrastive import KeyQueue
 from losses.objective import Contrastive, Objective
 from losses.targets import Centres
 from models.grouped_norm import GroupedBatchNorm
-from models.network import Network, TeacherEMA, student_only
+from models.network import Network, student_only
 from utils import checkpoint, config, distributed
 from utils.config import Node
 from utils.distributed import World
@@ -58,6 +65,7 @@ class Pretraining:
     step: int = 0
 
     def __post_init__(self) -> None:
+        self.clip = Clipping(self.student.parameters())
         self.ema = TeacherEMA(self.student, self.teacher)
         self.guard = StepGuard([self.student, self.teacher], self.world.device)
         self.shuffles = any(isinstance(m, GroupedBatchNorm) for m in self.teacher.modules())
@@ -158,7 +166,7 @@ class Pretraining:
 
         # Each parameter's gradient is clipped on its own.
         self.scaler.unscale_(self.optimizer)
-        norms = clip_each(self.student.parameters(), cfg.TRAIN.CLIP_GRAD)
+        norms = self.clip(cfg.TRAIN.CLIP_GRAD)
         if epoch < cfg.TRAIN.FREEZE_LAST_LAYER:
             cancel_last_layer(self.student)
         figures["grad_norm"] = norms.norm()

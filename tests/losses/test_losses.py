@@ -291,6 +291,18 @@ def test_chunks_change_nothing(term, chunk, monkeypatch):
     assert_same_gradients(found, wanted_gradients, tolerance=1e-11)
 
 
+@pytest.mark.parametrize(("mib", "chunks"), [(0, 6), (1, 11)])
+def test_a_matrix_of_a_chunk_has_as_many_mebibytes_as_the_option_says(mib, chunks):
+    """Of K = 2^13, 32 rows to a MiB: L_R has 96 targets and 120 students, L_I and L_S 6 and 12."""
+    run = pretraining(small_config(HEAD__OUT_DIM=2**13, LOSS__CHUNK_MIB=mib))
+    with torch.no_grad():
+        student, teacher = run.forward([torch.randn(3, 3, s, s) for s in (32, 32, 16, 16)])
+        with torch.profiler.profile() as profile:
+            run.objective(student, teacher, run.carried, TEACHER_TEMP)
+    (found,) = [event for event in profile.key_averages() if event.key == "aten::softmax"]
+    assert found.count == chunks
+
+
 def drawn_matches(rows: int, matches: int, targets: int) -> tuple[Tensor, Tensor]:
     """Any matches, some of them twice, and any weights."""
     generator = torch.Generator().manual_seed(0)
@@ -316,6 +328,11 @@ def test_matches_give_a_weighted_sum_of_cross_entropies():
     assert_near(loss.detach(), wanted.detach(), 1e-12, "loss")
     entropies = torch.stack([plain.cross_entropy(row, row.log()) for row in q])
     assert_near(entropy, entropies, 1e-12, "entropy")
+    again = soft_cross_entropy(
+        students, own, STUDENT_TEMP, targets, matches, weights, entropies=False
+    )
+    assert torch.equal(again[0], loss)
+    assert again[1] is None
     leaves = {"students": students, "prototypes": own, "teacher's": other}
     assert_same_gradients(
         gradients(-2.5 * loss, leaves), gradients(-2.5 * wanted, leaves), tolerance=1e-11

@@ -109,7 +109,7 @@ def test_the_command_takes_the_option_and_says_so(trained, pretrain, tmp_path):
 
 
 def test_the_option_turns_on_what_torch_needs(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     set_deterministic(small_config())
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark

@@ -18,7 +18,7 @@ from torch import nn
 from engine import build
 from engine.training.health import PATIENCE, CollapseWatch, effective_rank
 from engine.training.lines import Lines
-from engine.training.optim import build_optimizer, clip_each, parameter_groups, set_rates
+from engine.training.optim import Clipping, TeacherEMA, build_optimizer, parameter_groups, set_rates
 from engine.training.record import Window
 from tests.runs import (
     batch_of,
@@ -368,13 +368,35 @@ def test_gradients_are_clipped_each_by_its_own_norm(limit):
         parameter.grad = size * torch.randn_like(parameter)
     parameters.append(nn.Parameter(torch.zeros(2)))
     gradients = [p.grad.clone() for p in parameters[:-1]]
-    norms = clip_each(parameters, limit)
+    norms = Clipping(parameters)(limit)
     for parameter, gradient in zip(parameters, gradients, strict=False):
         norm = gradient.norm()
         scale = min(1.0, limit / (norm.item() + 1e-6)) if limit else 1.0
         torch.testing.assert_close(parameter.grad, scale * gradient)
     assert parameters[-1].grad is None
     assert norms.tolist() == pytest.approx([gradient.norm().item() for gradient in gradients])
+
+
+@pytest.mark.parametrize("good", [None, True, False])
+def test_the_teacher_moves_by_the_ema_of_parameters_and_keeps_its_own_bn_statistics(good):
+    student, teacher = build.networks(small_config(HEAD__USE_BN=True))
+    ema = TeacherEMA(student, teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        student([torch.randn(2, 3, 32, 32)] * 2)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    students = {k: v.clone() for k, v in student.state_dict().items()}
+    ema.update(0.996, None if good is None else torch.tensor(good))
+    parameters = {name for name, _ in teacher.named_parameters()}
+    for name, value in teacher.state_dict().items():
+        moves = name in parameters and good is not False
+        wanted = before[name].lerp(students[name], 1 - 0.996) if moves else before[name]
+        assert torch.equal(value, wanted), name
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, students[name]), name
+    changed = "head.mlp.1.running_mean"
+    assert not torch.equal(students[changed], before[changed])
 
 
 # Health
