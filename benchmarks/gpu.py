@@ -47,6 +47,7 @@ UNFINISHED = "Not all: the stage had not ended."
 
 OBJECTIVES = ("cmd", "esvit", "dino")
 FULL = "--arch swin_tiny --batch 64 --threads 4"
+CHUNKS = (16, 32, 64, 128, 256, 1024)  # MiB, of LOSS.CHUNK_MIB
 STUDY = "experiments/studies/photographs.yaml"
 STEPS, BATCH = 1150, 128  # of a study's cell, whatever the number of images
 TOY = "--arch swin_tiny --prototypes 64 --batch 4 --global_size 32 --local_crops 2 --local_size 16"
@@ -86,23 +87,28 @@ def stages(args: Namespace, work: Path) -> list[Stage]:
         plan.append(Stage(name, shlex.split(words), 10 if toy else least, most))
 
     def measure(name: str, words: str, least: float, most: float) -> None:
-        size = f"{TOY} --threads 1 {TOY_NETWORK}" if toy else FULL
+        size, network = (f"{TOY} --threads 1", TOY_NETWORK) if toy else (FULL, "")
         report = quote(work / name / "report.json")
-        add(name, f"-m benchmarks.{words} --output {report} {size}", least, most)
+        module, words = words.split(" ", 1)
+        add(name, f"-m benchmarks.{module} {size} --output {report} {words} {network}", least, most)
 
     add("tests", "-m pytest tests/gpu -m gpu -v -rfE --tb=short --color=no -o addopts=", 60, 180)
-    step = "step --warm_up 1 --steps 2" if toy else "step --warm_up 4 --steps 12"
+    counted = "--warm_up 1 --steps 2" if toy else "--warm_up 4 --steps 12"
     for objective in OBJECTIVES:
         rivals = [p for p in args.reference if ("cmd" in p.name.lower()) == (objective == "cmd")]
         beside = "".join(f" --reference {quote(path)}" for path in rivals)
-        words = f"{step} --objective {objective}{beside} --contestants bf16"
+        words = f"step --contestants bf16 --objective {objective}{beside} {counted}"
         measure(f"step-{objective}", words, 45, 120)
     for objective in OBJECTIVES:
-        words = f"{step} --objective {objective} --contestants bf16 bf16+compile"
+        words = f"step --contestants bf16 bf16+compile --objective {objective} {counted}"
         measure(f"compile-{objective}", words, 90, 240)
+    sizes = " ".join(f"bf16+LOSS.CHUNK_MIB={mib}" for mib in (CHUNKS[:2] if toy else CHUNKS))
+    # At half the batch, because all are on the GPU at once.
+    words = f"step --contestants {sizes} --objective cmd {counted} --batch {2 if toy else 32}"
+    measure("chunks", words, 75, 180)
     feeding = f"--workers {max(1, len(os.sched_getaffinity(0)) - 2)} --images 512 --turns 2"
     if toy:
-        feeding = "--workers 0 --images 6 --turns 1 --steps 2 --ways decode ram"
+        feeding = "--ways decode ram --workers 0 --images 6 --turns 1 --steps 2"
     measure("train", f"train --objective cmd --contestant bf16 {feeding}", 90, 240)
     for folder in args.data:
         name = f"study-{_slug(folder.name)}"

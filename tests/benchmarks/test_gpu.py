@@ -147,19 +147,20 @@ def test_the_report_of_the_tests_is_what_pytest_said(tmp_path, results, monkeypa
     assert (report["device"], report["remarks"]) == ("Some GPU", [])
 
 
-def test_the_commands_for_a_gpu_are_accepted(tmp_path, monkeypatch):
-    """A rehearsal has other sizes: a wrong word here would be met on the day."""
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_commands_are_accepted(tmp_path, monkeypatch, device):
+    """A rehearsal has other sizes: a wrong word for a GPU would be met on the day."""
     data = tmp_path / "some photographs"
     (data / "train" / "a").mkdir(parents=True)
     (data / "train" / "a" / "1.jpg").touch()
-    args = Namespace(device="cuda", data=[data], reference=[tmp_path / "EsViT", tmp_path / "CMD"])
+    args = Namespace(device=device, data=[data], reference=[tmp_path / "EsViT", tmp_path / "CMD"])
     beside = {}
     for each in gpu.stages(args, tmp_path):
         (tmp_path / each.name).mkdir()
         first, *words = each.words
         if first == "compare.py":
             words, pairs = split_pairs(words, [])
-            assert dict(pairs) == {"TRAIN.EPOCHS": str(1150 * 128)}
+            assert dict(pairs)["TRAIN.EPOCHS"] == ("1" if device == "cpu" else str(1150 * 128))
             study = load(words[words.index("--study") + 1], pairs)
             assert list(study.runs(study.cells, study.seeds))[5] == ("cmd", 1)
             assert words[words.index("--data_path") + 1] == str(data)
@@ -170,7 +171,8 @@ def test_the_commands_for_a_gpu_are_accepted(tmp_path, monkeypatch):
             for name in getattr(parsed, "contestants", None) or [parsed.contestant]:
                 own_step.options(common.settings_of(parsed, name))
             assert parsed.output == tmp_path / each.name / "report.json"
-            assert (parsed.batch, parsed.arch) == (64, "swin_tiny")
+            if device == "cuda":
+                assert parsed.batch == (32 if each.name == "chunks" else 64)
             beside[each.name] = getattr(parsed, "reference", None)
     assert beside["step-cmd"] == tmp_path / "CMD"
     assert beside["step-esvit"] == beside["step-dino"] == tmp_path / "EsViT"
@@ -265,6 +267,9 @@ def test_the_whole_plan_rehearsed(tmp_path, environment):
     for objective in gpu.OBJECTIVES:
         assert list(reports[f"step-{objective}"]["figures"]) == ["bf16"]
         assert list(reports[f"compile-{objective}"]["figures"]) == ["bf16", "bf16+compile"]
+    sizes = {name: found["peak_memory_gib"] for name, found in reports["chunks"]["figures"].items()}
+    assert list(sizes) == [f"bf16+LOSS.CHUNK_MIB={mib}" for mib in gpu.CHUNKS[:2]]
+    assert all(sizes.values())
     assert list(reports["train"]["figures"]) == ["step alone", "decode", "ram"]
     runs = {(run["name"], run["seed"]) for run in reports["study-drawn"]["runs"]}
     assert runs == {("random", 0), ("cmd", 0), ("esvit", 0)}
