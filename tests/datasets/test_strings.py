@@ -61,7 +61,8 @@ def read_names(pipe, images: LabelledImages | None) -> None:
     gc.disable()  # a collection writes into all objects of the interpreter
     letters_of(LabelledImages("", ["a"] * 9, [1] * 9, []))  # what the first ones take is taken once
     before = private_bytes()
-    letters = letters_of(images or pipe.recv())
+    images = images or pipe.recv()
+    letters = letters_of(images)
     pipe.send((before, private_bytes(), letters))
 
 
