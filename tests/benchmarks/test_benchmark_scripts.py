@@ -146,6 +146,19 @@ def test_scaling(measured, tmp_path):
         assert picture.width > 1000
 
 
+def test_teacher_term(measured):
+    """2 views of 16 patches of 32 numbers: 2 images of each of 8 processes, 4 candidates."""
+    words = f"--processes 8 {NETWORK} {SMALL} CMD.LT_CANDIDATES 4"
+    figures = measured("teacher_term", words)[0]["figures"]
+    for images, passes in ((4, 2), (16, 1)):
+        found = figures[f"L_T, {images} candidates"]
+        assert found["gflop"] * 1e9 == pytest.approx(2 * (2 * 2 * 16) * (images * 2 * 16) * 32)
+        sent = passes * images * 2 * 16 * 32 * 4
+        assert found["received_mb"] * 1e6 == pytest.approx(sent * 7 / 8)
+        assert found["peak_memory_gib"] * GIB > images * 2 * 16 * 32 * 4
+    assert figures["step without L_T"]["gflop"] > figures["L_T, 4 candidates"]["gflop"]
+
+
 @pytest.mark.parametrize(
     ("module", "words", "told"),
     [
