@@ -16,8 +16,7 @@ from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
 from engine.evaluation.features import gallery_and_queries
 from engine.evaluation.opening import join
-from engine.preflight import advice, machine
-from engine.preflight.memory import checkpoint_size
+from engine.preflight import advice, machine, memory
 from engine.training import resume
 from engine.training.bad_images import BadImages
 from engine.training.determinism import explain_refusal, set_deterministic
@@ -62,8 +61,6 @@ def pretrain(signals: StopSignals) -> None:
     images = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     epoch_steps = steps_per_epoch(len(images), batch, world.size, accumulation)
-    for warning in advice.warnings(cfg, world.size, images) if world.is_main else ():
-        logger.warning(warning)
     held_out = None
     if cfg.EVAL.KNN_EVERY:
         held_out = gallery_and_queries(cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL)
@@ -78,7 +75,9 @@ def pretrain(signals: StopSignals) -> None:
     # Networks, the same on every process; objective, optimizer, schedules.
     student, teacher = build.networks(cfg)
     per_step = batch * world.size * accumulation
-    found = resume.find(cfg, len(images), fingerprint, per_step, world.size)
+    found = resume.find(cfg, len(images), fingerprint, per_step, world)
+    for warning in advice.warnings(cfg, world.size, images) if world.is_main else ():
+        logger.warning(warning)
     if found is None:
         resume.start_from(cfg, student, teacher)
     run = Pretraining.build(cfg, world, student, teacher, epoch_steps)
@@ -88,7 +87,7 @@ def pretrain(signals: StopSignals) -> None:
     refused = []
     if found is not None:
         resume.resume(run, record, found)
-        refused = found.refused
+        refused = [path for path, _ in found.refused]
         del found
     distributed.agree(
         {"images in DATA.PATH": len(images), "the step to start from": run.step},
@@ -99,11 +98,12 @@ def pretrain(signals: StopSignals) -> None:
         distributed.stop()
         return
     folder = Path(cfg.OUTPUT_DIR)
-    size = checkpoint_size(cfg, student, teacher)
-    distributed.on_main(lambda: open_folder(cfg, folder, [path for path, _ in refused], size))
+    size = memory.checkpoint_size(cfg, student, teacher)
+    sizes = distributed.of_main(images.sizes_looked_at if world.is_main else [])
+    distributed.on_main(lambda: open_folder(cfg, refused, size, sizes))
 
     # From images to crops; where images are kept, they are decoded here.
-    feed = build.feed(cfg, images, world)
+    feed = build.feed(cfg, images, world, memory.room_for_step(cfg, world, sizes))
     record.bad_images.forget_repaired()
     record.bad_images.note(feed.bad)
     record.bad_images.exchange(folder)
@@ -120,14 +120,15 @@ def pretrain(signals: StopSignals) -> None:
     distributed.stop()
 
 
-def open_folder(cfg: config.Node, folder: Path, refused: list[Path], size: int) -> None:
+def open_folder(cfg: config.Node, refused: list[Path], size: int, sizes: list) -> None:
     """Make the run's folder, keep others out of it, and write the resolved options into it.
 
-    refused: files that step aside. size: bytes of a checkpoint; InputError where there is no room
-    for one.
+    refused: files that step aside. size: bytes of a checkpoint. sizes: the sides of a sample of the
+    images. InputError where there is no room for a checkpoint, or for the loader's batches.
     """
+    folder = Path(cfg.OUTPUT_DIR)
     lock.claim(folder, "pretraining")
-    for warning in machine.warnings(cfg, machine.disk_needed(cfg, folder, size)):
+    for warning in machine.warnings(cfg, sizes, machine.disk_needed(cfg, folder, size)):
         logger.warning(warning)
     for path in refused:
         logger.info(f"{path} is kept as {checkpoint.set_aside(path)}")

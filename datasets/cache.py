@@ -34,7 +34,8 @@ class DecodedImages:
     read; with `on_device` each then copies it to its device and lets it go. On the host are the
     places of the images in it and their `sizes`, (height, width). (Ours.)
 
-    shorter_side: see `load_image`. workers: loader processes for each process. `bad`: by index
+    shorter_side: see `load_image`. workers: loader processes for each process. step: bytes that a
+    training step of a process will take at its peak, its networks included. `bad`: by index
     the images that any process could not read, the same on all; they are not to be asked for.
 
     Raises InputError, on all processes, where no image can be read, or where there is too
@@ -48,6 +49,7 @@ class DecodedImages:
         world: World,
         workers: int = 0,
         on_device: bool = False,
+        step: int = 0,
     ) -> None:
         self.device, machine = world.device, _machine(world)
         on_device = on_device and world.device.type != "cpu"
@@ -61,7 +63,7 @@ class DecodedImages:
         self.bytes = 3 * self._starts[-1]
         where = f"on {world.device}" if on_device else "in memory"
         self.place = f"kept {where}"
-        _agreed(too_large(self.bytes, shorter_side, world.device if on_device else None))
+        _agreed(no_room(self.bytes, step, shorter_side, world.device, on_device, machine.size))
         logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
 
         first = world.rank - machine.rank  # of this machine's processes
@@ -235,20 +237,39 @@ def _on_all(function: Callable[[], T], size: int) -> T:
     return result
 
 
-def too_large(size: int, shorter_side: int, device: torch.device | None) -> str | None:
-    """A sentence where `size` bytes do not fit into memory, or onto the device if one is named."""
-    elsewhere = "set DATA.CACHE none and DATA.CROPS device"
+def no_room(
+    size: int, step: int, shorter_side: int, device: torch.device, on_device: bool, processes: int
+) -> str | None:
+    """A sentence where images of `size` bytes do not fit into memory, or on the device if they are
+    to be there, together with the training steps of this machine's `processes`, `step` bytes each.
+    """
+    on_gpu, elsewhere = device.type == "cuda", "set DATA.CACHE none and DATA.CROPS device"
+    steps = 0 if on_gpu else processes * step
+    rooms = [(steps, available(), "of this machine's memory", elsewhere)]
+    if on_gpu and on_device:
+        rooms.append((step, free_on(device), f"on {device}", "set DATA.CACHE ram"))
+    sentences = (too_large(size, shorter_side, *room) for room in rooms)
+    return next(filter(None, sentences), None)
+
+
+def too_large(
+    size: int, shorter_side: int, steps: int, free: int, where: str, instead: str
+) -> str | None:
+    """A sentence where images of `size` bytes and `steps` bytes of training exceed `free` ones."""
+    if size + steps <= free:
+        return None
     cap = f"now {shorter_side}" if shorter_side else "now none, such as 288"
-    rooms = [(available(), "of this machine's memory", elsewhere)]
-    if device is not None:
-        rooms.append((torch.cuda.mem_get_info(device)[0], f"on {device}", "set DATA.CACHE ram"))
-    for free, where, instead in rooms:
-        if size > free:
-            return (
-                f"the decoded images take {size / GIB:.2f} GiB and {free / GIB:.2f} GiB {where} "
-                f"are free: set a smaller DATA.CACHE_SIZE ({cap}), or {instead}"
-            )
-    return None
+    beside = f", the training steps beside them about {steps / GIB:.2f} GiB" if steps else ""
+    batch = ", a smaller TRAIN.BATCH_SIZE_PER_GPU" if steps else ""
+    return (
+        f"the decoded images take {size / GIB:.2f} GiB{beside}, and {free / GIB:.2f} GiB {where} "
+        f"are free: set a smaller DATA.CACHE_SIZE ({cap}){batch}, or {instead}"
+    )
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU's memory that are free, or with this process already."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def available() -> int:

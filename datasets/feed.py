@@ -1,16 +1,18 @@
 """How images become crops: made by the loader's processes, or on the device of a whole batch.
 
-A feed has a data set for the loader to read, by keys (epoch, image), and `crop`, which turns what
-the loader brings into crops on the device; engine/build.py chooses one.
+A feed has a data set for the loader to read, by keys (epoch, image), and turns what the loader
+brings into crops on the device; engine/build.py chooses one.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from datasets.batched import BatchedMultiCrop
+from datasets.ahead import Wait, now, transferred
+from datasets.batched import BatchedMultiCrop, Images
 from datasets.cache import DecodedImages, channels_first
 from datasets.folder import BadImage, StoredImages, UnreadableImage
 from datasets.loader import (
@@ -21,7 +23,7 @@ from datasets.loader import (
     build_loader,
     decode,
 )
-from datasets.multicrop import Augmentation, MultiCrop
+from datasets.multicrop import Augmentation, MultiCrop, normalised
 from datasets.shards import ImageShards, ShardOrder
 from datasets.substitutes import FullBatches
 from utils.distributed import World
@@ -44,27 +46,45 @@ class Feed(ABC):
         self.description = description
 
     @abstractmethod
-    def crops(self, batch: Batch) -> list[Tensor]:
-        """The V crops, float32 [B, 3, S, S], on the device; `batch.data` is not None."""
+    def moved(self, batch: Batch) -> Any:
+        """What the crops are made of, on the device; `batch.data` is not None.
 
-    def crop(self, batch: Batch) -> Batch:
-        """The loader's batch with its crops as `data`; InputError where it could not be filled."""
-        if batch.data is None:
-            raise InputError(
-                f"a batch cannot be filled: {len(batch.bad)} images in a row cannot be read, or "
-                f"all that can are in it already; for instance, {batch.bad[0]}, or lower "
-                "TRAIN.BATCH_SIZE_PER_GPU."
-            )
-        return batch._replace(data=self.crops(batch))
+        Copies are from pinned memory, and the host does not wait for them.
+        """
+
+    @abstractmethod
+    def crops(self, moved: Any) -> list[Tensor]:
+        """The V crops, float32 [B, 3, S, S], on the device."""
+
+    def _move(self, batch: Batch) -> Batch:
+        return batch if batch.data is None else batch._replace(data=self.moved(batch))
 
     def batches(self, sampler: StepSampler, workers: int) -> Iterator[Batch]:
         """Starts `workers` loader processes; crops on the device for each list of keys.
 
-        The crops of a batch are made when it is asked for, and not held after.
+        On a GPU what the crops of the next batch are made of is copied there meanwhile. The crops
+        of a batch are made when it is asked for, and not held after. InputError, when it is asked
+        for, where a batch could not be filled.
         """
-        loader = build_loader(self.dataset, sampler, workers, self.device.type == "cuda")
+        device = self.device
+        loader = build_loader(self.dataset, sampler, workers, device.type == "cuda")
         with held():  # no stop signal hits a loader process before it is ready for one
-            return map(self.crop, loader)
+            loaded = iter(loader)
+        batches = transferred(loaded, self._move, device)
+
+        def take() -> Batch:
+            began = now(device)
+            batch = next(batches)  # the end of these is the end
+            waited = Wait(began, now(device))
+            if batch.data is None:
+                raise InputError(
+                    f"a batch cannot be filled: {len(batch.bad)} images in a row cannot be read, "
+                    f"or all that can are in it already; for instance, {batch.bad[0]}, or lower "
+                    "TRAIN.BATCH_SIZE_PER_GPU."
+                )
+            return batch._replace(data=self.crops(batch.data), waited=waited)
+
+        return iter(take, None)
 
 
 class WorkerCrops(Feed):
@@ -77,8 +97,11 @@ class WorkerCrops(Feed):
         description = "images decoded and cropped by the loader"
         super().__init__(dataset, world, images.unlisted, description)
 
-    def crops(self, batch: Batch) -> list[Tensor]:
+    def moved(self, batch: Batch) -> list[Tensor]:
         return [crop.to(self.device, non_blocking=True) for crop in batch.data]
+
+    def crops(self, moved: list[Tensor]) -> list[Tensor]:
+        return [normalised(crop) for crop in moved]
 
 
 class DeviceCrops(Feed):
@@ -108,12 +131,15 @@ class DeviceCrops(Feed):
         description = f"crops made on {world.device} from images of {size}, {place}"
         super().__init__(KeyedDataset(len(images), seed, make), world, bad, description)
 
-    def crops(self, batch: Batch) -> list[Tensor]:
+    def moved(self, batch: Batch) -> tuple[Images, Tensor]:
         if self._kept is not None:
-            return self._multicrop(self._kept.batch(batch.indices.tolist()), batch.data)
+            return self._kept.batch(batch.indices.tolist()), batch.data
         pixels, sizes, draws = batch.data
         pixels = pixels.to(self.device, non_blocking=True)
-        return self._multicrop(channels_first(pixels, sizes.tolist()), draws)
+        return channels_first(pixels, sizes.tolist()), draws
+
+    def crops(self, moved: tuple[Images, Tensor]) -> list[Tensor]:
+        return self._multicrop(*moved)
 
 
 def _decoded(

@@ -225,23 +225,36 @@ class StoredImages(ABC):
         with _opened(self.source(index), self.name(index)) as image:
             return image.size
 
-    def deep_grey(self) -> list[str]:
-        """A sentence with the number of images whose white is guessed, where there are such.
-
-        Read are the headers of at most LOOKED_AT images, at even distances; see `_eight_bits`.
-        """
-        places, deep = range(0, len(self), len(self) // LOOKED_AT + 1), 0
-        for place in places:
+    @cached_property
+    def _looked_at(self) -> list[tuple[tuple[int, int], str]]:
+        """(the two sides, Pillow's mode) by the headers of at most LOOKED_AT images that have one,
+        at even distances."""
+        found = []
+        for place in range(0, len(self), len(self) // LOOKED_AT + 1):
             with (
                 contextlib.suppress(UnreadableImage),
                 _opened(self.source(place), self.name(place)) as image,
             ):
-                deep += image.mode.startswith(DEEP_GREY)
+                found.append((image.size, image.mode))
+        return found
+
+    @property
+    def sizes_looked_at(self) -> list[tuple[int, int]]:
+        """The two sides in pixels of a sample of at most LOOKED_AT images, perhaps turned."""
+        return [size for size, _ in self._looked_at]
+
+    def deep_grey(self) -> list[str]:
+        """A sentence with the number of images whose white is guessed, where there are such.
+
+        It is of a sample of at most LOOKED_AT images; see `_eight_bits`.
+        """
+        looked_at = self._looked_at
+        deep = sum(mode.startswith(DEEP_GREY) for _, mode in looked_at)
         if not deep:
             return []
         _said[0] = 1
         return [
-            f"grey images of more than 8 bits or of floating point: {deep:,} of {len(places):,} "
+            f"grey images of more than 8 bits or of floating point: {deep:,} of {len(looked_at):,} "
             "that were looked at; no file says which value is white, and it is taken from each "
             "image's largest one (docs/evaluation.md)"
         ]

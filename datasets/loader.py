@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
+from datasets.ahead import Wait
 from datasets.folder import BadImage, StoredImages, UnreadableImage
 from datasets.multicrop import sample_seed
 from utils.distributed import World, share
@@ -130,9 +131,10 @@ def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
 class Batch(NamedTuple):
     """What a loader brings: `data` batched (None where no image was read), their `indices`.
 
-    In pretraining `data` is the crops, a list of V float32 [B, 3, S, S], or what they are made
-    of: of decoded images (pixels, sizes, draws), the first two as `pad` gives them; of images
-    that are kept their draws alone, float32 [B, V, D]. Elsewhere it is float32 [B, 3, S, S].
+    In pretraining `data` is the crops, a list of V uint8 [B, 3, S, S], or what they are made of: of
+    decoded images (pixels, sizes, draws), the first two as `pad` gives them; of images that are
+    kept their draws alone, float32 [B, V, D]. A feed makes of it the crops on the device, V float32
+    [B, 3, S, S], and says how long the device has `waited`. Elsewhere it is float32 [B, 3, S, S].
     indices int64 [B], of the images that `data` is made of; `bad` the images that could not be
     read: in pretraining others take their places (datasets/substitutes.py), elsewhere they are
     left out.
@@ -141,6 +143,7 @@ class Batch(NamedTuple):
     data: Any
     indices: Tensor
     bad: list[BadImage]
+    waited: Wait | None = None
 
 
 class KeyedDataset(Dataset):

@@ -15,6 +15,8 @@ from engine.training.step import Pretraining
 from utils import config
 from utils.distributed import ALONE, World
 
+# What the clock decides in a line of the log.
+CLOCKED = {"images_per_second", "data_wait"}
 # Options that make small_config's network a ResNet-50.
 RESNET = {
     "MODEL__ARCH": "resnet50",
@@ -109,7 +111,7 @@ def load(folder: Path, name: str = "checkpoint.pth") -> dict:
 def log_of(folder: Path) -> list[dict]:
     """log.txt without what the clock decides."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
 
 
 def tensors(value, name: str = "") -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ LARGEST_NUMBER = 2**63 - 1  # as in tensors
 WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+AUTO_CROPS = {"cuda": "device", "cpu": "workers"}  # what DATA.CROPS auto is
 TRUTH = {"true": True, "yes": True, "on": True, "1": True}
 TRUTH |= {"false": False, "no": False, "off": False, "0": False}
 KINDS = {
@@ -350,8 +351,14 @@ def local_crops(cfg: Node) -> list[tuple[int, int]]:
     return [(number, size) for number, size in pairs if number]
 
 
+def settle_crops(cfg: Node, device: str) -> None:
+    """Put in the place of DATA.CROPS auto what it is on a device of this kind, "cuda" or "cpu"."""
+    if cfg.DATA.CROPS == "auto":
+        cfg.DATA.CROPS = AUTO_CROPS[device]
+
+
 def crops_on_device(cfg: Node) -> bool:
-    """Whether crops are made on the device, of a batch at a time."""
+    """Whether crops are made on the device, of a batch at a time; DATA.CROPS is settled."""
     return cfg.DATA.CROPS == "device" or cfg.DATA.CACHE != "none"
 
 

@@ -54,8 +54,7 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """
     global _hosts
     rank, size, local_rank, certain = launch.place()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind_of_device(device)
     place = _gpu(local_rank) if device == "cuda" else torch.device("cpu")
     if size == 1:
         return World(rank, size, place)
@@ -100,6 +99,11 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     if device == "cuda":
         _hosts = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, place)
+
+
+def kind_of_device(device: str) -> str:
+    """DEVICE as "cuda" or "cpu"."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _gpu(local_rank: int) -> torch.device:
@@ -170,6 +174,11 @@ def stop() -> None:
 def size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def processes_here() -> int:
+    """Processes of the run on this machine, by the launcher's variable (utils/launch.py)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def gather(tensor: Tensor) -> Tensor:

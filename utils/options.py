@@ -194,9 +194,9 @@ option("DATA.CACHE", "none", "where all images are kept decoded: none (nowhere),
        "machine's memory) or device (each process's)", choices=("none", "ram", "device"))
 option("DATA.CACHE_SIZE", 288, "pixels of the shorter side to which images are reduced before "
        "crops are made of them on the device; 0: not at all", at_least=0)
-option("DATA.CROPS", "workers", "who makes the crops of images that are not kept: workers (of one "
-       "image at a time) or device (of a batch at a time, as of kept images)",
-       choices=("workers", "device"))
+option("DATA.CROPS", "auto", "who makes the crops of images that are not kept: workers (of one "
+       "image at a time), device (of a batch at a time, as of kept images) or auto (device on a "
+       "GPU, else workers; a run goes on as it began)", choices=("auto", "workers", "device"))
 option("DATA.DOWNLOAD", False, "let torchvision fetch a benchmark that is not there",
        decides=NOTHING)
 

@@ -14,7 +14,7 @@ from engine.preflight.findings import Findings
 from engine.preflight.images import Header, equal_files, read_headers
 from engine.training import resume
 from engine.training.schedules import scaled_lr
-from utils import distributed
+from utils import config, distributed
 from utils.config import Node, crops_on_device
 from utils.distributed import World
 from utils.errors import InputError
@@ -73,20 +73,22 @@ def _report(
             )
         per_step = cfg.TRAIN.BATCH_SIZE_PER_GPU * world.size * cfg.TRAIN.ACCUM_STEPS
         findings.batch = findings.attempt(lambda: _batch(cfg, world, len(images), per_step))
-        if findings.batch:
-            findings.warnings += advice.warnings(cfg, world.size, images)
         if folder:
-            known = (len(images), images.fingerprint, per_step, world.size)
+            known = (len(images), images.fingerprint, per_step, world)
             found = findings.attempt(lambda: resume.find(cfg, *known))
+    config.settle_crops(cfg, world.device.type)
+    if findings.batch:
+        findings.warnings += advice.warnings(cfg, world.size, images)
     findings.crops = _crops(cfg, world)
+    sizes = images.sizes_looked_at if images is not None else []
     findings.memory = findings.attempt(
-        lambda: machine.memory_needed(cfg, world, kept, found, findings)
+        lambda: machine.memory_needed(cfg, world, kept, sizes, found, findings)
     )
     if folder and findings.memory:
         findings.disk = machine.disk_needed(cfg, folder, findings.memory["checkpoint_bytes"])
         if found:
             findings.disk["goes_on_from_step"] = found.state["step"]
-    findings.attempt(lambda: findings.warnings.extend(machine.warnings(cfg, findings.disk)))
+    findings.attempt(lambda: findings.warnings.extend(machine.warnings(cfg, sizes, findings.disk)))
     _print(findings, folder)
 
 

@@ -1,23 +1,20 @@
 """What a run takes of the machine: memory, shared memory and disk."""
 
-import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
 
 from datasets import cache
 from datasets.loader import usable_workers
 from engine import build
 from engine.preflight import memory
 from engine.preflight.findings import Findings, size_in_words
-from engine.preflight.memory import StepMemory
+from engine.preflight.memory import Size, StepMemory
 from engine.training.acceleration import can_recompute, compile_network
 from engine.training.resume import Found, start_from
 from utils.config import Node, crops_on_device
-from utils.distributed import World
+from utils.distributed import World, processes_here
 from utils.errors import InputError
 from utils.precision import precision_of
 
@@ -29,23 +26,29 @@ SHARED = Path("/dev/shm")
 
 
 def memory_needed(
-    cfg: Node, world: World, kept: int, found: Found | None, findings: Findings
+    cfg: Node,
+    world: World,
+    kept: int,
+    sizes: Sequence[Size],
+    found: Found | None,
+    findings: Findings,
 ) -> dict:
     """The section of memory.
 
-    kept: bytes of DATA.CACHE. found: the checkpoint that the run would go on from. Raises
-    InputError where the networks cannot be built or do not take these crops.
+    kept: bytes of DATA.CACHE. sizes: the two sides of a sample of the images. found: the checkpoint
+    that the run would go on from. Raises InputError where the networks cannot be built or do not
+    take these crops.
     """
     student, teacher = build.networks(cfg)
     if found is None:
         findings.attempt(lambda: start_from(cfg, student, teacher))
-    step = memory.of_step(cfg, world, student, teacher)
+    step = memory.of_step(cfg, world, student, teacher, sizes)
     if cfg.TRAIN.COMPILE:
         findings.attempt(lambda: compile_network(student))  # refuses where there is no compiler
-    here = _processes_here()
+    here = processes_here()
     on_gpu = world.device.type == "cuda"
     kept_on_gpu = on_gpu and cfg.DATA.CACHE == "device"
-    loader = _in_the_loader(cfg)
+    loader = _in_the_loader(cfg, sizes)
     # A checkpoint is written from a copy of the tensors, by one process.
     needed = here * (PROGRAM + loader + (0 if on_gpu else step.peak)) + step.checkpoint + kept
     free = cache.available()
@@ -57,7 +60,7 @@ def memory_needed(
         **{f"{name}_bytes": size for name, size in vars(step).items()},
         "step_at_its_peak_bytes": step.peak,
         "decoded_images_bytes": kept,
-        "crops_in_the_loader_bytes": loader,
+        "batches_in_the_loader_bytes": loader,
         "processes_here": here,
         "needed_on_this_machine_bytes": needed,
         "free_on_this_machine_bytes": None if free == sys.maxsize else free,
@@ -73,14 +76,14 @@ def memory_needed(
     findings.warnings += short("this machine", needed, free, ways)
     if on_gpu:
         needed = step.peak + (kept if kept_on_gpu else 0)
-        free = torch.cuda.mem_get_info(world.device)[0]
+        free = cache.free_on(world.device)
         section |= {"needed_on_the_gpu_bytes": needed, "free_on_the_gpu_bytes": free}
         of_step |= {"set DATA.CACHE ram": kept if kept_on_gpu else 0}
         findings.warnings += short(str(world.device), needed, free, of_step)
     if kept:
-        device = world.device if kept_on_gpu else None
-        too_large = cache.too_large(kept, cfg.DATA.CACHE_SIZE, device)
-        findings.problems += [too_large] if too_large else []
+        on_device, cap = cfg.DATA.CACHE == "device", cfg.DATA.CACHE_SIZE
+        problem = cache.no_room(kept, step.peak, cap, world.device, on_device, here)
+        findings.problems += [problem] if problem else []
     return section
 
 
@@ -105,14 +108,34 @@ def short(where: str, needed: int, free: int, ways: dict[str, int]) -> Iterator[
         )
 
 
-def _processes_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def _in_the_loader(cfg: Node, sizes: Sequence[Size]) -> int:
+    """Bytes of the batches that one process's loader workers hold ready.
+
+    Of images that are kept they bring random numbers alone.
+    """
+    ahead = BATCHES_AHEAD * usable_workers(cfg.DATA.WORKERS)
+    return ahead * memory.moved_size(cfg, sizes) if cfg.DATA.CACHE == "none" else 0
 
 
-def _in_the_loader(cfg: Node) -> int:
-    """Bytes of the batches of crops that one process's loader workers hold ready."""
-    ahead = 0 if crops_on_device(cfg) else BATCHES_AHEAD * usable_workers(cfg.DATA.WORKERS)
-    return ahead * memory.crops_size(cfg)
+def refuse_small_shared(cfg: Node, needed: int, free: int) -> None:
+    """InputError where the batches of one process's loader do not fit into /dev/shm.
+
+    There loader workers hand them over; it is small in many containers, and where it is full the
+    system kills who writes. needed: bytes for each process; free: for all of this machine.
+    """
+    here, workers = processes_here(), usable_workers(cfg.DATA.WORKERS)
+    if here * needed <= free:
+        return
+    fit = free * workers // (here * needed)
+    ways = ["make it larger (docker run --shm-size)", f"set --num_workers {fit}"]
+    if crops_on_device(cfg):
+        ways.append("set DATA.CACHE ram, where decoded images do not go through it")
+    raise InputError(
+        f"the loader's batches take about {size_in_words(here * needed)} of shared memory "
+        f"(processes {here} x workers {workers} x {BATCHES_AHEAD} batches of "
+        f"{size_in_words(needed // (BATCHES_AHEAD * workers))}), and {SHARED} has "
+        f"{size_in_words(free)}: {', or '.join(ways)}"
+    )
 
 
 def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
@@ -130,19 +153,14 @@ def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
     }
 
 
-def warnings(cfg: Node, disk: dict | None) -> Iterator[str]:
-    """What is short by figures that cost nothing; disk: of `disk_needed`.
+def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None) -> Iterator[str]:
+    """What is short by figures that cost nothing; sizes: of images; disk: of `disk_needed`.
 
-    Raises InputError where not one checkpoint can be written.
+    Raises InputError where not one checkpoint can be written, or shared memory is too small.
     """
-    # Loader workers hand batches over in /dev/shm, which is small in many containers.
-    needed = _processes_here() * _in_the_loader(cfg)
-    if needed and SHARED.is_dir() and needed > (free := shutil.disk_usage(SHARED).free):
-        yield (
-            f"the loader's batches take up to {size_in_words(needed)} of shared memory, and "
-            f"{SHARED} has {size_in_words(free)}: make it larger (docker run --shm-size), or lower "
-            "--num_workers"
-        )
+    if SHARED.is_dir():
+        free = shutil.disk_usage(SHARED).free
+        refuse_small_shared(cfg, _in_the_loader(cfg, sizes), free)
     if disk and disk["needed_bytes"] > disk["free_bytes"]:
         free, size = disk["free_bytes"], disk["checkpoint_bytes"]
         if size > free:

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from datasets.folder import capped_size
 from engine import build
 from engine.training.acceleration import checkpoint_blocks
 from losses.cross_entropy import chunk_elements
 from models.network import Network, student_only
-from utils.config import Node
+from utils.config import Node, crops_on_device
 from utils.distributed import World
 from utils.precision import autocast, precision_of
 
+Size = tuple[int, int]
 SMALL_BATCHES = (2, 3)  # images of the two forward passes that are measured
 
 
@@ -21,6 +23,7 @@ SMALL_BATCHES = (2, 3)  # images of the two forward passes that are measured
 class StepMemory:
     """Bytes of one process's tensors on its device; `checkpoint` is the size of the file.
 
+    ahead: on a GPU, what the crops of the next batch are made of, which is copied there meanwhile.
     activations: what the student's forward of a micro-batch keeps for the backward pass, with
     TRAIN.CHECKPOINTING or without, as the run has it. loss: the logits of one chunk.
     """
@@ -30,6 +33,7 @@ class StepMemory:
     optimizer: int
     carried: int
     crops: int
+    ahead: int
     activations: int
     gradients: int
     loss: int
@@ -39,11 +43,15 @@ class StepMemory:
     def peak(self) -> int:
         """The most that is held at once, which is where the backward pass begins."""
         networks = self.student + self.teacher + self.optimizer + self.carried
-        return networks + self.crops + self.activations + self.gradients + self.loss
+        return networks + self.crops + self.ahead + self.activations + self.gradients + self.loss
 
 
-def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> StepMemory:
+def of_step(
+    cfg: Node, world: World, student: Network, teacher: Network, sizes: Sequence[Size] = ()
+) -> StepMemory:
     """An estimate of the memory of an optimizer step of these options. (Ours.)
+
+    sizes: the two sides of a sample of the images, in pixels.
 
     What a forward pass keeps grows linearly with the images: it is measured for 2 and for 3
     images, and the line is continued to the batch. Not in it: kernels' scratch, what the
@@ -68,7 +76,8 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
     elements = chunk_elements(device.type, cfg.LOSS.CHUNK_MIB)
     return StepMemory(
         **_stored(cfg, student, teacher),
-        crops=crops_size(cfg),
+        crops=4 * crops_size(cfg),
+        ahead=0 if device.type == "cpu" else moved_size(cfg, sizes),
         activations=kept_of_few + (batch - few) * kept_of_image,
         # On a GPU clipping keeps a buffer of their size (engine/training/optim.py).
         gradients=_bytes(p for p in student.parameters() if p.requires_grad)
@@ -79,10 +88,36 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
     )
 
 
+def room_for_step(cfg: Node, world: World, sizes: Sequence[Size]) -> int:
+    """Bytes to leave free where DATA.CACHE keeps all images: a step's peak, or 0 where it is
+    elsewhere. sizes: as for `of_step`."""
+    where = {"none": None, "ram": "cpu", "device": world.device.type}[cfg.DATA.CACHE]
+    if where != world.device.type:
+        return 0
+    peak = of_step(cfg, world, *build.networks(cfg), sizes).peak
+    if where == "cuda":
+        torch.cuda.empty_cache()
+    return peak
+
+
 def crops_size(cfg: Node) -> int:
-    """Bytes of the crops of a micro-batch."""
+    """Numbers in the crops of a micro-batch."""
     images = cfg.TRAIN.BATCH_SIZE_PER_GPU
-    return sum(4 * images * 3 * size**2 for size in build.augmentation(cfg).sizes)
+    return sum(images * 3 * size**2 for size in build.augmentation(cfg).sizes)
+
+
+def moved_size(cfg: Node, sizes: Sequence[Size]) -> int:
+    """Bytes of what a micro-batch's crops are made of: crops of uint8, or images, padded.
+
+    Of images it is the mean of the batches that `sizes` make in their order.
+    """
+    if not crops_on_device(cfg):
+        return crops_size(cfg)
+    images = cfg.TRAIN.BATCH_SIZE_PER_GPU
+    capped = [capped_size(size, cfg.DATA.CACHE_SIZE) for size in sizes]
+    batches = [zip(*capped[i : i + images], strict=True) for i in range(0, len(sizes), images)]
+    areas = [max(first) * max(second) for first, second in batches]
+    return 3 * images * sum(areas) // max(1, len(areas))
 
 
 def checkpoint_size(cfg: Node, student: Network, teacher: Network) -> int:

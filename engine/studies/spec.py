@@ -25,6 +25,7 @@ from typing import Any
 from datasets.synthetic_images import DIFFICULTIES, SyntheticConfig
 from utils import config
 from utils.config import Node
+from utils.distributed import kind_of_device
 from utils.errors import InputError
 from utils.options import OPTIONS
 
@@ -87,13 +88,15 @@ class Study:
         return self.path.stem
 
     def config(self, cell: str, seed: int = 0) -> Node:
-        """A cell's resolved options; InputError for what cannot work, with the cell's name."""
+        """A cell's options as this machine resolves them; InputError, with the cell's name, for
+        what cannot work."""
         cfg = config.defaults()
         config.merge_file(cfg, self.cells[cell].base)
         where = f"{self.path}, cell {cell}"
         for key, value in self.cells[cell].options.items():
             config.put(cfg, key, value, where)
         cfg.SEED = seed
+        config.settle_crops(cfg, kind_of_device(cfg.DEVICE))
         try:
             config.check(cfg)
         except InputError as error:

@@ -8,10 +8,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.feed import Feed
-from datasets.loader import usable_workers
+from datasets.loader import Batch, usable_workers
 from engine.training.record import Record
 from engine.training.schedules import scaled_lr
 from engine.training.step import Pretraining
+from engine.training.waiting import DataWaits
 from models.pretrained import count_parameters
 from utils.logging import RunLog, logger, on_terminal
 
@@ -44,12 +45,24 @@ class Lines:
         is_hidden = not (run.world.is_main and on_terminal())
         self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", disable=is_hidden)
         self._since, self._step = time.perf_counter(), run.step  # of the last line
+        self._waits, self._begun = DataWaits(run.cfg, run.world), False
 
     def due(self, step: int) -> bool:
         """Whether a line follows optimizer step `step`, from 1."""
         # The very first step too: people want to see that it runs.
         by_number = step == 1 or step % self._run.cfg.PRINT_FREQ == 0
         return by_number or step % self._run.steps_per_epoch == 0
+
+    def noted(self, batch: Batch) -> Batch:
+        """The batch as it is, after its waiting was noted.
+
+        Time counts from the first batch on, for which the loader's processes have to start.
+        """
+        if not self._begun:
+            self._begun, self._since = True, time.perf_counter()
+        elif batch.waited is not None:
+            self._waits.add(batch.waited)
+        return batch
 
     def add(self, figures: dict[str, Tensor], good: Tensor) -> None:
         """One step's figures; the host does not wait for them."""
@@ -83,8 +96,11 @@ class Lines:
             )
         for warning in self._record.watch.update(line, cfg.TRAIN.BATCH_SIZE_PER_GPU):
             logger.warning(warning)
+        if advice := self._waits.advice():
+            logger.warning(advice)
         done, speed = f"epoch {line['epoch']:.2f}/{cfg.TRAIN.EPOCHS}", line["images_per_second"]
         short = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {speed:.0f} img/s"
+        short += f"  waiting for data {line['data_wait']:.0f} %"
         self._bar.set_postfix_str(f"{done}  {short}")
         # On a terminal the bar shows the rest; an epoch's end stays to be read.
         if self._bar.disable or run.step % run.steps_per_epoch == 0:
@@ -112,4 +128,5 @@ class Lines:
             **means,
             **run.schedules.at(last, last // run.steps_per_epoch)._asdict(),
             "images_per_second": steps * run.images_per_step / seconds,
+            "data_wait": self._waits.share(steps, seconds),
         }

@@ -43,7 +43,7 @@ def train(
         checkpoints = Checkpoints(run, record, folder, log)
         at_end.callback(checkpoints.close)
         ballot = Ballot()
-        batches = map(record.bad_images.noted, batches)
+        batches = map(lines.noted, map(record.bad_images.noted, batches))
         while run.step < run.total_steps:
             line_due = lines.due(run.step + 1)
             figures, health, good = run.train_step(batches, measure_health=line_due)

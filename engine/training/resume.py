@@ -14,6 +14,7 @@ from models.network import Network, load_shared, make_teacher
 from models.pretrained import load_pretrained
 from utils import checkpoint, config
 from utils.config import Node
+from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import logger
 from utils.options import CONTRASTIVE, OPTIONS
@@ -34,7 +35,7 @@ class Found:
 
 
 def find(
-    cfg: Node, images: int, fingerprint: str, images_per_step: int, processes: int
+    cfg: Node, images: int, fingerprint: str, images_per_step: int, world: World
 ) -> Found | None:
     """The newest intact checkpoint in OUTPUT_DIR, checked against `cfg`; None for a fresh start.
 
@@ -42,15 +43,18 @@ def find(
     is ours and intact, or when options differ in more than epochs, paths, workers and logging, or
     the images, naming them; RESUME force overrides the latter two, but not where weights have
     other shapes. Another number of processes is a warning, and so is a checkpoint that does not
-    say of which images it is, or that is of a version without some option.
+    say of which images it is, or that is of a version without some option. DATA.CROPS auto in
+    `cfg` is settled: as the stored run has it.
     """
     newest = checkpoint.newest_intact(Path(cfg.OUTPUT_DIR))
     if newest is None:
+        config.settle_crops(cfg, world.device.type)
         return None
     path, state, refused = newest
     for file, reason in refused:
         logger.warning(f"{file} is passed over: {reason}")
-    stored = config.from_dict(state["config"], str(path))
+    stored, processes = config.from_dict(state["config"], str(path)), world.size
+    _take_crops(cfg, stored, world)
     names, known = _must_agree(cfg, stored), dict(config.flat(state["config"], str(path)))
     if new := ", ".join(f"{name} {config.get(cfg, name)}" for name in names if name not in known):
         logger.warning(f"{path} is of a version without these options, by which it goes on: {new}")
@@ -126,6 +130,17 @@ def _networks(cfg: Node) -> dict:
     if cfg.LOSS.OBJECTIVE in CONTRASTIVE:
         own["queue"] = cfg.MOCO.QUEUE
     return build.model_description(cfg) | own
+
+
+def _take_crops(cfg: Node, stored: Node, world: World) -> None:
+    """Of DATA.CROPS auto: crops are made as in the stored run; a line where it began elsewhere."""
+    if cfg.DATA.CROPS == "auto":
+        cfg.DATA.CROPS, device = stored.DATA.CROPS, world.device.type
+        if config.AUTO_CROPS[device] != cfg.DATA.CROPS and cfg.DATA.CACHE == "none":
+            logger.warning(
+                f"the run began with DATA.CROPS {cfg.DATA.CROPS} and goes on with it; on {device} "
+                f"a new run has {config.AUTO_CROPS[device]}"
+            )
 
 
 def _must_agree(cfg: Node, stored: Node) -> list[str]:

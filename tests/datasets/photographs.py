@@ -7,11 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.multicrop import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-)
-
 
 def noise(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -26,9 +21,8 @@ def save(root: Path, *names: str) -> Path:
 
 
 def pixels(crop: torch.Tensor) -> np.ndarray:
-    """Undo the normalisation: uint8 [S, S, 3]."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((crop * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    """A crop [3, S, S] as an image's array [S, S, 3]."""
+    return crop.permute(1, 2, 0).numpy()
 
 
 def same(crop: torch.Tensor, image: Image.Image) -> bool:

@@ -16,7 +16,7 @@ from datasets.batched import (
     resize_by_products,
     resize_one_by_one,
 )
-from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, Augmentation, MultiCrop
+from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, Augmentation, MultiCrop, normalised
 from datasets.synthetic_images import SyntheticConfig, render
 from utils.seeding import derive_seed
 
@@ -284,7 +284,7 @@ def test_crops_of_both_paths_have_the_same_statistics(size):
     number = 300
     settings = Augmentation(32, local_crops_number=(1,), local_crops_size=(16,))
     per_image, batched = MultiCrop(settings), BatchedMultiCrop(settings)
-    theirs = [per_image(image, seed) for seed in range(number)]
+    theirs = [[*map(normalised, per_image(image, seed))] for seed in range(number)]
     ours = batched(batch([image] * number), draws(batched, number))
     for view in range(3):
         left = np.array([crop_statistics(crop) for crop in ours[view]])

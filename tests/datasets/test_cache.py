@@ -19,7 +19,7 @@ from PIL import Image
 from datasets.batched import Images
 from datasets.cache import DecodedImages, available, gather_padded
 from datasets.folder import BadImage, ImageFolder, StoredImages, capped_size, load_image
-from datasets.loader import StepSampler, build_loader, pad
+from datasets.loader import StepSampler, pad
 from engine import build
 from tests.processes import PATIENCE, found_by_each, start_python
 from tests.runs import assert_same_run, small_config
@@ -182,8 +182,7 @@ def crops_of(cfg: config.Node, world: World, workers: int, batch: int) -> list[t
     images = ImageFolder(cfg.DATA.PATH)
     feed = build.feed(cfg, images, world)
     sampler = StepSampler(len(images), batch, world.rank, world.size, 1, cfg.SEED, 0, 6)
-    loader = build_loader(feed.dataset, sampler, workers, pin_memory=False)
-    steps = [feed.crop(loaded).data for loaded in loader]
+    steps = [batch.data for batch in feed.batches(sampler, workers)]
     return [torch.cat(views) for views in zip(*steps, strict=True)]
 
 

@@ -101,7 +101,7 @@ def run_batches(photos: Path, workers: int, first: int = 0) -> list:
 
 
 def assert_equal_batches(left: list, right: list) -> None:
-    for (crops, indices, _), (other_crops, other_indices, _) in zip(left, right, strict=True):
+    for (crops, indices, *_), (other_crops, other_indices, *_) in zip(left, right, strict=True):
         assert torch.equal(indices, other_indices)
         assert all(equal_crops(crops, other_crops))
 
@@ -109,7 +109,7 @@ def assert_equal_batches(left: list, right: list) -> None:
 def test_batches_do_not_depend_on_workers_nor_on_the_first_step(photos):
     before = rng_states()
     whole = run_batches(photos, 0)
-    crops, indices, _ = whole[0]
+    crops, indices, *_ = whole[0]
     assert [tuple(c.shape) for c in crops] == [(2, 3, s, s) for s in (16, 16, 8, 6)]
     assert indices.dtype == torch.int64
     assert_equal_batches(run_batches(photos, 1), whole)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import v2
 
 from datasets.multicrop import (
     IMAGENET_MEAN,
@@ -15,6 +16,7 @@ from datasets.multicrop import (
     MultiCrop,
     derive_seed,
     eval_transform,
+    normalised,
     sample_seed,
 )
 from tests.datasets.photographs import equal_crops, noise, pixels, rng_states, same
@@ -43,7 +45,7 @@ def test_shapes_and_order_for_several_local_sizes():
     views = MultiCrop(crops)(noise(), 0)
     assert [tuple(v.shape) for v in views] == [(3, s, s) for s in [32, 32, 16, 16, 12, 12, 12]]
     assert crops.sizes == [32, 32, 16, 16, 12, 12, 12]
-    assert {(type(v), v.dtype) for v in views} == {(torch.Tensor, torch.float32)}
+    assert {(type(v), v.dtype) for v in views} == {(torch.Tensor, torch.uint8)}
     assert not any(torch.equal(a, b) for a, b in [views[0:2], views[2:4], views[4:6]])
 
 
@@ -85,8 +87,14 @@ def test_plain_crop_is_the_bicubic_resize_normalised():
     image = noise()
     expected = np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC)) / 255
     expected = (expected - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
-    for view in plain(40)(image, 0):
+    for view in map(normalised, plain(40)(image, 0)):
         np.testing.assert_allclose(view.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_every_grey_level_is_normalised_to_torchvisions_bits():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    theirs = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    assert torch.equal(normalised(levels), v2.Compose(theirs)(levels))
 
 
 def test_solarise_is_for_the_second_global_crop_only():

@@ -166,8 +166,8 @@ def test_each_process_of_a_machine_needs_its_own_step_and_batches(
 
     one, three = needed(1), needed(3)
     assert three["processes_here"] == 3
-    assert one["crops_in_the_loader_bytes"] == 2 * one["crops_bytes"]
-    process = GIB + one["crops_in_the_loader_bytes"] + one["step_at_its_peak_bytes"]
+    assert one["batches_in_the_loader_bytes"] == 2 * one["crops_bytes"] // 4  # not floats yet
+    process = GIB + one["batches_in_the_loader_bytes"] + one["step_at_its_peak_bytes"]
     of = "needed_on_this_machine_bytes"
     assert one[of] == process + one["checkpoint_bytes"]
     assert three[of] == 3 * process + one["checkpoint_bytes"]
@@ -227,7 +227,7 @@ def test_grey_of_more_than_eight_bits_is_counted(data, check):
     for n, kind in enumerate((np.uint16, np.int32, np.float32)):
         Image.fromarray(np.full((40, 40), n, dtype=kind)).save(data / "red" / f"deep{n}.tif")
     printed, _ = check(f"DATA.PATH {data} DATA.MAX_BAD 0.1")
-    assert "grey images of more than 8 bits or of floating point: 3 of 21 that were" in printed
+    assert "grey images of more than 8 bits or of floating point: 3 of 20 that were" in printed
 
 
 def test_pretraining_on_a_benchmark_needs_no_test_images(check, tmp_path):
@@ -503,9 +503,9 @@ def test_advice_for_a_short_memory_names_what_can_be_done_and_spares_the_most():
 def test_a_disk_too_small_for_a_checkpoint_is_refused_and_one_for_few_is_warned_of(tmp_path):
     cfg = small_config(DATA__WORKERS=0)
     disk = machine.disk_needed(cfg, tmp_path, 2**20)
-    assert [*machine.warnings(cfg, disk)] == []
-    assert [*machine.warnings(cfg, None)] == []
-    (warning,) = machine.warnings(cfg, disk | {"free_bytes": 2**21})
+    assert [*machine.warnings(cfg, [], disk)] == []
+    assert [*machine.warnings(cfg, [], None)] == []
+    (warning,) = machine.warnings(cfg, [], disk | {"free_bytes": 2**21})
     assert "the checkpoints will take about 3.0 MiB in" in warning
     with pytest.raises(InputError, match=r"a checkpoint takes about 1\.0 MiB .* make room, or"):
-        [*machine.warnings(cfg, disk | {"free_bytes": 2**19})]
+        [*machine.warnings(cfg, [], disk | {"free_bytes": 2**19})]

@@ -435,7 +435,7 @@ class Broken(KeyedDataset):
 
 @pytest.mark.parametrize(("length", "good", "tried"), [(9, 4, 9), (5000, 4, 4 + 1 + TRIES)])
 def test_a_batch_that_cannot_be_filled_is_refused_in_the_main_process(length, good, tried, sets):
-    """The worker brings the batch without data; its crops are what is refused."""
+    """The worker brings the batch without data; the feed refuses it."""
     dataset = Broken(length, set(range(good)))
     keys = [(0, index) for index in range(5)]
     samples = FullBatches(dataset).__getitems__(keys)
@@ -445,8 +445,10 @@ def test_a_batch_that_cannot_be_filled_is_refused_in_the_main_process(length, go
         (batch,) = build_loader(FullBatches(dataset), [keys], workers, pin_memory=False)
         assert batch.data is None
         assert batch.bad == samples
+        feed = WorkerCrops(sets[0], Augmentation(), 0, ALONE)
+        feed.dataset = FullBatches(dataset)
         with pytest.raises(InputError, match=r"a batch cannot be filled.* image 4 cannot be read"):
-            WorkerCrops(sets[0], Augmentation(), 0, ALONE).crop(batch)
+            next(feed.batches([keys], workers))
 
 
 def test_a_broken_member_of_a_shard_is_replaced(sets, tmp_path):
@@ -480,9 +482,9 @@ def fed(world: World, mode: str, folder: Path, workers: int, batch: int) -> dict
     images = ImageFolder(folder)
     feed = build.feed(cfg, images, world)
     sampler = StepSampler(len(images), batch, world.rank, world.size, 1, 3, 0, 6)
-    batches = list(build_loader(feed.dataset, sampler, workers, pin_memory=False))
+    batches = list(feed.batches(sampler, workers))
     return {
-        "crops": [feed.crop(batch).data for batch in batches],
+        "crops": [batch.data for batch in batches],
         "indices": [batch.indices.tolist() for batch in batches],
         "met": [batch.bad for batch in batches],
         "before": feed.bad,

@@ -21,6 +21,7 @@ from engine.training.lines import Lines
 from engine.training.optim import Clipping, TeacherEMA, build_optimizer, parameter_groups, set_rates
 from engine.training.record import Window
 from tests.runs import (
+    CLOCKED,
     batch_of,
     cfg_of,
     load,
@@ -42,8 +43,8 @@ TERMS = {
 }
 FIGURES = {
     *("step", "epoch", "loss", "grad_norm", "lr", "weight_decay", "momentum", "teacher_temp"),
-    *("images_per_second", "teacher_entropy", "teacher_kl_uniform", "teacher_information"),
-    *("centre_norm", "feature_rank", "skipped_steps"),
+    *("images_per_second", "data_wait", "teacher_entropy", "teacher_kl_uniform"),
+    *("teacher_information", "centre_norm", "feature_rank", "skipped_steps"),
 }
 
 
@@ -68,7 +69,7 @@ def test_a_run_of_cmd_writes_every_figure(trained):
     steps = [line for line in log_of(trained) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
     wanted = FIGURES | TERMS["cmd"] | {"region_centre_norm", "attention_entropy"}
-    assert set(steps[0]) | {"images_per_second"} == wanted
+    assert set(steps[0]) | CLOCKED == wanted
     assert all(math.isfinite(value) for line in steps for value in line.values())
     assert [line["epoch"] for line in steps] == [step / 2 for step in range(1, 9)]
     cfg = cfg_of(trained)
@@ -85,6 +86,7 @@ def test_a_run_of_cmd_writes_every_figure(trained):
         assert line["momentum"] == pytest.approx(1 + (0.996 - 1) * half, rel=1e-6)
     raw = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     assert all(line["images_per_second"] > 0 for line in raw if "loss" in line)
+    assert all(0 <= line["data_wait"] < 100 for line in raw if "loss" in line)
 
 
 def test_tensorboard_has_the_logs_figures_at_the_logs_steps(trained):
@@ -126,7 +128,7 @@ def test_every_objective_and_family_trains(objective, network, pretrain, tmp_pat
     wanted = FIGURES | TERMS[objective] | ({"region_centre_norm"} - {objective})
     if objective == "dino":
         wanted.remove("region_centre_norm")
-    assert set(first) | {"images_per_second"} == wanted
+    assert set(first) | CLOCKED == wanted
     assert all(math.isfinite(value) for value in [*first.values(), *second.values()])
     student, _ = build.networks(cfg_of(tmp_path))
     fresh, trained = student.state_dict(), load(tmp_path)["student"]
