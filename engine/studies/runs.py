@@ -89,7 +89,9 @@ def run_of(
     folder = output / "runs" / cell / f"seed{seed}"
     command += [str(ROOT / "main_cmd.py"), "--cfg", str(study.cells[cell].base)]
     command += ["--output_dir", str(folder), "--data_path", str(splits.train.root)]
+    cfg = study.config(cell, seed)
     options: dict[str, Any] = {"SEED": seed} | study.cells[cell].options
+    options["DATA.CROPS"] = cfg.DATA.CROPS  # as settled here, wherever the command is repeated
     if study.protocol.knn_every:
         options |= {
             "EVAL.KNN_EVERY": study.protocol.knn_every,
@@ -100,7 +102,7 @@ def run_of(
     for key, value in options.items():
         command += [key, str(value)]
     identity = {
-        "options": config.to_dict(study.config(cell, seed)),
+        "options": config.to_dict(cfg),
         "processes": processes,
         "images": splits.train.fingerprint,
     }

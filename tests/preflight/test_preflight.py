@@ -3,7 +3,9 @@
 import json
 import os
 import resource
+import shlex
 import shutil
+import subprocess
 import sys
 from itertools import repeat
 from pathlib import Path
@@ -498,6 +500,51 @@ def test_advice_for_a_short_memory_names_what_can_be_done_and_spares_the_most():
     (sentence,) = machine.short("here", 2 * GIB, GIB, {batch: 5, recompute: 0, network: 9})
     assert sentence.endswith(f"1.00 GiB are free: {network}, or {batch}")
     assert [*machine.short("here", GIB, 2 * GIB, ways())] == []
+
+
+def test_what_goes_to_the_device_is_crops_of_bytes_or_padded_images():
+    common = {"TRAIN__BATCH_SIZE_PER_GPU": 2, "DATA__CACHE_SIZE": 40}
+    by_workers = small_config(**common, DATA__CROPS="workers")
+    assert memory.moved_size(by_workers, []) == 2 * 3 * (2 * 32**2 + 2 * 16**2)
+    by_batch = small_config(**common, DATA__CROPS="device")
+    # One of a side of 80 and one that is turned; one of 40 x 40 and one of 60 x 40.
+    sizes = [(80, 40), (40, 80), (400, 400), (120, 80)]
+    assert memory.moved_size(by_batch, sizes) == 2 * 3 * (80 * 80 + 60 * 40) // 2
+    assert memory.moved_size(by_batch, []) == 0
+
+
+def test_batches_that_shared_memory_has_no_room_for_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cfg = small_config(DATA__WORKERS=2, DATA__CROPS="workers")
+    machine.refuse_small_shared(cfg, 4 * 2**20, 8 * 2**20)
+    with pytest.raises(InputError) as caught:
+        machine.refuse_small_shared(cfg, 4 * 2**20, 7 * 2**20)
+    assert str(caught.value) == (
+        "the loader's batches take about 8.0 MiB of shared memory (processes 2 x workers 2 x 2 "
+        "batches of 1.0 MiB), and /dev/shm has 7.0 MiB: make it larger (docker run --shm-size), or "
+        "set --num_workers 1"
+    )
+    cfg = small_config(DATA__WORKERS=2, DATA__CROPS="device")
+    with pytest.raises(InputError, match=r"or set DATA\.CACHE ram, where decoded images do not"):
+        machine.refuse_small_shared(cfg, 4 * 2**20, 7 * 2**20)
+    machine.refuse_small_shared(small_config(DATA__WORKERS=0), 0, 0)
+
+
+SMALL_SHARED = "mount -t tmpfs -o size=64k tmpfs /dev/shm && exec"
+
+
+def test_a_small_shared_memory_is_a_sentence_before_the_first_step(command, environment, tmp_path):
+    """In a mount namespace of its own; 120 kB of batches."""
+    mounted = ["unshare", "--mount", "sh", "-c"]
+    if subprocess.run([*mounted, f"{SMALL_SHARED} true"], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    line = shlex.join([sys.executable, *command(tmp_path, "DATA.WORKERS 1")])
+    done = subprocess.run(
+        [*mounted, f"{SMALL_SHARED} {line}"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    assert "and /dev/shm has 0.1 MiB: make it larger (docker run --shm-size)" in done.stderr
+    assert "img/s" not in done.stdout
 
 
 def test_a_disk_too_small_for_a_checkpoint_is_refused_and_one_for_few_is_warned_of(tmp_path):

@@ -87,6 +87,15 @@ def test_photographs_give_the_contrastive_objectives_their_own_recipes():
         assert differing_but(cfg, study.config("cmd"), same) == []
 
 
+def test_who_crops_is_settled_by_the_device_and_part_of_the_command(tmp_path):
+    for device, crops in (("cpu", "workers"), ("cuda", "device")):
+        study = load(study_file(tmp_path), [("DEVICE", device)])
+        assert crops == study.config("cmd").DATA.CROPS
+        run = run_of(study, "cmd", 0, PLACES, tmp_path)
+        assert run.identity["options"]["DATA"]["CROPS"] == crops
+        assert run.command[-2:] == ["DATA.CROPS", crops]
+
+
 def test_groups_of_the_order_run_seed_by_seed(tmp_path):
     text = TINY.replace("seeds:", "order: [[esvit]]\nseeds:")
     study = load(study_file(tmp_path, text))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.training.resume import Found, resume
+from engine.training.resume import Found, find, resume
 from tests.conftest import TRAINED
 from tests.processes import (
     PATIENCE,
@@ -36,7 +36,9 @@ from tests.runs import (
     small_config,
 )
 from utils import checkpoint
-from utils.logging import RunLog
+from utils.distributed import World
+from utils.errors import InputError
+from utils.logging import RunLog, logger
 from utils.signals import EXIT_PREEMPTED
 
 # Four steps an epoch of two micro-batches each, and lines of the log that span checkpoints.
@@ -639,3 +641,32 @@ def test_a_foreign_file_in_the_runs_folder_is_refused_and_kept(contents, words, 
     before = path.read_bytes()
     assert words in refuse(tmp_path)
     assert path.read_bytes() == before
+
+
+# Crops go on as they were made
+
+
+def crops_of_a_run_on(kind: str, folder: Path, **options) -> str:
+    """Who makes the crops of a run that starts or goes on in the folder, on a kind of device."""
+    cfg = small_config(OUTPUT_DIR=str(folder), **options)
+    find(cfg, 12, "images", 3, World(0, 1, torch.device(kind)))
+    return cfg.DATA.CROPS
+
+
+def test_who_crops_is_decided_by_the_device_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)  # as caplog wants it
+    assert [crops_of_a_run_on(kind, tmp_path) for kind in ("cuda", "cpu")] == ["device", "workers"]
+    assert crops_of_a_run_on("cuda", tmp_path, DATA__CROPS="workers") == "workers"
+    for began, at_home, elsewhere in (("workers", "cpu", "cuda"), ("device", "cuda", "cpu")):
+        run = pretraining(small_config(DATA__CROPS=began))
+        checkpoint.save_last(checkpoint_of(run) | {"images": "images"}, tmp_path)
+        assert crops_of_a_run_on(at_home, tmp_path) == began
+        assert caplog.text == ""
+        assert crops_of_a_run_on(elsewhere, tmp_path) == began
+        assert f"the run began with DATA.CROPS {began} and goes on with it; on {elsewhere}" in (
+            caplog.text
+        )
+        other = {"workers": "device", "device": "workers"}[began]
+        with pytest.raises(InputError, match=rf"DATA\.CROPS \(was {began}, now {other}\)"):
+            crops_of_a_run_on(at_home, tmp_path, DATA__CROPS=other)
+        caplog.clear()

@@ -106,6 +106,7 @@ def test_knn_lines_come_when_due_and_tell_the_two_hues_apart(trained):
 def test_the_options_that_were_used_are_written(trained):
     cfg = cfg_of(trained)
     assert (cfg.TRAIN.EPOCHS, cfg.SEED, cfg.MODEL.DEPTHS) == (4, 3, [2])
+    assert cfg.DATA.CROPS == "workers"  # auto, on a CPU
 
 
 SWIN = "MODEL.ARCH swin_tiny MODEL.DEPTHS [1,2] MODEL.PATCH_SIZE 4 MODEL.NUM_HEADS [1,2]"
