@@ -134,6 +134,7 @@ def _networks(cfg: Node) -> dict:
 
 def _take_crops(cfg: Node, stored: Node, world: World) -> None:
     """Of DATA.CROPS auto: crops are made as in the stored run; a line where it began elsewhere."""
+    config.settle_crops(stored, "cpu")  # of a version without the option, which had workers
     if cfg.DATA.CROPS == "auto":
         cfg.DATA.CROPS, device = stored.DATA.CROPS, world.device.type
         if config.AUTO_CROPS[device] != cfg.DATA.CROPS and cfg.DATA.CACHE == "none":

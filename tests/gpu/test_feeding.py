@@ -14,7 +14,7 @@ from tests.runs import small_config
 from utils.distributed import ALONE, World
 
 pytestmark = pytest.mark.gpu
-STEPS, BATCH = 6, 8
+STEPS, BATCH = 4, 8
 MODES = ["none+workers", "none+device", "ram+device", "device+device"]
 
 
@@ -22,7 +22,7 @@ MODES = ["none+workers", "none+device", "ram+device", "device+device"]
 def photographs(tmp_path_factory) -> Path:
     """Images so large that a copy of a batch takes a while."""
     root = tmp_path_factory.mktemp("photographs")
-    for n in range(24):
+    for n in range(16):
         noise(n, (500 + 20 * (n % 3), 400)).save(root / f"{n:02}.png")
     return root
 
