@@ -158,9 +158,6 @@ def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None) -> Iterator[st
 
     Raises InputError where not one checkpoint can be written, or shared memory is too small.
     """
-    if SHARED.is_dir():
-        free = shutil.disk_usage(SHARED).free
-        refuse_small_shared(cfg, _in_the_loader(cfg, sizes), free)
     if disk and disk["needed_bytes"] > disk["free_bytes"]:
         free, size = disk["free_bytes"], disk["checkpoint_bytes"]
         if size > free:
@@ -173,3 +170,6 @@ def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None) -> Iterator[st
             f"{disk['path']}, and {size_in_words(free)} are free: make room, or keep fewer "
             "(CKPT.KEEP_EVERY)"
         )
+    if SHARED.is_dir():
+        free = shutil.disk_usage(SHARED).free
+        refuse_small_shared(cfg, _in_the_loader(cfg, sizes), free)
