@@ -31,7 +31,7 @@ class DataWaits:
         That of the process that waited most, for the others wait for it in every step. All
         processes ask together, when their devices have come to the end of the steps.
         """
-        waited = torch.tensor([sum(wait.seconds() for wait in self._waits)])
+        waited = torch.tensor([sum((wait.seconds() for wait in self._waits), 0.0)])
         self._waits.clear()
         most = distributed.gather(waited.to(self._world.device)).max().item()
         self._steps, self._time = self._steps + steps, self._time + seconds
