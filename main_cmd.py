@@ -99,7 +99,7 @@ def pretrain(signals: StopSignals) -> None:
         return
     folder = Path(cfg.OUTPUT_DIR)
     size = memory.checkpoint_size(cfg, student, teacher)
-    sizes = distributed.of_main(images.sizes_looked_at if world.is_main else [])
+    sizes = distributed.on_main(lambda: images.sizes_looked_at)
     distributed.on_main(lambda: open_folder(cfg, refused, size, sizes))
 
     # From images to crops; where images are kept, they are decoded here.
