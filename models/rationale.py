@@ -25,7 +25,8 @@ class RationaleBranch(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             rows = rows.to(self.conv.weight.dtype)
             highest = self.norm(self.conv(rows)).relu().amax(dim=1)[:, 0]  # [R, N]
-            low, high = highest.aminmax(dim=1, keepdim=True)
+            # Not aminmax, which has no gradient in torch 2.11.
+            low, high = highest.amin(dim=1, keepdim=True), highest.amax(dim=1, keepdim=True)
             return (highest - low) / (high - low).clamp_min(1e-6)
 
 
