@@ -25,8 +25,10 @@ def options_of(objective: str) -> dict:
     """Options of a small run of this objective, without what is drawn on the device."""
     options = {**NETWORKS[objective], "LOSS__OBJECTIVE": objective, "MODEL__DROP_PATH": 0.0}
     if objective in ("moco_v2", "lcr"):
-        # With a BatchNorm in the head: keys are shuffled.
-        options |= {"AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8, "HEAD__USE_BN": True}
+        # With a BatchNorm in the head, for which keys are shuffled; of few images it would blow up
+        # rounding.
+        options |= {"AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 32, "HEAD__USE_BN": True}
+        options |= {"TRAIN__BATCH_SIZE_PER_GPU": 16}
     # Adam would blow up the rounding of gradients that are zero.
     return {**options, "TRAIN__OPTIMIZER": "sgd"}
 
