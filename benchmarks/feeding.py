@@ -51,7 +51,7 @@ def add_feeding_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=ways, help="of feeding")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (%(default)s)")
-    parser.add_argument("--cache_size", type=int, default=288, help="pixels, DATA.CACHE_SIZE")
+    parser.add_argument("--cache_size", type=int, default=448, help="pixels, DATA.CACHE_SIZE")
     parser.add_argument(
         "--turns", type=common.positive, default=3, help="of each way (%(default)s)"
     )

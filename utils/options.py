@@ -192,7 +192,7 @@ option("DATA.PARTIAL", False, "take a benchmark although not all its images are 
        resume_may_change=True)
 option("DATA.CACHE", "none", "where all images are kept decoded: none (nowhere), ram (this "
        "machine's memory) or device (each process's)", choices=("none", "ram", "device"))
-option("DATA.CACHE_SIZE", 288, "pixels of the shorter side to which images are reduced before "
+option("DATA.CACHE_SIZE", 448, "pixels of the shorter side to which images are reduced before "
        "crops are made of them on the device; 0: not at all", at_least=0)
 option("DATA.CROPS", "auto", "who makes the crops of images that are not kept: workers (of one "
        "image at a time), device (of a batch at a time, as of kept images) or auto (device on a "

@@ -107,7 +107,7 @@ def test_train_on_drawn_images(measured):
         assert share == figures[way]["images_per_second"] / alone
     # A photograph's JPEG takes about as long to decode and crop as this network's step.
     assert figures["decode"]["share_of_step_alone"] < 0.9
-    assert figures["ram"]["kept_gib"] == 6 * 288 * 384 * 3 / GIB
+    assert figures["ram"]["kept_gib"] == 6 * 375 * 500 * 3 / GIB
     assert "6 drawn JPEGs of 500 x 375 pixels" in report["what"]
 
 

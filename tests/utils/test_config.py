@@ -384,6 +384,7 @@ BAD = {
     "LOSS.TEACHER_TEMP": -0.04,
     "LOSS.WARMUP_TEACHER_TEMP_EPOCHS": -1,
     "LOSS.CENTER_MOMENTUM": 1.1,
+    "LOSS.CHUNK_MIB": -1,
     "CMD.LAMBDA1": -1,
     "CMD.LS_GRAD": "none",
     "CMD.LT": "all",
@@ -525,7 +526,7 @@ def test_every_option_of_a_section_decides_what_it_should():
     assert set(config.deciding(NOTHING)) == {
         *("OUTPUT_DIR", "DEVICE", "PRINT_FREQ", "RESUME"),
         *("DATA.PATH", "DATA.WORKERS", "DATA.DOWNLOAD"),
-        *("TRAIN.CHECKPOINTING", "TRAIN.TIMEOUT_MINUTES"),
+        *("LOSS.CHUNK_MIB", "TRAIN.CHECKPOINTING", "TRAIN.TIMEOUT_MINUTES"),
         *(name for name in OPTIONS if name.startswith(("CKPT.", "EVAL.KNN"))),
         *("EVAL.DUMP_FEATURES", "EVAL.LOAD_FEATURES", "EVAL.PICTURES"),
     }
