@@ -16,11 +16,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from email.parser import Parser
 from pathlib import Path
 
 from benchmarks import common
-from datasets.folder import load_image
+from benchmarks.gpu import check_sources
+from datasets.folder import UnreadableImage, load_image
 from utils.errors import InputError, run_script
 from utils.files import make_folder, replacing
 
@@ -54,7 +56,10 @@ def take_wheels(names: list[str], python: str, platforms: list[str], folder: Pat
     words += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
     words += [f"--platform={platform}" for platform in platforms]
     if subprocess.run([sys.executable, "-m", *words, "--dest", str(folder), *wanted]).returncode:
-        raise InputError(f"pip found no wheels of {', '.join(wanted)}: its words stand above.")
+        raise InputError(
+            f"pip brought no wheels of {', '.join(wanted)} for Python {python}; it needs a network "
+            f"here, and its words stand above."
+        )
     needs = set()
     for path in folder.iterdir():
         with zipfile.ZipFile(path) as wheel:
@@ -67,11 +72,11 @@ def take_wheels(names: list[str], python: str, platforms: list[str], folder: Pat
 def take_images(source: Path, folder: Path, room: float) -> Path:
     """Copy a set of images into `folder`, within `room` bytes; returns where it is then.
 
-    Raises InputError where it is no such set, and where it fits at no size.
+    Raises InputError where it fits at no size.
     """
-    paths = [path for split in ("train", "val") for path in sorted(source.glob(f"{split}/*/*"))]
-    if len({path.relative_to(source).parts[0] for path in paths}) < 2:
-        raise InputError(f"--data: {source} must hold train and val, with a subfolder a class.")
+    paths = sorted(
+        path for split in ("train", "val") for path in source.glob(f"{split}/*/*") if path.is_file()
+    )
     name = source.resolve().name
     for side in SIDES:
         contents = {path.relative_to(source): encoded(path, side) for path in paths}
@@ -88,12 +93,15 @@ def take_images(source: Path, folder: Path, room: float) -> Path:
 
 
 def encoded(path: Path, side: int) -> bytes:
-    """An image's file, or for a side its JPEG with a shorter side of at most so many pixels."""
-    if not side:
-        return path.read_bytes()
+    """An image's file, or for a side its JPEG with a shorter side of at most so many pixels.
+
+    What is no image that can be read stays as it is.
+    """
     buffer = io.BytesIO()
-    load_image(path, side).save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()
+    with suppress(UnreadableImage):
+        if side:
+            load_image(path, side).save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue() or path.read_bytes()
 
 
 def bytes_of(folder: Path) -> int:
@@ -102,6 +110,7 @@ def bytes_of(folder: Path) -> int:
 
 def main() -> None:
     args = parse()
+    check_sources(args.data, args.reference)
     with replacing(args.output, "bundle") as bundle:
         make_folder(bundle / "wheels")
         needs = take_wheels(args.wheels, args.python, args.platform, bundle / "wheels")
@@ -117,7 +126,10 @@ def main() -> None:
             place = take_images(source, bundle / "data", args.limit * MIB - bytes_of(bundle))
             print(f"{source}: {bytes_of(place) / MIB:.1f} MiB as data/{place.name}")
         if bytes_of(bundle) > args.limit * MIB:
-            raise InputError(f"the bundle would have {bytes_of(bundle) / MIB:.1f} MiB.")
+            raise InputError(
+                f"the bundle would have {bytes_of(bundle) / MIB:.1f} MiB, which is above --limit: "
+                f"leave out a checkout or wheels, or raise it."
+            )
         tracked = subprocess.run(
             ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
         ).stdout

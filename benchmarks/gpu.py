@@ -313,6 +313,19 @@ def _end(process: subprocess.Popen, token: dict[str, str]) -> None:
 # The machine
 
 
+def check_sources(data: list[Path], reference: list[Path]) -> None:
+    """Raise InputError where photographs or checkouts are not there; a stage meets it too late."""
+    for folder in data:
+        if not all(any(folder.glob(f"{split}/*/*")) for split in ("train", "val")):
+            raise InputError(f"--data: {folder} must hold train and val, with a subfolder a class.")
+    for checkout in reference:
+        if not (checkout / "main_esvit.py").is_file():
+            raise InputError(f"--reference: {checkout} holds no main_esvit.py.")
+    names = [_slug(folder.resolve().name) for folder in data]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"--data: results are named by the folder, and two are {min(twice)}.")
+
+
 def provide_packages(site: Path) -> None:
     """The bundle's wheels into `site`, where packages are missing; InputError if some still are."""
     wheels = sorted(BUNDLE.glob("wheels/*.whl"))
@@ -371,6 +384,9 @@ def main() -> None:
     args.archive = args.archive or work / "results.zip"
     args.data = args.data or sorted(BUNDLE.glob("data/*"))
     args.reference = args.reference or sorted(BUNDLE.glob("reference/*"))
+    if not args.minutes > 0:
+        raise InputError(f"--minutes {args.minutes:g}: a number above 0 is needed.")
+    check_sources(args.data, args.reference)
     for folder in (args.out, work, args.archive.parent):
         make_folder(folder, "the folder")
     provide_packages(ROOT / "outputs" / "site")

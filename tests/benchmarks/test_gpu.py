@@ -199,6 +199,8 @@ def test_a_bundle_brings_wheels_and_as_large_images_as_fit(tmp_path, monkeypatch
         (photographs / split / "a").mkdir(parents=True)
         image = Image.effect_noise((300, 400), 60).convert("RGB")
         image.save(photographs / split / "a" / "1.jpg", quality=95)
+    (photographs / "val" / "a" / "aside").mkdir()
+    (photographs / "val" / "a" / "broken.jpg").write_bytes(b"no image")
     checkout = tmp_path / "EsViT"
     checkout.mkdir()
     for name in ("main_esvit.py", "picture.png"):
@@ -216,7 +218,8 @@ def test_a_bundle_brings_wheels_and_as_large_images_as_fit(tmp_path, monkeypatch
         return sorted(str(path.relative_to(tmp_path / "bundle")) for path in files)
 
     rest = ["reference/EsViT/main_esvit.py", "wheels/lacking-1.0-py3-none-any.whl"]
-    assert make(1) == ["data/birds/train/a/1.jpg", "data/birds/val/a/1.jpg", *rest]
+    images = ["train/a/1.jpg", "val/a/1.jpg", "val/a/broken.jpg"]
+    assert make(1) == [*(f"data/birds/{name}" for name in images), *rest]
     assert "they need numpy there" in capsys.readouterr().out
     source = photographs / "train/a/1.jpg"
     copy = tmp_path / "bundle/data/birds/train/a/1.jpg"
@@ -247,6 +250,34 @@ def test_a_rehearsal_writes_nothing_among_the_results(monkeypatch):
     with pytest.raises(InputError, match="not for a rehearsal's"):
         gpu.main()
     assert not (gpu.RESULTS / "sub").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--data photos/nowhere", "nowhere must hold train and val"),
+        ("--data photos/cars photos/cars/train", "train must hold train and val"),
+        ("--data photos/cars other/cars", "two are cars"),
+        ("--reference photos", "photos holds no main_esvit.py"),
+    ],
+)
+def test_wrong_sources_are_told_before_anything_begins(tmp_path, monkeypatch, words, told):
+    for name in ("photos/cars/train/a/1.jpg", "photos/cars/val/a/1.jpg"):
+        for place in (tmp_path / name, tmp_path / name.replace("photos", "other")):
+            place.parent.mkdir(parents=True)
+            place.touch()
+    monkeypatch.chdir(tmp_path)
+    for script, rest in ((gpu, "--device cpu --out out"), (bundle, "--output bundle")):
+        monkeypatch.setattr(sys, "argv", ["script", *words.split(), *rest.split()])
+        with pytest.raises(InputError, match=told):
+            script.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "photos"]
+
+
+def test_a_plan_needs_time(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--minutes", "0"])
+    with pytest.raises(InputError, match="a number above 0"):
+        gpu.main()
 
 
 @pytest.mark.slow
