@@ -63,12 +63,12 @@ def of_step(
     """
     device, batch = world.device, cfg.TRAIN.BATCH_SIZE_PER_GPU
     student, teacher = student.to(device), teacher.to(device)
-    objective, sizes = build.objective(cfg), build.augmentation(cfg).sizes
+    objective, sides = build.objective(cfg), build.augmentation(cfg).sizes
     if cfg.TRAIN.CHECKPOINTING:
         checkpoint_blocks(student)
     kept = []
     for images in SMALL_BATCHES:
-        crops = [torch.zeros(images, 3, size, size, device=device) for size in sizes]
+        crops = [torch.zeros(images, 3, side, side, device=device) for side in sides]
         with autocast(precision_of(cfg, device), device):
             kept.append(kept_by_forward(student, crops[objective.student_crops]))
     (few, more), (kept_of_few, kept_of_more) = SMALL_BATCHES, kept
@@ -89,7 +89,7 @@ def of_step(
 
 
 def room_for_step(cfg: Node, world: World, sizes: Sequence[Size]) -> int:
-    """Bytes to leave free where DATA.CACHE keeps all images: a step's peak, or 0 where it is
+    """Bytes to leave free where DATA.CACHE keeps all images: a step's peak, or 0 where the step is
     elsewhere. sizes: as for `of_step`."""
     where = {"none": None, "ram": "cpu", "device": world.device.type}[cfg.DATA.CACHE]
     if where != world.device.type:
