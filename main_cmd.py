@@ -70,7 +70,7 @@ def pretrain(signals: StopSignals) -> None:
     evaluated = (held_out.train, held_out.test) if held_out else ()
     refuse_among_images(Path(cfg.OUTPUT_DIR), images, *evaluated)
     # Files are read for it, once: by one process, for all.
-    fingerprint = distributed.of_main(images.fingerprint if world.is_main else "")
+    fingerprint = distributed.on_main(lambda: images.fingerprint)
 
     # Networks, the same on every process; objective, optimizer, schedules.
     student, teacher = build.networks(cfg)
