@@ -191,9 +191,12 @@ def steps_of(world: World, options: dict, backend: str) -> dict[str, Tensor]:
     """
     torch._dynamo.reset()
     cfg = small_config(**options, TRAIN__BATCH_SIZE_PER_GPU=4 // world.size)
-    run = Pretraining.build(cfg, world, *build.networks(cfg), steps_per_epoch=4)
+    networks = build.networks(cfg)
     if backend:
-        compiled(run, backend)
+        # Before the student is wrapped, as TRAIN.COMPILE does, but by a compiler of choice.
+        for network in networks:
+            compile_network(network, backend)
+    run = Pretraining.build(cfg, world, *networks, steps_per_epoch=4)
     share = slice(2 * world.rank, 2 * world.rank + 2) if world.size > 1 else slice(None)
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
