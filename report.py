@@ -61,8 +61,8 @@ def main() -> None:
     network = source.network
     student_at_start, teacher_at_start = build.networks(cfg)
     size = arguments.size or cfg.AUG.GLOBAL_CROPS_SIZE
-    if size % network.backbone.patch_size:
-        raise InputError(f"--size {size} must be a multiple of {network.backbone.patch_size}.")
+    if misfit := network.backbone.misfit(size):
+        raise InputError(f"--size {size} {misfit} {source.weights.arch}.")
     log = curves.read_log(folder / "log.txt")
     pictures = {"loss_curves.png": Picture("Training curves", curves.plot_curves(log))}
 

@@ -12,9 +12,10 @@ from datasets.multicrop import Augmentation
 from losses.contrastive import KeyQueue
 from losses.objective import Contrastive, Objective
 from losses.targets import Centres
+from models.backbone import Backbone
 from models.grouped_norm import group_batch_norm
 from models.network import HeadSpec, Network, make_teacher
-from models.registry import BackboneSpec, build_backbone, resolve
+from models.registry import BackboneSpec, build_backbone
 from utils import seeding
 from utils.config import Node, crops_on_device, eval_size, local_crops
 from utils.distributed import World
@@ -120,11 +121,6 @@ def networks(cfg: Node) -> tuple[Network, Network]:
     groups. Raises InputError for an architecture or a crop size that cannot be.
     """
     goal, heads, spec = objective(cfg), head_spec(cfg), backbone_spec(cfg)
-    if goal.needs_rationale and resolve(spec)["family"] == "vit":
-        raise InputError(
-            f"LOSS.OBJECTIVE lcr fits a map to GradCAM, which needs an image feature that is the "
-            f"mean of the patches; that of {spec.arch} is its [CLS] token. Take resnet50 or a Swin."
-        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
         student = Network(
@@ -135,7 +131,12 @@ def networks(cfg: Node) -> tuple[Network, Network]:
             cfg.LCR.CHANNELS if goal.needs_rationale else 0,
         )
         teacher = Network(build_backbone(spec), heads, goal.needs_region_head, pooling=False)
-    check_crop_sizes(cfg, student.backbone.patch_size)
+    if goal.needs_rationale and not student.backbone.mean_of_patches:
+        raise InputError(
+            f"LOSS.OBJECTIVE lcr fits a map to GradCAM, which needs an image feature that is the "
+            f"mean of the patches; that of {spec.arch} is not. Take resnet50 or a Swin."
+        )
+    check_crop_sizes(cfg, student.backbone)
     if goal.projects:
         for network in (student, teacher):
             group_batch_norm(network, cfg.MOCO.BN_IMAGES)
@@ -144,18 +145,15 @@ def networks(cfg: Node) -> tuple[Network, Network]:
     return student, make_teacher(student, teacher)
 
 
-def check_crop_sizes(cfg: Node, multiple: int) -> None:
+def check_crop_sizes(cfg: Node, backbone: Backbone) -> None:
     """Raise InputError unless the backbone takes every crop."""
     sizes = [("AUG.GLOBAL_CROPS_SIZE", cfg.AUG.GLOBAL_CROPS_SIZE)]
     sizes += [("AUG.LOCAL_CROPS_SIZE", size) for _, size in local_crops(cfg)]
     if cfg.EVAL.KNN_EVERY:
         sizes.append(("EVAL.SIZE", eval_size(cfg)))
     for key, size in sizes:
-        if size % multiple:
-            raise InputError(
-                f"{key} {size} is not a multiple of {multiple} pixels, the patch size of "
-                f"{cfg.MODEL.ARCH}."
-            )
+        if misfit := backbone.misfit(size):
+            raise InputError(f"{key} {size} {misfit} {cfg.MODEL.ARCH}.")
 
 
 def model_description(cfg: Node) -> dict:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """Images -> (image feature, patch features) at any size the stride allows.
 
-    num_features: D, the width of both features.
+    num_features: D, the width of the image feature.
+    mean_of_patches: whether the image feature is the mean of the patch features.
     stride: pixels per patch cell along each side.
     patch_size: the multiple (pixels) that each side of an input image must be.
     window_size: Swin's attention window in patches; 0 for other families.
@@ -19,10 +20,16 @@ class Backbone(nn.Module):
     stride: int
     patch_size: int
     window_size: int = 0
+    mean_of_patches: bool = True
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] float -> image feature [B, D] and patch features [B, N, D], row-major."""
+        """[B, 3, H, W] float -> image feature [B, D] and patch features [B, N, P], row-major."""
+
+    @property
+    def num_patch_features(self) -> int:
+        """P, the width of the patch features: D in most."""
+        return self.num_features
 
     def shared(self, calls: int) -> list[tuple]:
         """For each of `calls` forwards with the same weights, its other arguments.
@@ -38,9 +45,14 @@ class Backbone(nn.Module):
         """One feature [B, D_i] for each of the last `n` blocks, in the order of the network.
 
         Concatenated, they are the linear probe's input (EsViT's protocol).
-        `avgpool_patchtokens` appends the average of the last block's patches (ViT only;
-        the other families' features are such averages already).
+        `avgpool_patchtokens` appends the average of the last block's patches, where the image
+        feature is not that already.
         """
+
+    @property
+    def depth(self) -> int:
+        """How many blocks `last_blocks` can give."""
+        return len(self.all_blocks())
 
     @abstractmethod
     def all_blocks(self) -> list[nn.Module]:
@@ -49,6 +61,15 @@ class Backbone(nn.Module):
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the patch map of an image of `height` x `width` pixels."""
         return -(-height // self.stride), -(-width // self.stride)
+
+    def misfit(self, size: int) -> str:
+        """Why square images of `size` pixels are not taken, before the backbone's name; "" if so.
+
+        "is not a multiple of 16 pixels, the patch size of".
+        """
+        if size % self.patch_size:
+            return f"is not a multiple of {self.patch_size} pixels, the patch size of"
+        return ""
 
     def check_size(self, images: Tensor) -> None:
         """Raise ValueError unless both sides are multiples of `patch_size`."""

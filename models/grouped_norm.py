@@ -1,20 +1,20 @@
 """BatchNorm over groups of a batch, as if each were the batch of a process of its own."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
 
-class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class GroupedBatchNorm:
     """In training, consecutive groups of at most `images` have statistics of their own.
 
     As on so many GPUs without synchronisation, which MoCo's shuffling counts on; the running
-    statistics follow one group after the other. Groups are as equal as can be.
+    statistics follow one group after the other. Groups are as equal as can be. It stands before a
+    kind of BatchNorm among the bases of a class.
     """
 
     images: int = 32
-
-    def _check_input_dim(self, _: Tensor) -> None:
-        """Any [B, C, ...]."""
 
     def forward(self, batch: Tensor) -> Tensor:
         if not self.training or len(batch) <= self.images:
@@ -23,14 +23,19 @@ class GroupedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return torch.cat([super(GroupedBatchNorm, self).forward(group) for group in groups])
 
 
+@cache
+def _grouped(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Grouped{kind.__name__}", (GroupedBatchNorm, kind), {})
+
+
 def group_batch_norm(module: nn.Module, images: int) -> bool:
     """Make every BatchNorm in `module` a grouped one, in place; whether there was any.
 
     Parameters, buffers and their names stay.
     """
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    found = [part for part in module.modules() if type(part) in kinds]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)  # timm's, with an activation, are among them
+    found = [part for part in module.modules() if isinstance(part, kinds)]
     for norm in found:
-        norm.__class__ = GroupedBatchNorm
+        norm.__class__ = _grouped(type(norm))
         norm.images = images
     return bool(found)

@@ -73,9 +73,10 @@ class Network(nn.Module):
             raise ValueError("a region head needs the shape of the heads")
         self.backbone, self.head_spec = backbone, heads
         self.head = heads.build(backbone.num_features) if heads else None
-        self.head_dense = heads.build(backbone.num_features) if region_head else None
+        self.head_dense = heads.build(backbone.num_patch_features) if region_head else None
         self.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden) if pooling else None
-        self.rationale = RationaleBranch(backbone.num_features, rationale) if rationale else None
+        width = backbone.num_patch_features
+        self.rationale = RationaleBranch(width, rationale) if rationale else None
 
     def forward(
         self, crops: Sequence[Tensor], teacher: Views | None = None

@@ -3,9 +3,12 @@
 import difflib
 from dataclasses import asdict, dataclass
 
+import timm
+
 from models.backbone import Backbone
 from models.resnet import ResNet
 from models.swin import Swin
+from models.timm_backbone import PREFIX, TimmBackbone, measured, timm_name
 from models.vit import ViT
 from utils.errors import InputError
 
@@ -14,8 +17,9 @@ from utils.errors import InputError
 class BackboneSpec:
     """All that decides a backbone's parameters; stored in every checkpoint.
 
-    arch: a name in ARCHITECTURES. embed_dim, depths, num_heads: 0 or () for the
-    architecture's own (a ViT has one depth and one number of heads; a Swin one a stage).
+    arch: a name in ARCHITECTURES, or timm/ and a name of timm's, which leaves it all to timm but
+    img_size. embed_dim, depths, num_heads: 0 or () for the architecture's own (a ViT has one depth
+    and one number of heads; a Swin one a stage).
     window_size: Swin's window, patches. patch_size: pixels, 0 for the architecture's own.
     img_size: pixels for which windows and position embeddings are laid out.
     """
@@ -73,23 +77,29 @@ ARCHITECTURES = {
 
 def resolve(spec: BackboneSpec) -> dict:
     """The architecture's figures with the spec's own put in; InputError where they cannot be."""
-    if spec.arch not in ARCHITECTURES:
+    if spec.arch.startswith(PREFIX):
+        figures = {"family": "timm", "name": timm_name(spec.arch).partition(".")[0]}
+    elif spec.arch not in ARCHITECTURES:
         near = difflib.get_close_matches(spec.arch, ARCHITECTURES, n=1)
+        near = [PREFIX + spec.arch] if timm.is_model(spec.arch) else near
         hint = f" Did you mean {near[0]}?" if near else ""
         raise InputError(
             f"MODEL.ARCH: there is no architecture '{spec.arch}'.{hint} "
-            f"Known: {', '.join(ARCHITECTURES)}."
+            f"Known: {', '.join(ARCHITECTURES)}, and those of timm as {PREFIX}NAME."
         )
-    figures = dict(ARCHITECTURES[spec.arch])
+    else:
+        figures = dict(ARCHITECTURES[spec.arch])
     own = {
         name: getattr(spec, name)
         for name in ("embed_dim", "depths", "num_heads", "patch_size")
         if getattr(spec, name)
     }
-    if figures["family"] == "resnet":
+    if figures["family"] in ("resnet", "timm"):
         if own:
             options = ", ".join(f"MODEL.{name.upper()}" for name in own)
             raise InputError(f"{options}: {spec.arch} has nothing of the kind; leave them out.")
+        if figures["family"] == "timm":
+            measured(timm_name(spec.arch), spec.img_size)
         return figures
     figures.update(own)
     depths, heads = figures["depths"], figures["num_heads"]
@@ -135,6 +145,8 @@ def build_backbone(spec: BackboneSpec, drop_path: float = 0.0) -> Backbone:
     """
     figures = resolve(spec)
     family = figures["family"]
+    if family == "timm":
+        return TimmBackbone(timm_name(spec.arch), spec.img_size, drop_path)
     if family == "swin":
         return Swin(
             figures["embed_dim"],

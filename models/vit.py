@@ -23,6 +23,8 @@ class ViT(Backbone):
     img_size: pixels the position embeddings are stored for.
     """
 
+    mean_of_patches = False
+
     def __init__(
         self,
         embed_dim: int,

@@ -3,7 +3,8 @@
 mil         the pooling's attention (models/mil.py), of runs of the objective cmd
 lcr         the fitting branch's predicted map (models/rationale.py), of the objective lcr
 self        the last block's [CLS]-to-patch self-attention, mean of heads; ViT
-similarity  softmax over the patches of cos(patch feature, image feature) / 0.1; always there
+similarity  softmax over the patches of cos(patch feature, image feature) / 0.1; always there. Where
+            the two have not one width, the patches' mean takes the image feature's place
 """
 
 import torch
@@ -52,6 +53,8 @@ def attention_map(network: Network, images: Tensor, kind: str) -> Tensor:
         return maps / maps.sum(dim=1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
     image_feature, patch_features = network.backbone(images)
     if kind == "similarity":
+        if image_feature.shape[1] != patch_features.shape[2]:
+            image_feature = patch_features.mean(dim=1)
         image = F.normalize(image_feature.float(), dim=-1)
         patches = F.normalize(patch_features.float(), dim=-1)
         cosines = torch.einsum("bd,bnd->bn", image, patches)

@@ -15,7 +15,6 @@ from datasets.loader import BadImage, KeyedDataset, build_loader, usable_workers
 from datasets.multicrop import default_resize, eval_transform
 from engine.evaluation import attention
 from engine.evaluation.source import Source, image_size
-from models.vit import ViT
 from utils import distributed
 from utils.config import Node
 from utils.distributed import World
@@ -37,8 +36,8 @@ class Encoder:
     probe; with one block, the image feature); `mean`, the average of the last stage's normed
     patch features; `mil`, the same weighted by the MIL attention, and `lcr`, by LCR's predicted
     map, so that the three differ in the weights alone (method.md). They always take one block.
-    avgpool_patchtokens: see Backbone.last_blocks; of ViTs alone, since the other families'
-    features are such averages already. Raises InputError for a pooling that the network lacks.
+    avgpool_patchtokens: see Backbone.last_blocks; not where the image feature is that average
+    already. Raises InputError for a pooling that the network lacks.
     """
 
     source: Source
@@ -54,7 +53,7 @@ class Encoder:
             )
         if self.pooling != "default":
             self.blocks, self.avgpool_patchtokens = 1, False
-        if not isinstance(self.source.network.backbone, ViT):
+        if self.avgpool_patchtokens and self.source.network.backbone.mean_of_patches:
             self.avgpool_patchtokens = False
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from engine.evaluation import attention
 from models import registry
 from models.network import HeadSpec, Network
 from models.pretrained import WeightsFile, load_strictly
-from models.registry import ARCHITECTURES, BackboneSpec, build_backbone, resolve
+from models.registry import BackboneSpec, build_backbone, resolve
 from utils import checkpoint, config, seeding
 from utils.config import Node
 from utils.errors import InputError
@@ -107,7 +107,7 @@ def load_source(
     own = file.contents if checkpoint.is_own(file.contents) else {}
     pixels = file.metadata.get("image_size", "")  # anything, in someone else's file
     doubts = {k: doubt for k, doubt in file.doubts.items() if f"MODEL.{k.upper()}" not in typed}
-    if "MODEL.ARCH" in typed and spec.num_heads == ARCHITECTURES[spec.arch].get("num_heads"):
+    if "MODEL.ARCH" in typed and spec.num_heads == resolve(spec).get("num_heads"):
         doubts.pop("num_heads", None)
     for name, doubt in doubts.items():
         is_option = name in ("num_heads", "img_size")
@@ -198,8 +198,7 @@ def _chosen_spec(known: BackboneSpec, cfg: Node, typed: Collection[str]) -> Back
     if "MODEL.ARCH" in typed and wanted.arch != known.arch:
         # Another architecture: its own figures, not the checkpoint's. But heads are known better
         # there: a Swin's by their shapes, and a ViT's are not by its name (MoCo v3's vit_small).
-        resolve(wanted)
-        same_family = ARCHITECTURES[wanted.arch]["family"] == ARCHITECTURES[known.arch]["family"]
+        same_family = resolve(wanted)["family"] == resolve(known)["family"]
         spec = replace(known, embed_dim=0, depths=()) if same_family else wanted
     names = [field.name for field in fields(wanted) if f"MODEL.{field.name.upper()}" in typed]
     return replace(spec, **{name: getattr(wanted, name) for name in names})
@@ -211,14 +210,11 @@ def image_size(source: Source, size: int = 0) -> int:
     A run of ours has its own EVAL.SIZE or, by default, its global crops; an export of ours says
     that too. Raises InputError where the backbone cannot take it.
     """
-    weights, patch_size = source.weights, source.network.backbone.patch_size
+    weights = source.weights
     size = size or weights.image_size
     if not size and weights.run_config is not None:
         size = config.eval_size(config.from_dict(weights.run_config, weights.path))
     size = size or 224
-    if size % patch_size:
-        raise InputError(
-            f"EVAL.SIZE {size} is not a multiple of {patch_size} pixels, the patch size of "
-            f"{weights.arch}."
-        )
+    if misfit := source.network.backbone.misfit(size):
+        raise InputError(f"EVAL.SIZE {size} {misfit} {weights.arch}.")
     return size

@@ -38,14 +38,11 @@ def common_size(sources: Sequence[Source], size: int | None) -> tuple[int, int]:
     Raises InputError where a network cannot take it.
     """
     size = size or image_size(sources[0])
-    multiples = [source.network.backbone.patch_size for source in sources]
-    for source, multiple in zip(sources, multiples, strict=True):
-        if size % multiple:
-            raise InputError(
-                f"--size {size} must be a multiple of {multiple}, the patch size of "
-                f"{source.weights.path}."
-            )
-    return size, math.lcm(*multiples)
+    backbones = [source.network.backbone for source in sources]
+    for source, backbone in zip(sources, backbones, strict=True):
+        if misfit := backbone.misfit(size):
+            raise InputError(f"--size {size} {misfit} {source.weights.path}.")
+    return size, math.lcm(*(backbone.patch_size for backbone in backbones))
 
 
 @dataclass(frozen=True)

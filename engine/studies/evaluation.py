@@ -35,7 +35,7 @@ def figures_and_zeros(
     remarks: dict[str, list[str]] = {}
     options = cfg.LINEAR.clone()
     options.CLASSIFIER = "logistic"
-    options.N_LAST_BLOCKS = min(options.N_LAST_BLOCKS, len(source.network.backbone.all_blocks()))
+    options.N_LAST_BLOCKS = min(options.N_LAST_BLOCKS, source.network.backbone.depth)
     probe = LinearProbe(options, seed=cfg.SEED)
     labels = [images.labels for images in (splits.train, splits.test)]
     classes = splits.train.classes

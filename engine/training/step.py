@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,7 +82,7 @@ class Pretraining:
         objective, precision = build.objective(cfg), precision_of(cfg, world.device)
         # Contrast normalises groups of a batch in their place (models/grouped_norm.py).
         if world.size > 1 and world.device.type == "cuda" and not objective.projects:
-            student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
+            student, teacher = map(convert_sync_batchnorm, (student, teacher))
         student, teacher = student.to(world.device), teacher.to(world.device)
         if cfg.TRAIN.CHECKPOINTING:
             checkpoint_blocks(student)

@@ -1,0 +1,349 @@
+"""Any model of timm that has a map of patches, as a backbone.
+
+What timm does not say of a model is measured on a copy of it without storage (torch's meta
+device): which images it takes, the map's place among its tokens, the widths of its features, and
+which parameters no image feature depends on.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models._manipulate import group_modules
+from torch import Tensor, nn
+
+from models.backbone import Backbone, check_depth
+from utils.errors import InputError
+from utils.logging import logger
+
+PREFIX = "timm/"
+# What the sides of images may have to be multiples of, besides the size that a model is built for.
+MULTIPLES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 64)
+# More than any model's stride: an image larger by so many pixels has another map.
+LARGER = 65
+# Ways of asking a model for images of any size, the freest first; most models know none of them.
+SIZED = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+# What a model may take when it is asked for the outputs of its blocks, the most first.
+ASKED = ({"norm": True, "return_prefix_tokens": True}, {"norm": True}, {})
+
+
+class NoMapError(Exception):
+    """What comes out of a model is no map of patches."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What comes out of a model for images of one size.
+
+    grid: rows and columns of the map. prefix: tokens before the map's. features, patches: widths of
+    the image feature and of the map's cells.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+    features: int
+    patches: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a model of timm before it has weights.
+
+    keywords: of timm.create_model. model: without storage, in eval mode. shapes: at the size it is
+    built for. multiple: pixels that sides must be multiples of; 0 where it takes one size alone.
+    depth: blocks, or stages, whose outputs it gives when asked with the keywords `asked`. unused:
+    names of parameters that the image feature does not depend on.
+    """
+
+    keywords: dict
+    model: nn.Module
+    shapes: Shapes
+    multiple: int
+    depth: int
+    asked: dict
+    unused: frozenset[str]
+
+
+def timm_name(arch: str) -> str:
+    """timm's name in `arch`; InputError where the installed timm has no such model or weights."""
+    name = arch.removeprefix(PREFIX)
+    model, _, tag = name.partition(".")
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), n=3)
+        hint = f"; the nearest: {', '.join(PREFIX + other for other in near)}" if near else ""
+        raise InputError(
+            f"MODEL.ARCH: timm {timm.__version__} has no model '{model}'{hint} (a newer timm may "
+            f"have it)."
+        )
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{model}.*")]
+    if tag and tag not in tags:
+        raise InputError(
+            f"MODEL.ARCH: timm {timm.__version__} has no weights '{tag}' of {model}; it has: "
+            f"{', '.join(filter(None, tags)) or 'none'}."
+        )
+    return name
+
+
+@lru_cache(maxsize=8)
+def measured(name: str, img_size: int) -> Measured:
+    """What is to be known of timm's model `name`, built for square images of `img_size` pixels.
+
+    Raises InputError for a model without a map of patches, and for a size that it cannot have.
+    """
+    for keywords in (*({"img_size": img_size, **more} for more in SIZED), {}):
+        try:
+            model = _without_storage(name, keywords)
+            shapes = _shapes(model, img_size, img_size)
+        except NoMapError as error:
+            raise InputError(
+                f"MODEL.ARCH {PREFIX}{name}: {error}, and a backbone needs one: take another model."
+            ) from None
+        except Exception:  # whatever an unknown keyword or size makes timm do
+            continue
+        multiple, unused = _multiple(model, img_size), _unused(model, img_size)
+        return Measured(keywords, model, shapes, multiple, *_outputs(model, img_size), unused)
+    try:
+        model = _without_storage(name, {})
+        size = model.pretrained_cfg["input_size"][-1]
+        _shapes(model, size, size)
+    except Exception as error:
+        raise InputError(
+            f"MODEL.ARCH {PREFIX}{name}: timm {timm.__version__} cannot build it: {error}."
+        ) from None
+    raise InputError(
+        f"MODEL.IMG_SIZE {img_size}: {PREFIX}{name} takes {_sizes(_multiple(model, size), size)}."
+    )
+
+
+def _without_storage(name: str, keywords: dict) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return timm.create_model(name, pretrained=False, num_classes=0, **keywords).eval()
+
+
+def _images(height: int, width: int) -> Tensor:
+    """Two, without storage: BatchNorm wants more than one."""
+    return torch.empty(2, 3, height, width, device="meta")
+
+
+@torch.no_grad()
+def _shapes(model: nn.Module, height: int, width: int) -> Shapes:
+    """Raises NoMapError, and anything for a size that the model cannot take."""
+    with torch.device("meta"):
+        images, prefix = _images(height, width), 0
+        features = model.forward_features(images)
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise NoMapError("it gives no single map of patches")
+        if features.ndim == 4:
+            rows, columns = _channels_last(model, features).shape[1:3]
+        elif hasattr(model, "forward_intermediates"):
+            last = model.forward_intermediates(images, indices=1, intermediates_only=True)[-1]
+            rows, columns = last.shape[-2:]
+            prefix = features.shape[1] - rows * columns
+        else:
+            raise NoMapError("timm does not say which of its tokens are a map of patches")
+        pooled = model.forward_head(features, pre_logits=True)
+    if prefix < 0 or pooled.ndim != 2:
+        raise NoMapError("it gives no single map of patches")
+    width_of_cells = (
+        features.shape[2] if features.ndim == 3 else _channels_last(model, features).shape[3]
+    )
+    return Shapes((rows, columns), prefix, pooled.shape[1], width_of_cells)
+
+
+def _channels_last(model: nn.Module, features: Tensor) -> Tensor:
+    """A model's map as [B, rows, columns, P]."""
+    is_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    return features if is_last else features.permute(0, 2, 3, 1)
+
+
+def _multiple(model: nn.Module, size: int) -> int:
+    """Pixels that sides must be multiples of, by images larger than `size`; 0: no other size."""
+    for step in (*MULTIPLES, size):
+        times = -(-LARGER // step)
+        # Odd, or it would be a multiple of twice the step.
+        larger = size + step * (times + 1 - times % 2)
+        try:
+            _shapes(model, larger, larger)
+        except Exception:  # each model has its own
+            continue
+        return step
+    return 0
+
+
+def _sizes(multiple: int, size: int) -> str:
+    """In words, which images a model takes."""
+    if not multiple:
+        return f"images of {size} pixels alone"
+    return f"multiples of {multiple} pixels" if multiple > 1 else "larger images"
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, size: int) -> tuple[int, dict]:
+    """`depth` and `asked` of Measured."""
+    for asked in ASKED:
+        try:
+            with torch.device("meta"):
+                outputs = model.forward_intermediates(
+                    _images(size, size), intermediates_only=True, **asked
+                )
+        except Exception:  # a keyword that it does not know, or refuses
+            continue
+        return len(outputs), asked
+    return 1, {}
+
+
+def _unused(model: nn.Module, size: int) -> frozenset[str]:
+    """Names of the parameters without a gradient; in training, for some keep what they computed."""
+    model.train()
+    with torch.device("meta"):
+        features = model.forward_features(_images(size, size))
+        model.forward_head(features, pre_logits=True).sum().backward()
+    names = frozenset(name for name, p in model.named_parameters() if p.grad is None)
+    model.zero_grad()
+    model.eval()
+    return names
+
+
+@lru_cache(maxsize=256)
+def _grid(name: str, img_size: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of the map of an image; None where the model cannot take it."""
+    try:
+        return _shapes(measured(name, img_size).model, height, width).grid
+    except Exception:  # each model has its own
+        return None
+
+
+class TimmBackbone(Backbone):
+    """timm's model `name` without its classifier; its weights keep their names, under `model.`.
+
+    The image feature is what timm's own head would read, before a classifier. img_size: pixels that
+    position embeddings and windows are laid out for, where the model has any. drop_path: where the
+    model has no stochastic depth, a line says so. Parameters that the image feature does not
+    depend on are frozen, for DistributedDataParallel wants a gradient of all others. Raises
+    InputError as `measured` does.
+    """
+
+    def __init__(self, name: str, img_size: int = 224, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.name, self.img_size = name, img_size
+        known = measured(name, img_size)
+        self.num_features, self.prefix = known.shapes.features, known.shapes.prefix
+        self.patch_size = known.multiple or img_size
+        rows, _ = known.shapes.grid
+        self.stride = known.model.feature_info[-1]["reduction"]
+        if -(-img_size // self.stride) != rows:  # convolutions that leave out the border
+            self.stride = -(-img_size // rows)
+        rate = {"drop_path_rate": drop_path} if drop_path else {}
+        create = partial(timm.create_model, name, pretrained=False, num_classes=0, **known.keywords)
+        try:
+            self.model = create(**rate)
+        except TypeError:
+            self.model = create()
+        if drop_path and not any(isinstance(part, DropPath) for part in self.model.modules()):
+            logger.warning(f"MODEL.DROP_PATH: {PREFIX}{name} has no stochastic depth: it has none")
+        for parameter_name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter_name not in known.unused)
+
+    @property
+    def measured(self) -> Measured:
+        """Not an attribute: networks are copied and stored."""
+        return measured(self.name, self.img_size)
+
+    @property
+    def num_patch_features(self) -> int:
+        return self.measured.shapes.patches
+
+    @property
+    def depth(self) -> int:
+        return self.measured.depth
+
+    @cached_property
+    @torch.no_grad()
+    def mean_of_patches(self) -> bool:
+        """Measured on an image of noise."""
+        like, training = next(self.parameters()), self.training
+        noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        noise = F.interpolate(noise, self.img_size).to(like)
+        image, patches = self.eval()(noise)
+        self.train(training)
+        mean = patches.mean(dim=1)
+        return image.shape == mean.shape and torch.allclose(image, mean, rtol=1e-3, atol=1e-4)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.model.forward_features(images)
+        return self._head(features), self._patches(features)
+
+    def _head(self, features: Tensor) -> Tensor:
+        return self.model.forward_head(features, pre_logits=True)
+
+    def _patches(self, features: Tensor) -> Tensor:
+        if features.ndim == 3:
+            return features[:, self.prefix :]
+        return _channels_last(self.model, features).flatten(1, 2)
+
+    def last_blocks(
+        self, images: Tensor, n: int, avgpool_patchtokens: bool = False
+    ) -> tuple[Tensor, ...]:
+        """The last is the image feature. Of a ViT the others are what timm's head reads of a
+        block's normed tokens; of other models, the mean of a stage's map."""
+        check_depth(n, self.depth)
+        if n == 1:
+            image, patches = self(images)
+            found = [image]
+        else:
+            features, outputs = self.model.forward_intermediates(
+                images, indices=n, **self.measured.asked
+            )
+            patches = self._patches(features)
+            found = [self._pooled(output) for output in outputs[:-1]] + [self._head(features)]
+        if avgpool_patchtokens:
+            found.append(patches.mean(dim=1))
+        return tuple(found)
+
+    def _pooled(self, output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """A block's or stage's map [B, C, rows, columns], with its prefix tokens where it has any.
+
+        -> a feature [B, C].
+        """
+        if "return_prefix_tokens" not in self.measured.asked:
+            return output.mean(dim=(2, 3))
+        output, prefix = output if isinstance(output, tuple) else (output, None)
+        tokens = output.flatten(2).transpose(1, 2)
+        return self._head(tokens if prefix is None else torch.cat([prefix, tokens], dim=1))
+
+    def all_blocks(self) -> list[nn.Module]:
+        """For each of the groups that timm divides the model into, the largest module that holds
+        nothing of another; a group without a module of several parts has none."""
+        groups = group_modules(self.model, self.model.group_matcher(coarse=False))
+        holders: dict[str, list[int]] = {}
+        for group, names in groups.items():
+            for name in names:
+                parts = name.split(".")
+                for end in range(1, len(parts) + 1):
+                    holders.setdefault(".".join(parts[:end]), []).append(group)
+        found = []
+        for group in groups:
+            own = [name for name, of in holders.items() if set(of) == {group}]
+            largest = max(own, key=lambda name: (len(holders[name]), -len(name)))
+            module = self.model.get_submodule(largest)
+            if re.search(r"\d", largest) and any(module.children()):
+                found.append(module)
+        return found
+
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        grid = _grid(self.name, self.img_size, height, width)
+        if grid is None:
+            raise ValueError(f"images of {height}x{width} pixels: {PREFIX}{self.name} takes none")
+        return grid
+
+    def misfit(self, size: int) -> str:
+        if _grid(self.name, self.img_size, size, size):
+            return ""
+        multiple = self.measured.multiple
+        takes = _sizes(multiple if not multiple or size % multiple else 1, self.img_size)
+        return f"does not fit: with MODEL.IMG_SIZE {self.img_size}, {takes} go into"
