@@ -28,13 +28,17 @@ def _grouped(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Grouped{kind.__name__}", (GroupedBatchNorm, kind), {})
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Those in `module`, of any kind; timm's come with an activation."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+
+
 def group_batch_norm(module: nn.Module, images: int) -> bool:
     """Make every BatchNorm in `module` a grouped one, in place; whether there was any.
 
     Parameters, buffers and their names stay.
     """
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)  # timm's, with an activation, are among them
-    found = [part for part in module.modules() if isinstance(part, kinds)]
+    found = batch_norms(module)
     for norm in found:
         norm.__class__ = _grouped(type(norm))
         norm.images = images

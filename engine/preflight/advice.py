@@ -9,11 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from datasets.benchmarks import HELD_OUT, TRAINING
 from datasets.folder import ImageFolder, StoredImages
 from datasets.shards import ImageShards
 from engine import build
-from models.registry import resolve
+from models.grouped_norm import batch_norms
+from models.registry import build_backbone
 from utils.config import Node, crops_on_device
 from utils.options import OPTIONS
 
@@ -137,7 +140,9 @@ def _of_batch(cfg: Node, processes: int, images: int) -> Iterator[str]:
                 f"CMD.DIVERSE_K."
             )
         return
-    has_norm = cfg.HEAD.USE_BN or resolve(build.backbone_spec(cfg))["family"] == "resnet"
+    with torch.device("meta"):
+        backbone = build_backbone(build.backbone_spec(cfg))
+    has_norm = cfg.HEAD.USE_BN or batch_norms(backbone)
     if has_norm and batch * processes <= cfg.MOCO.BN_IMAGES:
         yield (
             f"all {batch * processes} images of a micro-batch share BatchNorm's statistics, by "

@@ -11,6 +11,7 @@ import shutil
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.grouped_norm import batch_norms
 from models.network import Network
 from utils.errors import InputError
 
@@ -33,8 +34,7 @@ def checkpoint_blocks(network: Network) -> None:
 
 def can_recompute(network: Network) -> bool:
     """Whether `checkpoint_blocks` takes it."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-    return not any(isinstance(module, kinds) for module in network.backbone.modules())
+    return not batch_norms(network.backbone)
 
 
 def compile_network(network: Network, backend: str = "inductor") -> None:
