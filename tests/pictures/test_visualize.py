@@ -481,7 +481,7 @@ def test_text_in_a_page_is_escaped(tmp_path):
         ("--checkpoint {vit} --images {empty}", "holds no images"),
         ("--checkpoint {vit} --images {vit}", "vit.pth cannot be read"),
         ("--checkpoint {vit} --images {images} {image}", "give one folder, or files"),
-        ("--checkpoint {vit} --images {images} --size 60", "is not a multiple of 8 pixels, the patch"),
+        ("--checkpoint {vit} --images {images} --size 60", "is not a multiple of 8 pixels, the"),
         (
             "--checkpoint {vit} --images {images} --count 0",
             "--count: must be a whole number from 1: 0",
