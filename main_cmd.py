@@ -76,7 +76,7 @@ def pretrain(signals: StopSignals) -> None:
     student, teacher = build.networks(cfg)
     per_step = batch * world.size * accumulation
     found = resume.find(cfg, len(images), fingerprint, per_step, world)
-    for warning in advice.warnings(cfg, world.size, images) if world.is_main else ():
+    for warning in distributed.on_main(lambda: [*advice.warnings(cfg, world.size, images)]):
         logger.warning(warning)
     if found is None:
         resume.start_from(cfg, student, teacher)
@@ -100,7 +100,8 @@ def pretrain(signals: StopSignals) -> None:
     folder = Path(cfg.OUTPUT_DIR)
     size = memory.checkpoint_size(cfg, student, teacher)
     sizes = distributed.on_main(lambda: images.sizes_looked_at)
-    distributed.on_main(lambda: open_folder(cfg, refused, size, sizes))
+    listed = sum(part.listed_bytes for part in (images, *evaluated))
+    distributed.on_main(lambda: open_folder(cfg, refused, size, sizes, listed))
 
     # From images to crops; where images are kept, they are decoded here.
     feed = build.feed(cfg, images, world, memory.room_for_step(cfg, world, sizes))
@@ -120,15 +121,15 @@ def pretrain(signals: StopSignals) -> None:
     distributed.stop()
 
 
-def open_folder(cfg: config.Node, refused: list[Path], size: int, sizes: list) -> None:
+def open_folder(cfg: config.Node, refused: list[Path], size: int, sizes: list, listed: int) -> None:
     """Make the run's folder, keep others out of it, and write the resolved options into it.
 
-    refused: files that step aside. size: bytes of a checkpoint. sizes: the sides of a sample of the
-    images. InputError where there is no room for a checkpoint, or for the loader's batches.
+    refused: files that step aside. size: bytes of a checkpoint. sizes: sides of a sample of images.
+    listed: bytes of their lists. InputError where a checkpoint or the loader's batches lack room.
     """
     folder = Path(cfg.OUTPUT_DIR)
     lock.claim(folder, "pretraining")
-    for warning in machine.warnings(cfg, sizes, machine.disk_needed(cfg, folder, size)):
+    for warning in machine.warnings(cfg, sizes, machine.disk_needed(cfg, folder, size), listed):
         logger.warning(warning)
     for path in refused:
         logger.info(f"{path} is kept as {checkpoint.set_aside(path)}")

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class DecodedImages:
 
     The processes of one machine decode a share each (`share`) into one buffer, which they all
     read; with `on_device` each then copies it to its device and lets it go. On the host are the
-    places of the images in it and their `sizes`, (height, width). (Ours.)
+    places of the images in it and their `sizes`, int64 [n, 2], (height, width). (Ours.)
 
     shorter_side: see `load_image`. workers: loader processes for each process. step: bytes that a
     training step of a process will take at its peak, its networks included. `bad`: by index
@@ -55,12 +54,11 @@ class DecodedImages:
         on_device = on_device and world.device.type != "cpu"
         header = partial(_capped_header, images, shorter_side)
         share = distributed.share(len(images), world)
-        by_rank = distributed.gather_objects(for_each(header, share, workers, "reading headers"))
-        expected = [size for sizes in by_rank for size in sizes]
-        _some_readable(_bad(expected), len(images))
-        areas = [0 if isinstance(size, BadImage) else size[0] * size[1] for size in expected]
-        self._starts = [0, *np.cumsum(areas).tolist()]
-        self.bytes = 3 * self._starts[-1]
+        expected, bad = _of_all(for_each(header, share, workers, "reading headers"), share)
+        _some_readable(bad, len(images))
+        # Tensors, which loader processes share: Python's numbers would be copied into each.
+        self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), expected.prod(1).cumsum(0)])
+        self.bytes = 3 * self._starts[-1].item()
         where = f"on {world.device}" if on_device else "in memory"
         self.place = f"kept {where}"
         _agreed(no_room(self.bytes, step, shorter_side, world.device, on_device, machine.size))
@@ -69,30 +67,28 @@ class DecodedImages:
         first = world.rank - machine.rank  # of this machine's processes
         with _shared_pixels(self.bytes, machine, first) as (path, pixels):
             self.share = distributed.share(len(images), machine)
-            fill = partial(_fill, images, shorter_side, expected, self._starts, path)
+            fill = partial(_fill, images, shorter_side, expected, bad, self._starts, path)
             found = for_each(fill, self.share, workers, "decoding images")
-            by_rank = distributed.gather_objects(found)
-        self.sizes = [s for sizes in by_rank[first : first + machine.size] for s in sizes]
-        # Each machine decodes its own copies, of which others may be damaged.
-        by_rank = distributed.gather_objects(_bad(self.sizes))
-        self.bad = {place: image for bad in by_rank for place, image in bad.items()}
+            # Each machine decodes its own copies, of which others may be damaged.
+            ranks = slice(first, first + machine.size)
+            self.sizes, self.bad = _of_all(found, self.share, ranks)
         _some_readable(self.bad, len(images))
         self._pixels = pixels.to(world.device) if on_device else pixels
 
-    def batch(self, indices: Sequence[int]) -> Images:
+    def batch(self, indices: list[int]) -> Images:
         """The images at `indices`, padded, on the processes' device; the host does not wait."""
-        sizes = [self.sizes[i] for i in indices]
+        sizes = [*map(tuple, self.sizes[indices].tolist())]
         if self._pixels.device.type == "cpu":
             pixels, _ = pad([self[i] for i in indices], pinned=self.device.type == "cuda")
             pixels = pixels.to(self.device, non_blocking=True)
         else:
-            pixels = gather_padded(self._pixels, [self._starts[i] for i in indices], sizes)
+            pixels = gather_padded(self._pixels, self._starts[indices].tolist(), sizes)
         return channels_first(pixels, sizes)
 
     def __getitem__(self, index: int) -> Tensor:
         """Image `index`, uint8 [h, w, 3], where it is kept."""
         pixels = self._pixels[self._starts[index] : self._starts[index + 1]]
-        return pixels.view(*self.sizes[index], 3)
+        return pixels.view(*self.sizes[index].tolist(), 3)
 
 
 def channels_first(pixels: Tensor, sizes: Sequence[Size]) -> Images:
@@ -131,33 +127,44 @@ def _capped_header(images: StoredImages, shorter_side: int, index: int) -> Size 
 def _fill(
     images: StoredImages,
     shorter_side: int,
-    expected: Sequence[Size | BadImage],
-    starts: Sequence[int],
+    expected: Tensor,
+    bad: dict[int, BadImage],
+    starts: Tensor,
     path: str,
     index: int,
 ) -> Size | BadImage:
     """Decode an image into its place in the file; its size, or a marker if it is unreadable."""
-    if isinstance(expected[index], BadImage):
-        return expected[index]
+    if index in bad:
+        return bad[index]
     try:
         pixels = decode(images, index, shorter_side)
     except UnreadableImage as error:
         return error.bad
     height, width, _ = pixels.shape
     # By EXIF the sides may have changed places, which takes no other room.
-    if sorted((height, width)) != sorted(expected[index]):
-        wanted = "{} x {}".format(*expected[index])
+    sides = expected[index].tolist()
+    if sorted((height, width)) != sorted(sides):
+        wanted = "{} x {}".format(*sides)
         reason = f"by its header it would have {wanted} pixels, it has {width} x {height}"
         return BadImage(images.name(index), reason)
     with open(path, "r+b") as file:
-        file.seek(3 * starts[index])
+        file.seek(3 * starts[index].item())
         file.write(pixels.numpy())
     return height, width
 
 
-def _bad(sizes: list[Size | BadImage]) -> dict[int, BadImage]:
-    """The markers among these, by place."""
-    return {place: found for place, found in enumerate(sizes) if isinstance(found, BadImage)}
+def _of_all(
+    found: list[Size | BadImage], share: range, ranks: slice = slice(None)
+) -> tuple[Tensor, dict[int, BadImage]]:
+    """Sizes, int64 [n, 2], of the images that `ranks` share, and all processes' markers by index.
+
+    found: of this process's share. All together. The sizes of what has a marker are 0.
+    """
+    bad = {i: size for i, size in zip(share, found, strict=True) if isinstance(size, BadImage)}
+    known = [(0, 0) if isinstance(size, BadImage) else size for size in found]
+    mine = torch.tensor(known, dtype=torch.int64).view(-1, 2)
+    sizes, markers = zip(*distributed.gather_objects((mine, bad)), strict=True)
+    return torch.cat(sizes[ranks]), {i: image for part in markers for i, image in part.items()}
 
 
 def _some_readable(bad: dict[int, BadImage], images: int) -> None:

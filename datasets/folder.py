@@ -197,12 +197,14 @@ class StoredImages(ABC):
 
     unlisted: folders that could not be listed; the images below them are not among these.
     passed_over: numbers of other files, by their endings. fingerprint: see `LabelledImages`.
+    listed_bytes: of shared memory, by which loader processes that are not forked get the list.
     `load` and `header_size` raise `UnreadableImage`.
     """
 
     unlisted: Sequence[BadImage] = ()
     passed_over: Mapping[str, int] = {}
     fingerprint: str
+    listed_bytes = 0
 
     @abstractmethod
     def __len__(self) -> int:
@@ -277,6 +279,7 @@ class LabelledImages(StoredImages):
     ) -> None:
         self.root, self.paths, self.classes = Path(root), Strings.of(paths), classes
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.listed_bytes = self.paths.nbytes + self.labels.nbytes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -293,8 +296,9 @@ class LabelledImages(StoredImages):
 
         So a copy of a set is the same set, wherever it lies and whenever it was made.
         """
-        contents = digests(self.root, self.paths)
-        return fingerprint_of([[*self.paths], contents, self.labels.tolist(), self.classes])
+        paths = [*self.paths]
+        contents = digests(self.root, paths)
+        return fingerprint_of([paths, contents, self.labels.tolist(), self.classes])
 
     def subset(self, indices: Sequence[int] | Tensor) -> "LabelledImages":
         """The images at `indices`, in that order."""

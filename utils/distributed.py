@@ -295,17 +295,24 @@ def agree(facts: dict[str, object], advice: str) -> None:
 def on_main(function: Callable[[], T]) -> T:
     """What `function` gives on rank 0, which calls it alone while the others wait, on all.
 
-    What it gives can be pickled and may be large. Its InputError is raised on all.
+    What it gives can be pickled and may be large. Its InputError is raised on all. Of any other
+    exception, which rank 0 raises, the others are told by a DistError, as of a broken exchange.
     """
-    value = error = None
+    value = said = failed = None
     if position() == 0:
         try:
             value = function()
-        except InputError as caught:
-            error = str(caught)
-    value, error = of_main((value, error))
-    if error is not None:
-        raise InputError(error)
+        except InputError as error:
+            said = str(error)
+        except Exception as error:
+            failed = error
+    value, said, told = of_main((value, said, failed and f"on rank 0 {failed!r}"))
+    if failed is not None:
+        raise failed
+    if told is not None:
+        raise dist.DistError(told)
+    if said is not None:
+        raise InputError(said)
     return value
 
 

@@ -1,5 +1,6 @@
 """What a run takes of the machine: memory, shared memory and disk."""
 
+import multiprocessing
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -134,7 +135,7 @@ def refuse_small_shared(cfg: Node, needed: int, free: int) -> None:
         f"the loader's batches take about {size_in_words(here * needed)} of shared memory "
         f"(processes {here} x workers {workers} x {BATCHES_AHEAD} batches of "
         f"{size_in_words(needed // (BATCHES_AHEAD * workers))}), and {SHARED} has "
-        f"{size_in_words(free)}: {', or '.join(ways)}"
+        f"{size_in_words(free)} for them: {', or '.join(ways)}"
     )
 
 
@@ -153,9 +154,10 @@ def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
     }
 
 
-def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None) -> Iterator[str]:
+def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None, listed: int = 0) -> Iterator[str]:
     """What is short by figures that cost nothing; sizes: of images; disk: of `disk_needed`.
 
+    listed: bytes of the lists of images, which loader processes that are not forked share.
     Raises InputError where not one checkpoint can be written, or shared memory is too small.
     """
     if disk and disk["needed_bytes"] > disk["free_bytes"]:
@@ -171,5 +173,6 @@ def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None) -> Iterator[st
             "(CKPT.KEEP_EVERY)"
         )
     if SHARED.is_dir():
-        free = shutil.disk_usage(SHARED).free
+        lists = 0 if multiprocessing.get_start_method() == "fork" else processes_here() * listed
+        free = max(0, shutil.disk_usage(SHARED).free - lists)
         refuse_small_shared(cfg, _in_the_loader(cfg, sizes), free)

@@ -46,9 +46,10 @@ class BadImages:
     def forget_repaired(self) -> None:
         """All processes, when a run goes on: forget images that were repaired or removed since."""
         # What the first process finds is taken, so that all know the same.
-        is_main = distributed.position() == 0
-        bad = {path: why for path, why in self.known.items() if _is_bad(path)} if is_main else {}
-        self.known = distributed.of_main(bad)
+        known = self.known.items()
+        self.known = distributed.on_main(
+            lambda: {path: why for path, why in known if _is_bad(path)}
+        )
 
     def exchange(self, folder: Path) -> None:
         """All processes together: warn of what is new and write the list, folder/bad_images.json.
@@ -60,13 +61,12 @@ class BadImages:
         new = {path: why for theirs in found for path, why in theirs.items()}
         new = {path: why for path, why in sorted(new.items()) if path not in self.known}
         self.known = dict(sorted({**self.known, **new}.items()))
-        if distributed.position() == 0:
-            for path, reason in new.items():
-                logger.warning(
-                    f"{path} cannot be read ({reason}): repair it or remove it; until then other "
-                    "images take its place"
-                )
-            self._write(folder / LIST)
+        for path, reason in new.items():
+            logger.warning(
+                f"{path} cannot be read ({reason}): repair it or remove it; until then other "
+                "images take its place"
+            )
+        distributed.on_main(lambda: self._write(folder / LIST))
         if self.known and len(self.known) > min(self.share * self.images, self.images - 1):
             path, reason = next(iter(self.known.items()))
             raise InputError(

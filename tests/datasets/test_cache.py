@@ -130,8 +130,8 @@ def test_the_gather_on_a_device_gives_the_same_images(varied):
     kept = DecodedImages(varied, CAP, ALONE)
     order = [5, 0, 7, 7, 2, 9]
     images = [kept[i] for i in order]
-    starts = [kept._starts[i] for i in order]
-    found = gather_padded(kept._pixels, starts, [kept.sizes[i] for i in order])
+    starts, sizes = kept._starts[order].tolist(), kept.sizes[order].tolist()
+    found = gather_padded(kept._pixels, starts, sizes)
     assert found.shape == pad(images)[0].shape
     for place, image in zip(found, images, strict=True):
         assert torch.equal(place[: image.shape[0], : image.shape[1]], image)
@@ -210,7 +210,7 @@ def kept_by(world: World, folder: Path, workers: int) -> tuple:
     """Mean colours of all images, this process's share of them, and their sizes."""
     kept = DecodedImages(ImageFolder(folder), CAP, world, workers)
     means = [kept[i].float().mean(dim=(0, 1)).tolist() for i in range(len(kept.sizes))]
-    return means, list(kept.share), kept.sizes
+    return means, list(kept.share), kept.sizes.tolist()
 
 
 def bad_for(world: World, folder: Path) -> dict[int, BadImage]:
@@ -267,7 +267,7 @@ def test_processes_of_a_machine_decode_each_image_once_into_one_buffer(pair, wor
     first, second = (found[f"one machine, workers {workers}"] for found in pair[1])
     assert first[0] == second[0] == [RED] * 3 + [GREEN] * 4
     assert (first[1], second[1]) == ([0, 1, 2], [3, 4, 5, 6])
-    assert first[2] == second[2] == [(30, 20 + i) for i in range(7)]
+    assert first[2] == second[2] == [[30, 20 + i] for i in range(7)]
 
 
 def test_processes_of_two_machines_decode_all_images_each(pair):

@@ -1,12 +1,14 @@
 """--check: what it finds in a folder made for it, when it refuses, and how well it estimates."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import repeat
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 
 import main_cmd
-from datasets.folder import ImageFolder
+from datasets.folder import ImageFolder, LabelledImages
 from datasets.shards import ImageShards, write_shards
 from engine import build
 from engine.preflight import advice, machine, memory
@@ -521,13 +523,28 @@ def test_batches_that_shared_memory_has_no_room_for_are_refused(monkeypatch):
         machine.refuse_small_shared(cfg, 4 * 2**20, 7 * 2**20)
     assert str(caught.value) == (
         "the loader's batches take about 8.0 MiB of shared memory (processes 2 x workers 2 x 2 "
-        "batches of 1.0 MiB), and /dev/shm has 7.0 MiB: make it larger (docker run --shm-size), or "
-        "set --num_workers 1"
+        "batches of 1.0 MiB), and /dev/shm has 7.0 MiB for them: make it larger (docker run "
+        "--shm-size), or set --num_workers 1"
     )
     cfg = small_config(DATA__WORKERS=2, DATA__CROPS="device")
     with pytest.raises(InputError, match=r"or set DATA\.CACHE ram, where decoded images do not"):
         machine.refuse_small_shared(cfg, 4 * 2**20, 7 * 2**20)
     machine.refuse_small_shared(small_config(DATA__WORKERS=0), 0, 0)
+
+
+@pytest.mark.parametrize(("method", "refused"), [("fork", False), ("spawn", True)])
+def test_lists_of_images_are_in_shared_memory_where_processes_are_not_forked(
+    method, refused, monkeypatch
+):
+    """Alone they are no reason to refuse: batches are, which have no room beside them."""
+    images = LabelledImages("", ["ab", "c"], [0, 0], ["one"])
+    assert images.listed_bytes == len("ab c") + 2 * 8 + 2 * 8
+    lists = 2**50  # bytes
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    cfg = small_config(DATA__WORKERS=1, DATA__CROPS="workers")
+    with pytest.raises(InputError, match="for them") if refused else nullcontext():
+        assert [*machine.warnings(cfg, [], None, lists)] == []
+    assert [*machine.warnings(small_config(DATA__WORKERS=0), [], None, lists)] == []
 
 
 SMALL_SHARED = "mount -t tmpfs -o size=64k tmpfs /dev/shm && exec"
@@ -543,7 +560,7 @@ def test_a_small_shared_memory_is_a_sentence_before_the_first_step(command, envi
         [*mounted, f"{SMALL_SHARED} {line}"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 2
-    assert "and /dev/shm has 0.1 MiB: make it larger (docker run --shm-size)" in done.stderr
+    assert "and /dev/shm has 0.1 MiB for them: make it larger (docker run" in done.stderr
     assert "img/s" not in done.stdout
 
 
