@@ -246,12 +246,18 @@ def gather_rows(batches: Sequence[Tensor]) -> Tensor:
     return rows
 
 
-def gather_objects(value: object) -> list:
-    """Each process's value (plain data, small), by rank, on every process; between hosts."""
+def gather_objects(value: object, on_all: bool = True) -> list:
+    """Each process's value (plain data, small), by rank, on every process; between hosts.
+
+    Unless `on_all`, values may be large: they come to rank 0 alone, and None for each elsewhere.
+    """
     if size() == 1:
         return [value]
     values: list = [None] * size()
-    dist.all_gather_object(values, value, group=_hosts)
+    if on_all:
+        dist.all_gather_object(values, value, group=_hosts)
+    else:
+        dist.gather_object(value, values if position() == 0 else None, 0, group=_hosts)
     return values
 
 

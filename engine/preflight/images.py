@@ -50,10 +50,14 @@ class Header(NamedTuple):
 
 
 def read_headers(images: StoredImages, world: World, workers: int) -> list[Header]:
-    """The headers of all images in order, a share read by each process; all together."""
+    """The headers of all images in order, a share read by each process; all together.
+
+    They are rank 0's; the others get none.
+    """
     share = distributed.share(len(images), world)
     mine = for_each(partial(_header, images), share, workers, "reading headers")
-    return [header for part in distributed.gather_objects(mine) for header in part]
+    gathered = distributed.gather_objects(mine, on_all=False)
+    return [header for part in gathered for header in part or ()]
 
 
 def equal_files(

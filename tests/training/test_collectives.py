@@ -127,6 +127,7 @@ def found_by(world: World) -> dict:
     found["total"] = distributed.total(rows.requires_grad_())
     found["totals"] = distributed.totals([torch.tensor([1.0, 2.0]), torch.tensor(rank == 1)])
     found["of main"] = distributed.of_main({"rank": rank, "rows": rows.detach()})
+    found["to main"] = distributed.gather_objects(rank, on_all=False)
     found["position"] = distributed.position()
     try:
         distributed.agree({"images": 8, "step": rank}, "share them")
@@ -179,6 +180,7 @@ def test_gather_is_by_rank_and_sums_have_no_gradient(ranks):
         assert torch.equal(found["total"], 3 * rows + 300)
         assert not found["total"].requires_grad
         assert [total.tolist() for total in found["totals"]] == [[3.0, 6.0], 1.0]
+        assert found["to main"] == ([None] * WORLD if rank else [*range(WORLD)])
         assert found["of main"]["rank"] == 0
         assert torch.equal(found["of main"]["rows"], rows)
 
