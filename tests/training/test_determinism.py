@@ -44,7 +44,8 @@ def batches(cfg: Node, images, rank: int = 0, world: int = 1, epochs: int = 2) -
     last = epochs * (len(dataset) // (batch * accumulation * world))
     sampler = StepSampler(len(dataset), batch, rank, world, accumulation, cfg.SEED, 0, last)
     feed = build.feed(cfg, dataset, ALONE)
-    return list(build_loader(feed.dataset, sampler, 0, pin_memory=False))
+    loader = build_loader(feed.dataset, sampler, 0, pin_memory=False)
+    return [batch._replace(data=feed.crops(batch.data)) for batch in loader]
 
 
 def trained_in_process(cfg: Node, images, steps: int) -> Pretraining:
