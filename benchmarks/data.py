@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=common.positive, default=8, help="in a window (%(default)s)"
     )
-    parser.add_argument("--names", type=int, default=0, help="files to list, and nothing else")
+    parser.add_argument("--names", type=common.positive, help="files to list, and nothing else")
     common.add_crop_options(parser, batch=32)
     # No network is built and no loss: what their options are is all one.
     parser.set_defaults(objective="dino", arch="vit_small", prototypes=64)

@@ -170,6 +170,7 @@ def test_teacher_term(measured):
         ("data", "--ways ram --data_path NOWHERE", "NOWHERE does not exist"),
         ("data", "--ways shards --data_path NOWHERE", "NOWHERE does not exist"),
         ("data", "--ways tape", "invalid choice: 'tape'"),
+        ("data", "--names 0", "--names: '0' is no whole number"),
         ("data", "--batch 0", "--batch: '0' is no whole number"),
         ("data", "AUG.GRAY_PROB", "options come as KEY VALUE pairs, not AUG.GRAY_PROB"),
         ("scaling", "--contestant fp98", "there is no contestant 'fp98'"),
