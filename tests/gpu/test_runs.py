@@ -97,6 +97,15 @@ def test_without_the_option_a_run_is_the_same_but_for_rounding(whole, pretrain, 
             assert (second[name] - value).abs().max() <= 5e-2 * scale, name
 
 
+def test_a_check_and_a_run_with_its_images_on_the_device(accelerator, run, command, tmp_path):
+    """Both estimate a step's memory there; the run leaves room for it and then trains."""
+    options = f"{RUN} TRAIN.EPOCHS 1 DEVICE {accelerator.type} DATA."
+    for where in ("CROPS device", "CACHE device"):
+        run(*command(tmp_path / "run", options + where, flags=["--check"]))
+    run(*command(tmp_path / "run", f"{options}CACHE device"))
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2]
+
+
 def test_eval_knn_finds_on_the_device_what_it_finds_on_the_cpu(accelerator, whole, run, tmp_path):
     """By the weights that the device wrote, in float32: features, and figures but for one image."""
     data = write_data(tmp_path / "data")
