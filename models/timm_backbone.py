@@ -90,6 +90,7 @@ def timm_name(arch: str) -> str:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # it is kept beyond the call
 def measured(name: str, img_size: int) -> Measured:
     """What is to be known of timm's model `name`, built for square images of `img_size` pixels.
 
@@ -98,26 +99,28 @@ def measured(name: str, img_size: int) -> Measured:
     for keywords in (*({"img_size": img_size, **more} for more in SIZED), {}):
         try:
             model = _without_storage(name, keywords)
-            shapes = _shapes(model, img_size, img_size)
-        except NoMapError as error:
-            raise InputError(
-                f"MODEL.ARCH {PREFIX}{name}: {error}, and a backbone needs one: take another model."
-            ) from None
-        except Exception:  # whatever an unknown keyword or size makes timm do
-            continue
-        multiple, unused = _multiple(model, img_size), _unused(model, img_size)
-        return Measured(keywords, model, shapes, multiple, *_outputs(model, img_size), unused)
-    try:
-        model = _without_storage(name, {})
-        size = model.pretrained_cfg["input_size"][-1]
-        _shapes(model, size, size)
-    except Exception as error:
+        except Exception as error:  # whatever an unknown keyword makes timm do
+            reason = error
+        else:
+            break
+    else:
         raise InputError(
-            f"MODEL.ARCH {PREFIX}{name}: timm {timm.__version__} cannot build it: {error}."
+            f"MODEL.ARCH {PREFIX}{name}: timm {timm.__version__} cannot build it: {reason}."
+        )
+    try:
+        shapes = _shapes(model, img_size, img_size)
+    except NoMapError as error:
+        raise InputError(
+            f"MODEL.ARCH {PREFIX}{name}: {error}, and a backbone needs one: take another model."
         ) from None
-    raise InputError(
-        f"MODEL.IMG_SIZE {img_size}: {PREFIX}{name} takes {_sizes(_multiple(model, size), size)}."
-    )
+    except Exception:  # each model has its own
+        size = model.pretrained_cfg["input_size"][-1]
+        own = _without_storage(name, {**keywords, "img_size": size} if keywords else {})
+        raise InputError(
+            f"MODEL.IMG_SIZE {img_size}: {PREFIX}{name} takes {_sizes(_multiple(own, size), size)}."
+        ) from None
+    multiple, unused = _multiple(model, img_size), _unused(model, img_size)
+    return Measured(keywords, model, shapes, multiple, *_outputs(model, img_size), unused)
 
 
 def _without_storage(name: str, keywords: dict) -> nn.Module:
@@ -165,10 +168,10 @@ def _multiple(model: nn.Module, size: int) -> int:
     """Pixels that sides must be multiples of, by images larger than `size`; 0: no other size."""
     for step in (*MULTIPLES, size):
         times = -(-LARGER // step)
-        # Odd, or it would be a multiple of twice the step.
-        larger = size + step * (times + 1 - times % 2)
+        times += 1 - times % 2  # odd, or they would be multiples of twice the step
         try:
-            _shapes(model, larger, larger)
+            for larger in (size + step * times, size + step * (times + 2)):
+                _shapes(model, larger, larger)
         except Exception:  # each model has its own
             continue
         return step
@@ -197,6 +200,7 @@ def _outputs(model: nn.Module, size: int) -> tuple[int, dict]:
     return 1, {}
 
 
+@torch.enable_grad()
 def _unused(model: nn.Module, size: int) -> frozenset[str]:
     """Names of the parameters without a gradient; in training, for some keep what they computed."""
     model.train()
@@ -234,10 +238,7 @@ class TimmBackbone(Backbone):
         known = measured(name, img_size)
         self.num_features, self.prefix = known.shapes.features, known.shapes.prefix
         self.patch_size = known.multiple or img_size
-        rows, _ = known.shapes.grid
         self.stride = known.model.feature_info[-1]["reduction"]
-        if -(-img_size // self.stride) != rows:  # convolutions that leave out the border
-            self.stride = -(-img_size // rows)
         rate = {"drop_path_rate": drop_path} if drop_path else {}
         create = partial(timm.create_model, name, pretrained=False, num_classes=0, **known.keywords)
         try:
