@@ -118,6 +118,9 @@ class TeacherEMA:
         students = dict(student.named_parameters())
         self._teacher = list(teacher.parameters())
         self._student = [students[name] for name, _ in teacher.named_parameters()]
+        pairs = zip(self._teacher, self._student, strict=True)
+        if any(teacher.stride() != student.stride() for teacher, student in pairs):
+            raise ValueError("student and teacher differ in layout, and the kernel goes by address")
         self._no_buffers = [None] * len(self._teacher)
 
     @torch.no_grad()

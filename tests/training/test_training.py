@@ -402,6 +402,12 @@ def test_the_teacher_moves_by_the_ema_of_parameters_and_keeps_its_own_bn_statist
     assert not torch.equal(students[changed], before[changed])
 
 
+def test_networks_that_differ_in_layout_are_not_averaged():
+    student, teacher = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="layout"):
+        TeacherEMA(student, teacher)
+
+
 # Health
 
 
