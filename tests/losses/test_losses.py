@@ -785,14 +785,15 @@ def test_a_training_step_updates_the_centres_once_and_after_the_loss():
 
 
 def test_every_micro_batch_is_compared_with_candidates_of_its_own():
-    run = pretraining(small_config(CMD__LT_CANDIDATES=2, TRAIN__ACCUM_STEPS=2))
+    own = {"CMD__LT_CANDIDATES": 2, "CMD__DIVERSE_K": 1}
+    run = pretraining(small_config(TRAIN__ACCUM_STEPS=2, **own))
     for step in range(2):
         micro, terms, drawn = [random_crops(3, seed) for seed in (0, 1)], [], []
         for place, crops in enumerate(micro):
             _, teacher = run.forward(crops)
             seed = derive_seed(run.cfg.SEED, CANDIDATES, step, place)
             drawn.append(inter.draw_candidates(teacher, 2, seed))
-            terms.append(inter.diverse_density(teacher, 6, True, drawn[-1]).detach())
+            terms.append(inter.diverse_density(teacher, 1, True, drawn[-1]).detach())
         figures, *_ = run.train_step(iter([batch_of(crops) for crops in micro]))
         assert not torch.equal(*drawn)
         assert_near(figures["L_T"], torch.stack(terms).mean(), 1e-5, "L_T")
