@@ -108,16 +108,19 @@ def measured(name: str, img_size: int) -> Measured:
             f"MODEL.ARCH {PREFIX}{name}: timm {timm.__version__} cannot build it: {reason}."
         )
     try:
-        shapes = _shapes(model, img_size, img_size)
+        try:
+            shapes = _shapes(model, img_size, img_size)
+        except NoMapError:
+            raise
+        except Exception:  # each model has its own
+            size = model.pretrained_cfg["input_size"][-1]
+            model = _without_storage(name, {**keywords, "img_size": size} if keywords else {})
+            _shapes(model, size, size)
+            takes = _sizes(_multiple(model, size), size)
+            raise InputError(f"MODEL.IMG_SIZE {img_size}: {PREFIX}{name} takes {takes}.") from None
     except NoMapError as error:
         raise InputError(
             f"MODEL.ARCH {PREFIX}{name}: {error}, and a backbone needs one: take another model."
-        ) from None
-    except Exception:  # each model has its own
-        size = model.pretrained_cfg["input_size"][-1]
-        own = _without_storage(name, {**keywords, "img_size": size} if keywords else {})
-        raise InputError(
-            f"MODEL.IMG_SIZE {img_size}: {PREFIX}{name} takes {_sizes(_multiple(own, size), size)}."
         ) from None
     multiple, unused = _multiple(model, img_size), _unused(model, img_size)
     return Measured(keywords, model, shapes, multiple, *_outputs(model, img_size), unused)

@@ -106,7 +106,8 @@ option("RESUME", "auto", "auto (from OUTPUT_DIR if it holds a checkpoint) or for
        "differ)", choices=("auto", "force"), flag="--resume", scripts=(PRETRAIN,))
 
 section("MODEL", "the backbone", SHAPES, ALL)
-option("MODEL.ARCH", "swin_tiny", "a name in models/registry.py, e.g. deit_small, resnet50",
+option("MODEL.ARCH", "swin_tiny", "a name in models/registry.py, e.g. deit_small, resnet50; or "
+       "timm/NAME, any model of timm with a map of patches",
        flag="--arch")
 option("MODEL.EMBED_DIM", 0, "width of the first stage; 0: the architecture's own",
        at_least=0, at_most=2**16)

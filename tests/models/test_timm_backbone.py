@@ -205,7 +205,7 @@ def test_whether_the_image_feature_is_the_patches_mean_is_measured():
         ({"arch": "timm/qqqqqqqq"}, r"has no model 'qqqqqqqq' \(a newer timm may have it\)"),
         ({"arch": "timm/resnet18.nobody"}, "no weights 'nobody' of resnet18; it has: a1_in1k,"),
         ({"arch": "resnet18"}, "no architecture 'resnet18'. Did you mean timm/resnet18"),
-        ({"arch": "timm/crossvit_tiny_240", "img_size": 240}, "no single map of patches"),
+        ({"arch": "timm/crossvit_tiny_240"}, "no single map of patches"),
         ({"arch": "timm/resnet18", "depths": (2,)}, "MODEL.DEPTHS: timm/resnet18 has nothing"),
         (
             {"arch": "timm/test_vit2", "img_size": 100},
