@@ -16,7 +16,6 @@ import argparse
 import json
 from pathlib import Path
 
-from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD
 from models import export
 from models.pretrained import WeightsFile
 from models.recognition import SPEC_IN_METADATA
@@ -98,8 +97,8 @@ def describe_source(file: WeightsFile) -> dict[str, str]:
     """Where the weights come from and what images they want, as a file's metadata."""
     facts = {
         "source_sha256": checkpoint.sha256(file.path),
-        "input_mean": json.dumps(IMAGENET_MEAN),
-        "input_std": json.dumps(IMAGENET_STD),
+        "input_mean": json.dumps(file.normalisation.mean),
+        "input_std": json.dumps(file.normalisation.std),
         "input_normalisation": "ImageNet's, assumed: the source does not say",
     }
     if checkpoint.is_own(file.contents):

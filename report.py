@@ -77,7 +77,13 @@ def main() -> None:
         splits = Splits("queries", queries, queries, [])
     if splits is not None:
         refuse_among_images(folder, splits.train, splits.test)
-    reading = Reading(world, size, default_resize(size), workers=arguments.num_workers)
+    reading = Reading(
+        world,
+        size,
+        default_resize(size),
+        workers=arguments.num_workers,
+        normalisation=source.normalisation,
+    )
     features = SplitFeatures(source, splits, reading)
     # Printed and written, each figure beside its zero: results.json by these names, the tables.
     figures, tables = {}, {}

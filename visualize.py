@@ -154,7 +154,7 @@ def tsne_picture(
 ) -> Picture | None:
     """t-SNE of the image features of at most `most` images; None of fewer than 3."""
     chosen = stratified_subset(images.labels, most, seed).tolist()
-    subset, whole = images.subset(chosen), eval_transform(size, size)
+    subset, whole = images.subset(chosen), eval_transform(size, size, source.normalisation)
     found = extract(lambda batch: source.network.backbone(batch)[0], subset, whole, world)
     figure = plot_tsne(found.values, found.labels, images.classes, seed, most)
     return figure and Picture(f"t-SNE of {letter}", figure, TSNE_CAPTION, columns=6)

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, Augmentation
+from datasets.multicrop import Augmentation
+from utils.normalisation import Normalisation
 from utils.seeding import derive_seed
 
 RATIO = (3 / 4, 4 / 3)
@@ -92,6 +93,7 @@ class BatchedMultiCrop:
 
     def __init__(self, settings: Augmentation) -> None:
         self.sizes, views = settings.sizes, settings.views
+        self._normalisation = settings.normalisation
         self._places = [view.place for view in views]
         self._scale = np.array([view.scale for view in views], dtype=np.float64)
         self._blur_prob = np.array([view.blur_prob for view in views])
@@ -148,7 +150,8 @@ class BatchedMultiCrop:
         for size, group in groupby(self.sizes):
             views = len(list(group))
             of_size = parameters[:, len(crops) : len(crops) + views].T.ravel()
-            crops += _crops_of_one_size(images, of_size, size).unflatten(0, (views, -1)).unbind()
+            made = _crops_of_one_size(images, of_size, size, self._normalisation)
+            crops += made.unflatten(0, (views, -1)).unbind()
         return crops
 
 
@@ -183,7 +186,9 @@ def _random_boxes(
     return top, left, box_h, box_w
 
 
-def _crops_of_one_size(images: Images, parameters: np.recarray, size: int) -> Tensor:
+def _crops_of_one_size(
+    images: Images, parameters: np.recarray, size: int, by: Normalisation
+) -> Tensor:
     """float32 [N, 3, size, size], normalised; crop n is of image n modulo B."""
     pixels, number = images.pixels, len(parameters.top)
     if pixels.device.type == "cpu":
@@ -199,7 +204,7 @@ def _crops_of_one_size(images: Images, parameters: np.recarray, size: int) -> Te
         of_part = parameters[part]
         source = np.arange(number)[part] % len(images.sizes)
         x = _augmented(resize(pixels, source, of_part, size), of_part)
-        for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
+        for channel, (mean, std) in enumerate(zip(*by, strict=True)):
             torch.sub(x[:, channel], 255 * mean, out=crops[part, channel]).div_(255 * std)
     return crops
 

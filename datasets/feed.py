@@ -93,6 +93,7 @@ class WorkerCrops(Feed):
     def __init__(
         self, images: StoredImages, augmentation: Augmentation, seed: int, world: World
     ) -> None:
+        self._normalisation = augmentation.normalisation
         dataset = augmented(images, MultiCrop(augmentation), seed)
         description = "images decoded and cropped by the loader"
         super().__init__(dataset, world, images.unlisted, description)
@@ -101,7 +102,7 @@ class WorkerCrops(Feed):
         return [crop.to(self.device, non_blocking=True) for crop in batch.data]
 
     def crops(self, moved: list[Tensor]) -> list[Tensor]:
-        return [normalised(crop) for crop in moved]
+        return [normalised(crop, self._normalisation) for crop in moved]
 
 
 class DeviceCrops(Feed):

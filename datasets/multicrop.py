@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+from utils.normalisation import IMAGENET, Normalisation
 from utils.seeding import AUGMENTATION, derive_seed
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -26,19 +25,19 @@ def _gaussian_blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] -> float32 of the same shape, by ImageNet's means and deviations.
+def normalised(pixels: Tensor, by: Normalisation = IMAGENET) -> Tensor:
+    """uint8 [..., 3, H, W] -> float32 of the same shape.
 
     On the CPU the bits of torchvision's `Normalize`; on a GPU nothing waits for the host.
     """
     x = pixels.float().mul_(1 / 255)
-    for channel, mean, std in zip(x.unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True):
+    for channel, mean, std in zip(x.unbind(-3), *by, strict=True):
         channel.sub_(mean).div_(std)
     return x
 
 
-def _to_normalised_tensor() -> list[nn.Module]:
-    return [v2.PILToTensor(), v2.Lambda(normalised)]
+def _to_normalised_tensor(by: Normalisation) -> list[nn.Module]:
+    return [v2.PILToTensor(), v2.Lambda(partial(normalised, by=by))]
 
 
 def default_resize(size: int) -> int:
@@ -46,7 +45,9 @@ def default_resize(size: int) -> int:
     return round(size * 256 / 224)
 
 
-def eval_transform(size: int = 224, resize: int | None = None) -> v2.Compose:
+def eval_transform(
+    size: int = 224, resize: int | None = None, by: Normalisation = IMAGENET
+) -> v2.Compose:
     """PIL RGB image -> float32 [3, size, size], normalised: the centre of the resized image.
 
     The shorter side becomes `resize` pixels, bicubic; by default `default_resize(size)`.
@@ -57,7 +58,7 @@ def eval_transform(size: int = 224, resize: int | None = None) -> v2.Compose:
         [
             v2.Resize(resize, interpolation=InterpolationMode.BICUBIC),
             v2.CenterCrop(size),
-            *_to_normalised_tensor(),
+            *_to_normalised_tensor(by),
         ]
     )
 
@@ -75,9 +76,9 @@ class RandomCrop:
     Scale (0.08, 1) of the area, bilinear; flip 0.5; `size` pixels a side.
     """
 
-    def __init__(self, size: int = 224) -> None:
+    def __init__(self, size: int = 224, by: Normalisation = IMAGENET) -> None:
         self._augment = v2.Compose(
-            [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_to_normalised_tensor()]
+            [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *_to_normalised_tensor(by)]
         )
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
@@ -122,6 +123,7 @@ class Augmentation:
     flip_prob: float = 0.5
     solarise_prob: float = 0.2
     blur_prob: Sequence[float] = (1.0, 0.1, 0.5)
+    normalisation: Normalisation = IMAGENET
 
     @property
     def views(self) -> list[View]:

@@ -17,7 +17,7 @@ from models.grouped_norm import group_batch_norm
 from models.network import HeadSpec, Network, make_teacher
 from models.registry import BackboneSpec, build_backbone
 from utils import seeding
-from utils.config import Node, crops_on_device, eval_size, local_crops
+from utils.config import Node, crops_on_device, eval_size, local_crops, normalisation
 from utils.distributed import World
 from utils.errors import InputError
 from utils.options import CONTRASTIVE
@@ -94,6 +94,7 @@ def augmentation(cfg: Node) -> Augmentation:
         grey_prob=cfg.AUG.GRAY_PROB,
         solarise_prob=cfg.AUG.SOLARIZE_PROB,
         blur_prob=cfg.AUG.BLUR_PROB,
+        normalisation=normalisation(cfg),
     )
 
 

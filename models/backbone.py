@@ -5,6 +5,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from utils.normalisation import IMAGENET, Normalisation
+
 
 class Backbone(nn.Module):
     """Images -> (image feature, patch features) at any size the stride allows.
@@ -14,6 +16,7 @@ class Backbone(nn.Module):
     stride: pixels per patch cell along each side.
     patch_size: the multiple (pixels) that each side of an input image must be.
     window_size: Swin's attention window in patches; 0 for other families.
+    normalisation: of the images that the weights were trained with; who reads them says it.
     """
 
     num_features: int
@@ -21,6 +24,7 @@ class Backbone(nn.Module):
     patch_size: int
     window_size: int = 0
     mean_of_patches: bool = True
+    normalisation: Normalisation = IMAGENET
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

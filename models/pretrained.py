@@ -1,8 +1,8 @@
-"""Reading weights: ours, and those of EsViT, CMD's release, DINO, torchvision and timm.
+"""Reading weights: ours, and those of EsViT, CMD's release, DINO, torchvision, timm and others.
 
 Every reader ends in a strict load: a key that is missing or left over is an error that
 names it, but for the left-overs that are expected (buffers, and heads where only the
-backbone is wanted).
+backbone is wanted), which are listed.
 """
 
 import re
@@ -14,12 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.recognition import Doubts, few, infer_spec, stored_spec
+from models.recognition import (
+    Doubts,
+    few,
+    infer_spec,
+    normalisation_of,
+    provenance,
+    stored_spec,
+)
 from models.registry import BackboneSpec, build_backbone, resolve
-from utils.checkpoint import check_format, is_own, load_file
+from utils.checkpoint import check_format, is_own, load_file, weights_file
 from utils.checkpoint import metadata as checkpoint_metadata
 from utils.errors import InputError
 from utils.logging import logger
+from utils.normalisation import IMAGENET, Normalisation
 
 BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
 # What other networks of these families have and none here, by the names of its weights.
@@ -35,7 +43,10 @@ FOREIGN = {
 }
 # Options that shape a backbone.
 SHAPING = ("MODEL.ARCH", "MODEL.WINDOW_SIZE", "MODEL.PATCH_SIZE", "MODEL.IMG_SIZE")
-HEADS = r"^(head|head_dense|fc|pool|rationale)\."
+HEADS = (
+    r"^(head|head_dense|fc|pool|rationale|head_dist|classifier|projectors|norms|decoder_\w+)\."
+    r"|^mask_token$|^decoder_pos_embed$"
+)
 # A query and a key encoder side by side: MoCo v3's and v2's. The first is the one in use.
 ENCODERS = ("base_encoder.", "encoder_q.", "momentum_encoder.", "encoder_k.")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
@@ -46,11 +57,13 @@ def load_backbone(
 ) -> Backbone:
     """The backbone in a checkpoint, in eval mode, on the CPU, without gradients.
 
-    path: a file of this project, EsViT, CMD's release, DINO, torchvision or timm (.pth, .pt,
-    .safetensors). checkpoint_key: "teacher" or "student", where the file has both.
+    path: a file of this project, EsViT, CMD's release, DINO, torchvision, timm or another whose
+    names are known (.pth, .pt, .bin, .safetensors), or a folder for timm. checkpoint_key: "teacher"
+    or "student", where the file has both.
     spec: the architecture; by default the one stored in the file or read off its shapes.
-    Calling the result on images [B, 3, H, W] gives (image feature [B, D], patch features
-    [B, N, D]). Raises InputError naming what does not fit; a line says what is doubtful.
+    Calling the result on images [B, 3, H, W], normalised by its `normalisation`, gives (image
+    feature [B, D], patch features [B, N, D]). Raises InputError naming what does not fit; a line
+    says what is doubtful.
     """
     file = WeightsFile.read(path, checkpoint_key, spec)
     for doubt in file.doubts.values():
@@ -64,7 +77,8 @@ class WeightsFile:
 
     contents: all that the file holds. metadata: what a safetensors file says beside it. state:
     the network's weights in EsViT's names. spec: the architecture. doubts: what of it the file does
-    not say; see models/recognition.py.
+    not say; see models/recognition.py. whose: whose weights they are by their names, in words.
+    normalisation: of the images that they were trained with.
     """
 
     path: Path
@@ -74,6 +88,8 @@ class WeightsFile:
     state: dict[str, Tensor]
     spec: BackboneSpec
     doubts: Doubts = field(default_factory=dict)
+    whose: str = ""
+    normalisation: Normalisation = IMAGENET
 
     @classmethod
     def read(
@@ -83,18 +99,29 @@ class WeightsFile:
 
         Raises InputError where it is missing, damaged, or holds no known network.
         """
-        contents = load_file(path)
-        state = backbone_state(select_state(contents, key, path))
-        metadata = checkpoint_metadata(path)
+        path = weights_file(path)
+        contents, metadata = load_file(path), checkpoint_metadata(path)
+        selected = select_state(contents, key, path)
+        whose, _ = provenance(contents, selected)
+        state = backbone_state(selected)
         spec, doubts = spec or stored_spec(contents, metadata), {}
         if spec is None:
             spec, doubts = infer_spec(state, path, contents)
-        return cls(Path(path), key, contents, metadata, state, spec, doubts)
+        by = normalisation_of(contents, metadata, path) or IMAGENET
+        return cls(path, key, contents, metadata, state, spec, doubts, whose, by)
+
+    def lines(self) -> list[str]:
+        """Whose weights they are, and how their images are normalised where not by ImageNet's."""
+        said = [f"{self.path} holds {self.whose}"] if self.whose else []
+        if self.normalisation != IMAGENET:
+            said.append(f"images are normalised as for {self.path}: {self.normalisation}")
+        return said
 
     def backbone(self) -> Backbone:
         """The backbone, in eval mode, on the CPU, without gradients; InputError if misfit."""
         backbone = build_backbone(self.spec)
         load_strictly(backbone, self.state, f"{self.path} ({self.spec.arch})", HEADS)
+        backbone.normalisation = self.normalisation
         return backbone.eval().requires_grad_(False)
 
 
@@ -221,14 +248,20 @@ def load_pretrained(
 ) -> list[str]:
     """Start a network from someone's weights; returns the names of the parts that were read.
 
+    Lines say whose they are and what of the file was not read, and the backbone's `normalisation`
+    becomes theirs.
+
     spec: what the backbone is built from. It must fit, also in what shapes do not show. A head,
     region head, pooling or LCR's branch is read too where the file has one of the same shape, and
     keeps its fresh initialisation otherwise.
     """
     file = WeightsFile.read(path, key)
-    state = file.state
-    load_strictly(network.backbone, state, str(path), HEADS, SHAPING)
+    state, backbone = file.state, network.backbone
+    for line in file.lines():
+        logger.info(line)
+    load_strictly(backbone, state, str(path), HEADS, SHAPING)
     _check_unseen(file, spec)
+    backbone.normalisation = file.normalisation
     read = ["backbone"]
     for part in ("head", "head_dense", "pool", "rationale"):
         module = getattr(network, part)
@@ -239,6 +272,10 @@ def load_pretrained(
         if own.keys() == wanted.keys() and all(own[k].shape == wanted[k].shape for k in wanted):
             load_strictly(module, own, f"{path} ({part})")
             read.append(part)
+    wanted = backbone.state_dict().keys()
+    left = [name for name in state if name not in wanted and name.split(".")[0] not in read]
+    if left := [name for name in left if not re.search(BUFFERS, name)]:
+        logger.info(f"{path}: not read: {few(left)}")
     return read
 
 

@@ -5,6 +5,7 @@ weights. What is taken for them without a word of the file is a doubt: a sentenc
 the file prints, and that stands beside every figure.
 """
 
+import contextlib
 import json
 import re
 from argparse import Namespace
@@ -13,18 +14,19 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
 from models.registry import ARCHITECTURES, BackboneSpec
 from utils.checkpoint import is_own
 from utils.errors import InputError
+from utils.normalisation import IMAGENET, Normalisation
 
 SPEC_IN_METADATA = "cmd_backbone"
 # timm's name of the file beside the weights on the Hugging Face hub.
 CONFIG = "config.json"
 # Vision Transformers whose heads have not 64 channels, by width: timm's, and those of MAE.
 HEADS_BY_WIDTH = {1280: 16, 1408: 16, 1664: 16}
+REGISTERS = ("register_tokens", "storage_tokens", "reg_token")
 MOCO_V3_HEADS = 12
 LARGEST_MAP = 1024  # patches a side
 
@@ -155,15 +157,9 @@ def _infer_vit(
 
 def _unlike_here(known: dict) -> Doubts:
     """What the file says of itself that is done otherwise here, whatever the options."""
-    doubts = {}
     if (activation := known.get("activation", "GELU")) != "GELU":
-        doubts["activation"] = f"its activation is {activation}; here GELU is taken"
-    if (mean := known.get("mean", IMAGENET_DEFAULT_MEAN)) != IMAGENET_DEFAULT_MEAN:
-        doubts["mean"] = (
-            f"images are normalised by ImageNet's mean and deviation here, and were in its "
-            f"training by others (mean {', '.join(f'{value:g}' for value in mean)})"
-        )
-    return doubts
+        return {"activation": f"its activation is {activation}; here GELU is taken"}
+    return {}
 
 
 def _moco_v3(state: dict[str, Tensor], contents: object, width: int) -> str:
@@ -172,7 +168,7 @@ def _moco_v3(state: dict[str, Tensor], contents: object, width: int) -> str:
     if any(re.match(r"(module\.)?(base|momentum)_encoder\.", name) for name in state_dict or ()):
         return "the file has its names"
     # MAE's are fixed too, but that has no ViT-S. [CLS] gets none.
-    if width == 384 and not state["pos_embed"][0, 0].any():
+    if width == 384 and _fixed_sines(state):
         return "its position embeddings are fixed sines"
     return ""
 
@@ -184,13 +180,13 @@ def said(contents: object, state: dict[str, Tensor], path: str | Path) -> dict:
     their network with the arguments beside them; DINO's and EsViT's ours.
     """
     width, known = len(state.get("norm.weight", ())), {}
-    for name, arguments, mean in _statements(contents, path):
+    for name, arguments, _ in _statements(contents, path):
         own = ARCHITECTURES.get(name, {})
         if own.get("family") == "vit" and own["embed_dim"] == width:
             if not _moco_v3(state, contents, width):  # its vit_small is another
                 known["num_heads"] = own["num_heads"]
         elif timm.is_model(name):
-            known |= _of_timm(name, arguments, mean, width)
+            known |= _of_timm(name, arguments, width)
         if known:
             break
     heads = _arguments(contents).get("num_heads")
@@ -202,8 +198,52 @@ def said(contents: object, state: dict[str, Tensor], path: str | Path) -> dict:
     return known
 
 
-def _statements(contents: object, path: str | Path) -> Iterable[tuple[str, dict, list | None]]:
-    """(name of an architecture, its keyword arguments, images' mean), the surest first."""
+def said_of_timm(contents: object, path: str | Path) -> tuple[str, dict]:
+    """The model of timm that a file says it is, and its keyword arguments; "" where it does not."""
+    found = _statements(contents, path)
+    return next(((name, more) for name, more, _ in found if timm.is_model(name)), ("", {}))
+
+
+def normalisation_of(
+    contents: object, metadata: dict[str, str], path: str | Path
+) -> Normalisation | None:
+    """Of the images in training, by what a file, or the config.json beside it, says of itself.
+
+    None where it says nothing. timm's names stand for what timm normalises by.
+    """
+    if is_own(contents):
+        data = _dict(contents.get("config")).get("DATA", {})
+        own = data.get("MEAN"), data.get("STD")
+        return _normalisation(*own) or IMAGENET
+    if "input_mean" in metadata:
+        with contextlib.suppress(ValueError):
+            return _normalisation(
+                json.loads(metadata["input_mean"]), json.loads(metadata.get("input_std", "0"))
+            )
+    for name, _, facts in _statements(contents, path):
+        timms = timms_normalisation(name) if timm.is_model(name) else (None, None)
+        if found := _normalisation(facts.get("mean") or timms[0], facts.get("std") or timms[1]):
+            return found
+    return None
+
+
+def timms_normalisation(name: str) -> Normalisation:
+    """By which timm normalises images for its weights of this model."""
+    facts = timm.get_pretrained_cfg(name)
+    return _normalisation(facts.mean, facts.std) if facts else IMAGENET
+
+
+def _normalisation(mean: object, std: object) -> Normalisation | None:
+    """None of what are not two times three numbers."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = Normalisation(tuple(map(float, mean)), tuple(map(float, std)))
+        if len(found.mean) == len(found.std) == 3 and min(found.std) > 0:
+            return found
+    return None
+
+
+def _statements(contents: object, path: str | Path) -> Iterable[tuple[str, dict, dict]]:
+    """(name of an architecture, its keyword arguments, what holds mean and std), surest first."""
     try:
         beside = json.loads((Path(path).parent / CONFIG).read_text())
     except (OSError, ValueError):
@@ -214,8 +254,8 @@ def _statements(contents: object, path: str | Path) -> Iterable[tuple[str, dict,
     for facts, more in ((_dict(beside), {}), (_dict(contents), of_run), (arguments, of_run)):
         for key in ("architecture", "arch", "model"):
             if isinstance(facts.get(key), str):
-                mean = _dict(facts.get("pretrained_cfg")).get("mean") or arguments.get("mean")
-                yield facts[key], {**more, **_dict(facts.get("model_args"))}, mean
+                of_images = {**arguments, **_dict(facts.get("pretrained_cfg"))}
+                yield facts[key], {**more, **_dict(facts.get("model_args"))}, of_images
 
 
 def _arguments(contents: object) -> dict:
@@ -228,7 +268,7 @@ def _dict(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _of_timm(name: str, arguments: dict, mean: Iterable | None, width: int) -> dict:
+def _of_timm(name: str, arguments: dict, width: int) -> dict:
     """What timm's model of this name says that shapes do not; {} where it has another width."""
     try:
         with torch.device("meta"):
@@ -238,7 +278,6 @@ def _of_timm(name: str, arguments: dict, mean: Iterable | None, width: int) -> d
         known = {
             "img_size": model.patch_embed.img_size[0],
             "grid": model.patch_embed.grid_size,
-            "mean": tuple(map(float, mean or model.pretrained_cfg["mean"])),
         }
         block = next(part for part in model.modules() if hasattr(part, "mlp"))
         known["activation"] = type(block.mlp.act).__name__
@@ -247,6 +286,78 @@ def _of_timm(name: str, arguments: dict, mean: Iterable | None, width: int) -> d
         return known
     except Exception:  # whatever a foreign name with foreign arguments makes timm do
         return {}
+
+
+# Vision Transformers by width: the field's letter, and timm's word.
+VITS = {
+    192: ("Ti", "tiny"),
+    384: ("S", "small"),
+    768: ("B", "base"),
+    1024: ("L", "large"),
+    1280: ("H", "huge_plus"),
+    1536: ("g", "giant"),
+    4096: ("7B", "7b"),
+}
+
+
+def provenance(contents: object, state: dict[str, Tensor]) -> tuple[str, str]:
+    """Whose weights these are, by the names in a file, and the name here of such a network.
+
+    state: of the one network, as `select_state` gives it. "DINOv2's weights of a ViT-S/14" and
+    "timm/vit_small_patch14_dinov2"; "" each where the names are those of many.
+    """
+    names = [*state]
+
+    def has(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in names)
+
+    raw = [str(name) for name in _dict(_dict(contents).get("state_dict"))]
+    width, patch = 0, 0
+    if "patch_embed.proj.weight" in state:
+        width, _, _, patch = state["patch_embed.proj.weight"].shape
+    letter, word = VITS.get(width, ("", ""))
+    vit = f"a ViT-{letter}/{patch}" if letter else f"a ViT of width {width}"
+    tokens = next((state[n].shape[1] for n in REGISTERS if n in state), 0)
+    registers = f" with {tokens} registers" if tokens else ""
+    if any(re.match(r"(module\.)?(base|momentum)_encoder\.", name) for name in raw):
+        return f"MoCo v3's weights of {vit if width else 'a ResNet'}", ""
+    if any(re.match(r"(module\.)?encoder_[qk]\.", name) for name in raw):
+        return "MoCo v2's weights of a ResNet", ""
+    if "storage_tokens" in state:
+        return f"DINOv3's weights of {vit}{registers}", _if_of_timm(
+            f"vit_{word}_patch{patch}_dinov3"
+        )
+    if has(r"downsample_layers\.0\.0\.") and has(r"norms\.\d\."):
+        return "DINOv3's weights of a ConvNeXt", ""
+    if "mask_token" in state and has(r"blocks\.(\d+\.)+ls1\."):
+        kind = "reg4_dinov2" if tokens else "dinov2"
+        return f"DINOv2's weights of {vit}{registers}", _if_of_timm(
+            f"vit_{word}_patch{patch}_{kind}"
+        )
+    if has(r"decoder_blocks\.") or (width >= 768 and has("cls_token$") and _fixed_sines(state)):
+        return f"MAE's weights of {vit}", ""
+    if has(r"embeddings\.(cls_token|patch_embeddings)") or has(
+        r"(encoder\.)?layers?\.\d+\.(attention|layernorm)"
+    ):
+        return "weights in the names of the transformers library", ""
+    if has(r"(features\.\d+\.|conv_proj\.|encoder\.layers\.encoder_layer_0)"):
+        return "torchvision's weights", ""
+    if has(r"layer1\.0\.conv1\.") and has(r"fc\.weight$"):
+        return "weights of a ResNet in torchvision's names", ""
+    if {"student", "teacher"} & _dict(contents).keys():
+        if has(r"layers\.0\.blocks"):
+            return "EsViT's weights of a Swin", ""
+        return f"DINO's weights of {vit if width else 'a ResNet'}", ""
+    return "", ""
+
+
+def _fixed_sines(state: dict[str, Tensor]) -> bool:
+    """Whether [CLS] has no position: embeddings are fixed, as MAE's and MoCo v3's."""
+    return "pos_embed" in state and not state["pos_embed"][0, 0].any()
+
+
+def _if_of_timm(name: str) -> str:
+    return f"timm/{name}" if timm.is_model(name) else ""
 
 
 def _count(state: dict[str, Tensor], pattern: str) -> int:

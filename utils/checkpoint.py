@@ -34,6 +34,7 @@ from utils.files import replacing, sync_folder
 FORMAT = 3
 LAST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
+WEIGHTS = "model.safetensors"  # in a folder for timm
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pth")
 # What rebuilds the networks, and what a run needs to go on (resume.py).
 _OF_NETWORKS = ("config", "model", "student", "teacher")
@@ -117,6 +118,12 @@ def load_file(path: str | Path) -> Any:
         raise InputError(f"{path} does not fit into this machine's memory.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}).") from None
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file of weights in a folder of timm's or the Hugging Face hub's form; any other path."""
+    names = (Path(path) / name for name in (WEIGHTS, "pytorch_model.bin"))
+    return next((file for file in names if file.is_file()), Path(path))
 
 
 def _verify(path: Path) -> None:

@@ -20,6 +20,7 @@ from yacs.config import CfgNode as Node
 from utils.errors import InputError
 from utils.files import write_text
 from utils.logging import logger
+from utils.normalisation import IMAGENET, Normalisation
 from utils.options import COMPARING, CONTRASTIVE, NOTHING, OPTIONS, SECTIONS, Option
 
 # Reading YAML takes seconds for each megabyte; all options are 4 kB.
@@ -265,6 +266,11 @@ def check(cfg: Node) -> None:
     for name, option in OPTIONS.items():
         _check_value(option, get(cfg, name))
     _check_crops(cfg)
+    if (len(cfg.DATA.MEAN), len(cfg.DATA.STD)) not in ((0, 0), (3, 3)):
+        raise InputError(
+            f"DATA.MEAN {cfg.DATA.MEAN} and DATA.STD {cfg.DATA.STD} must be three numbers each, of "
+            f"red, green and blue, or both be left out."
+        )
     _check_schedules(cfg)
     _check_batch(cfg)
     if cfg.EVAL.KNN_EVERY and not (cfg.EVAL.KNN_TRAIN and cfg.EVAL.KNN_VAL):
@@ -360,6 +366,12 @@ def settle_crops(cfg: Node, device: str) -> None:
 def crops_on_device(cfg: Node) -> bool:
     """Whether crops are made on the device, of a batch at a time; DATA.CROPS is settled."""
     return cfg.DATA.CROPS == "device" or cfg.DATA.CACHE != "none"
+
+
+def normalisation(cfg: Node) -> Normalisation:
+    """DATA.MEAN and DATA.STD; ImageNet's where they are not given."""
+    data = cfg.DATA
+    return Normalisation(tuple(data.MEAN), tuple(data.STD)) if data.MEAN else IMAGENET
 
 
 def eval_size(cfg: Node) -> int:

@@ -198,6 +198,10 @@ option("DATA.CACHE_SIZE", 448, "pixels of the shorter side to which images are r
 option("DATA.CROPS", "auto", "who makes the crops of images that are not kept: workers (of one "
        "image at a time), device (of a batch at a time, as of kept images) or auto (device on a "
        "GPU, else workers; a run goes on as it began)", choices=("auto", "workers", "device"))
+option("DATA.MEAN", [], "of the images' red, green and blue, which is taken off; []: what the "
+       "weights were trained with; ImageNet's where none are read or they do not say",
+       at_least=0, at_most=1)
+option("DATA.STD", [], "by which they are then divided", at_least=1e-3, at_most=1)
 option("DATA.DOWNLOAD", False, "let torchvision fetch a benchmark that is not there",
        decides=NOTHING)
 
@@ -261,7 +265,7 @@ option("TRAIN.TIMEOUT_MINUTES", 30.0, "after which a process that waits for anot
 
 section("INIT", "starting weights", WEIGHTS, ALL)
 option("INIT.WEIGHTS", "", "checkpoint to evaluate; in pretraining, to start student and teacher "
-       "from at epoch 0", path=True, flag="--pretrained_weights --pretrained_weights_ckpt",
+       "from at epoch 0", path=True, flag="--init --pretrained_weights --pretrained_weights_ckpt",
        scripts=(PRETRAIN, *ONE_NETWORK), resume_may_change=True)
 option("INIT.CHECKPOINT_KEY", "teacher", "which of its networks: teacher, student, or another name "
        "in it", flag="--checkpoint_key", resume_may_change=True)

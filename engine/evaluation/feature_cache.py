@@ -25,6 +25,7 @@ from utils.checkpoint import save_safetensors
 from utils.errors import InputError
 from utils.files import make_folder
 from utils.logging import logger
+from utils.normalisation import IMAGENET
 
 FORMAT = "1"
 # Fields of Features in a file's tensors (the header of a safetensors file is too small for a
@@ -199,6 +200,8 @@ class SplitFeatures:
                 "resize": str(self.reading.resize),
                 "precision": self.reading.precision,
             }
+            if self.reading.normalisation != IMAGENET:
+                known["normalisation"] = str(self.reading.normalisation)
         if self.splits is not None:
             known["images"] = self.images(split).fingerprint
         return known

@@ -16,10 +16,11 @@ from datasets.multicrop import default_resize, eval_transform
 from engine.evaluation import attention
 from engine.evaluation.source import Source, image_size
 from utils import distributed
-from utils.config import Node
+from utils.config import Node, normalisation
 from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import progress
+from utils.normalisation import IMAGENET, Normalisation
 from utils.precision import autocast, precision_of
 
 NEEDS = {
@@ -97,6 +98,7 @@ class Reading:
     batch: int = 64
     workers: int = 0
     max_bad: float = 0.0
+    normalisation: Normalisation = IMAGENET
 
     @classmethod
     def of(cls, cfg: Node, world: World, source: Source | None) -> "Reading":
@@ -115,6 +117,7 @@ class Reading:
             cfg.EVAL.BATCH_SIZE_PER_GPU,
             usable_workers(cfg.DATA.WORKERS),
             cfg.DATA.MAX_BAD,
+            normalisation(cfg) if cfg.DATA.MEAN or source is None else source.normalisation,
         )
 
     def cast(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -131,7 +134,7 @@ class Reading:
         return extract(
             self.cast(function),
             images,
-            eval_transform(self.size, self.resize),
+            eval_transform(self.size, self.resize, self.normalisation),
             self.world,
             self.batch,
             self.workers,

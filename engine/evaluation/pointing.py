@@ -77,7 +77,7 @@ class Pointing:
         def look(batch: Tensor) -> Tensor:
             return torch.stack([attention.attention_map(network, batch, k) for k in kinds], dim=1)
 
-        whole = eval_transform(reading.size, reading.size)
+        whole = eval_transform(reading.size, reading.size, reading.normalisation)
         found = extract(look, images, whole, reading.world, reading.batch, reading.workers).values
         return Found({kind: figures(found[:, i], touching) for i, kind in enumerate(kinds)})
 

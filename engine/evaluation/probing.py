@@ -46,7 +46,9 @@ class AugmentedImages:
     def batches(self, sampler: EpochSampler, width: int) -> Batches:
         """Features of this process's share of every batch, on the device."""
         device = self.reading.world.device
-        crops = augmented(self.images, RandomCrop(self.reading.size), self.seed)
+        crops = augmented(
+            self.images, RandomCrop(self.reading.size, self.reading.normalisation), self.seed
+        )
         function, labels = self.reading.cast(self.encoder), self.labels.to(device)
         is_cuda = device.type == "cuda"
         for batch in build_loader(crops, sampler, self.reading.workers, pin_memory=is_cuda):

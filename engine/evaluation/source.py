@@ -17,6 +17,7 @@ from utils import checkpoint, config, seeding
 from utils.config import Node
 from utils.errors import InputError
 from utils.logging import logger
+from utils.normalisation import Normalisation
 from utils.options import CONTRASTIVE
 from utils.seeding import derive_seed
 
@@ -66,6 +67,11 @@ class Source:
         attended = [kind for kind in attention.kinds(self.network) if kind in ("mil", "lcr")]
         return ["default", "mean", *attended]
 
+    @property
+    def normalisation(self) -> Normalisation:
+        """Of the images that the network was trained with."""
+        return self.network.backbone.normalisation
+
     def shape(self, pooling: str) -> dict[str, str]:
         """All but the weights that decides the features of this pooling."""
         network = self.network
@@ -101,8 +107,11 @@ def load_source(
     options of `cfg` that are in `typed`. A line says what is doubtful. Raises InputError for what
     cannot be read or does not fit.
     """
+    path = checkpoint.weights_file(path)
     written = os.path.exists(path) and os.path.getmtime(path)
     file = WeightsFile.read(path, key)
+    for line in file.lines():
+        logger.info(line)
     spec = _chosen_spec(file.spec, cfg, typed) if typed else file.spec
     own = file.contents if checkpoint.is_own(file.contents) else {}
     pixels = file.metadata.get("image_size", "")  # anything, in someone else's file
@@ -136,6 +145,7 @@ def load_source(
         network = _network(**own["model"])
         # The student's pooling and branch are in the teacher's state too.
         load_strictly(network, own[file.key], f"{path} ({file.key})")
+        network.backbone.normalisation = file.normalisation
         return Source(weights, network.eval().requires_grad_(False))
     try:
         return Source(weights, Network(replace(file, spec=spec).backbone()).eval())
@@ -167,7 +177,7 @@ def random_like(source: Source, seed: int) -> Source:
         "pooling": network.pool is not None,
         "rationale": network.rationale.channels if network.rationale is not None else 0,
     }
-    return _random(described, source.weights, seed)
+    return _random(described, source.weights, seed, source.normalisation)
 
 
 def random_from_options(cfg: Node, seed: int) -> Source:
@@ -176,10 +186,10 @@ def random_from_options(cfg: Node, seed: int) -> Source:
     weights = Weights(
         RANDOM, "", NO_KEY, cfg.MODEL.ARCH, described["backbone"], run_config=config.to_dict(cfg)
     )
-    return _random(described, weights, seed)
+    return _random(described, weights, seed, config.normalisation(cfg))
 
 
-def _random(described: dict, weights: Weights, seed: int) -> Source:
+def _random(described: dict, weights: Weights, seed: int, by: Normalisation) -> Source:
     """A network initialised as a run with SEED `seed` would, but for the prototypes."""
     if described["heads"]:
         # Prototypes have no part in a feature: the fewest.
@@ -187,6 +197,7 @@ def _random(described: dict, weights: Weights, seed: int) -> Source:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, seeding.INITIALISATION))
         network = _network(**described)
+    network.backbone.normalisation = by
     weights = replace(weights, path=RANDOM, sha256=f"seed {seed}", key=NO_KEY, epoch=0)
     return Source(weights, network.eval().requires_grad_(False))
 

@@ -9,15 +9,10 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets.batched import BatchedMultiCrop, Images
-from datasets.multicrop import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Augmentation,
-    eval_transform,
-    sample_seed,
-)
+from datasets.multicrop import Augmentation, eval_transform, sample_seed
 from models.network import Network
 from utils.errors import InputError
+from utils.normalisation import IMAGENET
 
 BATCH = 32  # images in one forward
 _NO_COLOURS = {
@@ -54,14 +49,14 @@ class Place:
 
 @dataclass(frozen=True)
 class PlacedView:
-    """A crop of an image: normalised pixels [3, S, S], and where it was cut."""
+    """A crop of an image: pixels [3, S, S], normalised by ImageNet's, and where it was cut."""
 
     pixels: Tensor
     place: Place
 
     def picture(self) -> Tensor:
         """[S, S, 3], 0..1, as it is shown."""
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        mean, std = map(torch.tensor, IMAGENET)
         return (self.pixels.permute(1, 2, 0) * std + mean).clamp(0, 1)
 
 
@@ -114,6 +109,7 @@ def in_batches(
     """
     device = next(network.parameters()).device
     pixels = torch.stack([view.pixels for view in views])
+    pixels = network.backbone.normalisation.of_imagenets(pixels)
     rows = torch.cat([function(part.to(device)).cpu() for part in pixels.split(BATCH)])
     if not rows.isfinite().all():
         raise InputError(

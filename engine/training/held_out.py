@@ -34,6 +34,7 @@ def held_out_knn(run: Pretraining, held_out: Splits) -> tuple[float, float]:
         cfg.EVAL.BATCH_SIZE_PER_GPU,
         usable_workers(cfg.DATA.WORKERS),
         cfg.DATA.MAX_BAD,
+        config.normalisation(cfg),
     )
     features = SplitFeatures(Source(None, run.teacher), held_out, reading)
     (found,) = measure(features, [KNN([cfg.EVAL.KNN_K])])

@@ -55,6 +55,8 @@ def find(
         logger.warning(f"{file} is passed over: {reason}")
     stored, processes = config.from_dict(state["config"], str(path)), world.size
     _take_crops(cfg, stored, world)
+    if not cfg.DATA.MEAN:  # settled by the weights that the run began with
+        cfg.DATA.MEAN, cfg.DATA.STD = stored.DATA.MEAN, stored.DATA.STD
     names, known = _must_agree(cfg, stored), dict(config.flat(state["config"], str(path)))
     if new := ", ".join(f"{name} {config.get(cfg, name)}" for name in names if name not in known):
         logger.warning(f"{path} is of a version without these options, by which it goes on: {new}")
@@ -224,7 +226,10 @@ def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def start_from(cfg: Node, student: Network, teacher: Network) -> None:
-    """INIT.WEIGHTS, if given, for student and teacher, at epoch 0; says which parts fitted."""
+    """INIT.WEIGHTS, if given, for student and teacher, at epoch 0; says which parts fitted.
+
+    Their normalisation of images becomes the run's, DATA.MEAN and DATA.STD, if these are not given.
+    """
     if not cfg.INIT.WEIGHTS:
         return
     read = load_pretrained(
@@ -232,3 +237,11 @@ def start_from(cfg: Node, student: Network, teacher: Network) -> None:
     )
     make_teacher(student, teacher)
     logger.info(f"starting from {cfg.INIT.WEIGHTS}: {', '.join(read)}")
+    theirs, given = student.backbone.normalisation, config.normalisation(cfg)
+    if not cfg.DATA.MEAN and theirs != given:
+        cfg.DATA.MEAN, cfg.DATA.STD = map(list, theirs)
+    elif theirs != given:
+        logger.warning(
+            f"images are normalised by DATA.MEAN and DATA.STD: {given}; those of "
+            f"{cfg.INIT.WEIGHTS} were by {theirs}"
+        )

@@ -16,8 +16,9 @@ from datasets.batched import (
     resize_by_products,
     resize_one_by_one,
 )
-from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, Augmentation, MultiCrop, normalised
+from datasets.multicrop import Augmentation, MultiCrop, normalised
 from datasets.synthetic_images import SyntheticConfig, render
+from utils.normalisation import IMAGENET
 from utils.seeding import derive_seed
 
 OFF = {
@@ -67,7 +68,7 @@ def decided(crops: BatchedMultiCrop, size: tuple[int, int], number: int) -> np.r
 
 
 def grey_levels(crop: torch.Tensor) -> np.ndarray:
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
     return ((crop.cpu() * std + mean) * 255).permute(1, 2, 0).double().numpy()
 
 

@@ -10,8 +10,6 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
 from datasets.multicrop import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Augmentation,
     MultiCrop,
     derive_seed,
@@ -20,6 +18,7 @@ from datasets.multicrop import (
     sample_seed,
 )
 from tests.datasets.photographs import equal_crops, noise, pixels, rng_states, same
+from utils.normalisation import IMAGENET
 
 # Every random part off: with scale (1, 1) a square image comes through whole.
 OFF = {
@@ -93,7 +92,7 @@ def test_plain_crop_is_the_bicubic_resize_normalised():
 
 def test_every_grey_level_is_normalised_to_torchvisions_bits():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    theirs = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    theirs = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*IMAGENET)]
     assert torch.equal(normalised(levels), v2.Compose(theirs)(levels))
 
 
@@ -212,5 +211,5 @@ def test_eval_transform(size, resize):
     centre = np.asarray(wide.crop((left, top, left + size, top + size)))
     view = eval_transform(size)(image)
     assert (type(view), view.dtype) == (torch.Tensor, torch.float32)
-    expected = (centre / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    expected = (centre / 255 - IMAGENET.mean) / IMAGENET.std
     np.testing.assert_allclose(view.permute(1, 2, 0).numpy(), expected, atol=1e-5)

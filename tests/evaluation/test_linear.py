@@ -15,11 +15,12 @@ from torchvision import transforms
 
 from datasets.folder import LabelledImages
 from datasets.loader import EpochSampler, augmented
-from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD, RandomCrop
+from datasets.multicrop import RandomCrop
 from engine.evaluation import linear
 from engine.evaluation.linear import Probe, Recipe
 from tests.processes import found_by_each
 from utils.distributed import ALONE, World
+from utils.normalisation import IMAGENET
 
 CLASSES, WIDTH = 4, 6
 SWEEP = (0.05, 2.0, 20.0)
@@ -319,7 +320,7 @@ def test_the_training_view_is_torchvisions_of_imagenet_training():
             ),
             transforms.RandomHorizontalFlip(0.5),
             transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            transforms.Normalize(*IMAGENET),
         ]
     )
     draw = np.random.default_rng(0)
@@ -347,7 +348,7 @@ def test_the_training_view_draws_from_its_seed_alone():
 
 def test_the_training_view_covers_8_to_100_percent_and_is_flipped_half_of_the_time():
     image, crop = coordinates(), RandomCrop(32)
-    mean, deviation = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in IMAGENET)
     areas, flips = [], []
     for seed in range(300):
         view = 255 * (crop(image, seed) * deviation + mean)

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
-from datasets.multicrop import IMAGENET_MEAN, IMAGENET_STD
 from export import export_backbone
 from models import ARCHITECTURES, BackboneSpec, build_backbone, load_backbone
 from models.export import TIMM_NAMES, timm_arguments, unpadded_multiple
@@ -24,6 +23,7 @@ from models.recognition import infer_spec
 from tests.processes import run_python
 from utils import checkpoint
 from utils.errors import InputError
+from utils.normalisation import IMAGENET
 
 # Maps of 12, 6 and 3 cells at 48 pixels: the first stage alone has shifted windows.
 SWIN = BackboneSpec("swin_tiny", 16, (2, 2, 2), (1, 2, 4), window_size=6, img_size=48)
@@ -126,8 +126,8 @@ def test_stock_timm_loads_the_file_strictly_and_gives_the_image_feature(tmp_path
     assert difference(backbone, model, spec.img_size) <= 1e-5
     assert difference(load_backbone(source, "student"), model, spec.img_size) > 1e-3
     # timm's own preprocessing then normalises as the training did.
-    assert resolve_model_data_config(model)["mean"] == IMAGENET_MEAN
-    assert resolve_model_data_config(model)["std"] == IMAGENET_STD
+    assert resolve_model_data_config(model)["mean"] == IMAGENET.mean
+    assert resolve_model_data_config(model)["std"] == IMAGENET.std
 
 
 def test_the_metadata_tells_the_network_and_its_source(tmp_path):
@@ -148,8 +148,8 @@ def test_the_metadata_tells_the_network_and_its_source(tmp_path):
         "image_size": "224",
         "format": "pt",
         "architecture": "swin_tiny_patch4_window7_224",
-        "input_mean": json.dumps(IMAGENET_MEAN),
-        "input_std": json.dumps(IMAGENET_STD),
+        "input_mean": json.dumps(IMAGENET.mean),
+        "input_std": json.dumps(IMAGENET.std),
         "input_normalisation": "as in training",
         "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "source_key": "student",

@@ -13,6 +13,7 @@ from models import BackboneSpec, build_backbone, load_backbone
 from models.pretrained import WeightsFile, load_pretrained
 from models.recognition import infer_spec
 from utils.errors import InputError
+from utils.normalisation import IMAGENET
 
 # At 448 pixels maps of 112, 56, 28, 14 patches: the last stage shifts windows of 7.
 LAID_OUT = {"embed_dim": 16, "depths": [1, 1, 1, 2], "num_heads": [1, 2, 4, 8]}
@@ -155,13 +156,18 @@ def test_positions_of_images_that_are_not_square_are_refused_even_where_their_nu
         WeightsFile.read(tmp_path / "x.pth")
 
 
-def test_other_pixels_than_ours_are_said(tmp_path):
+def test_the_normalisation_of_images_is_what_the_file_says(tmp_path):
     facts = {"architecture": "vit_tiny_patch16_224", "model_args": SMALL_VIT}
     write(tmp_path / "x.pth", vit(48, 4))
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    assert "mean 0.5, 0.5, 0.5" in WeightsFile.read(tmp_path / "x.pth").doubts["mean"]
+    halves = (0.5, 0.5, 0.5)
+    assert WeightsFile.read(tmp_path / "x.pth").normalisation == (halves, halves)
+    assert load_backbone(tmp_path / "x.pth").normalisation == (halves, halves)
     facts["pretrained_cfg"] = {"mean": [0.485, 0.456, 0.406]}
     (tmp_path / "config.json").write_text(json.dumps(facts))
+    facts["pretrained_cfg"]["std"] = [0.229, 0.224, 0.225]
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    assert WeightsFile.read(tmp_path / "x.pth").normalisation == IMAGENET
     assert not WeightsFile.read(tmp_path / "x.pth").doubts
     facts["model_args"] = SMALL_VIT | {"act_layer": "quick_gelu"}
     (tmp_path / "config.json").write_text(json.dumps(facts))
