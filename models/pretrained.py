@@ -256,7 +256,7 @@ def load_pretrained(
     keeps its fresh initialisation otherwise.
     """
     file = WeightsFile.read(path, key)
-    state, backbone = file.state, network.backbone
+    path, state, backbone = file.path, file.state, network.backbone
     for line in file.lines():
         logger.info(line)
     load_strictly(backbone, state, str(path), HEADS, SHAPING)

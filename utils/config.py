@@ -266,11 +266,8 @@ def check(cfg: Node) -> None:
     for name, option in OPTIONS.items():
         _check_value(option, get(cfg, name))
     _check_crops(cfg)
-    if (len(cfg.DATA.MEAN), len(cfg.DATA.STD)) not in ((0, 0), (3, 3)):
-        raise InputError(
-            f"DATA.MEAN {cfg.DATA.MEAN} and DATA.STD {cfg.DATA.STD} must be three numbers each, of "
-            f"red, green and blue, or both be left out."
-        )
+    if bool(cfg.DATA.MEAN) != bool(cfg.DATA.STD):
+        raise InputError("DATA.MEAN and DATA.STD belong together: give both or neither.")
     _check_schedules(cfg)
     _check_batch(cfg)
     if cfg.EVAL.KNN_EVERY and not (cfg.EVAL.KNN_TRAIN and cfg.EVAL.KNN_VAL):
@@ -288,7 +285,7 @@ def _check_value(option: Option, value: Any) -> None:
     numbers = value if isinstance(value, list) else [value]
     if option.filled and not numbers:
         raise InputError(f"{name} is empty: give at least one number.")
-    if option.length not in (None, len(numbers)):
+    if option.length not in (None, len(numbers)) and value != option.default:
         raise InputError(f"{name} must have {option.length} values, not {value}.")
     if option.whole and not all(isinstance(number, int) for number in numbers):
         raise InputError(f"{name} must be whole numbers, not {value}.")

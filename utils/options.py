@@ -200,8 +200,8 @@ option("DATA.CROPS", "auto", "who makes the crops of images that are not kept: w
        "GPU, else workers; a run goes on as it began)", choices=("auto", "workers", "device"))
 option("DATA.MEAN", [], "of the images' red, green and blue, which is taken off; []: what the "
        "weights were trained with; ImageNet's where none are read or they do not say",
-       at_least=0, at_most=1)
-option("DATA.STD", [], "by which they are then divided", at_least=1e-3, at_most=1)
+       at_least=0, at_most=1, length=3)
+option("DATA.STD", [], "by which they are then divided", at_least=1e-3, at_most=1, length=3)
 option("DATA.DOWNLOAD", False, "let torchvision fetch a benchmark that is not there",
        decides=NOTHING)
 
@@ -264,8 +264,9 @@ option("TRAIN.TIMEOUT_MINUTES", 30.0, "after which a process that waits for anot
        at_least=0.01, at_most=10**5, decides=NOTHING)
 
 section("INIT", "starting weights", WEIGHTS, ALL)
-option("INIT.WEIGHTS", "", "checkpoint to evaluate; in pretraining, to start student and teacher "
-       "from at epoch 0", path=True, flag="--init --pretrained_weights --pretrained_weights_ckpt",
+option("INIT.WEIGHTS", "", "weights to evaluate, a file or a folder for timm; in pretraining, to "
+       "start student and teacher from at epoch 0 (timm: those that timm has for MODEL.ARCH "
+       "timm/NAME)", path=True, flag="--init --pretrained_weights --pretrained_weights_ckpt",
        scripts=(PRETRAIN, *ONE_NETWORK), resume_may_change=True)
 option("INIT.CHECKPOINT_KEY", "teacher", "which of its networks: teacher, student, or another name "
        "in it", flag="--checkpoint_key", resume_may_change=True)

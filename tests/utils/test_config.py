@@ -425,6 +425,8 @@ BAD = {
     "TRAIN.PRECISION": "fp8",
     "TRAIN.TIMEOUT_MINUTES": 0,
     "CKPT.EVERY_MINUTES": -1,
+    "DATA.MEAN": [0.5, 0.5],
+    "DATA.STD": [0, 1, 1],
     "TRAIN.MAX_BAD_STEPS": 0,
     "CKPT.KEEP_EVERY": -1,
     "EVAL.KNN_EVERY": 1,
@@ -551,6 +553,7 @@ def test_what_differs_from_the_defaults_is_shown_where_it_decides_anything():
         (["AUG.LOCAL_CROPS_NUMBER", "[2, 2]"], "must be equally long"),
         (["AUG.BLUR_PROB", "[1, 0]"], "AUG.BLUR_PROB must have 3 values"),
         (["TRAIN.BATCH_SIZE_PER_GPU", "1"], "must be at least 2"),
+        (["DATA.MEAN", "[0.5,0.5,0.5]"], "DATA.MEAN and DATA.STD belong together"),
         (["EVAL.KNN_EVERY", "1"], "needs EVAL.KNN_TRAIN and EVAL.KNN_VAL"),
     ],
 )
