@@ -1,8 +1,9 @@
 """The backbone of a checkpoint, written for other programs to read.
 
-    python export.py CKPT OUT.safetensors --format timm
-        loads strictly into timm.create_model(architecture, num_classes=0, **kwargs), both
-        named in the file's metadata (create_model_kwargs is JSON)
+    python export.py CKPT OUT --format timm
+        a folder: timm.create_model("local-dir:OUT", pretrained=True) loads its model.safetensors
+        and config.json; pool.safetensors, of a run with the MIL pooling, is what pools patch
+        features (docs/start_from_weights.md)
     python export.py CKPT OUT.pth --format esvit             # or .pt, .safetensors
         EsViT's names; .pth and .pt hold {checkpoint key: weights}, as its scripts expect
     python export.py CKPT OUT.onnx --format onnx
@@ -18,14 +19,15 @@ from pathlib import Path
 
 from models import export
 from models.pretrained import WeightsFile
-from models.recognition import SPEC_IN_METADATA
+from models.recognition import CONFIG, SPEC_IN_METADATA, normalisation_of
 from utils import checkpoint, config
 from utils.cli import Parser
 from utils.errors import InputError, run_script
-from utils.files import replacing
+from utils.files import make_folder, replacing, write_json
 
+POOL = "pool.safetensors"
 SUFFIXES = {
-    "timm": (".safetensors",),
+    "timm": ("",),
     "esvit": (".safetensors", ".pth", ".pt"),
     "onnx": (".onnx",),
 }
@@ -34,7 +36,7 @@ SUFFIXES = {
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="trained weights")
-    parser.add_argument("out", metavar="OUT", type=Path, help="file to write; replaced if there")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write, or a folder for timm")
     parser.add_argument("--format", choices=SUFFIXES, required=True, help="who is to read OUT")
     parser.add_argument("--checkpoint_key", default="teacher", help="teacher or student [teacher]")
     arguments = parser.parse_args()
@@ -62,9 +64,15 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
     if file.doubts:
         facts["doubts"] = "; ".join(file.doubts.values())
     if form == "timm":
-        state, more = export.to_timm(backbone, spec)
-        facts |= more
-        checkpoint.save_safetensors(state, {"format": "pt", **facts}, out)
+        size = int(facts.get("image_size", spec.img_size))
+        state, about, caveat = export.to_timm(backbone, spec, size)
+        facts |= {"architecture": about["architecture"], "caveat": caveat}
+        make_folder(out, "OUT")
+        checkpoint.save_safetensors(state, {"format": "pt", **facts}, out / checkpoint.WEIGHTS)
+        write_json(out / CONFIG, about)
+        (out / POOL).unlink(missing_ok=True)
+        if parts := export.pooling(file.state):
+            checkpoint.save_safetensors(parts, {"format": "pt", **facts}, out / POOL)
     elif form == "esvit":
         if caveat := export.esvit_caveat(backbone, spec):
             facts["caveat"] = caveat
@@ -83,7 +91,9 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
 
 def check_target(source: Path, out: Path, form: str) -> None:
     """Say before anything is read what could not be written."""
-    if out.suffix not in SUFFIXES[form]:
+    if form == "timm" and out.suffix and not out.is_dir():
+        raise InputError(f"--format timm writes a folder: leave {out.suffix} out of {out.name}.")
+    if form != "timm" and out.suffix not in SUFFIXES[form]:
         raise InputError(f"--format {form} writes {' or '.join(SUFFIXES[form])}, not {out}.")
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent} to write {out.name} into.")
@@ -101,6 +111,8 @@ def describe_source(file: WeightsFile) -> dict[str, str]:
         "input_std": json.dumps(file.normalisation.std),
         "input_normalisation": "ImageNet's, assumed: the source does not say",
     }
+    if normalisation_of(file.contents, file.metadata, file.path):
+        facts["input_normalisation"] = "as the source says"
     if checkpoint.is_own(file.contents):
         facts["input_normalisation"] = "as in training"
         size = config.eval_size(config.from_dict(file.contents["config"], str(file.path)))

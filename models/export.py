@@ -5,8 +5,8 @@ Stock timm is a little less than equal to Swin and ViT here (models/swin.py, mod
 """
 
 import importlib
-import json
 import math
+from typing import Any
 
 import timm
 import torch
@@ -31,27 +31,63 @@ TIMM_NAMES = {
     "vit_base": "deit_base_patch16_224",
     "resnet50": "resnet50",
 }
+BATCH_NORM_EPS = torch.nn.BatchNorm1d(1).eps
 # torch.onnx.export works through both.
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
-def to_timm(backbone: Backbone, spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights of `backbone`, built from `spec`, for stock timm, and what makes its model.
+def to_timm(
+    backbone: Backbone, spec: BackboneSpec, size: int
+) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The weights of `backbone`, built from `spec`, for stock timm; its config.json; a caveat.
 
-    The state loads strictly into `timm.create_model(architecture, num_classes=0, **kwargs)`; the
-    facts are the architecture, create_model_kwargs (JSON) and a caveat: at which sizes the model
-    gives the image feature [B, D]. Raises InputError where the installed timm builds a network that
-    they do not fit.
+    The state loads strictly into `timm.create_model(architecture, num_classes=0, **model_args)`.
+    size: pixels of an evaluation. The caveat says at which sizes the model gives the image feature
+    [B, D]. Raises InputError where the installed timm builds a network that they do not fit.
     """
     name, kwargs = TIMM_NAMES[spec.arch], timm_arguments(spec)
     state = timm_state(backbone.state_dict())
     model = timm.create_model(name, num_classes=0, **kwargs)
     load_strictly(model, state, f"timm {timm.__version__} ({name})")
-    return state, {
-        "architecture": name,
-        "create_model_kwargs": json.dumps(kwargs),
-        "caveat": timm_caveat(backbone, spec),
+    timms, size = model.pretrained_cfg, kwargs.get("img_size", size)
+    of_images = {
+        "input_size": [3, size, size],
+        "mean": list(backbone.normalisation.mean),
+        "std": list(backbone.normalisation.std),
+        "interpolation": "bicubic",
+        "crop_mode": "center",
+        "crop_pct": 224 / 256,
     }
+    kept = {key: timms[key] for key in ("first_conv", "classifier") if timms.get(key)}
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "model_args": kwargs,
+        "pretrained_cfg": {**kept, **of_images, "num_classes": 0},
+    }
+    return state, config, timm_caveat(backbone, spec)
+
+
+def pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The attention pooling of a network's state: what patch features [N, D] are pooled by.
+
+    mlp.I: the region head's linears, its BatchNorms folded in, with GELU between; tanh, gate,
+    score: the gate on the result (models/mil.py). {} where the state has no pooling.
+    """
+    parts = {k.removeprefix("pool."): v for k, v in state.items() if k.startswith("pool.")}
+    prefix = "head_dense.mlp."
+    mlp = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    places = sorted({int(k.split(".")[0]) for k, v in mlp.items() if v.ndim == 2})
+    for number, place in enumerate(places if parts else ()):
+        weight, bias = mlp[f"{place}.weight"], mlp[f"{place}.bias"]
+        norm = place + 1
+        if f"{norm}.running_var" in mlp:
+            scale = mlp[f"{norm}.weight"] / (mlp[f"{norm}.running_var"] + BATCH_NORM_EPS).sqrt()
+            weight = weight * scale[:, None]
+            bias = (bias - mlp[f"{norm}.running_mean"]) * scale + mlp[f"{norm}.bias"]
+        parts |= {f"mlp.{number}.weight": weight, f"mlp.{number}.bias": bias}
+    return parts
 
 
 def timm_arguments(spec: BackboneSpec) -> dict:
