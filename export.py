@@ -66,7 +66,7 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
     if form == "timm":
         size = int(facts.get("image_size", spec.img_size))
         state, about, caveat = export.to_timm(backbone, spec, size)
-        facts |= {"architecture": about["architecture"], "caveat": caveat}
+        facts |= {"architecture": about["architecture"]} | ({"caveat": caveat} if caveat else {})
         make_folder(out, "OUT")
         checkpoint.save_safetensors(state, {"format": "pt", **facts}, out / checkpoint.WEIGHTS)
         write_json(out / CONFIG, about)
@@ -92,7 +92,7 @@ def export_backbone(source: Path, out: Path, form: str, key: str = "teacher") ->
 def check_target(source: Path, out: Path, form: str) -> None:
     """Say before anything is read what could not be written."""
     if form == "timm" and out.suffix and not out.is_dir():
-        raise InputError(f"--format timm writes a folder: leave {out.suffix} out of {out.name}.")
+        raise InputError(f"--format timm writes a folder: leave {out.suffix} out of {out}.")
     if form != "timm" and out.suffix not in SUFFIXES[form]:
         raise InputError(f"--format {form} writes {' or '.join(SUFFIXES[form])}, not {out}.")
     if not out.parent.is_dir():

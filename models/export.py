@@ -16,6 +16,7 @@ from models.backbone import Backbone
 from models.pretrained import load_strictly, timm_state
 from models.recognition import infer_spec
 from models.registry import BackboneSpec, resolve
+from models.timm_backbone import TimmBackbone
 from utils.errors import InputError
 
 # The ViTs go by DeiT's names: the same network, and timm's configuration of these names has
@@ -45,8 +46,12 @@ def to_timm(
     size: pixels of an evaluation. The caveat says at which sizes the model gives the image feature
     [B, D]. Raises InputError where the installed timm builds a network that they do not fit.
     """
-    name, kwargs = TIMM_NAMES[spec.arch], timm_arguments(spec)
-    state = timm_state(backbone.state_dict())
+    if isinstance(backbone, TimmBackbone):
+        name, kwargs = backbone.name.partition(".")[0], backbone.measured.keywords
+        state = backbone.model.state_dict()
+    else:
+        name, kwargs = TIMM_NAMES[spec.arch], timm_arguments(spec)
+        state = timm_state(backbone.state_dict())
     model = timm.create_model(name, num_classes=0, **kwargs)
     load_strictly(model, state, f"timm {timm.__version__} ({name})")
     timms, size = model.pretrained_cfg, kwargs.get("img_size", size)
@@ -66,7 +71,8 @@ def to_timm(
         "model_args": kwargs,
         "pretrained_cfg": {**kept, **of_images, "num_classes": 0},
     }
-    return state, config, timm_caveat(backbone, spec)
+    caveat = "" if isinstance(backbone, TimmBackbone) else timm_caveat(backbone, spec)
+    return state, config, caveat
 
 
 def pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError
 from timm.models._hub import download_cached_file
 
+from models.timm_backbone import PREFIX, timm_name
 from utils import distributed
 from utils.errors import InputError
 
 TIMM = "timm"
-PREFIX = "timm/"
 # What timm looks for in a model's folder on the hub, in this order.
 FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -33,8 +33,6 @@ def located(weights: str | Path, arch: str = "") -> Path:
 
 def named(weights: str | Path, arch: str = "") -> str:
     """timm's NAME of INIT.WEIGHTS that are timm or timm/NAME; "" of a file or folder."""
-    if os.path.exists(weights):
-        return ""
     if str(weights) == TIMM:
         if not arch.startswith(PREFIX):
             raise InputError(
@@ -42,17 +40,16 @@ def named(weights: str | Path, arch: str = "") -> str:
                 f"{arch or 'not given'}: give one of timm's, or a file of weights."
             )
         return arch.removeprefix(PREFIX)
-    return str(weights).removeprefix(PREFIX) if str(weights).startswith(PREFIX) else ""
+    is_name = str(weights).startswith(PREFIX) and not os.path.exists(weights)
+    return str(weights).removeprefix(PREFIX) if is_name else ""
 
 
 def _downloaded(name: str) -> Path:
     """The file in timm's cache, put there first if it is not."""
-    facts = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    facts = timm.get_pretrained_cfg(timm_name(PREFIX + name))
     if not (facts and facts.has_weights) or facts.custom_load:
-        others = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}*")[:6])
         raise InputError(
-            f"timm {timm.__version__} has no weights of {name} that can be read here"
-            + (f"; it has some of {others}." if others else ".")
+            f"timm {timm.__version__} has no weights of {name} that can be read here: give a file."
         )
     try:
         if not facts.hf_hub_id:

@@ -5,24 +5,33 @@ names it, but for the left-overs that are expected (buffers, and heads where onl
 backbone is wanted), which are listed.
 """
 
+import contextlib
+import io
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.recognition import (
+    FOREIGN,
     Doubts,
     few,
-    infer_spec,
     normalisation_of,
     provenance,
+    recognised,
+    said_of_timm,
     stored_spec,
+    timms_normalisation,
 )
 from models.registry import BackboneSpec, build_backbone, resolve
+from models.timm_backbone import PREFIX, TimmBackbone
 from utils.checkpoint import check_format, is_own, load_file, weights_file
 from utils.checkpoint import metadata as checkpoint_metadata
 from utils.errors import InputError
@@ -30,23 +39,14 @@ from utils.logging import logger
 from utils.normalisation import IMAGENET, Normalisation
 
 BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
-# What other networks of these families have and none here, by the names of its weights.
-FOREIGN = {
-    r"\.ls[12]\.|\.gamma_[12]$": "LayerScale",
-    r"^reg(ister)?_tokens?$": "registers",
-    r"^(dist_token|head_dist\.)": "a distillation token",
-    r"^fc_norm\.": "a norm after the pooling",
-    r"^norm_pre\.": "a norm before the blocks",
-    r"\.[qk]_norm\.": "norms of queries and keys",
-    r"^absolute_pos_embed$": "absolute positions",
-    r"\.(q_bias|logit_scale|cpb_mlp)": "cosine attention",
-}
 # Options that shape a backbone.
 SHAPING = ("MODEL.ARCH", "MODEL.WINDOW_SIZE", "MODEL.PATCH_SIZE", "MODEL.IMG_SIZE")
 HEADS = (
-    r"^(head|head_dense|fc|pool|rationale|head_dist|classifier|projectors|norms|decoder_\w+)\."
-    r"|^mask_token$|^decoder_pos_embed$"
+    r"^(model\.)?((head|head_dense|head_dist|fc|classifier|last_linear|pool|rationale|projectors|"
+    r"norms|dino_head|ibot_head|decoder_\w+)\.|(mask_token|decoder_pos_embed)$)"
 )
+# By which timm's files name what brings other people's weights to its names.
+CONVERTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
 # A query and a key encoder side by side: MoCo v3's and v2's. The first is the one in use.
 ENCODERS = ("base_encoder.", "encoder_q.", "momentum_encoder.", "encoder_k.")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
@@ -101,13 +101,18 @@ class WeightsFile:
         """
         path = weights_file(path)
         contents, metadata = load_file(path), checkpoint_metadata(path)
-        selected = select_state(contents, key, path)
-        whose, _ = provenance(contents, selected)
-        state = backbone_state(selected)
+        state = select_state(contents, key, path)
+        whose, near = provenance(contents, state)
         spec, doubts = spec or stored_spec(contents, metadata), {}
         if spec is None:
-            spec, doubts = infer_spec(state, path, contents)
-        by = normalisation_of(contents, metadata, path) or IMAGENET
+            spec, doubts = recognised(backbone_state(state), path, contents, near)
+        by = normalisation_of(contents, metadata, path)
+        if spec.arch.startswith(PREFIX):
+            if by is None and "'s weights of" not in whose:  # the known makers' are ImageNet's
+                by = timms_normalisation(spec.arch.removeprefix(PREFIX))
+        else:
+            state = backbone_state(state)
+        by = by or IMAGENET
         return cls(path, key, contents, metadata, state, spec, doubts, whose, by)
 
     def lines(self) -> list[str]:
@@ -120,7 +125,8 @@ class WeightsFile:
     def backbone(self) -> Backbone:
         """The backbone, in eval mode, on the CPU, without gradients; InputError if misfit."""
         backbone = build_backbone(self.spec)
-        load_strictly(backbone, self.state, f"{self.path} ({self.spec.arch})", HEADS)
+        state = for_backbone(backbone, self.state)
+        load_strictly(backbone, state, f"{self.path} ({self.spec.arch})", HEADS)
         backbone.normalisation = self.normalisation
         return backbone.eval().requires_grad_(False)
 
@@ -198,6 +204,35 @@ def _with_downsamples_moved(state: dict[str, Tensor], stages: int) -> dict[str, 
     }
 
 
+def for_backbone(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's weights by the names of `backbone`: its own, or by those of timm or others.
+
+    timm itself converts the originals' names and resizes position embeddings.
+    """
+    if not isinstance(backbone, TimmBackbone) or any(k.startswith("model.") for k in state):
+        return state
+    # Heads of ours beside the backbone keep their names.
+    heads = ("head.mlp.", "head.last_layer.", "head_dense.", "pool.", "rationale.")
+    found = in_timms_names(backbone.model, backbone.name, state)
+    return {k if k.startswith(heads) else f"model.{k}": v for k, v in found.items()}
+
+
+def in_timms_names(model: nn.Module, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as timm's model `name` has them; as they are, where timm cannot convert them."""
+    wanted = model.state_dict()
+    if all(k in state and state[k].shape == value.shape for k, value in wanted.items()):
+        return state
+    own = vars(sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__])
+    convert = next((own[converter] for converter in CONVERTERS if converter in own), None)
+    known = signature(convert).parameters if convert else {}
+    more = {"adapt_layer_scale": True} if "adapt_layer_scale" in known else {}
+    # timm's converters print, take things out of what they are given, and raise anything of
+    # weights that they do not know.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+        return convert(*(dict(state), model)[: len(known)], **more) if convert else state
+    return state
+
+
 def load_strictly(
     module: nn.Module,
     state: dict[str, Tensor],
@@ -227,8 +262,8 @@ def load_strictly(
         foreign = [what for name, what in FOREIGN.items() if any(re.search(name, n) for n in left)]
         if foreign:
             raise InputError(
-                f"{source}: the weights are of a network with {', '.join(foreign)}, which none "
-                f"here has. {listed}."
+                f"{source}: the weights are of a network with {', '.join(foreign)}, which only "
+                f"those of timm have here (--arch timm/NAME). {listed}."
             )
         raise InputError(
             f"{source}: the weights do not fit the network. {listed}."
@@ -255,10 +290,18 @@ def load_pretrained(
     region head, pooling or LCR's branch is read too where the file has one of the same shape, and
     keeps its fresh initialisation otherwise.
     """
-    file = WeightsFile.read(path, key)
-    path, state, backbone = file.path, file.state, network.backbone
+    backbone, is_timms = network.backbone, spec.arch.startswith(PREFIX)
+    file = WeightsFile.read(path, key, spec if is_timms else None)
+    path, state = file.path, for_backbone(backbone, file.state)
     for line in file.lines():
         logger.info(line)
+    said, _ = said_of_timm(file.contents, path)
+    theirs = f"{PREFIX}{said}" if is_timms and said else file.spec.arch
+    if PREFIX in theirs and theirs.partition(".")[0] != spec.arch.partition(".")[0]:
+        raise InputError(
+            f"{path} holds weights of {theirs}, and MODEL.ARCH is {spec.arch}: give --arch "
+            f"{theirs}, or weights of {spec.arch}."
+        )
     load_strictly(backbone, state, str(path), HEADS, SHAPING)
     _check_unseen(file, spec)
     backbone.normalisation = file.normalisation

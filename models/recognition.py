@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor
 
-from models.registry import ARCHITECTURES, BackboneSpec
+from models.registry import ARCHITECTURES, BackboneSpec, build_backbone
 from utils.checkpoint import is_own
 from utils.errors import InputError
 from utils.normalisation import IMAGENET, Normalisation
@@ -28,6 +28,17 @@ CONFIG = "config.json"
 HEADS_BY_WIDTH = {1280: 16, 1408: 16, 1664: 16}
 REGISTERS = ("register_tokens", "storage_tokens", "reg_token")
 MOCO_V3_HEADS = 12
+# What other networks of these families have and ours not, by the names of its weights.
+FOREIGN = {
+    r"\.ls[12]\.|\.gamma_[12]$": "LayerScale",
+    r"^reg(ister)?_tokens?$": "registers",
+    r"^(dist_token|head_dist\.)": "a distillation token",
+    r"^fc_norm\.": "a norm after the pooling",
+    r"^norm_pre\.": "a norm before the blocks",
+    r"\.[qk]_norm\.": "norms of queries and keys",
+    r"^absolute_pos_embed$": "absolute positions",
+    r"\.(q_bias|logit_scale|cpb_mlp)": "cosine attention",
+}
 LARGEST_MAP = 1024  # patches a side
 
 Doubts = dict[str, str]  # by the field of BackboneSpec
@@ -41,6 +52,35 @@ def stored_spec(contents: object, metadata: dict[str, str]) -> BackboneSpec | No
         return BackboneSpec.from_dict(json.loads((metadata or contents)[SPEC_IN_METADATA]))
     except (KeyError, ValueError, TypeError, AttributeError):
         return None
+
+
+def recognised(
+    state: dict[str, Tensor], path: str | Path, contents: object, near: str
+) -> tuple[BackboneSpec, Doubts]:
+    """`infer_spec`, and where none of ours fits the model of timm that a file says it is.
+
+    near: timm's model of weights whose makers are known; see `provenance`.
+    """
+    said, arguments = said_of_timm(contents, path)
+    others = f"timm/{said}" if said else near
+    size = {"img_size": arguments["img_size"]} if arguments.get("img_size") else {}
+    try:
+        spec, doubts = infer_spec(state, path, contents)
+    except InputError:
+        if not others:
+            raise
+        return BackboneSpec(others, **size), {}
+    is_foreign = any(re.search(pattern, name) for name in state for pattern in FOREIGN)
+    if others and (is_foreign or "arch" in doubts or not _fits(spec, state)):
+        return BackboneSpec(others, **size), {}
+    return spec, doubts
+
+
+def _fits(spec: BackboneSpec, state: dict[str, Tensor]) -> bool:
+    """Whether a backbone's parameters are all in the state, in their shapes."""
+    with torch.device("meta"):
+        parameters = build_backbone(spec).named_parameters()
+    return all(k in state and state[k].shape == value.shape for k, value in parameters)
 
 
 def infer_spec(
@@ -69,8 +109,8 @@ def infer_spec(
         if "pos_embed" in state:
             return _infer_vit(state, known, contents)
     raise InputError(
-        f"{path} holds none of the known backbones ({', '.join(ARCHITECTURES)}); "
-        f"its first keys are: {few(state)}."
+        f"{path} holds none of the known backbones ({', '.join(ARCHITECTURES)}), nor does it say "
+        f"which of timm's (--arch timm/NAME does); its first keys are: {few(state)}."
     )
 
 

@@ -10,9 +10,12 @@ import torch
 from engine import build
 from engine.evaluation import attention
 from models import registry
+from models.hub import located, named
 from models.network import HeadSpec, Network
 from models.pretrained import WeightsFile, load_strictly
+from models.recognition import stored_spec
 from models.registry import BackboneSpec, build_backbone, resolve
+from models.timm_backbone import PREFIX
 from utils import checkpoint, config, seeding
 from utils.config import Node
 from utils.errors import InputError
@@ -104,12 +107,17 @@ def load_source(
     """The network at `path`; key: "teacher", "student", or another name in the file.
 
     Its architecture is what the checkpoint records or its shapes show, but for the MODEL.*
-    options of `cfg` that are in `typed`. A line says what is doubtful. Raises InputError for what
-    cannot be read or does not fit.
+    options of `cfg` that are in `typed`. timm/NAME for a path is what timm has for that name.
+    A line says what is doubtful. Raises InputError for what cannot be read or does not fit.
     """
-    path = checkpoint.weights_file(path)
+    given, wanted = str(path), None
+    if name := named(given):
+        wanted = BackboneSpec(PREFIX + name, img_size=cfg.MODEL.IMG_SIZE if cfg else 224)
+    elif "MODEL.ARCH" in typed and cfg.MODEL.ARCH.startswith(PREFIX):
+        wanted = build.backbone_spec(cfg)
+    path = checkpoint.weights_file(located(given))
     written = os.path.exists(path) and os.path.getmtime(path)
-    file = WeightsFile.read(path, key)
+    file = WeightsFile.read(path, key, wanted)
     for line in file.lines():
         logger.info(line)
     spec = _chosen_spec(file.spec, cfg, typed) if typed else file.spec
@@ -123,7 +131,7 @@ def load_source(
         advice = f"; MODEL.{name.upper()} of the evaluation scripts says otherwise" * is_option
         logger.warning(f"{path}: {doubt}{advice}")
     weights = Weights(
-        path=str(path),
+        path=given,
         sha256=checkpoint.sha256(path),
         key=file.key if file.key in file.contents else NO_KEY,
         arch=spec.arch,
@@ -141,7 +149,7 @@ def load_source(
             f"{path}: this is the teacher, the key encoder; MoCo and LCR evaluate the query "
             f"encoder (--checkpoint_key student)"
         )
-    if own and registry.identity(spec) == registry.identity(file.spec):
+    if own and registry.identity(spec) == registry.identity(stored_spec(own, {})):
         network = _network(**own["model"])
         # The student's pooling and branch are in the teacher's state too.
         load_strictly(network, own[file.key], f"{path} ({file.key})")

@@ -10,6 +10,7 @@ from engine.training.record import Record
 from engine.training.schedules import scaled_lr
 from engine.training.step import Pretraining
 from models import registry
+from models.hub import located
 from models.network import Network, load_shared, make_teacher
 from models.pretrained import load_pretrained
 from utils import checkpoint, config
@@ -232,9 +233,8 @@ def start_from(cfg: Node, student: Network, teacher: Network) -> None:
     """
     if not cfg.INIT.WEIGHTS:
         return
-    read = load_pretrained(
-        student, cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY, build.backbone_spec(cfg)
-    )
+    path = located(cfg.INIT.WEIGHTS, cfg.MODEL.ARCH)
+    read = load_pretrained(student, path, cfg.INIT.CHECKPOINT_KEY, build.backbone_spec(cfg))
     make_teacher(student, teacher)
     logger.info(f"starting from {cfg.INIT.WEIGHTS}: {', '.join(read)}")
     theirs, given = student.backbone.normalisation, config.normalisation(cfg)

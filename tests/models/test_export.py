@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import subprocess
 from dataclasses import replace
@@ -14,13 +15,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
+from timm.models import _hub
 
+from engine.evaluation.features import Encoder
+from engine.evaluation.source import load_source
 from export import export_backbone
 from models import ARCHITECTURES, BackboneSpec, build_backbone, load_backbone
 from models.export import TIMM_NAMES, timm_arguments, unpadded_multiple
 from models.pretrained import backbone_state, timm_state
 from models.recognition import infer_spec
-from tests.processes import run_python
+from tests.processes import ROOT, run_python
+from tests.runs import pretraining, small_config
 from utils import checkpoint
 from utils.errors import InputError
 from utils.normalisation import IMAGENET
@@ -71,17 +76,19 @@ def write_run(path: Path, spec: BackboneSpec) -> Path:
 
 
 def metadata(path: Path) -> dict[str, str]:
+    path = path / "model.safetensors" if path.is_dir() else path
     with safe_open(path, "pt") as file:
         return file.metadata()
 
 
-def rebuilt(path: Path, **more) -> torch.nn.Module:
-    """Stock timm's model from nothing but the file."""
-    facts = metadata(path)
-    arguments = json.loads(facts["create_model_kwargs"])
-    model = timm.create_model(facts["architecture"], num_classes=0, **arguments, **more)
-    model.load_state_dict(load_file(path), strict=True)
-    return model.eval()
+def rebuilt(folder: Path, **more) -> torch.nn.Module:
+    """Stock timm's model from nothing but the folder."""
+    facts = json.loads((folder / "config.json").read_text())
+    model = timm.create_model(facts["architecture"], num_classes=0, **facts["model_args"], **more)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    if not hasattr(_hub, "load_model_config_from_path"):  # an older timm
+        return model.eval()
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **more).eval()
 
 
 def pictures(size: int) -> torch.Tensor:
@@ -97,7 +104,7 @@ def difference(network, model, size: int) -> float:
     return ((wanted - found).abs().max() / wanted.abs().max()).item()
 
 
-def refusal(source: Path, out: Path, form: str = "timm", key: str = "teacher") -> str:
+def refusal(source: Path, out: Path, form: str = "esvit", key: str = "teacher") -> str:
     with pytest.raises(InputError) as caught:
         export_backbone(source, out, form, key)
     assert "\n" not in str(caught.value)
@@ -119,22 +126,23 @@ def error_line(done: subprocess.CompletedProcess) -> str:
 @pytest.mark.parametrize("name", SPECS)
 def test_stock_timm_loads_the_file_strictly_and_gives_the_image_feature(tmp_path, name):
     spec = SPECS[name]
-    source, out = write_run(tmp_path / "run.pth", spec), tmp_path / "out.safetensors"
+    source, out = write_run(tmp_path / "run.pth", spec), tmp_path / "out"
     export_backbone(source, out, "timm")
     model, backbone = rebuilt(out), load_backbone(source)
     assert model.num_features == backbone.num_features
     assert difference(backbone, model, spec.img_size) <= 1e-5
     assert difference(load_backbone(source, "student"), model, spec.img_size) > 1e-3
     # timm's own preprocessing then normalises as the training did.
-    assert resolve_model_data_config(model)["mean"] == IMAGENET.mean
-    assert resolve_model_data_config(model)["std"] == IMAGENET.std
+    known = resolve_model_data_config(model)
+    assert (tuple(known["mean"]), tuple(known["std"])) == IMAGENET
 
 
 def test_the_metadata_tells_the_network_and_its_source(tmp_path):
-    source, out = write_run(tmp_path / "run.pth", SWIN), tmp_path / "out.safetensors"
+    source, out = write_run(tmp_path / "run.pth", SWIN), tmp_path / "out"
     export_backbone(source, out, "timm", "student")
     facts = metadata(out)
-    assert json.loads(facts.pop("create_model_kwargs")) == {
+    about = json.loads((out / "config.json").read_text())
+    assert about["model_args"] == {
         "img_size": 48,
         "patch_size": 4,
         "window_size": 6,
@@ -142,6 +150,8 @@ def test_the_metadata_tells_the_network_and_its_source(tmp_path):
         "depths": [2, 2, 2],
         "num_heads": [1, 2, 4],
     }
+    assert (about["num_classes"], about["num_features"]) == (0, 64)
+    assert about["pretrained_cfg"]["input_size"] == [3, 48, 48]
     assert "multiples of 24 pixels" in facts.pop("caveat")
     assert BackboneSpec.from_dict(json.loads(facts.pop("cmd_backbone"))) == SWIN
     assert facts == {
@@ -160,7 +170,7 @@ def test_the_metadata_tells_the_network_and_its_source(tmp_path):
 
 
 def test_a_swin_equals_timms_where_no_shifted_window_is_padded_and_only_there(tmp_path):
-    source, out = write_run(tmp_path / "run.pth", SWIN), tmp_path / "out.safetensors"
+    source, out = write_run(tmp_path / "run.pth", SWIN), tmp_path / "out"
     export_backbone(source, out, "timm")
     backbone, model = load_backbone(source), rebuilt(out, strict_img_size=False)
     assert unpadded_multiple(backbone) == 24
@@ -174,14 +184,14 @@ def test_a_swin_equals_timms_where_no_shifted_window_is_padded_and_only_there(tm
 
 def test_a_swin_that_pads_at_its_own_size_is_told_so(tmp_path):
     spec = BackboneSpec("swin_tiny", 16, (2, 2), (1, 2), window_size=7, img_size=64)
-    source, out = write_run(tmp_path / "run.pth", spec), tmp_path / "out.safetensors"
+    source, out = write_run(tmp_path / "run.pth", spec), tmp_path / "out"
     export_backbone(source, out, "timm")
     assert "This leaves out its own img_size, 64." in metadata(out)["caveat"]
     assert difference(load_backbone(source), rebuilt(out), 64) > 1e-3
 
 
 def test_a_vit_equals_timms_at_its_own_size_only(tmp_path):
-    source, out = write_run(tmp_path / "run.pth", VIT), tmp_path / "out.safetensors"
+    source, out = write_run(tmp_path / "run.pth", VIT), tmp_path / "out"
     export_backbone(source, out, "timm")
     backbone, model = load_backbone(source), rebuilt(out, dynamic_img_size=True)
     assert "features at 32 pixels" in metadata(out)["caveat"]
@@ -212,10 +222,10 @@ def test_timms_own_file_comes_back_as_it_was(tmp_path):
     model = timm.create_model(
         "swin_tiny_patch4_window7_224", num_classes=7, embed_dim=24, depths=(1, 2), num_heads=(1, 2)
     )
-    source, out = tmp_path / "timm.pth", tmp_path / "out.safetensors"
+    source, out = tmp_path / "timm.pth", tmp_path / "out"
     torch.save(model.state_dict(), source)
     export_backbone(source, out, "timm")
-    found = load_file(out)
+    found = load_file(out / "model.safetensors")
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
@@ -225,7 +235,7 @@ def test_timms_own_file_comes_back_as_it_was(tmp_path):
 
 
 def test_a_runs_checkpoint_is_exported_by_the_script(tmp_path, script, trained):
-    source, out = trained / "checkpoint.pth", tmp_path / "out.safetensors"
+    source, out = trained / "checkpoint.pth", tmp_path / "out"
     done = script(source, out, "timm")
     assert done.returncode == 0, done.stderr
     facts = metadata(out)
@@ -239,6 +249,46 @@ def test_a_runs_checkpoint_is_exported_by_the_script(tmp_path, script, trained):
         "4",
         "8",
     )
+
+
+def test_a_model_of_timm_goes_out_as_it_came_in(tmp_path):
+    """With the pixels that its weights want, and back into our own reader."""
+    spec = BackboneSpec("timm/test_convnext", img_size=64)
+    source, out = write_run(tmp_path / "run.pth", spec), tmp_path / "out"
+    contents = torch.load(source, weights_only=True)
+    contents["config"] = {"DATA": {"MEAN": [0.5] * 3, "STD": [0.25] * 3}}
+    checkpoint.save(contents, source)
+    export_backbone(source, out, "timm")
+    model, backbone, again = rebuilt(out), load_backbone(source), load_backbone(out)
+    assert difference(backbone, model, 96) == difference(again, model, 96) == 0
+    known = resolve_model_data_config(model)
+    by = tuple(known["mean"]), tuple(known["std"])
+    assert by == backbone.normalisation == again.normalisation == ((0.5,) * 3, (0.25,) * 3)
+    assert not (out / "pool.safetensors").exists()
+
+
+@pytest.mark.parametrize("use_bn", [False, True])
+def test_the_pooling_goes_along_and_the_docs_reader_pools_as_we_do(tmp_path, use_bn):
+    """docs/start_from_weights.md's ten lines, on patch features of stock timm."""
+    torch.manual_seed(0)
+    run = pretraining(small_config(HEAD__USE_BN=use_bn))
+    for value in run.student.state_dict().values():
+        if value.is_floating_point():
+            value.add_(0.2 * torch.rand_like(value)).mul_(3 if value.ndim == 2 else 1)
+    source, out = tmp_path / "run.pth", tmp_path / "out"
+    checkpoint.save(run.state(), source)
+    export_backbone(source, out, "timm", "student")
+    page = (ROOT / "docs/start_from_weights.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    names = {}
+    exec(snippet, names)
+    images = pictures(32)
+    with torch.no_grad():
+        wanted = Encoder(load_source(source, "student"), "mil")(images)
+        tokens = rebuilt(out).forward_features(images)[:, 1:]
+        found = names["pooled"](tokens, out / "pool.safetensors")
+    torch.testing.assert_close(found, wanted)
+    assert (found - tokens.mean(dim=1)).abs().max() > 1e-3
 
 
 # EsViT's names
@@ -290,10 +340,10 @@ def test_what_the_shapes_do_not_tell_is_said(tmp_path, spec, words):
 @pytest.mark.parametrize(
     ("form", "out", "words"),
     [
-        ("timm", "out.pth", "--format timm writes .safetensors, not "),
+        ("timm", "out.pth", "--format timm writes a folder: leave .pth out of "),
         ("esvit", "out.bin", "--format esvit writes .safetensors or .pth or .pt, not "),
         ("onnx", "out.safetensors", "--format onnx writes .onnx, not "),
-        ("timm", "gone/out.safetensors", "there is no folder "),
+        ("timm", "gone/out", "there is no folder "),
         ("esvit", "folder.pth", "could not be written: Is a directory"),
         ("esvit", "run.pth", "is the checkpoint itself"),
     ],
@@ -328,14 +378,18 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, script):
     assert line == f"error: there is no checkpoint at {tmp_path / 'none.pth'}."
 
 
-@pytest.mark.parametrize(("form", "name"), [("timm", "out.safetensors"), ("esvit", "out.pth")])
+@pytest.mark.parametrize(
+    ("form", "name"), [("timm", "out/model.safetensors"), ("esvit", "out.pth")]
+)
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, script, form, name):
-    source, out = write_run(tmp_path / "run.pth", VIT), tmp_path / name
-    out.write_text("earlier")
+    source, file = write_run(tmp_path / "run.pth", VIT), tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("earlier")
+    out = file.parent if form == "timm" else file
     done = script(source, out, form, limits={resource.RLIMIT_FSIZE: 20_000})
-    assert f"{out} could not be written: " in error_line(done)
-    assert out.read_text() == "earlier"
-    assert sorted(os.listdir(tmp_path)) == sorted(["run.pth", name])
+    assert f"{file} could not be written: " in error_line(done)
+    assert file.read_text() == "earlier"
+    assert sorted(os.listdir(tmp_path)) == sorted(["run.pth", out.name])
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

@@ -190,7 +190,7 @@ def test_the_normalisation_of_images_is_what_the_file_says(tmp_path):
 def test_a_vit_with_what_none_here_has_is_refused_by_that(tmp_path, more, words):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL_VIT, **more)
     path = write(tmp_path / "x.pth", model.state_dict())
-    with pytest.raises(InputError, match=f"network with {words}, which none here has"):
+    with pytest.raises(InputError, match=f"network with {words}, which only those of timm have"):
         load_backbone(path)
 
 
