@@ -9,7 +9,6 @@ from huggingface_hub.utils import EntryNotFoundError
 from timm.models._hub import download_cached_file
 
 from models.timm_backbone import PREFIX, timm_name
-from utils import distributed
 from utils.errors import InputError
 
 TIMM = "timm"
@@ -20,15 +19,12 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 def located(weights: str | Path, arch: str = "") -> Path:
     """INIT.WEIGHTS as a path, downloaded where it is the word timm, or timm/NAME.
 
-    arch: MODEL.ARCH, whose NAME the word alone stands for. All processes call it together: the
-    first one downloads, then the others look. Raises InputError for a name without weights, and
-    where they cannot be had.
+    arch: MODEL.ARCH, whose NAME the word alone stands for. Of several processes with one cache the
+    first downloads, under the hub's own lock, and the others wait. Raises InputError for a name
+    without weights, and where they cannot be had.
     """
     name = named(weights, arch)
-    if not name:
-        return Path(weights)
-    path = distributed.on_main(lambda: _downloaded(name))
-    return path if path.is_file() else _downloaded(name)  # where machines share no folder
+    return _downloaded(name) if name else Path(weights)
 
 
 def named(weights: str | Path, arch: str = "") -> str:

@@ -42,6 +42,7 @@ EXPERIMENTS = sorted(set((ROOT / "experiments").rglob("*.yaml")) - set(STUDIES))
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "docs/speed.md",
+    ROOT / "docs/start_from_weights.md",
     ROOT / "experiments/slurm/README.md",
     *EXPERIMENTS,
 ]
@@ -68,7 +69,8 @@ def test_every_written_command_parses(path, monkeypatch):
 )
 def test_every_written_evaluation_parses(script, face, source, monkeypatch):
     monkeypatch.chdir(ROOT)
-    texts = [README, (ROOT / "docs/evaluation.md").read_text(), (ROOT / script).read_text()]
+    pages = ("docs/evaluation.md", "docs/start_from_weights.md", script)
+    texts = [README, *((ROOT / page).read_text() for page in pages)]
     # Docstrings write a continuation's backslash twice.
     found = [words for text in texts for words in commands(text.replace("\\\\", "\\"), script)]
     assert found, f"no document shows a command of {script}"
