@@ -346,6 +346,8 @@ def provenance(contents: object, state: dict[str, Tensor]) -> tuple[str, str]:
     state: of the one network, as `select_state` gives it. "DINOv2's weights of a ViT-S/14" and
     "timm/vit_small_patch14_dinov2"; "" each where the names are those of many.
     """
+    if is_own(contents):
+        return "", ""
     names = [*state]
 
     def has(pattern: str) -> bool:

@@ -94,7 +94,10 @@ def test_moco_v2s_query_encoder_is_read(tmp_path):
     assert not file.doubts
     contents["arch"] = "resnetblur50"  # of the same names and shapes
     file = WeightsFile.read(write(tmp_path / "x.pth", contents))
-    assert "resnetblur50; torchvision's resnet50 is taken" in file.doubts["arch"]
+    assert file.spec.arch == "timm/resnetblur50"
+    contents["arch"] = "resnest50_of_mine"
+    file = WeightsFile.read(write(tmp_path / "x.pth", contents))
+    assert "resnest50_of_mine; torchvision's resnet50 is taken" in file.doubts["arch"]
 
 
 @pytest.mark.parametrize(("heads", "believed"), [(12, 12), (5, 6), (0, 6), ("12", 6)])

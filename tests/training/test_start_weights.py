@@ -94,6 +94,7 @@ def test_the_normalisation_of_the_weights_is_the_runs_from_then_on(tmp_path, lin
     state = run.state() | record_of(12).state() | {"images": "images"}
     checkpoint.save(state, path)
     source = load_source(path)
+    assert not [line for line in lines() if "weights of" in line]  # by names these are DINO's
     assert Reading.of(config.defaults(), ALONE, source).normalisation == HALVES
     assert Reading.of(cfg, ALONE, load_source(folder)).normalisation == HALVES
     later = small_config(OUTPUT_DIR=str(tmp_path))
