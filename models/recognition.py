@@ -41,6 +41,10 @@ FOREIGN = {
 }
 LARGEST_MAP = 1024  # patches a side
 
+class NoneOfOursError(InputError):
+    """Weights of no architecture that models/registry.py names."""
+
+
 Doubts = dict[str, str]  # by the field of BackboneSpec
 
 
@@ -66,7 +70,7 @@ def recognised(
     size = {"img_size": arguments["img_size"]} if arguments.get("img_size") else {}
     try:
         spec, doubts = infer_spec(state, path, contents)
-    except InputError:
+    except NoneOfOursError:
         if not others:
             raise
         return BackboneSpec(others, **size), {}
@@ -108,7 +112,7 @@ def infer_spec(
             return _infer_swin(state, path, known)
         if "pos_embed" in state:
             return _infer_vit(state, known, contents)
-    raise InputError(
+    raise NoneOfOursError(
         f"{path} holds none of the known backbones ({', '.join(ARCHITECTURES)}), nor does it say "
         f"which of timm's (--arch timm/NAME does); its first keys are: {few(state)}."
     )

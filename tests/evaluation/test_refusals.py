@@ -173,10 +173,10 @@ def test_an_option_out_of_range_is_named_as_it_was_typed(basic):
 
 def test_an_export_is_evaluated_as_its_source(weights, data, tmp_path):
     """An export of ours says its image size and layout, which its shapes do not."""
-    facts = export_backbone(weights, tmp_path / "out.safetensors", "timm")
+    facts = export_backbone(weights, tmp_path / "out", "timm")
     assert facts["image_size"] == "32"
     found = []
-    for name, file in (("source", weights), ("export", tmp_path / "out.safetensors")):
+    for name, file in (("source", weights), ("export", tmp_path / "out")):
         words = f"--pretrained_weights {file} --data_path {data} --output_dir {tmp_path}/{name}"
         works("knn", words, "EVAL.PICTURES false")
         found.append((figures(tmp_path / name, "knn"), results(tmp_path / name, "knn")))
