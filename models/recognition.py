@@ -41,6 +41,7 @@ FOREIGN = {
 }
 LARGEST_MAP = 1024  # patches a side
 
+
 class NoneOfOursError(InputError):
     """Weights of no architecture that models/registry.py names."""
 

@@ -14,7 +14,7 @@ from models.hub import located, named
 from models.network import HeadSpec, Network
 from models.pretrained import WeightsFile, load_strictly
 from models.recognition import stored_spec
-from models.registry import BackboneSpec, build_backbone, resolve
+from models.registry import ARCHITECTURES, BackboneSpec, build_backbone, resolve
 from models.timm_backbone import PREFIX
 from utils import checkpoint, config, seeding
 from utils.config import Node
@@ -124,7 +124,9 @@ def load_source(
     own = file.contents if checkpoint.is_own(file.contents) else {}
     pixels = file.metadata.get("image_size", "")  # anything, in someone else's file
     doubts = {k: doubt for k, doubt in file.doubts.items() if f"MODEL.{k.upper()}" not in typed}
-    if "MODEL.ARCH" in typed and spec.num_heads == resolve(spec).get("num_heads"):
+    if "MODEL.ARCH" in typed and spec.num_heads == ARCHITECTURES.get(spec.arch, {}).get(
+        "num_heads"
+    ):
         doubts.pop("num_heads", None)
     for name, doubt in doubts.items():
         is_option = name in ("num_heads", "img_size")
