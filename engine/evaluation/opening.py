@@ -15,6 +15,7 @@ from utils.distributed import World
 from utils.errors import InputError
 from utils.files import make_folder
 from utils.logging import logger
+from utils.normalisation import IMAGENET
 
 
 def join(command: CommandLine) -> World:
@@ -91,9 +92,11 @@ def open_features(command: CommandLine, world: World) -> SplitFeatures:
 
 
 def network_line(features: SplitFeatures) -> str:
-    """Architecture, image size, key and age of the network."""
+    """Architecture, image size, key and age of the network; pixels that are not ImageNet's."""
     weights, reading = features.source.weights, features.reading
     parts = [weights.arch, f"{reading.size} px of {reading.resize}"]
+    if reading.normalisation != IMAGENET:
+        parts.append(str(reading.normalisation))
     if weights.key != NO_KEY:
         parts.append(weights.key)
     if weights.epoch is not None and not weights.is_random:
