@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from engine.evaluation.source import load_source
 from models import BackboneSpec, build_backbone, load_backbone
 from models.hub import located
-from models.pretrained import HEADS, WeightsFile, in_timms_names, load_pretrained, load_strictly
+from models.pretrained import (
+    HEADS,
+    WeightsFile,
+    in_timms_names,
+    load_pretrained,
+    load_strictly,
+    select_state,
+)
 from models.recognition import provenance
 from utils import config
 from utils.errors import InputError
@@ -134,6 +141,23 @@ def test_an_originals_names_become_timms_and_its_maker_is_named(tmp_path, maker)
     images = torch.randn(1, 3, *other.pretrained_cfg["input_size"][1:])
     with torch.no_grad():
         torch.testing.assert_close(model(images), other(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "swin_tiny_patch4_window7_224"])
+def test_weights_laid_out_for_another_size_are_those_that_timm_makes_of_them(name):
+    maker = next(maker for maker, (_, model, *_) in ORIGINALS.items() if model == name)
+    published, _, figures, _, _ = ORIGINALS[maker]
+    state = published(shaken(timm.create_model(name, num_classes=0, **figures)))
+    state = select_state(state, "teacher", "the file")
+    figures = {**figures, "img_size": 56}
+    ours = timm.create_model(name, num_classes=0, **figures).eval()
+    load_strictly(ours, in_timms_names(ours, name, state), "the file", HEADS)
+    given = {"state_dict": dict(state), "num_classes": 1000}
+    theirs = timm.create_model(
+        name, num_classes=0, pretrained=True, pretrained_cfg_overlay=given, **figures
+    )
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
 
 
 def convnext(folder: Path, **facts) -> Path:
