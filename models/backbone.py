@@ -62,6 +62,20 @@ class Backbone(nn.Module):
     def all_blocks(self) -> list[nn.Module]:
         """The residual blocks, in the order of the network."""
 
+    def depths(self) -> dict[nn.Module, int]:
+        """How high each module stands, the backbone itself too, in the order of registration.
+
+        0: before the first block, the stem. i + 1: block number i, and what leads from it to the
+        next. One more than there are blocks: what follows the last.
+        """
+        blocks, found, below = self.all_blocks(), {}, 0
+        inside = {part: i + 1 for i, block in enumerate(blocks) for part in block.modules()}
+        for module in self.modules():
+            below = inside.get(module, below)
+            done = below == len(blocks) and module not in inside
+            found[module] = len(blocks) + 1 if done else below
+        return found
+
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the patch map of an image of `height` x `width` pixels."""
         return -(-height // self.stride), -(-width // self.stride)

@@ -93,6 +93,8 @@ class Network(nn.Module):
         outputs = [self.backbone(torch.cat(size), *arguments) for size, arguments in shared]
         image_features, patch_features = map(list, zip(*outputs, strict=True))
         features = torch.cat(image_features)
+        if self.rationale is not None and torch.is_grad_enabled():
+            features.requires_grad_()  # GradCAM reads its gradient, also of a frozen backbone
         views = Views(
             batch=len(crops[0]),
             image_features=features,

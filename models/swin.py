@@ -176,7 +176,14 @@ class SwinStage(nn.Module):
         tables = torch.cat([attention.relative_position_bias_table for attention in own] * calls, 1)
         gathered = tables.index_select(0, index.flatten()).T.contiguous()
         parts = gathered.view(calls, len(own), heads, *index.shape).unbind(0)
-        return [list(part.unbind(0)) for part in reversed(parts)]
+        biases = [list(part.unbind(0)) for part in reversed(parts)]
+        if gathered.requires_grad:
+            # A frozen block shall take no gradient by way of the blocks that train.
+            for place, attention in enumerate(own):
+                if not attention.relative_position_bias_table.requires_grad:
+                    for of_call in biases:
+                        of_call[place] = of_call[place].detach()
+        return biases
 
 
 class Swin(Backbone):

@@ -320,7 +320,7 @@ def _check_crops(cfg: Node) -> None:
 
 
 def _check_schedules(cfg: Node) -> None:
-    for key in ("TRAIN.WARMUP_EPOCHS", "LOSS.WARMUP_TEACHER_TEMP_EPOCHS"):
+    for key in ("TRAIN.WARMUP_EPOCHS", "LOSS.WARMUP_TEACHER_TEMP_EPOCHS", "INIT.HEADS_EPOCHS"):
         if get(cfg, key) > cfg.TRAIN.EPOCHS:
             raise InputError(
                 f"{key} {get(cfg, key)} is longer than the run of {cfg.TRAIN.EPOCHS} epochs "
@@ -358,6 +358,19 @@ def settle_crops(cfg: Node, device: str) -> None:
     """Put in the place of DATA.CROPS auto what it is on a device of this kind, "cuda" or "cpu"."""
     if cfg.DATA.CROPS == "auto":
         cfg.DATA.CROPS = AUTO_CROPS[device]
+
+
+def settle_start(cfg: Node, stored: Node | None = None) -> None:
+    """Put in the place of INIT's "by itself" what it is where INIT.WEIGHTS is given.
+
+    stored: options of the run that goes on, which are taken as they are. Without INIT.WEIGHTS, and
+    in a run of a version without these options, "by itself" stays, and means off.
+    """
+    own = stored.INIT if stored else {"HEADS_EPOCHS": int(cfg.TRAIN.EPOCHS > 1), "LAYER_DECAY": 0.9}
+    if stored or cfg.INIT.WEIGHTS:
+        for key, unset in (("HEADS_EPOCHS", -1), ("LAYER_DECAY", 0)):
+            if cfg.INIT[key] == unset:
+                cfg.INIT[key] = own[key]
 
 
 def crops_on_device(cfg: Node) -> bool:

@@ -270,6 +270,14 @@ option("INIT.WEIGHTS", "", "weights to evaluate, a file or a folder for timm; in
        scripts=(PRETRAIN, *ONE_NETWORK), resume_may_change=True)
 option("INIT.CHECKPOINT_KEY", "teacher", "which of its networks: teacher, student, or another name "
        "in it", flag="--checkpoint_key", resume_may_change=True)
+option("INIT.HEADS_EPOCHS", -1, "epochs in which heads and pooling train alone, from frozen "
+       "features; -1: 1 where INIT.WEIGHTS is given, else 0", at_least=-1, flag="--heads_epochs",
+       scripts=(PRETRAIN,))
+option("INIT.FROZEN", 0.0, "share of the backbone's blocks that stay as they are, the lowest, and "
+       "the stem with them", at_least=0, at_most=1, flag="--frozen", scripts=(PRETRAIN,))
+option("INIT.LAYER_DECAY", 0.0, "factor of the learning rate from each block to the one below; 0: "
+       "0.9 where INIT.WEIGHTS is given, else 1", at_least=0, at_most=1, flag="--layer_decay",
+       scripts=(PRETRAIN,))
 
 section("CKPT", "checkpoints", NOTHING, (PRETRAIN,))
 option("CKPT.EVERY_MINUTES", 10.0, "minutes between writings of the last checkpoint; 0: one after "

@@ -77,6 +77,8 @@ def _report(
             known = (len(images), images.fingerprint, per_step, world)
             found = findings.attempt(lambda: resume.find(cfg, *known))
     config.settle_crops(cfg, world.device.type)
+    if found is None:
+        config.settle_start(cfg)
     if findings.batch:
         findings.warnings += advice.warnings(cfg, world.size, images)
     findings.crops = _crops(cfg, world)

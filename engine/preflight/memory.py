@@ -9,6 +9,7 @@ from torch import Tensor
 from datasets.folder import capped_size
 from engine import build
 from engine.training.acceleration import checkpoint_blocks
+from engine.training.freezing import Freezing
 from losses.cross_entropy import chunk_elements
 from models.network import Network, student_only
 from utils.config import Node, crops_on_device
@@ -64,6 +65,7 @@ def of_step(
     device, batch = world.device, cfg.TRAIN.BATCH_SIZE_PER_GPU
     student, teacher = student.to(device), teacher.to(device)
     objective, sides = build.objective(cfg), build.augmentation(cfg).sizes
+    Freezing(cfg, student, teacher).enter(cfg.TRAIN.EPOCHS)
     if cfg.TRAIN.CHECKPOINTING:
         checkpoint_blocks(student)
     kept = []

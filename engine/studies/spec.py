@@ -97,6 +97,7 @@ class Study:
             config.put(cfg, key, value, where)
         cfg.SEED = seed
         config.settle_crops(cfg, kind_of_device(cfg.DEVICE))
+        config.settle_start(cfg)
         try:
             config.check(cfg)
         except InputError as error:

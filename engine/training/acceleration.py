@@ -7,8 +7,9 @@ import functools
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.grouped_norm import batch_norms
@@ -29,7 +30,14 @@ def checkpoint_blocks(network: Network) -> None:
             "TRAIN.BATCH_SIZE_PER_GPU and a higher TRAIN.ACCUM_STEPS."
         )
     for block in network.backbone.all_blocks():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(_recomputed, block, block.forward)
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A block's forward; of one that is frozen nothing is kept anyway (freezing.py)."""
+    if not block.training:
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False)
 
 
 def can_recompute(network: Network) -> bool:

@@ -105,7 +105,10 @@ class StepGuard:
                     "bad": not all(_finite(terms) for _, _, terms in ranks),
                     "images_by_rank": [images for _, images, _ in ranks],
                     "terms_by_rank": [_for_json(terms) for _, _, terms in ranks],
-                    "gradient_norms": _for_json(dict(zip(names, norms.tolist(), strict=True))),
+                    "gradient_norms": _for_json(
+                        # While the heads train alone, theirs, which come last.
+                        dict(zip(names[-len(norms) :], norms.tolist(), strict=True))
+                    ),
                 }
             )
         distributed.on_main(lambda: write_json(path, {"steps": steps}))

@@ -38,6 +38,6 @@ def held_out_knn(run: Pretraining, held_out: Splits) -> tuple[float, float]:
     )
     features = SplitFeatures(Source(None, run.teacher), held_out, reading)
     (found,) = measure(features, [KNN([cfg.EVAL.KNN_K])])
-    backbone.train()
+    run.freezing.set_modes()
     figures = found.figures["k"][str(cfg.EVAL.KNN_K)]
     return figures["top1"], figures["top5"]

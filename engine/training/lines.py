@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from datasets.feed import Feed
 from datasets.loader import Batch, usable_workers
+from engine.training.freezing import recipe
 from engine.training.record import Record
 from engine.training.schedules import scaled_lr
 from engine.training.step import Pretraining
@@ -20,6 +21,7 @@ from utils.logging import RunLog, logger, on_terminal
 def summary(run: Pretraining, images: int, feed: Feed) -> str:
     """What is going to run, for people. images: of the data set."""
     cfg, student, processes = run.cfg, run.student, run.world.size
+    parts = recipe(cfg, len(student.backbone.all_blocks()))
     workers = usable_workers(cfg.DATA.WORKERS)
     return (
         f"{images} images in {cfg.DATA.PATH}; "
@@ -34,6 +36,7 @@ def summary(run: Pretraining, images: int, feed: Feed) -> str:
         f"images left over each epoch {images - run.steps_per_epoch * run.images_per_step}\n"
         f"base lr {cfg.TRAIN.BASE_LR:.3g} at 256 images, "
         f"peak lr {scaled_lr(cfg, run.images_per_step):.3g}"
+        + (f"\nfrom weights: {parts}" if parts else "")
     )
 
 

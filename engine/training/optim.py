@@ -6,27 +6,41 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from models.network import Network
 
-def parameter_groups(module: nn.Module) -> list[dict]:
+
+def parameter_groups(network: Network, layer_decay: float = 1.0) -> list[dict]:
     """Two groups: all that decays; biases and 1-D parameters, which do not [esvit].
 
     Parameters that are not trained are in neither. `weight_g` is [K, 1]: it decays.
+    layer_decay: other than 1, two groups for each height of the backbone, from the top, whose
+    "rate" is a factor of the learning rate: 1 above the blocks and in the heads, and once more
+    times layer_decay for each block below (ELECTRA, Clark et al. 2020; BEiT, Bao et al. 2022).
     """
-    decayed, plain = [], []
-    for name, parameter in module.named_parameters():
+    backbone, rates = network.backbone, {}
+    for owner, depth in backbone.depths().items():
+        rate = layer_decay ** (len(backbone.all_blocks()) + 1 - depth)
+        rates |= dict.fromkeys(owner.parameters(recurse=False), rate)
+    groups: dict[tuple[float, bool], list[str]] = {(1.0, True): [], (1.0, False): []}
+    parameters = dict(network.named_parameters())
+    for name, parameter in parameters.items():
         if parameter.requires_grad:
-            one_dimensional = name.endswith(".bias") or parameter.ndim == 1
-            (plain if one_dimensional else decayed).append(parameter)
-    return [{"params": decayed, "decays": True}, {"params": plain, "decays": False}]
+            decays = not (name.endswith(".bias") or parameter.ndim == 1)
+            groups.setdefault((rates.get(parameter, 1.0), decays), []).append(name)
+    return [
+        {"params": [parameters[name] for name in names], "names": names}
+        | {"decays": decays, "rate": rate}
+        for (rate, decays), names in sorted(groups.items(), reverse=True)
+    ]
 
 
-def build_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(name: str, network: Network, layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """AdamW with PyTorch's betas and eps, or SGD with momentum 0.9.
 
     The learning rate and the weight decay are set before each step by `set_rates`. Both are
     fused, because then `step_if` can skip a step.
     """
-    groups = parameter_groups(module)
+    groups = parameter_groups(network, layer_decay)
     if name != "sgd":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
@@ -47,10 +61,35 @@ def step_if(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """This step's learning rate, and weight decay where a group decays."""
+    """This step's learning rate, times the group's own, and weight decay where a group decays."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+def take_moments(optimizer: torch.optim.Optimizer, saved: dict) -> bool:
+    """Load the state of an optimizer of the same kind, by the parameters' names.
+
+    Its groups may have been others: what was not among them begins without moments. Whether that
+    could be: of an earlier version, which kept no names, only where all is as it was.
+    """
+    own = optimizer.state_dict()
+    names = [name for group in own["param_groups"] for name in group["names"]]
+    before = [name for group in saved["param_groups"] for name in group.get("names", ())]
+    if not before:
+        numbers = [[group["params"] for group in s["param_groups"]] for s in (own, saved)]
+        if numbers[0] != numbers[1]:
+            return False
+        before = names
+    places = {name: place for place, name in enumerate(before)}
+    found = {
+        number: saved["state"][places[name]]
+        for number, name in enumerate(names)
+        if places.get(name) in saved["state"]
+    }
+    # How a step is computed belongs to this machine, and rates are set before each step.
+    optimizer.load_state_dict(own | {"state": own["state"] | found})
+    return True
 
 
 class Clipping:
@@ -110,17 +149,21 @@ def cancel_last_layer(module: nn.Module) -> None:
 class TeacherEMA:
     """teacher <- m * teacher + (1 - m) * student, over backbone and heads [esvit].
 
-    The parameter lists are paired by name once. BatchNorm statistics are not averaged: the
+    The parameter lists are paired by name once; what is frozen in the student, and so the same in
+    both, is in neither. BatchNorm statistics are not averaged: the
     teacher keeps its own, from its own forward passes [esvit].
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
-        students = dict(student.named_parameters())
-        self._teacher = list(teacher.parameters())
-        self._student = [students[name] for name, _ in teacher.named_parameters()]
-        pairs = zip(self._teacher, self._student, strict=True)
-        if any(teacher.stride() != student.stride() for teacher, student in pairs):
+        teachers = dict(teacher.named_parameters())
+        pairs = [
+            (teachers[name], parameter)
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad and name in teachers
+        ]
+        if any(own.stride() != other.stride() for own, other in pairs):
             raise ValueError("student and teacher differ in layout, and the kernel goes by address")
+        self._teacher, self._student = map(list, zip(*pairs, strict=True))
         self._no_buffers = [None] * len(self._teacher)
 
     @torch.no_grad()

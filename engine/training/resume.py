@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from engine import build
+from engine.training.optim import take_moments
 from engine.training.record import Record
 from engine.training.schedules import scaled_lr
 from engine.training.step import Pretraining
@@ -44,12 +45,13 @@ def find(
     is ours and intact, or when options differ in more than epochs, paths, workers and logging, or
     the images, naming them; RESUME force overrides the latter two, but not where weights have
     other shapes. Another number of processes is a warning, and so is a checkpoint that does not
-    say of which images it is, or that is of a version without some option. DATA.CROPS auto in
-    `cfg` is settled: as the stored run has it.
+    say of which images it is, or that is of a version without some option. DATA.CROPS auto
+    and INIT's recipe in `cfg` are settled: as the stored run has them.
     """
     newest = checkpoint.newest_intact(Path(cfg.OUTPUT_DIR))
     if newest is None:
         config.settle_crops(cfg, world.device.type)
+        config.settle_start(cfg)
         return None
     path, state, refused = newest
     for file, reason in refused:
@@ -58,6 +60,7 @@ def find(
     _take_crops(cfg, stored, world)
     if not cfg.DATA.MEAN:  # settled by the weights that the run began with
         cfg.DATA.MEAN, cfg.DATA.STD = stored.DATA.MEAN, stored.DATA.STD
+    config.settle_start(cfg, stored)
     names, known = _must_agree(cfg, stored), dict(config.flat(state["config"], str(path)))
     if new := ", ".join(f"{name} {config.get(cfg, name)}" for name in names if name not in known):
         logger.warning(f"{path} is of a version without these options, by which it goes on: {new}")
@@ -189,7 +192,7 @@ def resume(run: Pretraining, record: Record, found: Found) -> None:
     logger.info(f"resuming from {found.path} at step {run.step}")
     epochs, now = state["config"]["TRAIN"]["EPOCHS"], run.cfg.TRAIN.EPOCHS
     if epochs != now and run.step < run.total_steps:
-        last = state["optimizer"]["param_groups"][0]["lr"]
+        last = max(group["lr"] for group in state["optimizer"]["param_groups"])
         logger.warning(
             f"TRAIN.EPOCHS is {now} (was {epochs}), and the schedules stretch to it: the learning "
             f"rate, {last:.3g} at the last step, goes on at {run.schedules.lr[run.step]:.3g}"
@@ -202,15 +205,15 @@ def _restore(run: Pretraining, state: dict) -> None:
     load_shared(run.teacher, state["teacher"])
     run.carried.load_state_dict(state["carried"])
     run.guard.load_state_dict(state["guard"])
-    if state["config"]["TRAIN"]["OPTIMIZER"] == run.cfg.TRAIN.OPTIMIZER:
-        saved = state["optimizer"]
-        # How a step is computed belongs to this machine, not to the one that saved.
-        for group, own in zip(saved["param_groups"], run.optimizer.param_groups, strict=True):
-            group |= {name: own[name] for name in ("fused", "foreach") if name in own}
-        run.optimizer.load_state_dict(saved)
+    if state["config"]["TRAIN"]["OPTIMIZER"] != run.cfg.TRAIN.OPTIMIZER:
+        logger.warning("TRAIN.OPTIMIZER differs: the optimizer starts without its moments")
+    elif take_moments(run.optimizer, state["optimizer"]):
         _lay_out_as_parameters(run.optimizer)
     else:
-        logger.warning("TRAIN.OPTIMIZER differs: the optimizer starts without its moments")
+        logger.warning(
+            "what trains differs, and the checkpoint does not say whose its moments are: the "
+            "optimizer starts without them"
+        )
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
 

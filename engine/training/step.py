@@ -16,6 +16,7 @@ from datasets.loader import Batch
 from engine import build
 from engine.training import health
 from engine.training.acceleration import checkpoint_blocks, compile_network
+from engine.training.freezing import Freezing
 from engine.training.guard import StepGuard, all_finite
 from engine.training.optim import (
     Clipping,
@@ -45,7 +46,8 @@ from utils.views import Views
 class Pretraining:
     """What one optimizer step reads and changes.
 
-    wrapped: the student, in DistributedDataParallel where there are several processes. carried:
+    wrapped: the student, from the first step on in DistributedDataParallel where there are several
+    processes. freezing: which parameters train, by the epoch. carried:
     what the objective keeps from step to step, centres or a queue of keys. step: optimizer steps
     done.
     """
@@ -55,6 +57,7 @@ class Pretraining:
     student: Network
     wrapped: nn.Module
     teacher: Network
+    freezing: Freezing
     objective: Objective | Contrastive
     carried: Centres | KeyQueue
     optimizer: torch.optim.Optimizer
@@ -84,6 +87,7 @@ class Pretraining:
         if world.size > 1 and world.device.type == "cuda" and not objective.projects:
             student, teacher = map(convert_sync_batchnorm, (student, teacher))
         student, teacher = student.to(world.device), teacher.to(world.device)
+        freezing = Freezing(cfg, student, teacher)
         if cfg.TRAIN.CHECKPOINTING:
             checkpoint_blocks(student)
         if cfg.TRAIN.COMPILE:
@@ -95,11 +99,12 @@ class Pretraining:
             cfg=cfg,
             world=world,
             student=student,
-            wrapped=distributed.wrap(student, world),
+            wrapped=student,
             teacher=teacher,
+            freezing=freezing,
             objective=objective,
             carried=build.carried(cfg, objective).to(world.device),
-            optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student),
+            optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student, cfg.INIT.LAYER_DECAY or 1.0),
             scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
             schedules=Schedules.build(cfg, steps_per_epoch, images_per_step),
             steps_per_epoch=steps_per_epoch,
@@ -131,6 +136,8 @@ class Pretraining:
         not good changes nothing but the number of steps done (guard.py).
         """
         cfg, epoch, micros = self.cfg, self.epoch, self.cfg.TRAIN.ACCUM_STEPS
+        if self.freezing.enter(epoch):
+            self.wrapped = distributed.wrap(self.student, self.world)
         rates = self.schedules.at(self.step, epoch)
         set_rates(self.optimizer, rates.lr, rates.weight_decay)
         statistics = self.guard.statistics.copy()

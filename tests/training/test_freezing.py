@@ -1,0 +1,285 @@
+"""Continuing from weights: who trains when, at what rate, and going on in each phase."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import build
+from engine.preflight.memory import kept_by_forward
+from engine.training.acceleration import compile_network
+from engine.training.optim import parameter_groups
+from engine.training.resume import Found, find, resume
+from engine.training.step import Pretraining
+from tests.processes import found_by_each
+from tests.runs import (
+    RESNET,
+    SWIN,
+    assert_same_run,
+    batch_of,
+    cfg_of,
+    checkpoint_of,
+    load,
+    pretraining,
+    record_of,
+    small_config,
+    tensors,
+)
+from utils import checkpoint
+from utils.distributed import ALONE, World
+
+# Heads alone in the first epoch, then half of the blocks; epochs of two steps.
+RECIPE = {"INIT__HEADS_EPOCHS": 1, "INIT__FROZEN": 0.5, "INIT__LAYER_DECAY": 0.5}
+LCR = {"LOSS__OBJECTIVE": "lcr", "AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8}
+# Half of the blocks, and the stem.
+LOWER = {
+    "vit": (
+        "backbone.cls_token",
+        "backbone.pos_embed",
+        "backbone.patch_embed.",
+        "backbone.blocks.0.",
+    ),
+    "swin": (
+        "backbone.patch_embed.",
+        "backbone.layers.0.",
+        "backbone.layers.1.blocks.0.",
+    ),
+    "resnet": (
+        "backbone.conv1.",
+        "backbone.bn1.",
+        "backbone.layer1.",
+        "backbone.layer2.",
+        "backbone.layer3.0.",
+    ),
+}
+NETWORKS = {
+    "vit": {"MODEL__DEPTHS": [2]},
+    "swin": {**SWIN, "MODEL__DEPTHS": [1, 3]},
+    "resnet": RESNET,
+}
+
+
+def crops_of(run: Pretraining, number: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    aug, images = run.cfg.AUG, 4
+    sizes = [aug.GLOBAL_CROPS_SIZE] * 2
+    if aug.LOCAL_CROPS_NUMBER:
+        sizes += aug.LOCAL_CROPS_SIZE * aug.LOCAL_CROPS_NUMBER[0]
+    share = images // run.world.size
+    mine = slice(share * run.world.rank, share * (run.world.rank + 1))
+    return [torch.randn(images, 3, size, size, generator=generator)[mine] for size in sizes]
+
+
+def steps(run: Pretraining, until: int) -> Pretraining:
+    """Steps from where the run is; what a step sees depends on its number alone."""
+    micros = run.cfg.TRAIN.ACCUM_STEPS
+    while run.step < until:
+        crops = [crops_of(run, run.step * micros + micro) for micro in range(micros)]
+        run.train_step(iter(map(batch_of, crops)))
+    return run
+
+
+def start(options: dict, world: World = ALONE) -> Pretraining:
+    options = {"TRAIN__BATCH_SIZE_PER_GPU": 4 // world.size, "MODEL__DROP_PATH": 0.5, **options}
+    cfg = small_config(**options)
+    return Pretraining.build(cfg, world, *build.networks(cfg), steps_per_epoch=2)
+
+
+def moved(run: Pretraining, before: dict[str, Tensor], network: str = "student") -> set[str]:
+    now = getattr(run, network).state_dict()
+    return {name for name, value in before.items() if not torch.equal(now[name], value)}
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_what_is_frozen_stays_as_it_is_in_student_and_teacher_and_keeps_nothing(arch):
+    """BatchNorm's statistics too. LCR reads a gradient at the features, which have none then."""
+    objective = LCR if arch == "resnet" else {"LOSS__OBJECTIVE": "esvit"}
+    run = start({**NETWORKS[arch], **RECIPE, **objective})
+    first = copy.deepcopy(run.student.state_dict())
+    frozen = {name for name in first if name.startswith(LOWER[arch])}
+    steps(run, 1)
+    features, _ = run.student.backbone(crops_of(run, 0)[0])
+    assert not features.requires_grad
+    steps(run, 2)
+    heads = {name for name in first if not name.startswith("backbone.")}
+    students = moved(run, first)
+    assert students <= heads
+    assert {"head.mlp.0.weight", "head.mlp.0.bias"} <= students
+    steps(run, 4)
+    upper = {name for name in first if not name.endswith("index")} - heads - frozen
+    assert moved(run, first) - heads == upper
+    averaged = moved(run, {n: first[n] for n in run.teacher.state_dict()}, "teacher") - heads
+    assert averaged <= upper  # a change may be less than a float's last bit
+    assert any(name.endswith("running_mean") for name in averaged) or arch != "resnet"
+    gradients = []
+    for block in run.student.backbone.all_blocks():
+        block.register_forward_hook(lambda _, __, out: gradients.append(out.requires_grad))
+    run.student(crops_of(run, 0)[:1])
+    half = len(gradients) // 2
+    assert gradients == [False] * half + [True] * half
+    for network in (run.student, run.teacher):
+        blocks = network.backbone.all_blocks()
+        assert [block.training for block in blocks] == gradients
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_goes_on_to_the_same_bits_from_each_phase(optimizer):
+    options = {**RECIPE, "TRAIN__OPTIMIZER": optimizer, "TRAIN__ACCUM_STEPS": 2}
+    whole = checkpoint_of(steps(start(options), 4))
+    for stop in (1, 2, 3):
+        state = checkpoint_of(steps(start(options), stop))
+        again = start(options)
+        resume(again, record_of(), Found(Path("run"), copy.deepcopy(state), [], forced=False))
+        assert again.step == stop
+        state = checkpoint_of(steps(again, 4))
+        for part in ("student", "teacher", "carried", "optimizer"):
+            wanted, found = tensors(whole[part]), tensors(state[part])
+            assert wanted.keys() == found.keys()
+            assert all(torch.equal(found[name], value) for name, value in wanted.items()), part
+        assert state["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
+
+
+def of_a_process(world: World, options: dict) -> dict[str, Tensor]:
+    run = start(options, world)
+    for until in (1, 3):
+        steps(run, until)
+        assert isinstance(run.wrapped, DistributedDataParallel) == (world.size > 1)
+    return run.student.state_dict()
+
+
+def test_two_processes_reach_the_weights_of_one_in_both_phases():
+    options = {**RECIPE, "TRAIN__OPTIMIZER": "sgd", "TRAIN__ACCUM_STEPS": 2}
+    options |= {"MODEL__DROP_PATH": 0.0, "LOSS__OBJECTIVE": "esvit", "TRAIN__CHECKPOINTING": True}
+    wanted = of_a_process(ALONE, {**options, "TRAIN__CHECKPOINTING": False})
+    first, second = found_by_each(2, of_a_process, options)
+    for name, value in wanted.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_the_run_is_the_plain_one():
+    options = {**NETWORKS["swin"], **RECIPE, "TRAIN__OPTIMIZER": "sgd", "MODEL__DROP_PATH": 0.0}
+    torch._dynamo.reset()
+    plain, run = (start({**options, "LOSS__OBJECTIVE": "dino"}) for _ in range(2))
+    compile_network(run.student, "aot_eager")
+    compile_network(run.teacher, "aot_eager")
+    steps(run, 4)
+    for name, value in steps(plain, 4).student.state_dict().items():
+        torch.testing.assert_close(run.student.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_checkpointing_leaves_out_frozen_blocks_and_changes_no_bit():
+    options = {**RECIPE, "MODEL__DEPTHS": [4]}
+    plain, run = start(options), start({**options, "TRAIN__CHECKPOINTING": True})
+    steps(plain, 4)
+    assert not moved(steps(run, 4), plain.student.state_dict())
+    crops = crops_of(run, 0)[:1]
+    kept = {share: 0 for share in (0, 0.5, 1)}
+    for share in kept:
+        run = start({"INIT__FROZEN": share, "MODEL__DEPTHS": [4]})
+        run.freezing.enter(0)
+        kept[share] = kept_by_forward(run.student, crops)
+    # Of each block alike; heads and final norm stay.
+    assert kept[0.5] - kept[1] == pytest.approx((kept[0] - kept[1]) / 2, rel=0.1)
+
+
+def test_the_rate_falls_from_block_to_block_and_decay_stays_with_matrices():
+    student, _ = build.networks(small_config(**NETWORKS["swin"]))
+    groups = parameter_groups(student, 0.5)
+    of = {name: (g["rate"], g["decays"]) for g in groups for name in g["names"]}
+    assert list(of.values()) == sorted(of.values(), reverse=True)
+    assert of["head.mlp.0.weight"] == (1.0, True)
+    assert of["backbone.norm.weight"] == (1.0, False)
+    assert of["backbone.layers.1.blocks.2.mlp.fc1.weight"] == (0.5, True)
+    assert of["backbone.layers.1.blocks.1.mlp.fc1.bias"] == (0.25, False)
+    # What leads to the next stage goes with the block before it.
+    assert of["backbone.layers.0.downsample.reduction.weight"] == (0.0625, True)
+    assert of["backbone.patch_embed.proj.weight"] == (0.03125, True)
+    student, _ = build.networks(small_config())
+    of = {name: g["rate"] for g in parameter_groups(student, 0.5) for name in g["names"]}
+    assert of["backbone.pos_embed"] == of["backbone.cls_token"] == 0.125
+    assert len(parameter_groups(student)) == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_moments_go_to_their_parameters_though_the_groups_are_others(named):
+    state = checkpoint_of(steps(start({"INIT__LAYER_DECAY": 0.5} if named else {}), 1))
+    groups = state["optimizer"]["param_groups"]
+    names = [name for group in groups for name in group["names"]]
+    before = dict(zip(names, state["optimizer"]["state"].values(), strict=True))
+    if not named:
+        for group in groups:  # as of a version that kept no names
+            del group["names"], group["rate"]
+    again = start({"INIT__FROZEN": 0.5} if named else {})
+    resume(again, record_of(), Found(Path("run"), copy.deepcopy(state), [], forced=True))
+    assert [group["lr"] for group in again.optimizer.param_groups] == [0, 0]
+    moments, parameters = again.optimizer.state, dict(again.student.named_parameters())
+    frozen = LOWER["vit"] if named else ("none",)
+    assert {n for n, p in parameters.items() if p in moments} == {
+        name for name in before if not name.startswith(frozen)
+    }
+    for name, wanted in before.items():
+        if not name.startswith(frozen):
+            assert torch.equal(moments[parameters[name]]["exp_avg"], wanted["exp_avg"]), name
+    steps(again, 2)
+
+
+def test_bad_steps_of_both_phases_are_dumped_with_their_parameters_names(tmp_path):
+    run = start({**RECIPE, "LOSS__OBJECTIVE": "esvit"})
+    steps(run, 3)
+    names = [name for name, p in run.student.named_parameters() if p.requires_grad]
+    dump = json.loads(run.guard.dump(tmp_path, names).read_text())
+    alone, all_of_them = (list(dump["steps"][step]["gradient_norms"]) for step in (1, 2))
+    assert all_of_them == names
+    assert alone == [name for name in names if not name.startswith("backbone.")]
+
+
+# Options
+
+
+def settled(folder: Path, **options) -> tuple[int, float]:
+    cfg = small_config(OUTPUT_DIR=str(folder), **options)
+    find(cfg, 12, "images", 3, ALONE)
+    return cfg.INIT.HEADS_EPOCHS, cfg.INIT.LAYER_DECAY
+
+
+def test_the_recipe_is_on_by_itself_with_weights_and_goes_on_as_it_began(tmp_path):
+    given = {"INIT__WEIGHTS": "weights.pth"}
+    assert settled(tmp_path) == (-1, 0)
+    assert settled(tmp_path, **given) == (1, 0.9)
+    assert settled(tmp_path, **given, TRAIN__EPOCHS=1) == (0, 0.9)
+    assert settled(tmp_path, **given, INIT__HEADS_EPOCHS=0, INIT__LAYER_DECAY=1.0) == (0, 1)
+    for own, wanted in (((2, 0.8), (2, 0.8)), ((-1, 0), (-1, 0))):  # the latter: an older version
+        cfg = small_config(**given, INIT__HEADS_EPOCHS=own[0], INIT__LAYER_DECAY=own[1])
+        checkpoint.save_last(checkpoint_of(pretraining(cfg)) | {"images": "images"}, tmp_path)
+        assert settled(tmp_path, **given) == settled(tmp_path) == wanted
+
+
+def test_a_run_from_weights_says_its_recipe_and_goes_on_by_the_same_command(
+    trained, pretrain, tmp_path
+):
+    options = "LOSS.OBJECTIVE dino TRAIN.EPOCHS 2 CKPT.KEEP_EVERY 1 INIT.FROZEN 0.5"
+    words = f"{options} INIT.WEIGHTS {trained / 'checkpoint.pth'}"
+    done = pretrain(tmp_path, words)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("from weights: "))
+    assert line == (
+        "from weights: heads alone for 1 of 2 epochs; stem and 1 of 2 blocks frozen; learning rate "
+        "times 0.9 a block, 0.73 at the stem"
+    )
+    init = cfg_of(tmp_path).INIT
+    assert (init.HEADS_EPOCHS, init.LAYER_DECAY) == (1, 0.9)
+    start, before = (load(f)["teacher"] for f in (trained, tmp_path))
+    assert torch.equal(start["backbone.pos_embed"], before["backbone.pos_embed"])
+    assert not torch.equal(start["backbone.norm.weight"], before["backbone.norm.weight"])
+    whole = tmp_path.rename(tmp_path.with_name("whole"))
+    tmp_path.mkdir()
+    (tmp_path / "checkpoint.pth").write_bytes((whole / "checkpoint0001.pth").read_bytes())
+    (tmp_path / "log.txt").write_bytes((whole / "log.txt").read_bytes())
+    assert "resuming from" in pretrain(tmp_path, words).stdout
+    assert_same_run(whole, tmp_path)
