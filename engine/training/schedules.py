@@ -31,11 +31,17 @@ class Schedules:
 
     @classmethod
     def build(cls, cfg: Node, steps_per_epoch: int, images_per_step: int) -> "Schedules":
-        """The recipe's schedules: lr = BASE_LR * images / 256, all by the global step [esvit]."""
+        """The recipe's schedules: lr = BASE_LR * images / 256, all by the global step [esvit].
+
+        While heads train alone, the rate rises to its peak for them; then its warm-up begins for
+        all, since a backbone's first steps by Adam are as long as the rate is high.
+        """
         train, length = cfg.TRAIN, (cfg.TRAIN.EPOCHS, steps_per_epoch)
-        peak = scaled_lr(cfg, images_per_step)
+        peak, heads = scaled_lr(cfg, images_per_step), max(0, cfg.INIT.HEADS_EPOCHS)
+        alone, rest = np.linspace(0, peak, heads * steps_per_epoch), train.EPOCHS - heads
+        warmup = min(train.WARMUP_EPOCHS, rest)
         return cls(
-            lr=cosine(peak, train.MIN_LR, *length, train.WARMUP_EPOCHS),
+            lr=np.append(alone, cosine(peak, train.MIN_LR, rest, steps_per_epoch, warmup)),
             weight_decay=cosine(train.WEIGHT_DECAY, train.WEIGHT_DECAY_END, *length),
             momentum=cosine(train.MOMENTUM_TEACHER, train.MOMENTUM_TEACHER_END, *length),
             teacher_temp=teacher_temperature(

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from engine.preflight.memory import kept_by_forward
 from engine.training.acceleration import compile_network
 from engine.training.optim import parameter_groups
 from engine.training.resume import Found, find, resume
+from engine.training.schedules import Schedules
 from engine.training.step import Pretraining
 from tests.processes import found_by_each
 from tests.runs import (
@@ -205,6 +207,25 @@ def test_the_rate_falls_from_block_to_block_and_decay_stays_with_matrices():
     of = {name: g["rate"] for g in parameter_groups(student, 0.5) for name in g["names"]}
     assert of["backbone.pos_embed"] == of["backbone.cls_token"] == 0.125
     assert len(parameter_groups(student)) == 2
+
+
+def test_the_rate_rises_for_the_heads_and_then_for_all():
+    options = {
+        "TRAIN__EPOCHS": 4,
+        "TRAIN__WARMUP_EPOCHS": 2,
+        "TRAIN__BASE_LR": 256,
+        "TRAIN__MIN_LR": 0,
+    }
+    cfg = small_config(**options, INIT__HEADS_EPOCHS=1)
+    lr = Schedules.build(cfg, 4, 3).lr
+    third = [0, 3 / 7, 6 / 7, 9 / 7, 12 / 7, 15 / 7, 18 / 7, 3]
+    assert lr[:12].tolist() == pytest.approx([0, 1, 2, 3, *third])
+    assert len(lr) == 16
+    assert lr[12] == 3
+    assert all(np.diff(lr[12:]) < 0)
+    for heads, rises in ((4, 1), (3, 2)):  # the warm-up is no longer than what is left
+        lr = Schedules.build(small_config(**options, INIT__HEADS_EPOCHS=heads), 4, 3).lr
+        assert (len(lr), lr[-1], (lr == 0).sum()) == (16, 3, rises)
 
 
 @pytest.mark.parametrize("named", [True, False])
