@@ -14,18 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets.loader import Batch
 from engine import build
-from engine.training import health
+from engine.training import health, optim
 from engine.training.acceleration import checkpoint_blocks, compile_network
 from engine.training.freezing import Freezing
 from engine.training.guard import StepGuard, all_finite
-from engine.training.optim import (
-    Clipping,
-    TeacherEMA,
-    build_optimizer,
-    cancel_last_layer,
-    set_rates,
-    step_if,
-)
 from engine.training.schedules import Schedules
 from engine.training.shuffling import shuffled, shuffling_seed
 from losses.contrastive import KeyQueue
@@ -69,8 +61,8 @@ class Pretraining:
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.clip = Clipping(self.student.parameters())
-        self.ema = TeacherEMA(self.student, self.teacher)
+        self.clip = optim.Clipping(self.student.parameters())
+        self.ema = optim.TeacherEMA(self.student, self.teacher)
         self.guard = StepGuard([self.student, self.teacher], self.world.device)
         self.shuffles = any(isinstance(m, GroupedBatchNorm) for m in self.teacher.modules())
 
@@ -104,7 +96,9 @@ class Pretraining:
             freezing=freezing,
             objective=objective,
             carried=build.carried(cfg, objective).to(world.device),
-            optimizer=build_optimizer(cfg.TRAIN.OPTIMIZER, student, cfg.INIT.LAYER_DECAY or 1.0),
+            optimizer=optim.build_optimizer(
+                cfg.TRAIN.OPTIMIZER, student, cfg.INIT.LAYER_DECAY or 1.0
+            ),
             scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
             schedules=Schedules.build(cfg, steps_per_epoch, images_per_step),
             steps_per_epoch=steps_per_epoch,
@@ -139,7 +133,7 @@ class Pretraining:
         if self.freezing.enter(epoch):
             self.wrapped = distributed.wrap(self.student, self.world)
         rates = self.schedules.at(self.step, epoch)
-        set_rates(self.optimizer, rates.lr, rates.weight_decay)
+        optim.set_rates(self.optimizer, rates.lr, rates.weight_decay)
         statistics = self.guard.statistics.copy()
         figures: dict[str, Tensor] = {}
         measured: dict[str, Tensor] = {}
@@ -176,13 +170,13 @@ class Pretraining:
         self.scaler.unscale_(self.optimizer)
         norms = self.clip(cfg.TRAIN.CLIP_GRAD)
         if epoch < cfg.TRAIN.FREEZE_LAST_LAYER:
-            cancel_last_layer(self.student)
+            optim.cancel_last_layer(self.student)
         figures["grad_norm"] = norms.norm()
         # Centres (or the queue), with word from every process whether loss and gradient are finite.
         good = self.carried.update(figures["loss"].isfinite() & figures["grad_norm"].isfinite())
         self.guard.note(self.step, indices, figures, norms, good)
         # The student's step, and the teacher's average.
-        step_if(good, self.optimizer)
+        optim.step_if(good, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(rates.momentum, good)
@@ -195,8 +189,7 @@ class Pretraining:
 
         crops: V float32 [B, 3, S, S]; micro: which micro-batch of the step they are.
         """
-        seen = crops[self.objective.student_crops]
-        keys = crops[self.objective.teacher_crops]
+        seen, keys = crops[self.objective.student_crops], crops[self.objective.teacher_crops]
         with self.autocast():
             with torch.no_grad():
                 if self.shuffles:
