@@ -183,8 +183,9 @@ def test_a_folder_says_its_model_and_another_one_is_refused_by_both_names(tmp_pa
     assert load_pretrained(network, folder, "teacher", spec) == ["backbone"]
     assert network.backbone.normalisation == backbone.normalisation != IMAGENET
     assert torch.equal(network.backbone.model.stem[0].weight, backbone.model.stem[0].weight)
-    for arch in ("timm/test_resnet", "resnet50"):
-        network, spec = network_of(arch)
+    small = {"embed_dim": 48, "depths": (1,), "num_heads": (3,)}
+    for arch, figures in (("timm/test_convnext2", {}), ("deit_tiny", small)):
+        network, spec = network_of(arch, **figures)
         with pytest.raises(InputError, match=f"holds weights of timm/test_convnext, and .* {arch}"):
             load_pretrained(network, folder, "teacher", spec)
     # Where no file says it, the first keys that do not fit, with both shapes.
