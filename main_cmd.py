@@ -14,7 +14,6 @@ from datasets.fine_grained import build_dataset, prepare
 from datasets.folder import refuse_among_images
 from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
-from engine.evaluation.features import gallery_and_queries
 from engine.evaluation.opening import join
 from engine.preflight import advice, machine, memory
 from engine.training import resume
@@ -24,6 +23,7 @@ from engine.training.lines import summary
 from engine.training.loop import train
 from engine.training.record import Record
 from engine.training.step import Pretraining
+from engine.training.validation import Validation
 from models.registry import resolve
 from utils import checkpoint, cli, config, distributed, lock
 from utils.errors import InputError, run_script
@@ -61,13 +61,8 @@ def pretrain(signals: StopSignals) -> None:
     images = build_dataset(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     batch, accumulation = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.TRAIN.ACCUM_STEPS
     epoch_steps = steps_per_epoch(len(images), batch, world.size, accumulation)
-    held_out = None
-    if cfg.EVAL.KNN_EVERY:
-        held_out = gallery_and_queries(cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL)
-        for note in held_out.notes:
-            logger.warning(note)
-
-    evaluated = (held_out.train, held_out.test) if held_out else ()
+    validation = Validation.of(cfg, images)
+    evaluated = validation.labelled if validation else ()
     refuse_among_images(Path(cfg.OUTPUT_DIR), images, *evaluated)
     # Files are read for it, once: by one process, for all.
     fingerprint = distributed.on_main(lambda: images.fingerprint)
@@ -116,7 +111,7 @@ def pretrain(signals: StopSignals) -> None:
     signals.defer()
     with explain_refusal():
         batches = feed.batches(sampler, usable_workers(cfg.DATA.WORKERS))
-        train(run, record, batches, folder, held_out, signals)
+        train(run, record, batches, folder, validation, signals)
     logger.info(f"done: {folder}")
     distributed.stop()
 

@@ -17,7 +17,14 @@ from models.grouped_norm import group_batch_norm
 from models.network import HeadSpec, Network, make_teacher
 from models.registry import BackboneSpec, build_backbone
 from utils import seeding
-from utils.config import Node, crops_on_device, eval_size, local_crops, normalisation
+from utils.config import (
+    Node,
+    crops_on_device,
+    eval_size,
+    knn_folders,
+    local_crops,
+    normalisation,
+)
 from utils.distributed import World
 from utils.errors import InputError
 from utils.options import CONTRASTIVE
@@ -150,7 +157,7 @@ def check_crop_sizes(cfg: Node, backbone: Backbone) -> None:
     """Raise InputError unless the backbone takes every crop."""
     sizes = [("AUG.GLOBAL_CROPS_SIZE", cfg.AUG.GLOBAL_CROPS_SIZE)]
     sizes += [("AUG.LOCAL_CROPS_SIZE", size) for _, size in local_crops(cfg)]
-    if cfg.EVAL.KNN_EVERY:
+    if knn_folders(cfg):
         sizes.append(("EVAL.SIZE", eval_size(cfg)))
     for key, size in sizes:
         if misfit := backbone.misfit(size):

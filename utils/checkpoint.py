@@ -4,6 +4,7 @@ A run's folder holds
     checkpoint.pth            the last one; the same command resumes from it
     checkpoint_previous.pth   the one before, to fall back to
     checkpoint0040.pth        kept every CKPT.KEEP_EVERY epochs
+    checkpoint_best.pth       the one of the best features, with CKPT.KEEP best
     checkpoint.pth.refused    set aside by a resume that could not use it
 A file is a dict of tensors and plain data: format, step, epoch, student, teacher, optimizer,
 scaler, carried (what the objective keeps from step to step), config, model (what rebuilds the
@@ -20,6 +21,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from utils.files import replacing, sync_folder
 FORMAT = 3
 LAST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
+BEST = "checkpoint_best.pth"
 WEIGHTS = "model.safetensors"  # in a folder for timm
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pth")
 # What rebuilds the networks, and what a run needs to go on (resume.py).
@@ -297,27 +300,27 @@ def save(checkpoint: dict, path: str | Path) -> None:
         _write(checkpoint, temporary)
 
 
-def save_last(checkpoint: dict, folder: Path, kept_as: str = "") -> None:
+def save_last(checkpoint: dict, folder: Path, kept_as: Sequence[str] = ()) -> None:
     """Write a run's last checkpoint; the one that was the last becomes PREVIOUS.
 
-    kept_as: a further name for it, which later calls leave alone; a file of this name is
-    replaced. Whatever kills the process, and at any moment, as many whole checkpoints stand under
-    their names as before or more: the new one is complete on the disk before it takes a name,
-    first kept_as, then LAST, and the old LAST is held by a link (a copy, where the file system
-    has none) until it is PREVIOUS. Raises InputError when the disk refuses; LAST and PREVIOUS
-    are what they were then.
+    kept_as: further names for it, which later calls without them leave alone; files of these names
+    are replaced. Whatever kills the process, and at any moment, as many whole checkpoints stand
+    under their names as before or more: the new one is complete on the disk before it takes a
+    name, first those of kept_as, then LAST, and the old LAST is held by a link (a copy, where the
+    file system has none) until it is PREVIOUS. Raises InputError when the disk refuses; LAST and
+    PREVIOUS are what they were then.
     """
-    last = folder / LAST
-    if kept_as:
-        save(checkpoint, folder / kept_as)
+    last, written = folder / LAST, None
     with contextlib.ExitStack() as stack:
-        if last.exists():
-            _link(last, stack.enter_context(replacing(folder / PREVIOUS, "checkpoint")))
-        with replacing(last, "checkpoint") as temporary:
-            if kept_as:
-                _link(folder / kept_as, temporary)
-            else:
-                _write(checkpoint, temporary)
+        for name in (*kept_as, LAST):
+            if name == LAST and last.exists():
+                _link(last, stack.enter_context(replacing(folder / PREVIOUS, "checkpoint")))
+            with replacing(folder / name, "checkpoint") as temporary:
+                if written is None:
+                    _write(checkpoint, temporary)
+                else:
+                    _link(written, temporary)
+            written = folder / name
 
 
 def set_aside(path: Path) -> Path:

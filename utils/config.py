@@ -270,8 +270,7 @@ def check(cfg: Node) -> None:
         raise InputError("DATA.MEAN and DATA.STD belong together: give both or neither.")
     _check_schedules(cfg)
     _check_batch(cfg)
-    if cfg.EVAL.KNN_EVERY and not (cfg.EVAL.KNN_TRAIN and cfg.EVAL.KNN_VAL):
-        raise InputError("EVAL.KNN_EVERY needs EVAL.KNN_TRAIN and EVAL.KNN_VAL: two folders.")
+    _check_figures(cfg)
 
 
 def _check_value(option: Option, value: Any) -> None:
@@ -345,6 +344,20 @@ def _check_batch(cfg: Node) -> None:
         )
 
 
+def _check_figures(cfg: Node) -> None:
+    given = [name for name in ("EVAL.KNN_TRAIN", "EVAL.KNN_VAL") if get(cfg, name)]
+    if figures_every(cfg) is None:
+        if cfg.CKPT.KEEP == "best":
+            raise InputError(
+                "CKPT.KEEP best (--keep) goes by the figures of EVAL.KNN_EVERY, which is 0: set "
+                "it to 1, or leave it out."
+            )
+    elif len(given) == 1:
+        raise InputError(
+            f"{given[0]} is given alone: a k-NN needs EVAL.KNN_TRAIN and EVAL.KNN_VAL, two folders."
+        )
+
+
 # What several options mean together
 
 
@@ -352,6 +365,26 @@ def local_crops(cfg: Node) -> list[tuple[int, int]]:
     """(number, size in pixels) of each kind of local crop; empty for none."""
     pairs = zip(cfg.AUG.LOCAL_CROPS_NUMBER, cfg.AUG.LOCAL_CROPS_SIZE, strict=False)
     return [(number, size) for number, size in pairs if number]
+
+
+def figures_every(cfg: Node) -> int | None:
+    """Epochs between figures of the features in pretraining: EVAL.KNN_EVERY.
+
+    0: at the start and the end alone; None: not at all. -1 is that of the run: 1 with CKPT.KEEP
+    best, 0 where it starts from weights, else none.
+    """
+    every = cfg.EVAL.KNN_EVERY
+    if every >= 0:
+        return every or None
+    if cfg.CKPT.KEEP == "best":
+        return 1
+    return 0 if cfg.INIT.WEIGHTS else None
+
+
+def knn_folders(cfg: Node) -> tuple[str, str] | None:
+    """Gallery and queries of the k-NN in pretraining, where one is made."""
+    given = cfg.EVAL.KNN_TRAIN and figures_every(cfg) is not None
+    return (cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL) if given else None
 
 
 def settle_crops(cfg: Node, device: str) -> None:

@@ -284,8 +284,11 @@ option("CKPT.EVERY_MINUTES", 10.0, "minutes between writings of the last checkpo
        "every optimizer step", at_least=0)
 option("CKPT.KEEP_EVERY", 20, "epochs between checkpoints that are kept for good; 0: only the last",
        at_least=0, flag="--saveckp_freq")
+option("CKPT.KEEP", "last", "last, or best: checkpoint_best.pth too, of the best figure "
+       "(EVAL.KNN_EVERY), the start's among them", choices=("last", "best"), flag="--keep")
 
-section("EVAL", "all evaluations, and the k-NN test during pretraining", FIGURES, EVALUATIONS)
+section("EVAL", "all evaluations, and figures of the features during pretraining", FIGURES,
+        EVALUATIONS)
 option("EVAL.SIZE", 0, "pixels of the centre crop; 0: those of the checkpoint's global crops, else "
        "224", at_least=0, flag="--size")
 option("EVAL.RESIZE", 0, "pixels of the shorter side before that crop; 0: 256/224 of EVAL.SIZE",
@@ -305,10 +308,11 @@ option("EVAL.PICTURES", True, "PNGs beside the figures: classes, confusions, ret
        "t-SNE", decides=NOTHING)
 option("EVAL.SEEDS", 3, "of the linear probes in evaluate.py: SEED, SEED + 1, ...",
        at_least=1, flag="--seeds", scripts=(TABLE,))
-option("EVAL.KNN_EVERY", 0, "epochs of pretraining between k-NN tests of the teacher; 0: none",
-       at_least=0, decides=NOTHING)
-option("EVAL.KNN_TRAIN", "", "for these: folder with class subfolders, the gallery",
-       path=True, decides=NOTHING)
+option("EVAL.KNN_EVERY", -1, "epochs of pretraining between figures of the teacher's features, "
+       "which are taken at the start and the end too; 0: none at all; -1: 1 with CKPT.KEEP best, "
+       "the start and the end alone from INIT.WEIGHTS, else none", at_least=-1, decides=NOTHING)
+option("EVAL.KNN_TRAIN", "", "for these: folder with class subfolders, the gallery of a k-NN; "
+       "without, neighbours of augmented training images are compared", path=True, decides=NOTHING)
 option("EVAL.KNN_VAL", "", "for these: folder with class subfolders, the queries",
        path=True, decides=NOTHING)
 option("EVAL.KNN_K", 20, "for these: neighbours", at_least=1, decides=NOTHING)

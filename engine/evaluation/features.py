@@ -156,7 +156,6 @@ class Extracted:
     bad: list[BadImage]
 
 
-@torch.inference_mode()
 def extract(
     function: Callable[[Tensor], Tensor],
     images: LabelledImages,
@@ -166,17 +165,31 @@ def extract(
     workers: int = 0,
     max_bad: float = 0.0,
 ) -> Extracted:
-    """`function` over all images, in order.
+    """`function` over all images [b, 3, S, S], by `transform`, in order; see `extract_values`."""
+    dataset = KeyedDataset(len(images), 0, partial(_transformed, images, transform))
+    values, places, bad = extract_values(function, dataset, world, batch, workers, max_bad)
+    return Extracted(values, images.labels[places], places, bad)
 
-    function: images [b, 3, S, S] on the device, by `transform` -> a tensor [b, ...]. Batches are
-    dealt to the processes whole, so what comes out does not depend on their number. Images that
-    cannot be read are left out; more than the share `max_bad` of all is an InputError that names
-    the first.
+
+@torch.inference_mode()
+def extract_values(
+    function: Callable[[Tensor], Tensor],
+    dataset: KeyedDataset,
+    world: World,
+    batch: int,
+    workers: int,
+    max_bad: float,
+) -> tuple[Tensor, Tensor, list[BadImage]]:
+    """`function` over what a data set gives of each image, in order: values, places and bad images,
+    as in Extracted.
+
+    function: a batch [b, ...] on the device -> a tensor [b, ...]. Batches are dealt to the
+    processes whole, so what comes out does not depend on their number. Images that cannot be read
+    are left out; more than the share `max_bad` of all is an InputError that names the first.
     """
-    count = len(images)
+    count = len(dataset)
     mine = distributed.share(-(-count // batch), world)
     keys = ([(0, i) for i in range(n * batch, min((n + 1) * batch, count))] for n in mine)
-    dataset = KeyedDataset(count, 0, partial(_transformed, images, transform))
     outputs, places = [], []
     bad: list[BadImage] = []
     loader = build_loader(dataset, keys, workers, pin_memory=world.device.type == "cuda")
@@ -190,8 +203,7 @@ def extract(
             places.append(loaded.indices)
     bad = [image for theirs in distributed.gather_objects(bad) for image in theirs]
     check_bad(bad, count, max_bad)
-    values, indices = distributed.gather_rows(outputs), distributed.gather_rows(places)
-    return Extracted(values, images.labels[indices], indices, bad)
+    return distributed.gather_rows(outputs), distributed.gather_rows(places), bad
 
 
 def _transformed(

@@ -43,8 +43,7 @@ def run(cfg: Node, world: World) -> None:
         {"images for training and validation": [len(part) for part in sets]},
         "put them where all of them see the same files",
     )
-    if cfg.EVAL.KNN_EVERY:
-        folders = cfg.EVAL.KNN_TRAIN, cfg.EVAL.KNN_VAL
+    if folders := config.knn_folders(cfg):
         splits = findings.attempt(lambda: gallery_and_queries(*folders))
         findings.warnings += splits.notes if splits else []
     headers = [read_headers(part, world, usable_workers(data.WORKERS)) for part in sets]

@@ -17,7 +17,7 @@ from datasets.shards import ImageShards
 from engine import build
 from models.grouped_norm import batch_norms
 from models.registry import build_backbone
-from utils.config import Node, crops_on_device
+from utils.config import Node, crops_on_device, knn_folders
 from utils.options import OPTIONS
 
 LARGE_STEP = 0.25  # of the data
@@ -47,7 +47,7 @@ def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
             f"{folder} holds {' and '.join(names)}, and all of it is trained on: if that is not "
             f"meant, give {instead} as --data_path"
         )
-    if cfg.EVAL.KNN_EVERY:
+    if knn_folders(cfg):
         inside, outside = (os.path.realpath(p) for p in (cfg.EVAL.KNN_VAL, cfg.DATA.PATH))
         if Path(inside).is_relative_to(outside):
             yield (
@@ -55,7 +55,7 @@ def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
                 f"k-NN test says more than one on new images would"
             )
     elif cfg.EVAL.KNN_TRAIN or cfg.EVAL.KNN_VAL:
-        yield "EVAL.KNN_EVERY is 0: no k-NN test is made on EVAL.KNN_TRAIN and EVAL.KNN_VAL"
+        yield "no k-NN test is made on EVAL.KNN_TRAIN and EVAL.KNN_VAL: give EVAL.KNN_EVERY"
 
 
 def mixed_splits(images: StoredImages) -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ from datasets.shards import ImageShards
 from engine.evaluation.features import check_bad
 from engine.preflight.findings import Findings
 from utils import distributed
-from utils.config import Node, local_crops
+from utils.config import Node, knn_folders, local_crops
 from utils.distributed import World
 from utils.errors import InputError
 
@@ -191,7 +191,7 @@ def validation(
 ) -> dict:
     """The section of the validation images, and which of them the training sees."""
     unreadable = _unreadable(held_out, headers)
-    if cfg.EVAL.KNN_EVERY:
+    if knn_folders(cfg):
         _judge_unreadable(cfg, len(held_out), unreadable, findings)
     leaks = [
         [held_out.name(index), images.name(group[0][1])]

@@ -142,6 +142,7 @@ def refuse_small_shared(cfg: Node, needed: int, free: int) -> None:
 def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
     """The section of the disk: checkpoints of `size` bytes in the run's folder."""
     kept = cfg.TRAIN.EPOCHS // cfg.CKPT.KEEP_EVERY if cfg.CKPT.KEEP_EVERY else 0
+    kept += cfg.CKPT.KEEP == "best"
     # The last two, the one that is being written, and those that stay; some may be there.
     stats = [path.stat() for path in folder.glob("*.pth") if path.is_file()]
     there = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}

@@ -12,6 +12,7 @@ from datasets.loader import Batch, usable_workers
 from engine.training.freezing import recipe
 from engine.training.record import Record
 from engine.training.schedules import scaled_lr
+from engine.training.standing import Measured
 from engine.training.step import Pretraining
 from engine.training.waiting import DataWaits
 from models.pretrained import count_parameters
@@ -110,12 +111,22 @@ class Lines:
             logger.info(f"{done}  step {run.step}/{run.total_steps}  {short}")
         return longest
 
-    def write_knn(self, top1: float, top5: float) -> None:
-        """The k-NN test at the end of an epoch, in percent."""
-        epoch = self._run.epoch
-        logger.info(f"epoch {epoch}: k-NN of the teacher: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+    def write_measured(self, measured: Measured) -> None:
+        """The figures of the features at an epoch's end, or at the start (epoch 0)."""
+        run, standing = self._run, self._record.standing
+        from_weights = bool(run.cfg.INIT.WEIGHTS)
+        warnings = standing.update(measured, run.epoch, run.step, from_weights)
+        start = standing.start if run.step else None
+        logger.info(f"epoch {run.epoch}: features of the teacher: {measured.line(start)}")
+        for warning in warnings:
+            logger.warning(warning)
         if self._log:
-            self._log.write(self._run.step, {"epoch": epoch, "knn_top1": top1, "knn_top5": top5})
+            self._log.write(run.step, {"epoch": run.epoch, **measured.figures})
+
+    def write_best(self) -> None:
+        """At a run's end: when its features were at their best."""
+        if verdict := self._record.standing.verdict(self._run.cfg.CKPT.KEEP == "best"):
+            logger.info(verdict)
 
     def close(self) -> None:
         self._bar.close()

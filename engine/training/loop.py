@@ -1,17 +1,16 @@
-"""The pretraining loop: steps, lines of the log, k-NN tests, checkpoints, and reasons to stop."""
+"""The pretraining loop: steps, lines of the log, checkpoints, and reasons to stop."""
 
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets.benchmarks import Splits
 from datasets.loader import Batch
 from engine.training import guard
-from engine.training.held_out import held_out_knn, knn_is_due
 from engine.training.lines import Lines
 from engine.training.record import Record
 from engine.training.saving import Checkpoints
 from engine.training.step import Pretraining
+from engine.training.validation import Validation
 from utils import distributed
 from utils.distributed import Ballot
 from utils.logging import RunLog
@@ -23,12 +22,12 @@ def train(
     record: Record,
     batches: Iterable[Batch],
     folder: Path,
-    held_out: Splits | None = None,
+    validation: Validation | None = None,
     signals: StopSignals | None = None,
 ) -> None:
-    """Train from `run.step` to the end, with log, k-NN and checkpoints in `folder`.
+    """Train from `run.step` to the end, with log and checkpoints in `folder`.
 
-    batches: micro-batches of crops on the device. held_out: gallery and queries of the k-NN test.
+    batches: micro-batches of crops on the device. validation: what the features are measured on.
     Raises, on all processes: Preempted where one of them got a signal to stop, with a checkpoint
     written; InputError where a file cannot be written, too many images cannot be read or too
     many steps in a row were not finite.
@@ -44,6 +43,10 @@ def train(
         at_end.callback(checkpoints.close)
         ballot = Ballot()
         batches = map(lines.noted, map(record.bad_images.noted, batches))
+        if validation and run.step == 0 and record.standing.start is None:
+            lines.write_measured(validation.measure(run))
+            if checkpoints.kept_as():
+                checkpoints.save()
         while run.step < run.total_steps:
             line_due = lines.due(run.step + 1)
             figures, health, good = run.train_step(batches, measure_health=line_due)
@@ -53,12 +56,13 @@ def train(
                 if bad_row >= run.cfg.TRAIN.MAX_BAD_STEPS:
                     stop_for_bad_steps(run, checkpoints, bad_row)
             with lines.paused():
-                if knn_is_due(run):
-                    lines.write_knn(*held_out_knn(run, held_out))
+                if validation and validation.due(run):
+                    lines.write_measured(validation.measure(run))
                 after_step(record, checkpoints, ballot, signals)
         ballot.close()
         record.bad_images.exchange(folder)
         checkpoints.wait()
+        lines.write_best()
 
 
 def after_step(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.training.bad_images import BadImages
 from engine.training.health import CollapseWatch
+from engine.training.standing import Standing
 from utils import distributed
 from utils.distributed import World
 
@@ -64,6 +65,7 @@ class Record:
     """What a run keeps beside its step, and a checkpoint with it.
 
     window: figures since the last line of the log; watch: how long they have looked bad;
+    standing: the features' figures at the start and at their best;
     log_lines: lines of log.txt as of the last checkpoint; log_step: the step, as the log numbers
     it, at which a resumed run goes on; images: the fingerprint of the training images.
     """
@@ -72,6 +74,7 @@ class Record:
     images: str
     window: Window = field(default_factory=Window)
     watch: CollapseWatch = field(default_factory=CollapseWatch)
+    standing: Standing = field(default_factory=Standing)
     log_lines: int = 0
     log_step: int = 0
 
@@ -80,6 +83,7 @@ class Record:
         return {
             "window": self.window.state_dict(),
             "watch": self.watch.state_dict(),
+            "standing": self.standing.state_dict(),
             "bad_images": dict(self.bad_images.known),
             "images": self.images,
             "log_lines": self.log_lines,

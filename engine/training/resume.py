@@ -186,6 +186,8 @@ def resume(run: Pretraining, record: Record, found: Found) -> None:
     run.step = step
     record.bad_images.known.update(state["bad_images"])
     record.log_step, record.log_lines = state["step"], state["log_lines"]
+    if "standing" in state:
+        record.standing.load_state_dict(state["standing"])
     if not found.forced:
         record.window.load_state_dict(state["window"], run.world)
         record.watch.load_state_dict(state["watch"])

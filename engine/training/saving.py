@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Checkpoints:
         are written even then.
         """
         run = self._run
-        if run.step == run.total_steps or self._kept_as():
+        if run.step == run.total_steps or self.kept_as():
             return True
         every_step = run.cfg.CKPT.EVERY_MINUTES == 0
         # What the clock said a step ago does not know of a checkpoint that was written then.
@@ -72,7 +73,7 @@ class Checkpoints:
 
         def hand_over() -> None:
             self._log.sync()
-            self._writer.save(state, self._kept_as())
+            self._writer.save(state, self.kept_as())
 
         distributed.on_main(hand_over)
         self.saved_step, self._saved_at = run.step, time.monotonic()
@@ -86,12 +87,15 @@ class Checkpoints:
         if self._writer:
             self._writer.close()
 
-    def _kept_as(self) -> str:
-        """The name under which this step's checkpoint is kept for good; empty if it is not."""
-        run, every = self._run, self._run.cfg.CKPT.KEEP_EVERY
-        if not every or run.step % (every * run.steps_per_epoch):
-            return ""
-        return f"checkpoint{run.epoch:04d}.pth"
+    def kept_as(self) -> list[str]:
+        """The names under which this step's checkpoint is kept; none if it is not."""
+        run, options, names = self._run, self._run.cfg.CKPT, []
+        every = options.KEEP_EVERY * run.steps_per_epoch
+        if every and run.step and run.step % every == 0:
+            names.append(f"checkpoint{run.epoch:04d}.pth")
+        if options.KEEP == "best" and run.step == self._record.standing.best_step:
+            names.append(checkpoint.BEST)
+        return names
 
 
 class CheckpointWriter:
@@ -118,7 +122,7 @@ class CheckpointWriter:
         """Whether a file is being written."""
         return self._written is not None and not self._written.done()
 
-    def save(self, state: dict, kept_as: str = "") -> None:
+    def save(self, state: dict, kept_as: Sequence[str] = ()) -> None:
         """Copy the state and begin to write it, once the one before is written.
 
         See `utils.checkpoint.save_last` for the files and kept_as. The state may change as soon as

@@ -91,7 +91,7 @@ def test_the_file_holds_the_moment_of_the_call(tmp_path):
     weights = torch.ones(200_000)
     writer = CheckpointWriter(tmp_path)
     for step in range(1, 6):
-        writer.save({"step": step, "w": weights}, "checkpoint0002.pth" if step == 2 else "")
+        writer.save({"step": step, "w": weights}, ["checkpoint0002.pth"] if step == 2 else [])
         weights += 1  # training goes on in place while the file is written
     writer.wait()
     for name, step in ((LAST, 5), (PREVIOUS, 4), ("checkpoint0002.pth", 2)):
@@ -120,7 +120,7 @@ def until_written(writer: CheckpointWriter) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kept_as", ["", "checkpoint0001.pth"])
+@pytest.mark.parametrize("kept_as", [[], ["checkpoint0001.pth"]])
 def test_a_full_disk_stops_the_run_at_the_next_call(tmp_path, told, kept_as):
     with small_disk(tmp_path / "disk", 4_000_000) as fill:
         folder = tmp_path / "disk"

@@ -20,7 +20,7 @@ from tests.disk import forked, full_disk
 from tests.processes import PATIENCE, run_python
 from tests.runs import checkpoint_of, pretraining, small_config
 from utils import checkpoint, config
-from utils.checkpoint import LAST, PREVIOUS, NotIntact
+from utils.checkpoint import BEST, LAST, PREVIOUS, NotIntact
 from utils.errors import InputError
 
 
@@ -75,10 +75,10 @@ def test_a_full_disk_is_one_line_of_a_process_and_leaves_the_old_file(tmp_path, 
 
 
 @pytest.mark.parametrize("missing", [1, 30, 2000, 3_000_000, 4_000_000, None])
-@pytest.mark.parametrize("kept_as", ["", "checkpoint0003.pth"])
+@pytest.mark.parametrize("kept_as", [[], ["checkpoint0003.pth"]])
 def test_a_full_disk_leaves_all_that_was_there(tmp_path, capfd, missing, kept_as):
     for step in (1, 2):
-        checkpoint.save_last({"step": step}, tmp_path, "checkpoint0003.pth")
+        checkpoint.save_last({"step": step}, tmp_path, ["checkpoint0003.pth"])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     state = {"w": torch.zeros(1_000_000)}
     room = len(encoded(state)) - missing if missing else 0
@@ -119,8 +119,8 @@ def steps_in(folder: Path) -> dict[str, int]:
 
 
 def test_the_one_before_and_the_kept_ones_stay(whole, tmp_path):
-    wanted = []
-    for step, kept_as in enumerate(["", "checkpoint0001.pth", "", "", "checkpoint0001.pth"], 1):
+    wanted, kept = [], ["checkpoint0001.pth"]
+    for step, kept_as in enumerate([[], kept, [], [], [*kept, BEST]], 1):
         checkpoint.save_last(at_step(whole, step), tmp_path, kept_as)
         wanted.append(steps_in(tmp_path))
         assert not list(tmp_path.glob(".*"))
@@ -129,9 +129,10 @@ def test_the_one_before_and_the_kept_ones_stay(whole, tmp_path):
         {LAST: 2, PREVIOUS: 1, "checkpoint0001.pth": 2},
         {LAST: 3, PREVIOUS: 2, "checkpoint0001.pth": 2},
         {LAST: 4, PREVIOUS: 3, "checkpoint0001.pth": 2},
-        {LAST: 5, PREVIOUS: 4, "checkpoint0001.pth": 5},
+        {LAST: 5, PREVIOUS: 4, "checkpoint0001.pth": 5, BEST: 5},
     ]
     assert os.path.samefile(tmp_path / LAST, tmp_path / "checkpoint0001.pth")
+    assert os.path.samefile(tmp_path / LAST, tmp_path / BEST)
     assert not os.path.samefile(tmp_path / LAST, tmp_path / PREVIOUS)
 
 
@@ -141,7 +142,7 @@ def test_copies_are_made_where_links_cannot_be(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     for step in (1, 2):
-        checkpoint.save_last(at_step(whole, step), tmp_path, f"checkpoint000{step}.pth")
+        checkpoint.save_last(at_step(whole, step), tmp_path, [f"checkpoint000{step}.pth"])
     assert steps_in(tmp_path) == {
         LAST: 2,
         PREVIOUS: 1,
@@ -154,7 +155,7 @@ def test_copies_are_made_where_links_cannot_be(whole, tmp_path, monkeypatch):
 WRITES = ("open", "os.rename", "os.link", "os.remove", "os.chmod")
 
 
-def save_and_die(state: dict, folder: Path, kept_as: str, at: int) -> bool:
+def save_and_die(state: dict, folder: Path, kept_as: list[str], at: int) -> bool:
     """save_last in a child that is killed before its `at`-th act on a file; whether it was."""
 
     def work(told: TextIO) -> None:
@@ -177,10 +178,10 @@ def save_and_die(state: dict, folder: Path, kept_as: str, at: int) -> bool:
     return not lines
 
 
-@pytest.mark.parametrize("kept_as", ["", "checkpoint0003.pth", "checkpoint0009.pth"])
+@pytest.mark.parametrize("kept_as", [[], ["checkpoint0003.pth", BEST]])
 def test_killed_before_any_act_on_a_file_it_leaves_as_many_whole_ones(whole, tmp_path, kept_as):
     checkpoint.save_last(at_step(whole, 1), tmp_path)
-    checkpoint.save_last(at_step(whole, 2), tmp_path, "checkpoint0003.pth")
+    checkpoint.save_last(at_step(whole, 2), tmp_path, ["checkpoint0003.pth"])
     step, moments = 3, 0
     while True:
         before, moments = steps_in(tmp_path), moments + 1
@@ -195,9 +196,7 @@ def test_killed_before_any_act_on_a_file_it_leaves_as_many_whole_ones(whole, tmp
         step += 1
     # Opened, linked, flushed and renamed are at least the new one and the held one.
     assert moments > 10
-    assert after == before | {LAST: step, PREVIOUS: before[LAST]} | (
-        {kept_as: step} if kept_as else {}
-    )
+    assert after == before | {LAST: step, PREVIOUS: before[LAST]} | dict.fromkeys(kept_as, step)
     # What the killed ones had begun is gone.
     assert not list(tmp_path.glob(".*"))
 
@@ -210,7 +209,7 @@ def test_a_writer_that_is_killed_again_and_again_never_leaves_nothing(whole, tmp
     def save_forever(told: TextIO) -> None:
         state = checkpoint.newest_intact(tmp_path)[1]
         for step in range(state["step"] + 1, 10**6):
-            kept_as = f"checkpoint{step // 10:04d}.pth" if step % 10 == 0 else ""
+            kept_as = [f"checkpoint{step // 10:04d}.pth"] if step % 10 == 0 else []
             checkpoint.save_last({**at_step(state, step), "w": ballast}, tmp_path, kept_as)
             print(step, file=told)
 
@@ -377,14 +376,14 @@ def damage(path: Path) -> None:
 
 @pytest.fixture
 def folder(whole, tmp_path) -> Path:
-    """Kept at steps 10 and 20, the previous at 21, the last at 22."""
+    """Kept at steps 10 and 20, the previous at 21, the last at 22, the best at 20."""
     folder = tmp_path / "run"
     folder.mkdir()
     for step, kept_as in (
-        (10, "checkpoint0001.pth"),
-        (20, "checkpoint0002.pth"),
-        (21, ""),
-        (22, ""),
+        (10, ["checkpoint0001.pth"]),
+        (20, ["checkpoint0002.pth", BEST]),
+        (21, []),
+        (22, []),
     ):
         checkpoint.save_last(at_step(whole, step), folder, kept_as)
     return folder
@@ -449,7 +448,8 @@ def test_none_intact_is_one_sentence_that_names_all_and_changes_nothing(folder):
     with pytest.raises(InputError) as caught:
         checkpoint.newest_intact(folder)
     line = str(caught.value)
-    assert all(f"{folder / name} is damaged: its record" in line for name in before)
+    tried = before.keys() - {BEST}  # which is whole, and not the newest
+    assert all(f"{folder / name} is damaged: its record" in line for name in tried)
     assert "another --output_dir" in line
     assert "\n" not in line
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -516,6 +516,7 @@ def test_a_runs_checkpoint_loads_without_any_allowance_and_rebuilds_the_network(
         *("format", "step", "epoch", "images_per_step", "student", "teacher", "optimizer"),
         *("steps_per_epoch", "scaler", "carried", "config", "versions", "model"),
         *("processes", "images", "guard", "window", "watch", "bad_images", "log_lines"),
+        "standing",
     }
     assert state["format"] == checkpoint.FORMAT == 3
     assert (state["step"], state["epoch"], state["images_per_step"]) == (8, 4, 8)

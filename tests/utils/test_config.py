@@ -429,7 +429,8 @@ BAD = {
     "DATA.STD": [0, 1, 1],
     "TRAIN.MAX_BAD_STEPS": 0,
     "CKPT.KEEP_EVERY": -1,
-    "EVAL.KNN_EVERY": 1,
+    "CKPT.KEEP": "all",
+    "EVAL.KNN_EVERY": -2,
     "EVAL.KNN_K": 0,
     "INIT.HEADS_EPOCHS": -2,
     "INIT.FROZEN": 1.1,
@@ -500,7 +501,6 @@ def test_the_ends_of_a_range_are_allowed_and_nan_is_not():
         for end in (option.at_least, option.at_most):
             cfg = config.defaults()
             cfg.CMD.LT, cfg.TRAIN.WARMUP_EPOCHS, cfg.AUG.LOCAL_CROPS_NUMBER = "none", 0, []
-            cfg.EVAL.KNN_TRAIN = cfg.EVAL.KNN_VAL = "folder"
             if end is not None and not option.length:
                 config.put(cfg, key, end, "test")
                 config.check(cfg)
@@ -557,7 +557,8 @@ def test_what_differs_from_the_defaults_is_shown_where_it_decides_anything():
         (["AUG.BLUR_PROB", "[1, 0]"], "AUG.BLUR_PROB must have 3 values"),
         (["TRAIN.BATCH_SIZE_PER_GPU", "1"], "must be at least 2"),
         (["DATA.MEAN", "[0.5,0.5,0.5]"], "DATA.MEAN and DATA.STD belong together"),
-        (["EVAL.KNN_EVERY", "1"], "needs EVAL.KNN_TRAIN and EVAL.KNN_VAL"),
+        (["EVAL.KNN_EVERY", "1", "EVAL.KNN_VAL", "folder"], "EVAL.KNN_VAL is given alone"),
+        (["--keep", "best", "EVAL.KNN_EVERY", "0"], "goes by the figures of EVAL.KNN_EVERY"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(words, reason):
