@@ -300,8 +300,8 @@ def test_a_run_trains_all_that_is_not_frozen_and_its_checkpoint_is_evaluated(
     splits = paired_folders("the test", images, images)
     features = SplitFeatures(source, splits, Reading.of(run.cfg, ALONE, source))
     (found,) = measure(features, [KNN([3])])
-    # Two hues, of images that vote for themselves; of chance where LayerScale begins at 1e-5.
-    assert found.figures["k"]["3"]["top1"] >= (50 if "dinov2" in name else 60)
+    # Two hues, of images that vote for themselves; fresh networks of many blocks hardly tell them.
+    assert found.figures["k"]["3"]["top1"] >= (60 if name in SMALL else 50)
 
     grid = source.network.backbone.patch_grid(size, size)
     views = whole_views([splits.test.load(0)], size)
