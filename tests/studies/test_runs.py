@@ -42,7 +42,8 @@ def test_a_folder_with_a_run_of_other_options_is_refused(option, value, tmp_path
     was = config.get(study.config("cmd"), option)
     with pytest.raises(InputError) as caught:
         codes(line_of(changed, TRAINS))
-    assert f"of another study: {option} (was {was}, now {value}). Use" in str(caught.value)
+    assert "holds a run of another study: " in str(caught.value)
+    assert f" {option} (was {was}, now {value})" in str(caught.value)
     assert codes(run) == [0]  # nothing was changed
 
 

@@ -99,7 +99,7 @@ SCRIPTS = {
     "retrieval": (eval_retrieval, f"{DATA} --pretrained_weights IN/weights.pth"),
     "table": (evaluate, f"{DATA} --checkpoint IN/weights.pth"),
     "report": (report, "--output_dir IN/run --queries IN/images"),
-    "export": (export, "IN/weights.pth IN/out.safetensors --format timm"),
+    "export": (export, "IN/weights.pth IN/out --format timm"),
 }
 
 
