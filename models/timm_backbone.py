@@ -141,11 +141,12 @@ def _shapes(model: nn.Module, height: int, width: int) -> Shapes:
     """Raises NoMapError, and anything for a size that the model cannot take."""
     with torch.device("meta"):
         images, prefix = _images(height, width), 0
-        features = model.forward_features(images)
+        features = cells = model.forward_features(images)
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
             raise NoMapError("it gives no single map of patches")
         if features.ndim == 4:
-            rows, columns = _channels_last(model, features).shape[1:3]
+            cells = _channels_last(model, features)
+            rows, columns = cells.shape[1:3]
         elif hasattr(model, "forward_intermediates"):
             last = model.forward_intermediates(images, indices=1, intermediates_only=True)[-1]
             rows, columns = last.shape[-2:]
@@ -155,10 +156,7 @@ def _shapes(model: nn.Module, height: int, width: int) -> Shapes:
         pooled = model.forward_head(features, pre_logits=True)
     if prefix < 0 or pooled.ndim != 2:
         raise NoMapError("it gives no single map of patches")
-    width_of_cells = (
-        features.shape[2] if features.ndim == 3 else _channels_last(model, features).shape[3]
-    )
-    return Shapes((rows, columns), prefix, pooled.shape[1], width_of_cells)
+    return Shapes((rows, columns), prefix, pooled.shape[1], cells.shape[-1])
 
 
 def _channels_last(model: nn.Module, features: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Swin's attention on the accelerator: one kernel, the plain one's numbers, in every stage."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -58,11 +60,18 @@ def names_in(trace: profile) -> set[str]:
     return {key for key in keys if any(part in key for part in ATTENTIONS)}
 
 
-def traced(device: torch.device) -> profile:
+@contextlib.contextmanager
+def as_trained(trained: bool, precision: str, device: torch.device) -> Iterator[profile]:
+    """A profile of its block, computed as a student that is trained or as a teacher."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    return profile(activities=activities)
+    with (
+        torch.set_grad_enabled(trained),
+        profile(activities=activities) as trace,
+        autocast(precision, device),
+    ):
+        yield trace
 
 
 @pytest.mark.parametrize("shifted", [False, True], ids=["whole", "shifted"])
@@ -106,11 +115,7 @@ def test_student_and_teacher_have_the_pinned_kernel(accelerator, precision):
     found = []
     for trained in (True, False):
         stage.requires_grad_(trained)
-        with (
-            torch.set_grad_enabled(trained),
-            traced(accelerator) as trace,
-            autocast(precision, accelerator),
-        ):
+        with as_trained(trained, precision, accelerator) as trace:
             for block, bias in zip(stage.blocks, stage.biases(1)[0], strict=True):
                 x = block(x.detach(), bias)
         keys = {event.key for event in trace.key_averages()}
@@ -129,11 +134,7 @@ def test_a_vit_s_student_and_teacher_have_the_same_kernel(accelerator, precision
     found, features = [], []
     for trained in (True, False):
         vit.requires_grad_(trained)
-        with (
-            torch.set_grad_enabled(trained),
-            traced(accelerator) as trace,
-            autocast(precision, accelerator),
-        ):
+        with as_trained(trained, precision, accelerator) as trace:
             features.append(vit(images)[0].detach())
         found.append({name for name in names_in(trace) if name.startswith("aten::")})
     assert found[0] == found[1] != set()
