@@ -109,14 +109,14 @@ def ranks_of(
     positives = by_label[(start[:, None] + column).clamp_max(len(labels) - 1)]
     own = torch.zeros_like(positives)  # the positives' keys
     parts = 0
-    for start, similarity in similarities():
+    for place, similarity in similarities():
         parts += 1
-        keys = order_keys(similarity, start)
-        columns = positives - start
+        keys = order_keys(similarity, place)
+        columns = positives - place
         there = keys.gather(1, columns.clamp(0, keys.shape[1] - 1))
         own = there.where((columns >= 0) & (columns < keys.shape[1]), own)
     ranks, best = torch.ones_like(positives), own[:, :0]
-    again = ((order_keys(part, start)) for start, part in similarities()) if parts > 1 else [keys]
+    again = (order_keys(part, place) for place, part in similarities()) if parts > 1 else [keys]
     for keys in map(sort_rows, again):
         ranks += torch.searchsorted(keys, own)
         best = sort_rows(torch.cat([best, keys[:, :first]], dim=1))[:, :first]

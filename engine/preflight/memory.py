@@ -78,7 +78,7 @@ def of_step(
     elements = chunk_elements(device.type, cfg.LOSS.CHUNK_MIB)
     return StepMemory(
         **_stored(cfg, student, teacher),
-        crops=4 * crops_size(cfg),
+        crops=4 * crop_values(cfg),
         ahead=0 if device.type == "cpu" else moved_size(cfg, sizes),
         activations=kept_of_few + (batch - few) * kept_of_image,
         # On a GPU clipping keeps a buffer of their size (engine/training/optim.py).
@@ -102,7 +102,7 @@ def room_for_step(cfg: Node, world: World, sizes: Sequence[Size]) -> int:
     return peak
 
 
-def crops_size(cfg: Node) -> int:
+def crop_values(cfg: Node) -> int:
     """Numbers in the crops of a micro-batch."""
     images = cfg.TRAIN.BATCH_SIZE_PER_GPU
     return sum(images * 3 * size**2 for size in build.augmentation(cfg).sizes)
@@ -114,7 +114,7 @@ def moved_size(cfg: Node, sizes: Sequence[Size]) -> int:
     Of images it is the mean of the batches that `sizes` make in their order.
     """
     if not crops_on_device(cfg):
-        return crops_size(cfg)
+        return crop_values(cfg)
     images = cfg.TRAIN.BATCH_SIZE_PER_GPU
     capped = [capped_size(size, cfg.DATA.CACHE_SIZE) for size in sizes]
     batches = [zip(*capped[i : i + images], strict=True) for i in range(0, len(sizes), images)]
