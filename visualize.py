@@ -27,7 +27,6 @@ from utils.distributed import World
 from utils.errors import run_script
 from utils.files import make_folder, write_json
 
-LOCAL_SHARE = 96 / 224  # of a local crop's side in a global one's, the field's
 TSNE_CAPTION = (
     "Image features, placed so that near ones stay near; each dot is an image, its colour its "
     "class. Distances between far groups and the groups' sizes mean nothing."
@@ -43,12 +42,13 @@ def main() -> None:
     # The networks, the images, and the views of them that all networks are shown.
     sources = shown.load_sources(arguments.checkpoint, arguments.checkpoint_key, world.device)
     networks = {letter: source.network for letter, source in sources.items()}
-    size, multiple = shown.common_size(list(sources.values()), arguments.size)
+    size, local_size = shown.common_sizes(
+        list(sources.values()), arguments.size, arguments.local_crops > 0
+    )
     images, labelled = shown.open_images(arguments.images, arguments.count)
     if labelled is not None:
         refuse_among_images(folder, labelled)
     distributed.on_main(lambda: make_folder(folder))
-    local_size = max(1, round(size * LOCAL_SHARE / multiple)) * multiple
     detailed = images.first(arguments.detailed)
     whole = views.whole_views(images.squares, size)
     crops = views.seeded_views(

@@ -16,6 +16,8 @@ from engine.evaluation import pointing
 from engine.evaluation.source import Source, image_size, load_source
 from utils.errors import InputError
 
+LOCAL_SHARE = 96 / 224  # of a local crop's side in a global one's, the field's
+
 
 def load_sources(paths: Sequence[str], key: str, device: torch.device) -> dict[str, Source]:
     """The networks of files of weights, ours or others', by the letter that pictures give them.
@@ -31,18 +33,27 @@ def load_sources(paths: Sequence[str], key: str, device: torch.device) -> dict[s
     return sources
 
 
-def common_size(sources: Sequence[Source], size: int | None) -> tuple[int, int]:
-    """Pixels of a whole image, and the multiple of pixels that each view's side must be.
+def common_sizes(
+    sources: Sequence[Source], size: int | None, has_local: bool = True
+) -> tuple[int, int]:
+    """Pixels of a whole image, and of a local crop, in multiples that all networks take.
 
-    size: as asked for, or None for that of the first network's own run, else 224.
-    Raises InputError where a network cannot take it.
+    size: as asked for, or None for that of the first network's own run, else 224. has_local:
+    whether there are local crops at all. Raises InputError where a network cannot take either.
     """
     size = size or image_size(sources[0])
-    backbones = [source.network.backbone for source in sources]
-    for source, backbone in zip(sources, backbones, strict=True):
+    multiple = math.lcm(*(source.network.backbone.patch_size for source in sources))
+    local = max(1, round(size * LOCAL_SHARE / multiple)) * multiple
+    for source in sources:
+        backbone, path = source.network.backbone, source.weights.path
         if misfit := backbone.misfit(size):
-            raise InputError(f"--size {size} {misfit} {source.weights.path}.")
-    return size, math.lcm(*(backbone.patch_size for backbone in backbones))
+            raise InputError(f"--size {size} {misfit} {path}.")
+        if has_local and (misfit := backbone.misfit(local)):
+            raise InputError(
+                f"--size {size}: a local crop of {local} pixels {misfit} {path}; give a larger "
+                f"--size, or --local_crops 0."
+            )
+    return size, local
 
 
 @dataclass(frozen=True)

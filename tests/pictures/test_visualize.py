@@ -33,7 +33,7 @@ from engine.pictures.matches import (
 from engine.pictures.shown import ShownImages
 from engine.pictures.views import Place, PlacedView, seeded_views, whole_views
 from models.registry import BackboneSpec, build_backbone
-from tests.runs import SWIN, small_config
+from tests.runs import RESNET, SWIN, small_config
 from tests.test_readme import ROOT, commands
 from utils import checkpoint, config
 from utils.errors import InputError, run_script
@@ -430,8 +430,21 @@ def test_the_first_run_decides_the_size_and_crops_fit_every_network(files):
     paths = [str(files["vit"]), str(files["swin"])]
     sources = shown.load_sources(paths, "teacher", torch.device("cpu"))
     assert list(sources) == ["A", "B"]
-    assert shown.common_size(list(sources.values()), None) == (32, 8)
-    assert shown.common_size(list(sources.values()), 64) == (64, 8)
+    assert shown.common_sizes(list(sources.values()), None) == (32, 16)
+    assert shown.common_sizes(list(sources.values()), 64) == (64, 24)
+
+
+def test_a_local_crop_too_small_for_a_network_is_refused_before_any_work(show, parts, tmp_path):
+    sizes = ("MODEL__IMG_SIZE", "AUG__GLOBAL_CROPS_SIZE", "AUG__LOCAL_CROPS_SIZE")
+    convnext = RESNET | {"MODEL__ARCH": "timm/test_convnext"} | dict.fromkeys(sizes, 64)
+    path = stored(tmp_path, "convnext", **convnext)
+    words = "--checkpoint", path, "--images", parts / "val", "--tsne", 0
+    line = show(*words, code=2)
+    assert "--size 64: a local crop of 27 pixels does not fit:" in line
+    assert "images of 32 pixels and more go into" in line
+    assert not (tmp_path / "out").exists()
+    results = json.loads((show(*words, "--local_crops", 0) / "visualize.json").read_text())
+    assert results["size"] == 64
 
 
 def test_what_is_not_finite_is_not_drawn():
