@@ -58,7 +58,8 @@ def find(
         logger.warning(f"{file} is passed over: {reason}")
     stored, processes = config.from_dict(state["config"], str(path)), world.size
     _take_crops(cfg, stored, world)
-    if not cfg.DATA.MEAN:  # settled by the weights that the run began with
+    # Settled by the weights that the run began with; and [] is ImageNet's.
+    if not cfg.DATA.MEAN or config.normalisation(cfg) == config.normalisation(stored):
         cfg.DATA.MEAN, cfg.DATA.STD = stored.DATA.MEAN, stored.DATA.STD
     config.settle_start(cfg, stored)
     names, known = _must_agree(cfg, stored), dict(config.flat(state["config"], str(path)))

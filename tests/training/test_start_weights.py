@@ -22,6 +22,7 @@ from tests.datasets.photographs import noise, save
 from tests.runs import record_of, small_config
 from utils import checkpoint, config
 from utils.distributed import ALONE
+from utils.errors import InputError
 from utils.logging import logger
 from utils.normalisation import IMAGENET, Normalisation
 
@@ -113,3 +114,20 @@ def test_a_normalisation_that_is_given_stays_and_the_difference_is_said(tmp_path
     assert config.normalisation(cfg) == IMAGENET
     assert any(str(IMAGENET) in line and str(HALVES) in line for line in lines())
     assert started(timms_folder(tmp_path / "plain", IMAGENET))[0].DATA.MEAN == []
+
+
+def test_a_run_goes_on_with_its_normalisation_in_other_words_and_with_no_other(tmp_path):
+    """[] stands for ImageNet's."""
+    run = started(timms_folder(tmp_path / "plain", IMAGENET))[1]
+    state = run.state() | record_of(12).state() | {"images": "images"}
+    checkpoint.save(state, tmp_path / checkpoint.LAST)
+
+    def going_on(by: Normalisation) -> config.Node:
+        mean, std = map(list, by)
+        cfg = small_config(OUTPUT_DIR=str(tmp_path), DATA__MEAN=mean, DATA__STD=std)
+        assert not find(cfg, 12, "images", 3, ALONE).forced
+        return cfg
+
+    assert config.normalisation(going_on(IMAGENET)) == IMAGENET
+    with pytest.raises(InputError, match=r"DATA.MEAN \(was \[\], now \[0.5, 0.5, 0.5\]\)"):
+        going_on(HALVES)
