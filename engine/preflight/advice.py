@@ -16,7 +16,7 @@ from datasets.folder import ImageFolder, StoredImages
 from datasets.shards import ImageShards
 from engine import build
 from models.grouped_norm import batch_norms
-from models.registry import build_backbone
+from models.registry import build_backbone, resolve
 from utils.config import Node, crops_on_device, knn_folders
 from utils.options import OPTIONS
 
@@ -25,6 +25,7 @@ LARGE_STEP = 0.25  # of the data
 
 def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
     """A sentence for each thing. images: the training set."""
+    yield from _of_network(cfg)
     yield from _of_data(cfg, images)
     yield from _of_batch(cfg, processes, len(images))
     yield from _of_temperatures(cfg)
@@ -33,6 +34,14 @@ def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
             f"DATA.CACHE_SIZE {cfg.DATA.CACHE_SIZE} is below AUG.GLOBAL_CROPS_SIZE "
             f"{cfg.AUG.GLOBAL_CROPS_SIZE}: crops are enlarged from images with less detail"
         )
+
+
+def _of_network(cfg: Node) -> Iterator[str]:
+    """An option of the Swins here, for another network."""
+    arch, window = cfg.MODEL.ARCH, cfg.MODEL.WINDOW_SIZE
+    is_swin = resolve(build.backbone_spec(cfg))["family"] == "swin"
+    if not is_swin and window != OPTIONS["MODEL.WINDOW_SIZE"].default:
+        yield f"MODEL.WINDOW_SIZE {window} is not used: it is this project's Swins', not {arch}'s"
 
 
 def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:

@@ -221,6 +221,17 @@ def test_all_problems_are_named_at_once(data, check, tmp_path):
     assert "(and 1 more, above)" in errors
 
 
+def test_a_window_for_a_network_that_is_none_of_our_swins_is_said(data):
+    def said(**options) -> bool:
+        found = advice.warnings(small_config(**options), 1, ImageFolder(data))
+        return any("MODEL.WINDOW_SIZE 14 is not used" in line for line in found)
+
+    of_swin = SWIN | {"MODEL__WINDOW_SIZE": 14, "MODEL__IMG_SIZE": 64}
+    own = {"MODEL__ARCH": "timm/test_vit2", "MODEL__IMG_SIZE": 32}
+    assert [said(**of_swin), said(MODEL__WINDOW_SIZE=14), said()] == [False, True, False]
+    assert said(**RESNET | own | {"MODEL__WINDOW_SIZE": 14})
+
+
 def test_a_step_of_a_large_share_of_the_data_is_warned_of(data, check):
     base = f"DATA.PATH {data} DATA.MAX_BAD 0.1"
     assert "a step takes 5 of 18 images" in check(f"{base} TRAIN.BATCH_SIZE_PER_GPU 5")[0]
