@@ -131,7 +131,10 @@ def resolve(spec: BackboneSpec) -> dict:
 def identity(spec: BackboneSpec) -> dict:
     """All that tells two backbones apart, defaults filled in: equal where the networks are."""
     figures = resolve(spec)
-    if figures["family"] != "resnet":
+    is_laid_out = figures["family"] != "resnet"
+    if figures["family"] == "timm":
+        is_laid_out = "img_size" in measured(timm_name(spec.arch), spec.img_size).keywords
+    if is_laid_out:
         figures["img_size"] = spec.img_size
     if figures["family"] == "swin":
         figures["window_size"] = spec.window_size

@@ -5,6 +5,7 @@ device): which images it takes, the map's place among its tokens, the widths of 
 which parameters no image feature depends on.
 """
 
+import bisect
 import difflib
 import re
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def measured(name: str, img_size: int) -> Measured:
             size = model.pretrained_cfg["input_size"][-1]
             model = _without_storage(name, {**keywords, "img_size": size} if keywords else {})
             _shapes(model, size, size)
-            takes = _sizes(_multiple(model, size), size)
+            takes = _sizes(model, _multiple(model, size), size)
             raise InputError(f"MODEL.IMG_SIZE {img_size}: {PREFIX}{name} takes {takes}.") from None
     except NoMapError as error:
         raise InputError(
@@ -179,11 +180,21 @@ def _multiple(model: nn.Module, size: int) -> int:
     return 0
 
 
-def _sizes(multiple: int, size: int) -> str:
-    """In words, which images a model takes."""
+def _sizes(model: nn.Module, multiple: int, size: int) -> str:
+    """In words, which images a model takes; of `size` pixels it does."""
     if not multiple:
         return f"images of {size} pixels alone"
-    return f"multiples of {multiple} pixels" if multiple > 1 else "larger images"
+
+    def takes(times: int) -> bool:
+        try:
+            return bool(times and _shapes(model, times * multiple, times * multiple))
+        except Exception:  # each model has its own
+            return False
+
+    least = multiple * bisect.bisect_left(range(size // multiple), True, key=takes)
+    if multiple == 1:
+        return f"images of {least} pixels and more"
+    return f"multiples of {multiple} pixels" + f", from {least}" * (least > multiple)
 
 
 @torch.no_grad()
@@ -203,7 +214,10 @@ def _outputs(model: nn.Module, size: int) -> tuple[int, dict]:
 
 @torch.enable_grad()
 def _unused(model: nn.Module, size: int) -> frozenset[str]:
-    """Names of the parameters without a gradient; in training, for some keep what they computed."""
+    """Names of the parameters without a gradient; in training, for some keep what they computed.
+
+    The patches are cut out of what the image feature is made of, so no parameter is theirs alone.
+    """
     model.train()
     with torch.device("meta"):
         features = model.forward_features(_images(size, size))
@@ -221,6 +235,22 @@ def _grid(name: str, img_size: int, height: int, width: int) -> tuple[int, int] 
         return _shapes(measured(name, img_size).model, height, width).grid
     except Exception:  # each model has its own
         return None
+
+
+def _largest_modules(groups: dict[int, list[str]]) -> list[str]:
+    """For each group of parameters' names, the module that holds most of it and of no other; ""
+    where there is none."""
+    holders: dict[str, list[int]] = {}
+    for group, names in groups.items():
+        for name in names:
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                holders.setdefault(".".join(parts[:end]), []).append(group)
+    found = []
+    for group in groups:
+        own = [name for name, of in holders.items() if set(of) == {group}]
+        found.append(max(own, key=lambda name: (len(holders[name]), -len(name)), default=""))
+    return found
 
 
 class TimmBackbone(Backbone):
@@ -319,23 +349,15 @@ class TimmBackbone(Backbone):
         return self._head(tokens if prefix is None else torch.cat([prefix, tokens], dim=1))
 
     def all_blocks(self) -> list[nn.Module]:
-        """For each of the groups that timm divides the model into, the largest module that holds
-        nothing of another; a group without a module of several parts has none."""
-        groups = group_modules(self.model, self.model.group_matcher(coarse=False))
-        holders: dict[str, list[int]] = {}
-        for group, names in groups.items():
-            for name in names:
-                parts = name.split(".")
-                for end in range(1, len(parts) + 1):
-                    holders.setdefault(".".join(parts[:end]), []).append(group)
-        found = []
-        for group in groups:
-            own = [name for name, of in holders.items() if set(of) == {group}]
-            largest = max(own, key=lambda name: (len(holders[name]), -len(name)))
-            module = self.model.get_submodule(largest)
-            if re.search(r"\d", largest) and any(module.children()):
-                found.append(module)
-        return found
+        """For each group of parameters that timm makes after the stem's, the largest module that
+        holds nothing of another; where timm makes no groups, its stages. None without a number in
+        its name or with no more than a norm's parameters."""
+        if hasattr(self.model, "group_matcher"):
+            names = _largest_modules(group_modules(self.model, self.model.group_matcher()))[1:]
+        else:
+            names = [stage["module"] for stage in self.model.feature_info]
+        numbered = [self.model.get_submodule(name) for name in names if re.search(r"\d", name)]
+        return [part for part in numbered if any(p.ndim > 1 for p in part.parameters())]
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         grid = _grid(self.name, self.img_size, height, width)
@@ -346,6 +368,5 @@ class TimmBackbone(Backbone):
     def misfit(self, size: int) -> str:
         if _grid(self.name, self.img_size, size, size):
             return ""
-        multiple = self.measured.multiple
-        takes = _sizes(multiple if not multiple or size % multiple else 1, self.img_size)
+        takes = _sizes(self.measured.model, self.measured.multiple, self.img_size)
         return f"does not fit: with MODEL.IMG_SIZE {self.img_size}, {takes} go into"

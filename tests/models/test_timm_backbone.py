@@ -52,6 +52,32 @@ FAMILIES = {
     "mambaout_femto": (96, 64),
     "hgnet_tiny": (96, 64),
 }
+# Residual blocks, in some of these families stages. A stem of several parts, a BatchNorm with an
+# activation after the stem or the last block, and a group that has no module of its own are none.
+BLOCKS = {
+    "efficientnet_lite0": 16,
+    "resnet50d": 16,
+    "poolformer_s12": 4,
+    "nest_tiny_jx": 12,
+}
+SLOW_BLOCKS = {
+    "resnet18": 8,
+    "densenet121": 58,
+    "dpn68": 22,
+    "convnext_atto": 12,
+    "mobilenetv4_conv_small": 17,
+    "regnety_002": 13,
+    "swin_tiny_patch4_window7_224": 12,
+    "maxvit_rmlp_pico_rw_256": 4,
+    "vit_tiny_patch16_224": 12,
+    "vit_small_patch14_reg4_dinov2": 12,
+    "eva02_tiny_patch14_224": 12,
+    "xcit_nano_12_p16_224": 14,
+    "hiera_tiny_224": 12,
+    "pvt_v2_b0": 4,
+    "levit_128s": 9,
+    "mambaout_femto": 18,
+}
 EVERY = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
 SIZES = SMALL | FAMILIES
 
@@ -72,7 +98,7 @@ def built(name: str, **spec):
 
 
 def run_of(name: str, **options):
-    size, local = SIZES[name]
+    size, local = SIZES.get(name, (64, 48))
     settings = {
         "MODEL__ARCH": f"timm/{name}",
         "MODEL__EMBED_DIM": 0,
@@ -196,6 +222,25 @@ def test_whether_the_image_feature_is_the_patches_mean_is_measured():
     assert found == {"test_efficientnet": True, "test_mambaout": False, "test_vit2": False}
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *BLOCKS.items(),
+        *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW_BLOCKS.items()),
+    ],
+)
+def test_its_blocks_are_counted_and_the_stem_stands_before_them(name, count):
+    with torch.device("meta"):
+        backbone = build_backbone(BackboneSpec(f"timm/{name}", img_size=SIZES.get(name, (224,))[0]))
+    blocks, depths = backbone.all_blocks(), backbone.depths()
+    assert len(blocks) == count
+    assert [depths[block] for block in blocks] == list(range(1, count + 1))
+    first = next(part for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    assert depths[first] == 0
+    inside = sum(p.numel() for block in blocks for p in block.parameters())
+    assert inside > 0.5 * sum(p.numel() for p in backbone.parameters())
+
+
 # What is refused
 
 
@@ -215,6 +260,10 @@ def test_whether_the_image_feature_is_the_patches_mean_is_measured():
             {"arch": "timm/test_vit2", "img_size": 100},
             "MODEL.IMG_SIZE 100: timm/test_vit2 takes multiples of 16 pixels",
         ),
+        (
+            {"arch": "timm/test_convnext", "img_size": 16},
+            "MODEL.IMG_SIZE 16: timm/test_convnext takes images of 32 pixels and more",
+        ),
     ],
 )
 def test_what_timm_cannot_give_is_refused(spec, words):
@@ -226,6 +275,7 @@ def test_what_timm_cannot_give_is_refused(spec, words):
     ("name", "size", "words"),
     [
         ("test_vit2", 40, "MODEL.IMG_SIZE 64, multiples of 16 pixels go into timm/test_vit2."),
+        ("test_convnext", 31, "MODEL.IMG_SIZE 64, images of 32 pixels and more go into"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -263,6 +313,16 @@ def test_tags_of_weights_do_not_tell_networks_apart():
     assert identity(specs[0]) == identity(specs[1])
     assert identity(specs[0]) != identity(BackboneSpec("timm/resnet34"))
     assert BackboneSpec.from_dict(specs[1].to_dict()) == specs[1]
+
+
+def test_the_size_tells_networks_apart_that_are_laid_out_for_one():
+    """Two random networks that are the same would be two equal rows of a table."""
+    same = {
+        name: identity(BackboneSpec(f"timm/{name}", img_size=64))
+        == identity(BackboneSpec(f"timm/{name}", img_size=96))
+        for name in ("test_efficientnet", "test_vit2")
+    }
+    assert same == {"test_efficientnet": True, "test_vit2": False}
 
 
 # A whole run
