@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from tests.processes import PATIENCE, ROOT, run_group
+from utils import launch
+from utils.launch import Place
 
 FOLDER = ROOT / "experiments" / "slurm"
 SHELL = sorted(path for path in FOLDER.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -45,10 +47,11 @@ case "$1 $2 $3" in
     *) exit 99 ;;
 esac
 """
-# In the place of Python: says what it was given and ends with the code of its rank, whatever
-# signals come from those who have ended.
+# In the place of Python: says what it was given, keeps its environment, and ends with the code of
+# its rank, whatever signals come from those who have ended.
 TASK = """#!/usr/bin/env bash
 trap '' TERM
+env -0 > "$STAND_INS/environment$SLURM_PROCID"
 touch "$STAND_INS/up$SLURM_PROCID"
 until [[ -e $STAND_INS/up0 && -e $STAND_INS/up1 ]]; do sleep 0.01; done
 echo "$(printf '%s|' "$@")"
@@ -134,6 +137,28 @@ def test_only_a_preemption_is_requeued_and_every_code_is_passed_on(codes, ends, 
     assert job.lines()[:2] == ["main_cmd.py|--check|two words|"] * 2
 
 
+@pytest.mark.parametrize(
+    ("script", "address", "local_ranks", "local_size"),
+    [("one_node", "127.0.0.1", (0, 1), "2"), ("several_nodes", "localhost", (0, 0), "1")],
+)
+def test_each_task_reads_its_place_and_where_all_meet(
+    script, address, local_ranks, local_size, job, monkeypatch
+):
+    job = job(script)
+    started = job.start(PYTHON=str(job.folder / "task"), CODES="0 0")
+    assert started.wait(timeout=PATIENCE) == 0
+    ports = set()
+    for rank in (0, 1):
+        given = (job.folder / f"environment{rank}").read_text().split("\0")[:-1]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", dict(line.split("=", 1) for line in given))
+            assert launch.place() == Place(rank, 2, local_ranks[rank])
+            assert os.environ["MASTER_ADDR"] == address
+            assert os.environ["LOCAL_WORLD_SIZE"] == local_size
+            ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) == 1
+
+
 def options(command, folder: Path, epochs: int) -> list[str]:
     """What follows main_cmd.py for a run of so many epochs of 2 steps."""
     some = f"TRAIN.BATCH_SIZE_PER_GPU 4 TRAIN.EPOCHS {epochs} PRINT_FREQ 1"
@@ -145,12 +170,9 @@ def steps_done(job: Job) -> int:
     return torch.load(path, weights_only=True)["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "number"),
-    [
-        ("one_node", signal.SIGUSR1),
-        pytest.param("several_nodes", signal.SIGTERM, marks=pytest.mark.slow),
-    ],
+    ("script", "number"), [("one_node", signal.SIGUSR1), ("several_nodes", signal.SIGTERM)]
 )
 def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(
     script, number, job, command, environment
