@@ -292,7 +292,7 @@ def found_by(world: World) -> dict:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_any_number_of_processes_trains_the_same_heads(size):
     alone = found_by(ALONE)
     for rank, found in enumerate(found_by_each(size, found_by)):

@@ -123,7 +123,10 @@ def error_line(done: subprocess.CompletedProcess) -> str:
 # timm
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "resnet50" else []) for n in SPECS],
+)
 def test_stock_timm_loads_the_file_strictly_and_gives_the_image_feature(tmp_path, name):
     spec = SPECS[name]
     source, out = write_run(tmp_path / "run.pth", spec), tmp_path / "out"

@@ -117,8 +117,13 @@ RESNET = (
 
 @pytest.mark.parametrize(
     ("objective", "network"),
-    [("esvit", SWIN), ("dino", f"{RESNET} TRAIN.OPTIMIZER sgd"), ("released", "")],
-    ids=["esvit-swin", "dino-resnet50", "released-vit"],
+    [
+        pytest.param("esvit", SWIN, id="esvit-swin"),
+        pytest.param(
+            "dino", f"{RESNET} TRAIN.OPTIMIZER sgd", id="dino-resnet50", marks=pytest.mark.slow
+        ),
+        pytest.param("released", "", id="released-vit"),
+    ],
 )
 def test_every_objective_and_family_trains(objective, network, pretrain, tmp_path):
     done = pretrain(
@@ -284,7 +289,10 @@ def assert_close_runs(first: Path, second: Path) -> None:
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+# The losses of each by two processes: tests/losses/test_losses_distributed.py.
+@pytest.mark.parametrize(
+    "name", ["cmd", *(pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES if n != "cmd")]
+)
 def test_two_processes_of_half_the_batch_reach_the_weights_of_one(
     name, whole_batch, pretrain, tmp_path
 ):
@@ -295,7 +303,9 @@ def test_two_processes_of_half_the_batch_reach_the_weights_of_one(
     assert_close_runs(whole_batch(name), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["esvit", "same", "released"])
+@pytest.mark.parametrize(
+    "name", ["same", *(pytest.param(n, marks=pytest.mark.slow) for n in ("esvit", "released"))]
+)
 def test_two_accumulated_halves_reach_the_weights_of_the_whole_batch(
     name, whole_batch, pretrain, tmp_path
 ):
@@ -494,6 +504,7 @@ def test_a_run_made_to_collapse_is_warned_about_and_the_same_with_both_on_is_not
 ):
     options, entropy = MADE_TO_COLLAPSE[how]
     fast = "LOSS.OBJECTIVE dino TRAIN.EPOCHS 18 TRAIN.BASE_LR 0.05 TRAIN.MOMENTUM_TEACHER 0.98"
+    fast += " AUG.LOCAL_CROPS_NUMBER []"
     done = pretrain(tmp_path, f"{fast} {options} PRINT_FREQ 1 SEED 3")
     warnings = warnings_of_training(done)
     if entropy is None:
