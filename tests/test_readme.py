@@ -1,31 +1,22 @@
 """What the README tells people to type works."""
 
 import re
-import subprocess
 import sys
 
 import pytest
 
 import compare
-from tests.processes import PATIENCE, ROOT
+from tests.processes import ROOT, run_python
 from utils import cli, config
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_snippet_gives_image_and_patch_features(trained, tmp_path):
+def test_the_python_snippet_gives_image_and_patch_features(trained, environment, tmp_path):
     """The snippet as it stands, in a folder where OUT is a run's."""
     (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     (tmp_path / "OUT").symlink_to(trained)
-    run = subprocess.run(
-        [sys.executable, "-c", snippet],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert run.returncode == 0, run.stderr
+    run = run_python("-c", snippet, environment=environment, folder=tmp_path)
     # 224 pixels in patches of 8: 28 x 28.
     assert run.stdout.split() == ["torch.Size([2,", "32])", "torch.Size([2,", "784,", "32])"]
 

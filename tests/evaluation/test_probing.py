@@ -214,28 +214,20 @@ def test_more_outputs_than_classes_work_and_fewer_are_refused(probe):
     assert "--num_labels 2" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "width"),
-    [
-        ("--n_last_blocks 1", 32),
-        ("--avgpool_patchtokens true", 96),
-        ("--avgpool_patchtokens false", 64),
-        ("--pooling mean", 32),
-        ("--pooling mil", 32),
-    ],
-)
-def test_the_probe_is_as_wide_as_its_features(probe, options, width):
-    done = probe(f"{CACHED} --epochs 1 {options}")
-    assert done.state["weights"][0].shape == (3, width)
-
-
-def test_the_pooling_decides_the_features(probe):
-    options = ("--n_last_blocks 1", "--pooling mean", "--pooling mil --avgpool_patchtokens true")
-    done = [probe(f"{CACHED} --epochs 1 {more}") for more in options]
-    assert [len(each.result["remarks"]) for each in done] == [0, 1, 2]
-    assert "--n_last_blocks" in done[1].result["remarks"][0]
+def test_blocks_and_pooling_decide_the_features_and_their_width(probe, cached):
+    widths = {
+        "--avgpool_patchtokens true": 96,
+        "--n_last_blocks 1": 32,
+        "--pooling mean": 32,
+        "--pooling mil --avgpool_patchtokens true": 32,
+    }
+    done = [probe(f"{CACHED} --epochs 1 {more}") for more in widths]
+    assert [len(each.result["remarks"]) for each in done] == [0, 0, 1, 2]
+    assert "--n_last_blocks" in done[2].result["remarks"][0]
     weights = [each.state["weights"][0] for each in done]
-    for one, other in itertools.combinations(weights, 2):
+    assert [tuple(weight.shape) for weight in weights] == [(3, width) for width in widths.values()]
+    assert cached.state["weights"][0].shape == (3, 64)
+    for one, other in itertools.combinations(weights[1:], 2):
         assert not torch.allclose(one, other, atol=1e-5)
 
 
@@ -256,7 +248,7 @@ def test_one_class_and_one_test_image(probe, tmp_path):
 
 
 def test_a_killed_probe_goes_on_to_the_same_figures(probe, checkpoint, data, tmp_path, environment):
-    options = f"{SGD} --epochs 60 --sweep 0.5 2"
+    options = f"{SGD} --epochs 24 --sweep 0.5 2"
     whole, folder = probe(options), tmp_path / "killed"
     words = ["--pretrained_weights", checkpoint, "--data_path", data, "--output_dir", folder]
     process = start_python("eval_linear.py", *words, *options.split(), environment=environment)
@@ -268,7 +260,7 @@ def test_a_killed_probe_goes_on_to_the_same_figures(probe, checkpoint, data, tmp
     process.kill()
     assert process.wait() == -signal.SIGKILL, "it was not killed midway"
     stopped = torch.load(folder / "linear.pth")["epoch"]
-    assert 3 <= stopped < 60
+    assert 3 <= stopped < 24
     again = probe(options, folder)
     assert f"at epoch {stopped}" in again.stdout
     remark = f"went on from epoch {stopped} in a second command"
