@@ -119,7 +119,7 @@ def test_three_processes_find_the_same_knn(basic, knn_dump, environment, tmp_pat
         assert ours.paths == alone.paths
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_find_the_same_retrieval(
     processes, basic, retrieval_alone, environment, tmp_path
 ):
@@ -305,7 +305,15 @@ def test_retrieval_of_kept_features_shows_images_that_have_moved(weights, data, 
 # Edge cases
 
 
-@pytest.mark.parametrize(("classes", "train", "test"), [(1, 3, 2), (2, 3, 2), (2, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("classes", "train", "test"),
+    [
+        (1, 3, 2),
+        pytest.param(2, 3, 2, marks=pytest.mark.slow),
+        pytest.param(2, 1, 1, marks=pytest.mark.slow),
+        (1, 1, 1),
+    ],
+)
 @pytest.mark.parametrize("name", ["knn", "retrieval"])
 def test_few_classes_and_few_images(name, classes, train, test, weights, tmp_path):
     data = write_data(tmp_path / "data", classes, train, test)
