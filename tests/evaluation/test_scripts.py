@@ -29,7 +29,7 @@ from tests.evaluation.runs import (
     works,
     write_data,
 )
-from tests.processes import ROOT, free_port, run_group
+from tests.processes import ROOT, free_port, run_group, run_python
 
 ESVIT_YAML = """
 MODEL: {EMBED_DIM: 48, DEPTHS: [2], NUM_HEADS: [3], PATCH_SIZE: 8, IMG_SIZE: 32}
@@ -129,8 +129,13 @@ def test_several_processes_find_the_same_retrieval(
     assert results(tmp_path, "retrieval")["processes"] == processes
 
 
-def test_esvits_command_runs_on_esvits_file(data, weights, knn_dump, environment, tmp_path):
-    """torch.distributed.launch with all of EsViT's flags, on a file in its form."""
+@pytest.mark.parametrize(
+    "launched", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["group", "launcher"]
+)
+def test_esvits_command_runs_on_esvits_file(
+    launched, data, weights, knn_dump, environment, tmp_path
+):
+    """With all of EsViT's flags, on a file in its form, as torch.distributed.launch starts it."""
     own = torch.load(weights, weights_only=True)
     states = {
         key: {f"module.{k}": v for k, v in own[key].items() if not k.startswith("pool.")}
@@ -138,12 +143,6 @@ def test_esvits_command_runs_on_esvits_file(data, weights, knn_dump, environment
     }
     torch.save({**states, "epoch": 1, "args": argparse.Namespace(arch="x")}, tmp_path / "e.pth")
     (tmp_path / "some.yaml").write_text(ESVIT_YAML)
-    launcher = [
-        "-m",
-        "torch.distributed.launch",
-        "--nproc_per_node=2",
-        f"--master_port={free_port()}",
-    ]
     line = f"""
         eval_knn.py --data_path {data} --dump_features {tmp_path}/out/features
         --pretrained_weights {tmp_path}/e.pth --checkpoint_key teacher --batch_size_per_gpu 4
@@ -151,9 +150,15 @@ def test_esvits_command_runs_on_esvits_file(data, weights, knn_dump, environment
         --temperature 0.07 --use_cuda False --num_workers 1 --dist_url tcp://127.0.0.1:1
         --zip_mode MODEL.NUM_CLASSES 0 DEVICE cpu EVAL.PICTURES false
     """
-    done = process(environment, *launcher, *line.split())
+    if launched:
+        launcher = "-m torch.distributed.launch --nproc_per_node=2 --master_port"
+        words = [*launcher.split(), free_port(), *line.split()]
+        done = run_python(*words, environment=environment)
+    else:
+        script, *words = line.split()
+        done = run_group(2, script, "--local-rank=0", *words, environment=environment)
     for flag in ("--use_cuda", "--dist_url", "--zip_mode"):
-        assert done.out.count(f"warning: {flag} has no meaning here and is ignored: ") == 1
+        assert done.stdout.count(f"warning: {flag} has no meaning here and is ignored: ") == 1
     # The same weights as in our own file, so the same figures.
     assert figures(tmp_path / "out" / "features", "knn") == figures(knn_dump, "knn")
 

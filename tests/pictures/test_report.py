@@ -121,25 +121,20 @@ def test_a_report_names_what_is_missing(images, environment, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_random_network_of_a_report_is_the_one_the_run_began_with(
-    trained, images, environment, tmp_path, pretrain
+def test_boxes_reach_the_report_and_its_random_network_is_the_one_the_run_began_with(
+    environment, tmp_path, pretrain
 ):
     """A run whose learning rate is 0 ends where it began."""
-    pretrain(tmp_path / "still", "TRAIN.EPOCHS 1 TRAIN.BASE_LR 0 TRAIN.MIN_LR 0 SEED 3")
-    arguments = ("--output_dir", tmp_path / "still", "--gallery", images, "--queries", images)
-    run_python("report.py", *arguments, "--k", 3, environment=environment)
-    knn = json.loads((tmp_path / "still" / "results.json").read_text())["knn"]
-    assert knn["trained"] == knn["random_initialisation"]
-
-
-def test_boxes_reach_the_report(environment, tmp_path, pretrain):
     config = DIFFICULTIES["easy"]
-    synthetic.write_folder(config, 0, tmp_path / "data", train=20, val=10)
+    synthetic.write_folder(config, 0, tmp_path / "data", train=20, val=30)
     data, folder = tmp_path / "data", tmp_path / "run"
-    pretrain(folder, f"DATA.PATH {data}/train TRAIN.EPOCHS 1 SEED 3")
-    arguments = ("--gallery", data / "train", "--queries", data / "val", "--size", 64)
+    still = "TRAIN.EPOCHS 1 TRAIN.BASE_LR 0 TRAIN.MIN_LR 0 SEED 3"
+    pretrain(folder, f"DATA.PATH {data}/train {still}")
+    arguments = ("--gallery", data / "train", "--queries", data / "val", "--size", 64, "--k", 3)
     run_python("report.py", "--output_dir", folder, *arguments, environment=environment)
-    figures = json.loads((folder / "results.json").read_text())["pointing"]
+    results = json.loads((folder / "results.json").read_text())
+    knn, figures = results["knn"], results["pointing"]
+    assert knn["trained"] == knn["random_initialisation"]
     boxes = synthetic.read_parts(data)
     touching = pointing.cells_touching(
         [box for path, box in boxes.items() if path.startswith("val/")], (8, 8), 8
