@@ -31,7 +31,7 @@ from engine.pictures.curves import read_log
 from engine.studies import tables
 from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
-from engine.studies.runs import LOCK, Run, locked, pretrained, run_of
+from engine.studies.runs import Run, pretrained, run_of
 from engine.studies.spec import Study, choose, load
 from engine.studies.zeros import random_source
 from utils import checkpoint, cli, config, distributed, logging
@@ -217,14 +217,10 @@ def trained(run: Run, cfg: Node) -> tuple[Source, dict]:
 
 
 def write_tables(results: StudyResults) -> None:
-    """results.json, table.md and curves.png of all in results/.
-
-    One command at a time: others that share the folder may have more results by now.
-    """
+    """results.json, table.md and curves.png of all in results/."""
     command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    with locked(results.output / LOCK, wait=True):
-        found = results.finished(refuse=False)
-        tables.write(results.study, results.random.values(), found, command, results.output)
+    found = results.finished(refuse=False)
+    tables.write(results.study, results.random.values(), found, command, results.output)
 
 
 @contextmanager

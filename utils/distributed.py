@@ -53,29 +53,21 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     launcher's variables are not as they should be.
     """
     global _hosts
-    rank, size, local_rank, certain = launch.place()
+    rank, size, local_rank = launch.place()
     device = kind_of_device(device)
     place = _gpu(local_rank) if device == "cuda" else torch.device("cpu")
     if size == 1:
         return World(rank, size, place)
     timeout = timedelta(minutes=timeout_minutes)
     try:
-        store = _meet(rank, size, timeout if certain else timedelta(seconds=0.9 * PATIENCE))
+        store = _meet(rank, size, timeout)
     except dist.DistError as error:
-        if certain and "failed to listen" in str(error):
+        if "failed to listen" in str(error):
             raise InputError(
                 f"port {os.environ['MASTER_PORT']} of this machine is taken, perhaps by another "
                 f"run: start with another one (torchrun's --master_port, or MASTER_PORT)."
             ) from None
-        if certain:
-            raise
-        print(
-            f"no other process came: this one runs alone. SLURM_NTASKS is {size}: to train with "
-            f"so many start them by srun, and to spare the waiting unset it.",
-            file=sys.stderr,
-        )
-        launch.forget()
-        return World(0, 1, place)
+        raise
     store.set_timeout(timeout)
     # torchrun keeps one store over its restarts, with the addresses of those who died.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from utils.errors import InputError
 
-OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-# The same in Open MPI, and in MPICH and what descends from it.
+# RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in Open MPI, and in MPICH and its descendants.
 MPI = (
     [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")],
     ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
@@ -20,23 +19,17 @@ MPI = (
 
 
 class Place(NamedTuple):
-    """rank, of size processes; local_rank, among those of this machine.
-
-    certain: whether the others are there. Where Slurm says neither that this is a step of srun nor
-    that it is a batch script, which runs once, nobody knows.
-    """
+    """rank, of size processes; local_rank, among those of this machine."""
 
     rank: int
     size: int
     local_rank: int
-    certain: bool = True
 
 
 def place() -> Place:
     """This process's place. InputError where what a launcher says is missing or cannot be."""
-    certain = True
     if "RANK" not in os.environ:
-        certain = _adopt()
+        _adopt()
     rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
     if "WORLD_SIZE" not in os.environ and (rank or local_rank):
         raise InputError(
@@ -57,13 +50,7 @@ def place() -> Place:
             )
     for name in ("MASTER_PORT", "LOCAL_WORLD_SIZE"):
         number(name, 1)
-    return Place(rank, size, local_rank, certain)
-
-
-def forget() -> None:
-    """Take back what was put into torch's variables: there are no others."""
-    for name in OWN:
-        os.environ.pop(name, None)
+    return Place(rank, size, local_rank)
 
 
 def number(name: str, default: int | None = None) -> int:
@@ -76,21 +63,16 @@ def number(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def _adopt() -> bool:
-    """Put what mpirun or srun says into torch's variables; returns whether it is certain."""
+def _adopt() -> None:
+    """Put what mpirun or srun says into torch's variables."""
     mpi = next((names for names in MPI if names[2] in os.environ), None)
-    is_step = "SLURM_STEP_NUM_TASKS" in os.environ  # of srun
-    is_script = os.environ.get("ENVIRONMENT") == "BATCH" and not is_step  # of sbatch
-    if mpi:
-        rank, size, certain = number(mpi[0]), number(mpi[1]), True
-    elif "SLURM_PROCID" in os.environ and not is_script:
-        rank = number("SLURM_PROCID")
-        size = number("SLURM_STEP_NUM_TASKS" if is_step else "SLURM_NTASKS", None if rank else 1)
-        certain = is_step or rank > 0
-    else:
-        return True
+    # Of srun alone: a batch script, which runs once, has SLURM_PROCID and SLURM_NTASKS too.
+    rank_name, size_name = mpi[:2] if mpi else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    if size_name not in os.environ:
+        return
+    rank, size = number(rank_name), number(size_name)
     if size == 1:
-        return True
+        return
     if number("WORLD_SIZE", size) != size:
         raise InputError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {size} processes were started."
@@ -112,7 +94,6 @@ def _adopt() -> bool:
     os.environ.setdefault("MASTER_ADDR", address)
     # Below 32768, from where the system gives ports to whoever asks.
     os.environ.setdefault("MASTER_PORT", str(20000 + job % 12000))
-    return certain
 
 
 def _slurm(name: str) -> str:

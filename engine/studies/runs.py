@@ -1,6 +1,5 @@
 """The pretraining runs of a study: child processes of main_cmd.py, so many at a time."""
 
-import fcntl
 import json
 import os
 import shlex
@@ -8,10 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from datasets.benchmarks import Splits
 from engine.studies.results import misfit
@@ -22,7 +20,6 @@ from utils.files import make_folder, write_json
 from utils.logging import logger
 
 STDOUT = "stdout.txt"
-LOCK = ".lock"
 IDENTITY = "identity.json"
 SHOWN = 5  # last lines of a failed run
 INTERVAL = 0.1  # seconds between two looks at the children
@@ -113,26 +110,18 @@ def pretrained(runs: Iterable[Run], at_once: int = 1) -> Iterator[tuple[Run, int
     """(run, exit code) of each run as it ends; `at_once` side by side.
 
     Where the iterator is closed, or its caller's thread is interrupted in it, the children get
-    SIGTERM, on which they write a checkpoint, and are waited for. A run in whose folder another
-    process still trains, such as one that a killed study left, begins when that has ended.
-    Raises InputError where a folder holds another run (Run.refuse_other) or cannot be locked.
+    SIGTERM, on which they write a checkpoint, and are waited for. A child refuses a folder in which
+    another process trains. Raises InputError where a folder holds another run (Run.refuse_other).
     """
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
-    waiting, taken = list(runs), set()
+    waiting = list(runs)
     children: list[tuple[Run, subprocess.Popen]] = []
     try:
         while waiting or children:
-            for run in list(waiting):
-                if len(children) == at_once:
-                    break
-                process = _start(run, environment)
-                if process is not None:
-                    logger.info(f"{run.name}: pretraining; its lines are in {run.folder / STDOUT}")
-                    waiting.remove(run)
-                    children.append((run, process))
-                elif run.name not in taken:
-                    taken.add(run.name)
-                    logger.warning(f"{run.name}: another process still trains in {run.folder}")
+            while waiting and len(children) < at_once:
+                run = waiting.pop(0)
+                children.append((run, _start(run, environment)))
+                logger.info(f"{run.name}: pretraining; its lines are in {run.folder / STDOUT}")
             for run, process in list(children):
                 if process.poll() is not None:
                     children.remove((run, process))
@@ -145,19 +134,12 @@ def pretrained(runs: Iterable[Run], at_once: int = 1) -> Iterator[tuple[Run, int
             process.wait()
 
 
-def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen | None:
-    """The run as a process; None where another one has its folder.
-
-    The process inherits the open lock: as long as it lives the folder is taken, whatever becomes
-    of this one. It has a session of its own, so that Ctrl-C reaches it as SIGTERM only.
-    """
+def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
+    """The run as a process, of a session of its own: Ctrl-C reaches it as SIGTERM only."""
     make_folder(run.folder)
-    lock = locked(run.folder / LOCK)
-    if lock is None:
-        return None
-    with lock, open(run.folder / STDOUT, "ab") as stdout:
-        run.refuse_other()
-        write_json(run.folder / IDENTITY, run.identity)
+    run.refuse_other()
+    write_json(run.folder / IDENTITY, run.identity)
+    with open(run.folder / STDOUT, "ab") as stdout:
         return subprocess.Popen(
             run.command,
             stdin=subprocess.DEVNULL,
@@ -165,25 +147,4 @@ def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen | None:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            pass_fds=(lock.fileno(),),
         )
-
-
-def locked(path: Path, wait: bool = False) -> IO | None:
-    """The file, locked while it is open; None where another process has it, unless `wait`.
-
-    Raises InputError where it cannot be locked, as on some network file systems.
-    """
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(path, "w"))
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be locked ({error.strerror}): choose an --output_dir on a file "
-                f"system that can."
-            ) from None
-        stack.pop_all()
-    return file

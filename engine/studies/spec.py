@@ -4,12 +4,10 @@ data:       name -> {synthetic: {train, val, seed, difficulty, SETTING: value}},
             name -> folder (that of --data_path, with train and val)
 base:       a YAML of options that all cells start from, relative to the repository
 options:    options laid over it, as SECTION: {KEY: value} or SECTION.KEY: value
-seeds:      [0, 1]: every cell is pretrained with each
+seeds:      [0, 1]: every cell is pretrained with each, all with the first before any with the next
 cells:      name -> options of its own; beside them `data` (which set, where there are
             several), `title` (its name in the tables) and `base` (a YAML that this cell starts
             from in the place of the study's; `options` are laid over that too)
-order:      groups of cells, [[a, b], [c]]: one group after the other, within it all cells
-            with the first seed before any with the second; cells not named come last
 evaluate:   poolings (of default, mean, mil, lcr, where the network has them), k, baseline (the
             cell, or one for each data set, that others are compared with), knn_every (epochs
             between the k-NN tests of a run, for its curve)
@@ -80,7 +78,6 @@ class Study:
     data: dict[str, DataSet]
     seeds: tuple[int, ...]
     cells: dict[str, Cell]
-    order: tuple[tuple[str, ...], ...]
     protocol: Protocol
 
     @property
@@ -105,10 +102,9 @@ class Study:
         return cfg
 
     def runs(self, cells: Iterable[str], seeds: Iterable[int]) -> Iterator[tuple[str, int]]:
-        """(cell, seed) of these cells and seeds, in the order of the study."""
-        for group in self.order:
-            for seed in seeds:
-                yield from ((cell, seed) for cell in group if cell in cells)
+        """(cell, seed) of these cells, in the study's order, with one seed after the other."""
+        for seed in seeds:
+            yield from ((cell, seed) for cell in self.cells if cell in cells)
 
 
 def load(path: str | Path, pairs: Iterable[tuple[str, Any]] = ()) -> Study:
@@ -117,7 +113,7 @@ def load(path: str | Path, pairs: Iterable[tuple[str, Any]] = ()) -> Study:
     Raises InputError for whatever is wrong with it, in one sentence.
     """
     path = Path(path).expanduser()
-    sections = ("data", "base", "options", "seeds", "cells", "order", "evaluate")
+    sections = ("data", "base", "options", "seeds", "cells", "evaluate")
     tree = _mapping(config.read_file(path, "--study"), f"{path}", sections)
     for section in ("data", "base", "cells"):
         if not tree.get(section):
@@ -138,9 +134,8 @@ def load(path: str | Path, pairs: Iterable[tuple[str, Any]] = ()) -> Study:
     seeds = tree.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(_is_whole(seed) for seed in seeds):
         raise InputError(f"{path}: seeds must be a list of whole numbers from 0, not {seeds}.")
-    order = _order(tree.get("order") or [], cells, f"{path}, order")
     protocol = _protocol(tree.get("evaluate"), cells, f"{path}, evaluate")
-    study = Study(path, data, tuple(dict.fromkeys(seeds)), cells, order, protocol)
+    study = Study(path, data, tuple(dict.fromkeys(seeds)), cells, protocol)
     for name in cells:
         study.config(name)
     return study
@@ -232,18 +227,6 @@ def _cell(
     if not base.is_file():
         raise InputError(f"{where}: base names {base}, and there is no such file.")
     return Cell(name, title, chosen, base, shared | _options(tree, where) | typed)
-
-
-def _order(groups: object, cells: dict[str, Cell], where: str) -> tuple[tuple[str, ...], ...]:
-    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
-        raise InputError(
-            f"{where}: must be groups of cells, such as [[a, b], [c]], not {groups!r}."
-        )
-    named = choose([cell for group in groups for cell in group], cells, where)
-    if len(set(named)) < len(named):
-        raise InputError(f"{where}: a cell is there twice.")
-    rest = [cell for cell in cells if cell not in named]
-    return tuple(tuple(group) for group in (*groups, rest) if group)
 
 
 def _protocol(tree: object, cells: dict[str, Cell], where: str) -> Protocol:

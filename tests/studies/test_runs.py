@@ -1,4 +1,4 @@
-"""The runs of a study: folders, locks and signals of real processes, of one line each."""
+"""The runs of a study: folders and signals of real processes, of one line each."""
 
 import sys
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from datasets.folder import LabelledImages
-from engine.studies.runs import IDENTITY, LOCK, Run, locked, pretrained, run_of
+from engine.studies.runs import IDENTITY, Run, pretrained, run_of
 from engine.studies.spec import load
 from tests.studies.studies import PLACES, study_file
 from utils import cli, config
@@ -70,25 +70,6 @@ def test_a_folder_with_a_run_of_other_images_or_of_nobody_knows_what_is_refused(
     assert codes(run) == [0]
 
 
-def test_a_folder_in_which_another_trains_is_waited_for_and_others_go_first(tmp_path):
-    study = load(study_file(tmp_path))
-    runs = [line_of(run_of(study, "cmd", seed, PLACES, tmp_path), TRAINS) for seed in (0, 1)]
-    runs[0].folder.mkdir(parents=True)
-    other = locked(runs[0].folder / LOCK)
-    ended = pretrained(runs)
-    assert next(ended)[0] == runs[1]
-    assert not (runs[0].folder / "checkpoint.pth").exists()
-    other.close()
-    assert next(ended)[0] == runs[0]
-
-
-def test_a_folder_that_cannot_be_locked_is_one_sentence_and_no_endless_wait(tmp_path):
-    run = line_of(run_of(load(study_file(tmp_path)), "cmd", 0, PLACES, tmp_path), TRAINS)
-    (run.folder / LOCK).mkdir(parents=True)
-    with pytest.raises(InputError, match=r"cannot be locked \(Is a directory\): choose an --out"):
-        codes(run)
-
-
 def test_children_of_a_study_that_stops_get_sigterm_and_are_waited_for(tmp_path):
     study = load(study_file(tmp_path))
     waits = """
@@ -111,7 +92,6 @@ signal.pause()
     assert not (ready.parent / "checkpoint.pth").exists()
     ended.close()
     assert (ready.parent / "checkpoint.pth").exists()
-    locked(ready.parent / LOCK).close()
 
 
 def test_several_processes_are_started_by_torchrun(tmp_path):

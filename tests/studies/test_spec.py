@@ -39,7 +39,6 @@ from utils.errors import InputError
         (("baseline: esvit", "baseline: esvt"), "Did you mean esvit?"),
         (("baseline: esvit", "baseline: [cmd, esvit]"), "one baseline, not several"),
         (("seeds: [0, 1]", "seeds: [0, x]"), "seeds must be a list of whole numbers"),
-        (("seeds:", "order: [[cmd, cmd]]\nseeds:"), "a cell is there twice"),
         (("smoke.yaml", "smok.yaml"), "there is no such file"),
         (("LOSS.OBJECTIVE: esvit", "base: x.yaml"), "cell esvit: base names"),
         (("data:\n", "data: [\n"), "is not a YAML file"),
@@ -96,14 +95,9 @@ def test_who_crops_is_settled_by_the_device_and_part_of_the_command(tmp_path):
         assert run.command[-2:] == ["DATA.CROPS", crops]
 
 
-def test_groups_of_the_order_run_seed_by_seed(tmp_path):
-    text = TINY.replace("seeds:", "order: [[esvit]]\nseeds:")
-    study = load(study_file(tmp_path, text))
-    assert list(study.runs(["cmd", "esvit"], [0, 1])) == [
-        ("esvit", 0), ("esvit", 1), ("cmd", 0), ("cmd", 1),
-    ]  # fmt: skip
+def test_cells_run_with_one_seed_after_the_other(tmp_path):
     study = load(study_file(tmp_path))
-    assert list(study.runs(["cmd", "esvit"], [0, 1])) == [
+    assert list(study.runs(["esvit", "cmd"], [0, 1])) == [
         ("cmd", 0), ("esvit", 0), ("cmd", 1), ("esvit", 1),
     ]  # fmt: skip
     assert list(study.runs(["esvit"], [1])) == [("esvit", 1)]

@@ -11,7 +11,7 @@ from utils import distributed, launch, lock
 from utils.errors import InputError
 from utils.launch import Place
 
-NAMES = (*launch.OWN, "MASTER_ADDR", "MASTER_PORT", "ENVIRONMENT")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOB = "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=gpu[03-04]"
 STEP = f"{JOB} SLURM_STEP_ID=2 SLURM_STEP_NUM_TASKS=4 SLURM_STEP_TASKS_PER_NODE=2(x2)"
 OMPI = "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1"
@@ -63,13 +63,12 @@ def given(monkeypatch):
         ),
         # A batch script's own process, or salloc's shell.
         (f"{JOB} SLURM_NTASKS=8", Place(0, 1, 0), None),
-        (f"{JOB} SLURM_NTASKS=8 SLURM_PROCID=0 ENVIRONMENT=BATCH", Place(0, 1, 0), None),
+        (f"{JOB} SLURM_NTASKS=8 SLURM_PROCID=0", Place(0, 1, 0), None),
         (
-            "SLURM_PROCID=0 SLURM_NTASKS=2",
-            Place(0, 2, 0, certain=False),
+            "SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2",
+            Place(1, 2, 1),
             ("127.0.0.1", "20000", "2"),
         ),
-        ("SLURM_PROCID=1 SLURM_NTASKS=2", Place(1, 2, 1), ("127.0.0.1", "20000", "2")),
         # Others win over Slurm, in whose jobs they may run.
         (f"{STEP} SLURM_PROCID=3 RANK=0 WORLD_SIZE=1", Place(0, 1, 0), None),
         (
@@ -91,7 +90,7 @@ def test_a_process_knows_its_place(variables, place, meets, given):
     if meets:
         names = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
         assert tuple(launch.os.environ.get(name) for name in names) == meets
-        assert launch.place() == place._replace(certain=True)  # as torchrun would have said it
+        assert launch.place() == place  # as torchrun would have said it
 
 
 @pytest.mark.parametrize(
@@ -109,11 +108,10 @@ def test_a_process_knows_its_place(variables, place, meets, given):
         ("WORLD_SIZE=2 RANK=one LOCAL_RANK=0", "RANK is 'one', not a whole number"),
         ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=http", "PORT is 'http'"),
         ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=x", "LOCAL_WORLD_SIZE is 'x'"),
-        ("SLURM_PROCID=1", "SLURM_NTASKS is not set"),
-        ("SLURM_PROCID=x SLURM_NTASKS=2", "SLURM_PROCID is 'x', not a whole number"),
+        ("SLURM_PROCID=x SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID is 'x', not a whole number"),
         (f"{STEP} SLURM_PROCID=2", "SLURM_LOCALID is not set"),
         (f"{STEP} SLURM_PROCID=2 WORLD_SIZE=8", "WORLD_SIZE is 8, but 4 processes were started"),
-        (f"{JOB} SLURM_PROCID=0 SLURM_NTASKS=2 ENVIRONMENT=BATCH WORLD_SIZE=2", "RANK is not set"),
+        (f"{JOB} SLURM_PROCID=0 SLURM_NTASKS=2 WORLD_SIZE=2", "RANK is not set"),
         (OMPI, "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
     ],
 )
@@ -138,10 +136,9 @@ def test_the_first_of_slurms_nodes(nodes, first):
 
 
 GROUP = """
-import os, sys, torch
+import os, torch
 from utils import distributed
 from utils.errors import run_script
-distributed.PATIENCE = float(sys.argv[1])
 def main():
     world = distributed.start("cpu", 1)
     print(world.rank, world.size, int(distributed.total(torch.ones(()))), os.environ.get("RANK"))
@@ -151,13 +148,13 @@ run_script(main)
 
 
 @pytest.mark.parametrize(
-    "variables", ["SLURM_PROCID={0} SLURM_NTASKS=2", OMPI.replace("RANK=1", "RANK={0}")]
+    "variables", ["SLURM_PROCID={0} SLURM_STEP_NUM_TASKS=2", OMPI.replace("RANK=1", "RANK={0}")]
 )
 def test_processes_of_srun_and_mpirun_are_one_group(variables, environment):
     meeting = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()} {variables}"
     scripts = [
         start_python(
-            *("-c", GROUP, 60),
+            *("-c", GROUP),
             environment=environment
             | dict(word.split("=") for word in meeting.format(rank).split()),
         )
@@ -165,14 +162,6 @@ def test_processes_of_srun_and_mpirun_are_one_group(variables, environment):
     ]
     said = [script.communicate() for script in scripts]
     assert said == [("0 2 2 0\n", ""), ("1 2 2 1\n", "")]
-
-
-def test_where_nothing_tells_a_step_from_a_script_the_others_are_waited_for(environment):
-    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    script = start_python("-c", GROUP, 0.5, environment=environment | job)
-    out, err = script.communicate()
-    assert (out, script.returncode) == ("0 1 1 None\n", 0)
-    assert "no other process came: this one runs alone. SLURM_NTASKS is 8" in err
 
 
 @pytest.mark.parametrize(
