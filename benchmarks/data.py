@@ -6,17 +6,12 @@ r"""The input side alone: images a second that arrive as crops on the device, by
 benchmarks/feeding.py says what ways there are. They take turns. In each turn a way has a loader
 of its own, some batches that do not count and then a window of batches that do; the median over
 the turns counts. Nothing uses the crops. The time of cores is that of this process and the
-loader's, and on a GPU includes waiting for it at a window's end. --names N lists N empty files
-instead, and says what that takes.
+loader's, and on a GPU includes waiting for it at a window's end.
 """
 
 import argparse
-import multiprocessing
-import os
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -29,10 +24,7 @@ from benchmarks.feeding import (
     whole_bursts,
     window,
 )
-from datasets.folder import ImageFolder
 from utils.errors import run_script
-
-CLASSES = 1000  # of the files of --names
 
 
 def parse() -> argparse.Namespace:
@@ -41,7 +33,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=common.positive, default=8, help="in a window (%(default)s)"
     )
-    parser.add_argument("--names", type=common.positive, help="files to list, and nothing else")
     common.add_crop_options(parser, batch=32)
     # No network is built and no loss: what their options are is all one.
     parser.set_defaults(objective="dino", arch="vit_small", prototypes=64)
@@ -83,40 +74,6 @@ def figures(feeding: Feeding, windows: list[tuple[float, float]]) -> dict:
     }
 
 
-def list_names(count: int) -> dict[str, float]:
-    """What it takes to list `count` empty files in class folders; MiB of memory not shared."""
-    with tempfile.TemporaryDirectory() as name:
-        for number in range(CLASSES):
-            os.mkdir(f"{name}/n{number:08d}")
-        for number in range(count):
-            os.mknod(f"{name}/n{number % CLASSES:08d}/{number:032d}.JPEG")
-        began, before = time.perf_counter(), private_mib()
-        images = ImageFolder(name)
-        found = {
-            "seconds to list": time.perf_counter() - began,
-            "MiB that this process gains": private_mib() - before,
-        }
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    context.Process(target=read_names, args=(images, theirs)).start()
-    theirs.close()  # else nobody would be told that the worker has died
-    return found | {"MiB that a forked worker gains by reading all names": ours.recv()}
-
-
-def read_names(images: ImageFolder, pipe) -> None:
-    """In a worker: send the memory that it has gained once it has read all names."""
-    before = private_mib()
-    for place in range(len(images)):
-        images.name(place)
-    pipe.send(private_mib() - before)
-
-
-def private_mib() -> float:
-    """Memory that this process shares with no other; Linux."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
-
-
 def line(way: str, found: dict) -> str:
     """One way in one line."""
     text = (
@@ -130,10 +87,6 @@ def line(way: str, found: dict) -> str:
 
 def main() -> None:
     args = parse()
-    if args.names:
-        for what, figure in list_names(args.names).items():
-            print(f"{what}: {figure:.1f}")
-        return
     began = time.perf_counter()
     found = measure(args)
     for way in args.ways:

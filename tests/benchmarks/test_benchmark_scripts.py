@@ -12,10 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import launches
-from engine.training.optim import step_if
 from tests.processes import run_python
-from tests.runs import small_config
 from utils.errors import InputError
 
 CROPS = "--batch 2 --global_size 32 --local_crops 2 --local_size 16 --threads 1"
@@ -146,19 +143,6 @@ def test_scaling(measured, tmp_path):
         assert picture.width > 1000
 
 
-def test_teacher_term(measured):
-    """2 views of 16 patches of 32 numbers: 2 images of each of 8 processes, 4 candidates."""
-    words = f"--processes 8 {NETWORK} {SMALL} CMD.LT_CANDIDATES 4"
-    figures = measured("teacher_term", words)[0]["figures"]
-    for images, passes in ((4, 2), (16, 1)):
-        found = figures[f"L_T, {images} candidates"]
-        assert found["gflop"] * 1e9 == pytest.approx(2 * (2 * 2 * 16) * (images * 2 * 16) * 32)
-        sent = passes * images * 2 * 16 * 32 * 4
-        assert found["received_mb"] * 1e6 == pytest.approx(sent * 7 / 8)
-        assert found["peak_memory_gib"] * GIB > images * 2 * 16 * 32 * 4
-    assert figures["step without L_T"]["gflop"] > figures["L_T, 4 candidates"]["gflop"]
-
-
 @pytest.mark.parametrize(
     ("module", "words", "told"),
     [
@@ -170,7 +154,6 @@ def test_teacher_term(measured):
         ("data", "--ways ram --data_path NOWHERE", "NOWHERE does not exist"),
         ("data", "--ways shards --data_path NOWHERE", "NOWHERE does not exist"),
         ("data", "--ways tape", "invalid choice: 'tape'"),
-        ("data", "--names 0", "--names: '0' is no whole number"),
         ("data", "--batch 0", "--batch: '0' is no whole number"),
         ("data", "AUG.GRAY_PROB", "options come as KEY VALUE pairs, not AUG.GRAY_PROB"),
         ("scaling", "--contestant fp98", "there is no contestant 'fp98'"),
@@ -185,66 +168,3 @@ def test_refusals(module, words, told, monkeypatch):
     monkeypatch.setattr(sys, "argv", words.split())
     with pytest.raises(InputError, match=told):
         importlib.import_module(f"benchmarks.{module}").main()
-
-
-# Kernels of a step, on fake tensors
-
-
-def of_update(depth: int, **options) -> dict[str, int]:
-    """Kernels by part of what follows the backward pass, for a network of so many blocks."""
-    cfg = small_config(MODEL__DEPTHS=[depth], **options)
-    with launches.fake_run(cfg) as run, launches.Launches() as counted:
-        for _ in range(2):  # the first one makes the optimizer's state
-            counted.operators.clear()
-            for parameter in run.student.parameters():
-                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            run.clip(3.0)
-            good = torch.ones((), dtype=torch.bool, device=launches.GPU)
-            step_if(good, run.optimizer)
-            run.ema.update(0.996, good)
-    return {part: found.total() for part, found in counted.operators.items()}
-
-
-@pytest.mark.parametrize("options", [{}, {"TRAIN__OPTIMIZER": "sgd"}], ids=["adamw", "sgd"])
-def test_clipping_step_and_average_take_a_few_kernels_however_deep_the_network(options):
-    few, more = of_update(1, **options), of_update(3, **options)
-    assert few == more
-    assert few["clipping"] <= 15
-    assert few["optimizer"] <= 8
-    assert few["teacher's average"] == 3
-
-
-def test_lists_of_tensors_count_by_what_a_kernel_takes(monkeypatch):
-    small, large = torch.empty(4), torch.empty(3 * launches.BLOCK)
-    monkeypatch.setattr(launches, "MOST_TENSORS", (5, 3))
-    monkeypatch.setattr(launches, "MOST_BLOCKS", 4)
-    foreach = torch.ops.aten._foreach_mul_
-    scalar, each = foreach.Scalar, foreach.List
-    assert launches.kernels_of(scalar, ([small] * 3, 2.0)) == 1
-    assert launches.kernels_of(scalar, ([small] * 5, 2.0)) == 2
-    assert launches.kernels_of(scalar, ([large, large], 2.0)) == 2
-    assert launches.kernels_of(each, ([small] * 4, [small] * 4)) == 2
-    assert launches.kernels_of(torch.ops.aten._foreach_mul.Scalar, ([small] * 4, 2.0)) == 2
-    # Not fused: factors of another shape, a tensor with gaps.
-    assert launches.kernels_of(each, ([small] * 4, [small.sum()] * 4)) == 4
-    assert launches.kernels_of(scalar, ([small[::2]] * 3, 2.0)) == 3
-
-
-def test_launches_of_a_whole_step_by_part(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "report.json"
-    words = f"launches --output {path} {CROPS} {NETWORK} {SMALL}".split()
-    monkeypatch.setattr(sys, "argv", words)
-    launches.main()
-    figures = json.loads(path.read_text())["figures"]
-    parts = {part: found["launches"] for part, found in figures.items()}
-    whole = parts.pop("whole step")
-    assert whole == sum(parts.values())
-    wanted = {"student", "teacher", "losses", "backward", "clipping", "optimizer", "centres"}
-    assert wanted | {"teacher's average", "guard"} <= set(parts)
-    # Four linears a block, for the student at two sizes of crops; two heads of three; the pooling's
-    # three on the student's two sizes and on the teacher.
-    linears = {part: figures[part]["operators"]["addmm"] for part in ("student", "teacher")}
-    assert linears == {"student": 2 * 8 + 6 + 9, "teacher": 8 + 6}
-    # Gradients of weight and input of each, but of the pooling only on the teacher's patches.
-    assert figures["backward"]["operators"]["mm"] == 2 * (2 * 8 + 6) + 3 + 1
-    assert f"whole step           {whole:6d}" in capsys.readouterr().out
