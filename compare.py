@@ -20,9 +20,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from datasets import synthetic
-from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits
 from datasets.folder import refuse_among_images
+from datasets.splits import Splits
 from engine.evaluation.feature_cache import SplitFeatures
 from engine.evaluation.features import Reading
 from engine.evaluation.provenance import provenance

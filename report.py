@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from datasets.benchmarks import Splits
 from datasets.folder import ImageFolder, refuse_among_images
 from datasets.multicrop import default_resize
+from datasets.splits import Splits
 from engine import build
 from engine.evaluation import attention, pointing
 from engine.evaluation.feature_cache import SplitFeatures

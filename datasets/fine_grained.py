@@ -6,9 +6,10 @@ from pathlib import Path
 from torchvision.datasets import FGVCAircraft, Flowers102, OxfordIIITPet
 
 from datasets import parsers
-from datasets.benchmarks import Benchmark, Counts, Layout, Splits, folder_splits, listed_once
+from datasets.benchmarks import Benchmark, Counts, Layout
 from datasets.folder import ImageFolder, LabelledImages
 from datasets.shards import ImageShards, find_shards, read_indices
+from datasets.splits import Splits, folder_splits, listed_once
 from utils import distributed
 from utils.errors import InputError
 from utils.logging import logger

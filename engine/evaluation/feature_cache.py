@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from datasets.benchmarks import Splits
 from datasets.folder import CONTENTS, LabelledImages
+from datasets.splits import Splits
 from datasets.strings import Strings
 from datasets.synthetic_images import COARSE_NAMES
 from engine.evaluation.features import Encoder, Reading, check_bad

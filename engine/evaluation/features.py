@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.benchmarks import Splits, listed_once, paired_folders
 from datasets.folder import LabelledImages
 from datasets.loader import BadImage, KeyedDataset, build_loader, usable_workers
 from datasets.multicrop import default_resize, eval_transform
+from datasets.splits import Splits, listed_once, paired_folders
 from engine.evaluation import attention
 from engine.evaluation.source import Source, image_size
 from utils import distributed

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from datasets.benchmarks import Splits
 from datasets.fine_grained import load_splits, prepare
 from datasets.folder import refuse_among_images
+from datasets.splits import Splits
 from engine.evaluation.feature_cache import SPLITS, SplitFeatures
 from engine.evaluation.features import Reading
 from engine.evaluation.source import NO_KEY, Source, load_source

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from datasets.benchmarks import HELD_OUT, TRAINING
 from datasets.folder import ImageFolder, StoredImages
 from datasets.shards import ImageShards
+from datasets.splits import HELD_OUT, TRAINING
 from engine import build
 from models.grouped_norm import batch_norms
 from models.registry import build_backbone, resolve

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from datasets.benchmarks import HELD_OUT, Benchmark, folders_named, listed_once
+from datasets.benchmarks import Benchmark
 from datasets.fine_grained import DATASETS, load_splits
 from datasets.folder import (
     ImageFolder,
@@ -23,6 +23,7 @@ from datasets.folder import (
 )
 from datasets.loader import for_each
 from datasets.shards import ImageShards
+from datasets.splits import HELD_OUT, folders_named, listed_once
 from engine.evaluation.features import check_bad
 from engine.preflight.findings import Findings
 from utils import distributed

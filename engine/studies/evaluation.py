@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datasets import synthetic
-from datasets.benchmarks import Splits
+from datasets.splits import Splits
 from datasets.synthetic_images import COARSE_NAMES
 from engine.evaluation.feature_cache import SplitFeatures, coarse_labels
 from engine.evaluation.features import Reading

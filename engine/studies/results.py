@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from datasets.benchmarks import Splits
+from datasets.splits import Splits
 from engine.evaluation.provenance import SPLITS
 from engine.studies.spec import NOT_READ, Study
 from engine.studies.zeros import random_rows

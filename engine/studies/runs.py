@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.benchmarks import Splits
+from datasets.splits import Splits
 from engine.studies.results import misfit
 from engine.studies.spec import ROOT, Study
 from utils import config

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.benchmarks import Splits
 from datasets.folder import LabelledImages, StoredImages
 from datasets.loader import KeyedDataset, usable_workers
 from datasets.multicrop import MultiCrop, default_resize, normalised
+from datasets.splits import Splits
 from engine import build
 from engine.evaluation.feature_cache import SplitFeatures
 from engine.evaluation.features import Encoder, Reading, extract_values, gallery_and_queries

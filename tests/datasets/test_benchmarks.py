@@ -242,23 +242,6 @@ def test_a_split_without_images_is_refused(tmp_path):
     assert text.endswith(": put the images where it lists them")
 
 
-@pytest.mark.parametrize("partial", [True, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_images_a_folder_too_deep_are_found_and_said_to_be(name, partial, tmp_path):
-    """DATA.PARTIAL is no help. A folder in one of its own name is another matter: see below."""
-    folder = place(name, trees.BUILDERS[name](tmp_path))
-    paths = load_splits(name, tmp_path, partial=True).train.paths
-    top = folder / {"cars": "cars_train", "flowers": "jpg"}.get(name, "images")
-    inner = top / "new"
-    inner.mkdir()
-    for entry in [*top.iterdir()]:
-        if entry != inner:
-            entry.rename(inner / entry.name)
-    text = error(name, tmp_path, partial=partial)
-    assert f"(the first is {paths[0]}, but one of its name is at {top.name}/new/" in text
-    assert text.endswith(": put the images where it lists them")
-
-
 # Copies that are laid out otherwise
 
 

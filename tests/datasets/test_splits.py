@@ -1,7 +1,5 @@
 """Train and test splits of a folder of folders."""
 
-import unicodedata
-
 import pytest
 
 from datasets.fine_grained import build_dataset, load_splits
@@ -101,30 +99,6 @@ def test_images_outside_class_folders_are_refused(split, tmp_path):
     text = error("folder", tmp_path)
     assert f"{tmp_path}/{split} has images outside class subfolders: an evaluation needs" in text
     assert text.endswith("move or remove stray.jpg")
-
-
-@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_in_two_unicode_forms_are_the_same_letters(forms, tmp_path):
-    """A folder that a Mac has copied: é is one letter in train and two in val, or the reverse."""
-    trees.folders(tmp_path)
-    for split, form in zip(("train", "val"), forms, strict=True):
-        (tmp_path / split / "owl").rename(
-            tmp_path / split / unicodedata.normalize(form, "géant owl")
-        )
-    splits = load_splits("folder", tmp_path)
-    assert splits.train.classes == splits.test.classes
-    names = [splits.test.classes[label] for label in splits.test.labels]
-    plain = [unicodedata.normalize("NFC", path.split("/")[0]) for path in splits.test.paths]
-    assert [unicodedata.normalize("NFC", name) for name in names] == plain
-    (note,) = splits.notes
-    assert note.startswith(f"class names of {tmp_path}/val in another Unicode form than those of")
-    assert ", taken as the same: 1 (" in note
-    # Both forms in one folder are two classes on the disk and one to the eye.
-    (tmp_path / "train" / unicodedata.normalize(forms[1], "géant owl")).mkdir()
-    trees.save_image(tmp_path / "train" / unicodedata.normalize(forms[1], "géant owl/x.jpg"), 0, 0)
-    text = error("folder", tmp_path)
-    assert "'g\\xe9ant owl'" in text
-    assert "'ge\\u0301ant owl'" in text
 
 
 def test_a_class_that_differs_by_a_case_or_a_space_is_shown_beside_its_neighbour(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets.benchmarks import paired_folders
+from datasets.splits import paired_folders
 from engine import build
 from engine.evaluation import attention
 from engine.evaluation.feature_cache import SplitFeatures

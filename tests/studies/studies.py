@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from datasets.benchmarks import Splits
 from datasets.folder import LabelledImages
+from datasets.splits import Splits
 from engine.studies.spec import ROOT
 
 STUDIES = sorted((ROOT / "experiments/studies").glob("*.yaml"))
