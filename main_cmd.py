@@ -95,8 +95,7 @@ def pretrain(signals: StopSignals) -> None:
     folder = Path(cfg.OUTPUT_DIR)
     size = memory.checkpoint_size(cfg, student, teacher)
     sizes = distributed.on_main(lambda: images.sizes_looked_at)
-    listed = sum(part.listed_bytes for part in (images, *evaluated))
-    distributed.on_main(lambda: open_folder(cfg, refused, size, sizes, listed))
+    distributed.on_main(lambda: open_folder(cfg, refused, size, sizes))
 
     # From images to crops; where images are kept, they are decoded here.
     feed = build.feed(cfg, images, world, memory.room_for_step(cfg, world, sizes))
@@ -116,15 +115,15 @@ def pretrain(signals: StopSignals) -> None:
     distributed.stop()
 
 
-def open_folder(cfg: config.Node, refused: list[Path], size: int, sizes: list, listed: int) -> None:
+def open_folder(cfg: config.Node, refused: list[Path], size: int, sizes: list) -> None:
     """Make the run's folder, keep others out of it, and write the resolved options into it.
 
     refused: files that step aside. size: bytes of a checkpoint. sizes: sides of a sample of images.
-    listed: bytes of their lists. InputError where a checkpoint or the loader's batches lack room.
+    InputError where a checkpoint or the loader's batches lack room.
     """
     folder = Path(cfg.OUTPUT_DIR)
     lock.claim(folder, "pretraining")
-    for warning in machine.warnings(cfg, sizes, machine.disk_needed(cfg, folder, size), listed):
+    for warning in machine.warnings(cfg, sizes, machine.disk_needed(cfg, folder, size)):
         logger.warning(warning)
     for path in refused:
         logger.info(f"{path} is kept as {checkpoint.set_aside(path)}")

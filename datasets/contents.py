@@ -20,7 +20,6 @@ FORMAT = 1  # to be raised whenever hashes that were kept no longer say the same
 # A file that was changed so shortly before it is read may change again within one tick of its
 # file system's clock: its hash is not kept.
 SETTLED_SECONDS = 2
-SECONDS_BETWEEN_WRITES = 60  # of hashes, so that a start that was ended need not begin again
 _THREADS = 16  # which wait for the disk more than they compute
 _AT_ONCE = 256  # files of a thread's task
 # What bounds the cost of a first start: of so many files a part is read, of the others the size
@@ -55,7 +54,6 @@ def digests(folder: Path, names: Sequence[str]) -> list[str]:
         stored = json.loads(place.read_bytes())
         known = stored["files"] if stored["format"] == FORMAT else {}
     settled = time.time_ns() - SETTLED_SECONDS * 10**9
-    found, new, written = [], False, time.monotonic()
     apart = max(1, math.ceil(len(names) / MOST_FILES))
 
     def read(part: range) -> list[list]:
@@ -63,30 +61,26 @@ def digests(folder: Path, names: Sequence[str]) -> list[str]:
             _entry(os.path.join(folder, names[i]), known.get(names[i]), not i % apart) for i in part
         ]
 
-    def write() -> None:
-        with contextlib.suppress(OSError, InputError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(place) as temporary:
-                temporary.write_text(json.dumps({"format": FORMAT, "files": known}))
-
     parts = [range(len(names))[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)]
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = itertools.chain.from_iterable(pool.map(read, parts))
         try:
-            for entry in progress(entries, "files read for their fingerprint", len(names)):
-                name = names[len(found)]
-                found.append(entry[-1])
-                if entry is not known.get(name) and len(entry) > 1 and entry[2] < settled:
-                    known[name], new = entry, True
-                if new and time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-                    write()
-                    new, written = False, time.monotonic()
+            found = [*progress(entries, "files read for their fingerprint", len(names))]
         finally:
             # Ctrl-C need not wait for all the others.
             pool.shutdown(cancel_futures=True)
+    new = {
+        name: entry
+        for name, entry in zip(names, found, strict=True)
+        if entry is not known.get(name) and len(entry) > 1 and entry[2] < settled
+    }
     if new:
-        write()
-    return found
+        with contextlib.suppress(OSError, InputError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"format": FORMAT, "files": known | new})
+            with replacing(place) as temporary:
+                temporary.write_text(text)
+    return [entry[-1] for entry in found]
 
 
 def _entry(path: str, known: list | None, read: bool) -> list:

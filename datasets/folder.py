@@ -197,14 +197,12 @@ class StoredImages(ABC):
 
     unlisted: folders that could not be listed; the images below them are not among these.
     passed_over: numbers of other files, by their endings. fingerprint: see `LabelledImages`.
-    listed_bytes: of shared memory, by which loader processes that are not forked get the list.
     `load` and `header_size` raise `UnreadableImage`.
     """
 
     unlisted: Sequence[BadImage] = ()
     passed_over: Mapping[str, int] = {}
     fingerprint: str
-    listed_bytes = 0
 
     @abstractmethod
     def __len__(self) -> int:
@@ -279,7 +277,6 @@ class LabelledImages(StoredImages):
     ) -> None:
         self.root, self.paths, self.classes = Path(root), Strings.of(paths), classes
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        self.listed_bytes = self.paths.nbytes + self.labels.nbytes
 
     def __len__(self) -> int:
         return len(self.paths)

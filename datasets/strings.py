@@ -38,11 +38,6 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that these take."""
-        return self.packed.nbytes + self._ends.nbytes
-
     def __getitem__(self, index: int | slice) -> "str | Strings":
         if isinstance(index, slice):
             return Strings.of([self[i] for i in range(len(self))[index]])

@@ -89,10 +89,7 @@ def _report(
         findings.disk = machine.disk_needed(cfg, folder, findings.memory["checkpoint_bytes"])
         if found:
             findings.disk["goes_on_from_step"] = found.state["step"]
-    listed = sum(part.listed_bytes for part in (images, held_out) if part is not None)
-    findings.attempt(
-        lambda: findings.warnings.extend(machine.warnings(cfg, sizes, findings.disk, listed))
-    )
+    findings.attempt(lambda: findings.warnings.extend(machine.warnings(cfg, sizes, findings.disk)))
     _print(findings, folder)
 
 

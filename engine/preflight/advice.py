@@ -5,8 +5,7 @@ Each is a sentence for a warning. What takes a look into all images, or a step, 
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -47,7 +46,8 @@ def _of_network(cfg: Node) -> Iterator[str]:
 def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
     """Images that are held out elsewhere and trained on here, and pixels that are guessed at."""
     yield from images.deep_grey()
-    for folder, names in mixed_splits(images).items():
+    if names := mixed_splits(images):
+        folder = images.root if isinstance(images, ImageFolder) else images.shards[0].parent
         train = next(name for name in names if _letters(name) in TRAINING)
         instead = f"{folder}/{train}"
         if isinstance(images, ImageShards):
@@ -67,42 +67,25 @@ def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
         yield "no k-NN test is made on EVAL.KNN_TRAIN and EVAL.KNN_VAL: give EVAL.KNN_EVERY"
 
 
-def mixed_splits(images: StoredImages) -> dict[str, list[str]]:
-    """Folders that hold training and held-out images -> the names that say so, sorted.
+def mixed_splits(images: StoredImages) -> list[str]:
+    """The names of subfolders, or words in those of shards, that say training and held-out, sorted.
 
-    Of a folder of images the names are of folders, at any depth; of shards, words in theirs.
+    [] unless there are both.
     """
-    inside: dict[str, set[str]] = defaultdict(set)
+    names: set[str] = set()
     if isinstance(images, ImageShards):
-        for shard in images.shards:
-            inside[str(shard.parent)] |= set(re.findall("[A-Za-z]+", shard.stem))
+        names = {word for shard in images.shards for word in re.findall("[A-Za-z]+", shard.stem)}
     elif isinstance(images, ImageFolder):
-        for folder in _all_above(path.rpartition("/")[0] for path in images.paths):
-            above, _, name = folder.rpartition("/")
-            inside[str(images.root / above)].add(name)
-    found = {}
-    for folder, names in sorted(inside.items()):
-        training, held_out = (
-            [name for name in names if _letters(name) in of] for of in (TRAINING, HELD_OUT)
-        )
-        if training and held_out:
-            found[folder] = sorted(training + held_out)
-    return found
+        names = {path.partition("/")[0] for path in images.paths if "/" in path}
+    training, held_out = (
+        [name for name in names if _letters(name) in of] for of in (TRAINING, HELD_OUT)
+    )
+    return sorted(training + held_out) if training and held_out else []
 
 
 def _letters(name: str) -> str:
     """Of train2017 they are train."""
     return re.sub("[^a-z]", "", name.lower())
-
-
-def _all_above(folders: Iterable[str]) -> set[str]:
-    """Relative folders, and all those that they lie in."""
-    found: set[str] = set()
-    for folder in set(folders):
-        while folder and folder not in found:
-            found.add(folder)
-            folder = folder.rpartition("/")[0]
-    return found
 
 
 def _of_temperatures(cfg: Node) -> Iterator[str]:

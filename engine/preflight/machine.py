@@ -1,6 +1,5 @@
 """What a run takes of the machine: memory, shared memory and disk."""
 
-import multiprocessing
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,10 @@ from datasets.loader import usable_workers
 from engine import build
 from engine.preflight import memory
 from engine.preflight.findings import Findings, size_in_words
-from engine.preflight.memory import Size, StepMemory
-from engine.training.acceleration import can_recompute, compile_network
+from engine.preflight.memory import Size
+from engine.training.acceleration import compile_network
 from engine.training.resume import Found, start_from
-from utils.config import Node, crops_on_device
+from utils.config import Node
 from utils.distributed import World, processes_here
 from utils.errors import InputError
 from utils.precision import precision_of
@@ -66,21 +65,12 @@ def memory_needed(
         "needed_on_this_machine_bytes": needed,
         "free_on_this_machine_bytes": None if free == sys.maxsize else free,
     }
-    ways = {
-        "lower --num_workers": here * loader,
-        "set DATA.CACHE none and DATA.CROPS device": kept,
-        "start fewer processes here": needed - needed // here,
-    }
-    of_step = smaller_steps(cfg, step, can_recompute(student))
-    if not on_gpu:
-        ways |= {way: here * spared for way, spared in of_step.items()}
-    findings.warnings += short("this machine", needed, free, ways)
+    findings.warnings += short("this machine", needed, free)
     if on_gpu:
         needed = step.peak + (kept if kept_on_gpu else 0)
         free = cache.free_on(world.device)
         section |= {"needed_on_the_gpu_bytes": needed, "free_on_the_gpu_bytes": free}
-        of_step |= {"set DATA.CACHE ram": kept if kept_on_gpu else 0}
-        findings.warnings += short(str(world.device), needed, free, of_step)
+        findings.warnings += short(str(world.device), needed, free)
     if kept:
         on_device, cap = cfg.DATA.CACHE == "device", cfg.DATA.CACHE_SIZE
         problem = cache.no_room(kept, step.peak, cap, world.device, on_device, here)
@@ -88,24 +78,14 @@ def memory_needed(
     return section
 
 
-def smaller_steps(cfg: Node, step: StepMemory, can_recompute: bool) -> dict[str, int]:
-    """What can be done for a step that needs less, and about how many bytes each spares."""
-    batch, of_images = cfg.TRAIN.BATCH_SIZE_PER_GPU, step.crops + step.activations
-    recomputed = can_recompute and not cfg.TRAIN.CHECKPOINTING
-    return {
-        "lower --batch_size_per_gpu (and raise --accum_steps)": of_images * (batch - 2) // batch,
-        "set TRAIN.CHECKPOINTING true": step.activations // 2 if recomputed else 0,
-        "take a smaller architecture or --out_dim": step.peak - of_images,
-    }
-
-
-def short(where: str, needed: int, free: int, ways: dict[str, int]) -> Iterator[str]:
-    """A sentence where memory is short. ways: what can be done, and how many bytes each spares."""
+def short(where: str, needed: int, free: int) -> Iterator[str]:
+    """A sentence where memory is short."""
     if needed > free:
-        best = sorted((way for way in ways if ways[way] > 0), key=ways.get, reverse=True)
         yield (
             f"the run needs about {size_in_words(needed)} of memory on {where}, and "
-            f"{size_in_words(free)} are free: {', or '.join(best[:2]) or 'free some of it'}"
+            f"{size_in_words(free)} are free: lower --batch_size_per_gpu (and raise "
+            f"--accum_steps), --num_workers or --out_dim, or set TRAIN.CHECKPOINTING true or "
+            f"DATA.CACHE none"
         )
 
 
@@ -124,19 +104,13 @@ def refuse_small_shared(cfg: Node, needed: int, free: int) -> None:
     There loader workers hand them over; it is small in many containers, and where it is full the
     system kills who writes. needed: bytes for each process; free: for all of this machine.
     """
-    here, workers = processes_here(), usable_workers(cfg.DATA.WORKERS)
-    if here * needed <= free:
-        return
-    fit = free * workers // (here * needed)
-    ways = ["make it larger (docker run --shm-size)", f"set --num_workers {fit}"]
-    if crops_on_device(cfg):
-        ways.append("set DATA.CACHE ram, where decoded images do not go through it")
-    raise InputError(
-        f"the loader's batches take about {size_in_words(here * needed)} of shared memory "
-        f"(processes {here} x workers {workers} x {BATCHES_AHEAD} batches of "
-        f"{size_in_words(needed // (BATCHES_AHEAD * workers))}), and {SHARED} has "
-        f"{size_in_words(free)} for them: {', or '.join(ways)}"
-    )
+    here = processes_here()
+    if here * needed > free:
+        raise InputError(
+            f"the loader's batches take about {size_in_words(here * needed)} of shared memory, and "
+            f"{SHARED} has {size_in_words(free)} for them: make it larger (docker run --shm-size), "
+            f"or lower --num_workers, now {usable_workers(cfg.DATA.WORKERS)}"
+        )
 
 
 def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
@@ -155,10 +129,9 @@ def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
     }
 
 
-def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None, listed: int = 0) -> Iterator[str]:
+def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None) -> Iterator[str]:
     """What is short by figures that cost nothing; sizes: of images; disk: of `disk_needed`.
 
-    listed: bytes of the lists of images, which loader processes that are not forked share.
     Raises InputError where not one checkpoint can be written, or shared memory is too small.
     """
     if disk and disk["needed_bytes"] > disk["free_bytes"]:
@@ -174,6 +147,4 @@ def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None, listed: int = 
             "(CKPT.KEEP_EVERY)"
         )
     if SHARED.is_dir():
-        lists = 0 if multiprocessing.get_start_method() == "fork" else processes_here() * listed
-        free = max(0, shutil.disk_usage(SHARED).free - lists)
-        refuse_small_shared(cfg, _in_the_loader(cfg, sizes), free)
+        refuse_small_shared(cfg, _in_the_loader(cfg, sizes), shutil.disk_usage(SHARED).free)
