@@ -5,10 +5,9 @@ import mmap
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import logger
 
-T = TypeVar("T")
 Size = tuple[int, int]  # (height, width), pixels
 GIB = 2**30
 
@@ -52,16 +50,24 @@ class DecodedImages:
     ) -> None:
         self.device, machine = world.device, _machine(world)
         on_device = on_device and world.device.type != "cpu"
-        header = partial(_capped_header, images, shorter_side)
         share = distributed.share(len(images), world)
-        expected, bad = _of_all(for_each(header, share, workers, "reading headers"), share)
+        found = for_each(images.size_or_bad, share, workers, "reading headers")
+        capped = [
+            size if isinstance(size, BadImage) else capped_size(size, shorter_side)
+            for size in found
+        ]
+        expected, bad = _of_all(capped, share)
         _some_readable(bad, len(images))
         # Tensors, which loader processes share: Python's numbers would be copied into each.
         self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), expected.prod(1).cumsum(0)])
         self.bytes = 3 * self._starts[-1].item()
         where = f"on {world.device}" if on_device else "in memory"
         self.place = f"kept {where}"
-        _agreed(no_room(self.bytes, step, shorter_side, world.device, on_device, machine.size))
+        distributed.on_all(
+            lambda: refuse_no_room(
+                self.bytes, step, shorter_side, world.device, on_device, machine.size
+            )
+        )
         logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
 
         first = world.rank - machine.rank  # of this machine's processes
@@ -116,14 +122,6 @@ def gather_padded(pixels: Tensor, starts: Sequence[int], sizes: Sequence[Size]) 
 # Reading and decoding, shared out between processes and their loader workers
 
 
-def _capped_header(images: StoredImages, shorter_side: int, index: int) -> Size | BadImage:
-    """The size at which an image will be kept, perhaps turned; a marker if it is unreadable."""
-    try:
-        return capped_size(images.header_size(index), shorter_side)
-    except UnreadableImage as error:
-        return error.bad
-
-
 def _fill(
     images: StoredImages,
     shorter_side: int,
@@ -174,13 +172,6 @@ def _some_readable(bad: dict[int, BadImage], images: int) -> None:
         raise InputError(f"none of the {images} images can be read: for instance, {first}")
 
 
-def _agreed(sentence: str | None) -> None:
-    """Raise an InputError on all processes where one of them has a sentence for it."""
-    for found in distributed.gather_objects(sentence):
-        if found is not None:
-            raise InputError(found)
-
-
 # Memory
 
 
@@ -201,6 +192,7 @@ def _shared_pixels(size: int, machine: World, first: int) -> Iterator[tuple[str,
     """
     file, path = None, ""
 
+    @_refusing_what_cannot_be_had(size)
     def make() -> None:
         nonlocal file, path
         if not machine.is_main:
@@ -215,14 +207,15 @@ def _shared_pixels(size: int, machine: World, first: int) -> Iterator[tuple[str,
             file, path = tempfile.mkstemp()
             os.truncate(file, size)
 
+    @_refusing_what_cannot_be_had(size)
     def mapped() -> Tensor:
         with open(path, "r+b") as opened:
             return torch.frombuffer(mmap.mmap(opened.fileno(), size), dtype=torch.uint8)
 
     try:
-        _on_all(make, size)
+        distributed.on_all(make)
         path = distributed.gather_objects(path)[first]
-        yield path, _on_all(mapped, size).view(-1, 3)
+        yield path, distributed.on_all(mapped).view(-1, 3)
     finally:
         if file is not None:
             os.close(file)
@@ -230,48 +223,35 @@ def _shared_pixels(size: int, machine: World, first: int) -> Iterator[tuple[str,
                 os.unlink(path)
 
 
-def _on_all(function: Callable[[], T], size: int) -> T:
-    """What the function gives; where one process has no memory for it, an InputError on all."""
-    result, error = None, None
+@contextlib.contextmanager
+def _refusing_what_cannot_be_had(size: int) -> Iterator[None]:
     try:
-        result = function()
-    except OSError as caught:
-        error = (
-            f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({caught.strerror}): set a "
+        yield
+    except OSError as error:
+        raise InputError(
+            f"DATA.CACHE: {size / GIB:.2f} GiB of memory cannot be had ({error.strerror}): set a "
             "smaller DATA.CACHE_SIZE, or DATA.CACHE none and DATA.CROPS device"
-        )
-    _agreed(error)
-    return result
+        ) from None
 
 
-def no_room(
+def refuse_no_room(
     size: int, step: int, shorter_side: int, device: torch.device, on_device: bool, processes: int
-) -> str | None:
-    """A sentence where images of `size` bytes do not fit into memory, or on the device if they are
+) -> None:
+    """InputError where images of `size` bytes do not fit into memory, or on the device if they are
     to be there, together with the training steps of this machine's `processes`, `step` bytes each.
     """
-    on_gpu, elsewhere = device.type == "cuda", "set DATA.CACHE none and DATA.CROPS device"
-    steps = 0 if on_gpu else processes * step
-    rooms = [(steps, available(), "of this machine's memory", elsewhere)]
+    on_gpu = device.type == "cuda"
+    rooms = [(0 if on_gpu else processes * step, available(), "of this machine's memory")]
     if on_gpu and on_device:
-        rooms.append((step, free_on(device), f"on {device}", "set DATA.CACHE ram"))
-    sentences = (too_large(size, shorter_side, *room) for room in rooms)
-    return next(filter(None, sentences), None)
-
-
-def too_large(
-    size: int, shorter_side: int, steps: int, free: int, where: str, instead: str
-) -> str | None:
-    """A sentence where images of `size` bytes and `steps` bytes of training exceed `free` ones."""
-    if size + steps <= free:
-        return None
-    cap = f"now {shorter_side}" if shorter_side else "now none, such as 288"
-    beside = f", the training steps beside them about {steps / GIB:.2f} GiB" if steps else ""
-    batch = ", a smaller TRAIN.BATCH_SIZE_PER_GPU" if steps else ""
-    return (
-        f"the decoded images take {size / GIB:.2f} GiB{beside}, and {free / GIB:.2f} GiB {where} "
-        f"are free: set a smaller DATA.CACHE_SIZE ({cap}){batch}, or {instead}"
-    )
+        rooms.append((step, free_on(device), f"on {device}"))
+    for steps, free, where in rooms:
+        if size + steps > free:
+            raise InputError(
+                f"the decoded images take {size / GIB:.2f} GiB, the training steps beside them "
+                f"about {steps / GIB:.2f} GiB, and {free / GIB:.2f} GiB {where} are free: set a "
+                f"smaller DATA.CACHE_SIZE (now {shorter_side or 'none, such as 288'}) or "
+                f"TRAIN.BATCH_SIZE_PER_GPU, or DATA.CACHE none and DATA.CROPS device"
+            )
 
 
 def free_on(device: torch.device) -> int:

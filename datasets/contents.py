@@ -25,6 +25,7 @@ _AT_ONCE = 256  # files of a thread's task
 # What bounds the cost of a first start: of so many files a part is read, of the others the size
 # counts; of a file larger than so many blocks, blocks at even distances.
 MOST_FILES = 100_000
+DIGEST = 32  # letters of a hash
 BLOCK, BLOCKS = 2**18, 64  # bytes, number
 
 
@@ -106,7 +107,7 @@ def _entry(path: str, known: list | None, read: bool) -> list:
 
 def _hash(path: str, size: int) -> str:
     """Of a file's size and bytes, or blocks of them where it is large."""
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=DIGEST // 2)
     with open(path, "rb", buffering=0) as file:
         if size <= BLOCK * BLOCKS:
             digest.update(file.read())

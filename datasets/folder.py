@@ -225,6 +225,13 @@ class StoredImages(ABC):
         with _opened(self.source(index), self.name(index)) as image:
             return image.size
 
+    def size_or_bad(self, index: int) -> tuple[int, int] | BadImage:
+        """The same; a marker where it cannot be read."""
+        try:
+            return self.header_size(index)
+        except UnreadableImage as error:
+            return error.bad
+
     @cached_property
     def _looked_at(self) -> list[tuple[tuple[int, int], str]]:
         """(the two sides, Pillow's mode) by the headers of at most LOOKED_AT images that have one,
@@ -293,9 +300,13 @@ class LabelledImages(StoredImages):
 
         So a copy of a set is the same set, wherever it lies and whenever it was made.
         """
-        paths = [*self.paths]
-        contents = digests(self.root, paths)
-        return fingerprint_of([paths, contents, self.labels.tolist(), self.classes])
+        labels = self.labels.tolist()
+        return fingerprint_of([[*self.paths], self.digests, labels, self.classes])
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """What each file holds, as a hash; see datasets/contents.py."""
+        return digests(self.root, [*self.paths])
 
     def subset(self, indices: Sequence[int] | Tensor) -> "LabelledImages":
         """The images at `indices`, in that order."""

@@ -314,6 +314,19 @@ def on_main(function: Callable[[], T]) -> T:
     return value
 
 
+def on_all(function: Callable[[], T]) -> T:
+    """What `function` gives here; where it raises InputError on one process, on all the first's."""
+    value = said = None
+    try:
+        value = function()
+    except InputError as error:
+        said = str(error)
+    for other in gather_objects(said):
+        if other is not None:
+            raise InputError(other)
+    return value
+
+
 class Ballot:
     """Small counts that all processes cast at every step, and whose sums all learn alike.
 

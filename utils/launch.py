@@ -1,21 +1,14 @@
-"""Who started this process and its peers: torchrun, Slurm's srun, an MPI's mpirun, or nobody.
+"""Who started this process and its peers: torchrun, Slurm's srun, or nobody.
 
-torchrun and torch.distributed.launch say a process's place in the environment. What the others say
-is put into the same variables, which torch and everything here read.
+torchrun and torch.distributed.launch say a process's place in the environment. What srun says is
+put into the same variables, which torch and everything here read.
 """
 
 import os
 import re
-import zlib
 from typing import NamedTuple
 
 from utils.errors import InputError
-
-# RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in Open MPI, and in MPICH and its descendants.
-MPI = (
-    [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")],
-    ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
-)
 
 
 class Place(NamedTuple):
@@ -64,30 +57,21 @@ def number(name: str, default: int | None = None) -> int:
 
 
 def _adopt() -> None:
-    """Put what mpirun or srun says into torch's variables."""
-    mpi = next((names for names in MPI if names[2] in os.environ), None)
+    """Put what srun says into torch's variables."""
     # Of srun alone: a batch script, which runs once, has SLURM_PROCID and SLURM_NTASKS too.
-    rank_name, size_name = mpi[:2] if mpi else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-    if size_name not in os.environ:
+    if number("SLURM_STEP_NUM_TASKS", 1) == 1:
         return
-    rank, size = number(rank_name), number(size_name)
-    if size == 1:
-        return
+    rank, size = number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS")
     if number("WORLD_SIZE", size) != size:
         raise InputError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {size} processes were started."
         )
-    if mpi:
-        local_rank, local_size = number(mpi[2]), number(mpi[3], 0)
-        job = zlib.crc32(os.environ.get("PMIX_NAMESPACE", "").encode())  # Open MPI's
-        address = "127.0.0.1" if local_size == size else ""
-    else:
-        nodes = _slurm("NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-        address, local_size = first_node(nodes), _tasks_of_node(_slurm("TASKS_PER_NODE"))
-        if address == nodes:
-            address, local_size = "127.0.0.1", size
-        local_rank = number("SLURM_LOCALID", rank if local_size == size else None)
-        job = number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID", 0)
+    nodes = _slurm("NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    address, local_size = first_node(nodes), _tasks_of_node(_slurm("TASKS_PER_NODE"))
+    if address == nodes:
+        address, local_size = "127.0.0.1", size
+    local_rank = number("SLURM_LOCALID", rank if local_size == size else None)
+    job = number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID", 0)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     if local_size:
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)

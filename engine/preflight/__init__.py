@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets.fine_grained import build_dataset, prepare
-from datasets.folder import LabelledImages, refuse_among_images
+from datasets.folder import BadImage, LabelledImages, refuse_among_images
 from datasets.loader import steps_per_epoch, usable_workers
 from datasets.shards import ImageShards
 from engine import build
@@ -11,7 +11,7 @@ from engine.evaluation.features import gallery_and_queries
 from engine.preflight import advice, machine
 from engine.preflight import images as image_findings
 from engine.preflight.findings import Findings
-from engine.preflight.images import Header, equal_files, read_headers
+from engine.preflight.images import Size, equal_files, read_headers
 from engine.training import resume
 from engine.training.schedules import scaled_lr
 from utils import config, distributed
@@ -55,7 +55,7 @@ def _report(
     world: World,
     images: LabelledImages | ImageShards | None,
     held_out: LabelledImages | None,
-    headers: list[list[Header]],
+    headers: list[list[Size | BadImage]],
     findings: Findings,
 ) -> None:
     """Fill the findings, print and write them; InputError where there is a problem."""
@@ -64,7 +64,7 @@ def _report(
     if images is not None:
         kept = image_findings.cache_bytes(cfg, headers[0])
         sets = [images] if held_out is None else [images, held_out]
-        same = equal_files(sets, headers, usable_workers(cfg.DATA.WORKERS))
+        same = equal_files(sets, headers)
         findings.images = image_findings.training(cfg, images, headers[0], same, findings)
         if held_out is not None:
             findings.validation = image_findings.validation(

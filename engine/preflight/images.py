@@ -1,26 +1,17 @@
 """The images of a run, for --check: unreadable, tiny, copied, leaking, and their classes.
 
-No image is decoded: headers are read, and of files that may be equal all bytes.
+No image is decoded: headers are read, and the hashes of files that fingerprints are made of.
 """
 
-import hashlib
-import io
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 from datasets.benchmarks import Benchmark
+from datasets.contents import DIGEST
 from datasets.fine_grained import DATASETS, load_splits
-from datasets.folder import (
-    ImageFolder,
-    LabelledImages,
-    StoredImages,
-    UnreadableImage,
-    capped_size,
-)
+from datasets.folder import BadImage, ImageFolder, LabelledImages, StoredImages, capped_size
 from datasets.loader import for_each
 from datasets.shards import ImageShards
 from datasets.splits import HELD_OUT, folders_named, listed_once
@@ -32,86 +23,36 @@ from utils.distributed import World
 from utils.errors import InputError
 
 LEAST_SIDE = 32  # pixels; shorter is tiny, whatever the crops
-_TAIL = 4096  # bytes: in compressed files of one length the last ones differ the most
 
+Size = tuple[int, int]  # two sides in pixels, perhaps turned
 Index = tuple[int, int]  # (which of several data sets, index of the image in it)
 
 
-class Header(NamedTuple):
-    """What an image file says without being decoded; equal for equal files.
-
-    size: its two sides in pixels, perhaps turned; None where they cannot be read, for the
-    `reason`. length: bytes. tail: a hash of its last bytes.
-    """
-
-    size: tuple[int, int] | None
-    length: int = 0
-    tail: bytes = b""
-    reason: str = ""
-
-
-def read_headers(images: StoredImages, world: World, workers: int) -> list[Header]:
-    """The headers of all images in order, a share read by each process; all together.
+def read_headers(images: StoredImages, world: World, workers: int) -> list[Size | BadImage]:
+    """The two sides of all images in order, or why not; a share read by each process; all together.
 
     They are rank 0's; the others get none.
     """
     share = distributed.share(len(images), world)
-    mine = for_each(partial(_header, images), share, workers, "reading headers")
+    mine = for_each(images.size_or_bad, share, workers, "reading headers")
     gathered = distributed.gather_objects(mine, on_all=False)
-    return [header for part in gathered for header in part or ()]
+    return [size for part in gathered for size in part or ()]
 
 
 def equal_files(
-    sets: Sequence[StoredImages], headers: Sequence[list[Header]], workers: int
+    sets: Sequence[StoredImages], headers: Sequence[list[Size | BadImage]]
 ) -> list[list[Index]]:
     """Groups of readable images of all sets with the same bytes, each in the order of the sets.
 
-    Only files whose headers are equal are read.
+    By the hashes that fingerprints are made of: not of shards, whose files hold many images, and of
+    a set of more than contents.MOST_FILES only of those that are read.
     """
-    by_header = defaultdict(list)
-    for number, of_set in enumerate(headers):
-        for index, header in enumerate(of_set):
-            if header.size is not None:
-                by_header[header].append((number, index))
-    alike = [place for group in by_header.values() if len(group) > 1 for place in group]
-    digests = for_each(partial(_digest, sets), alike, workers, "comparing images")
-    by_bytes = defaultdict(list)
-    for place, digest in zip(alike, digests, strict=True):
-        if digest is not None:
-            by_bytes[digest].append(place)
-    return sorted(group for group in by_bytes.values() if len(group) > 1)
-
-
-def _header(images: StoredImages, index: int) -> Header:
-    try:
-        size = images.header_size(index)
-        with _opened(images, index) as file:
-            length = file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - _TAIL))
-            return Header(size, length, _hash(file.read()))
-    except UnreadableImage as error:
-        return Header(None, reason=error.bad.reason)
-    except OSError as error:
-        return Header(None, reason=error.strerror)
-
-
-def _digest(sets: Sequence[StoredImages], place: Index) -> bytes | None:
-    """A hash of all bytes of an image; None if it cannot be read."""
-    number, index = place
-    try:
-        with _opened(sets[number], index) as file:
-            return _hash(file.read())
-    except (OSError, UnreadableImage):
-        return None
-
-
-def _opened(images: StoredImages, index: int) -> BinaryIO:
-    source = images.source(index)
-    return source if isinstance(source, io.BytesIO) else open(source, "rb")
-
-
-def _hash(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+    by_hash = defaultdict(list)
+    for number, (images, sizes) in enumerate(zip(sets, headers, strict=True)):
+        for index, digest in enumerate(getattr(images, "digests", ())):
+            if len(digest) == DIGEST and not isinstance(sizes[index], BadImage):
+                by_hash[digest].append((number, index))
+    return [group for group in by_hash.values() if len(group) > 1]
 
 
 def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
@@ -140,7 +81,7 @@ def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
 def training(
     cfg: Node,
     images: LabelledImages | ImageShards,
-    headers: list[Header],
+    headers: list[Size | BadImage],
     same: list[list[Index]],
     findings: Findings,
 ) -> dict:
@@ -152,9 +93,9 @@ def training(
     _judge_unreadable(cfg, len(images), unreadable, findings)
     below = max(LEAST_SIDE, min((size for _, size in local_crops(cfg)), default=0))
     tiny = {
-        images.name(index): "{} x {}".format(*header.size)
-        for index, header in enumerate(headers)
-        if header.size is not None and min(header.size) < below
+        images.name(index): "{} x {}".format(*size)
+        for index, size in enumerate(headers)
+        if not isinstance(size, BadImage) and min(size) < below
     }
     if tiny:
         findings.warnings.append(
@@ -186,7 +127,7 @@ def validation(
     cfg: Node,
     images: StoredImages,
     held_out: LabelledImages,
-    headers: list[Header],
+    headers: list[Size | BadImage],
     same: list[list[Index]],
     findings: Findings,
 ) -> dict:
@@ -215,22 +156,19 @@ def validation(
     }
 
 
-def cache_bytes(cfg: Node, headers: list[Header]) -> int:
+def cache_bytes(cfg: Node, headers: list[Size | BadImage]) -> int:
     """What DATA.CACHE would keep, by the headers; 0 where it is off."""
     if cfg.DATA.CACHE == "none":
         return 0
-    sizes = [capped_size(header.size, cfg.DATA.CACHE_SIZE) for header in headers if header.size]
+    known = [size for size in headers if not isinstance(size, BadImage)]
+    sizes = [capped_size(size, cfg.DATA.CACHE_SIZE) for size in known]
     return sum(3 * width * height for width, height in sizes)
 
 
-def _unreadable(images: StoredImages, headers: list[Header]) -> dict[str, str]:
+def _unreadable(images: StoredImages, headers: list[Size | BadImage]) -> dict[str, str]:
     """Why images have no readable header and folders cannot be listed, by path."""
-    unreadable = {
-        images.name(index): header.reason
-        for index, header in enumerate(headers)
-        if header.size is None
-    }
-    return unreadable | {bad.path: bad.reason for bad in images.unlisted}
+    bad = [header for header in headers if isinstance(header, BadImage)]
+    return {image.path: image.reason for image in (*bad, *images.unlisted)}
 
 
 def _judge_unreadable(

@@ -73,8 +73,9 @@ def memory_needed(
         findings.warnings += short(str(world.device), needed, free)
     if kept:
         on_device, cap = cfg.DATA.CACHE == "device", cfg.DATA.CACHE_SIZE
-        problem = cache.no_room(kept, step.peak, cap, world.device, on_device, here)
-        findings.problems += [problem] if problem else []
+        findings.attempt(
+            lambda: cache.refuse_no_room(kept, step.peak, cap, world.device, on_device, here)
+        )
     return section
 
 

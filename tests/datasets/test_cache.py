@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from datasets.batched import Images
-from datasets.cache import DecodedImages, available, gather_padded, no_room, too_large
+from datasets.cache import DecodedImages, available, gather_padded, refuse_no_room
 from datasets.folder import BadImage, ImageFolder, StoredImages, capped_size, load_image
 from datasets.loader import StepSampler, pad
 from engine import build
@@ -361,25 +361,19 @@ def test_images_that_do_not_fit_are_refused_by_their_headers(caplog, monkeypatch
     assert "GiB of this machine's memory are free: set a smaller DATA.CACHE_SIZE" in str(
         caught.value
     )
-    assert "(now none, such as 288), or set DATA.CACHE none" in str(caught.value)
+    assert "(now none, such as 288) or TRAIN.BATCH_SIZE_PER_GPU, or DATA" in str(caught.value)
     assert "decoding them" not in caplog.text
 
 
 def test_images_leave_room_for_training_steps():
-    size, step, free = 6 * 2**30, 3 * 2**30, 8 * 2**30
-    room = (free, "on cuda:0", "set DATA.CACHE ram")
-    assert too_large(size, 288, 0, *room) is None
-    assert too_large(size, 288, free - size, *room) is None
-    assert too_large(size, 288, step, *room) == (
-        "the decoded images take 6.00 GiB, the training steps beside them about 3.00 GiB, and 8.00 "
-        "GiB on cuda:0 are free: set a smaller DATA.CACHE_SIZE (now 288), a smaller "
-        "TRAIN.BATCH_SIZE_PER_GPU, or set DATA.CACHE ram"
-    )
-    # On the CPU each process of the machine makes steps in the memory where the images are.
+    """On the CPU each process of the machine makes steps in the memory where the images are."""
     one = available() // 2
-    rooms = [no_room(2**20, one, 0, ALONE.device, True, processes) for processes in (1, 3)]
-    assert rooms[0] is None
-    assert f"beside them about {3 * one / 2**30:.2f} GiB" in rooms[1]
+    refuse_no_room(2**20, one, 288, ALONE.device, True, 1)
+    with pytest.raises(InputError) as caught:
+        refuse_no_room(2**20, one, 288, ALONE.device, True, 3)
+    said = str(caught.value)
+    assert f"0.00 GiB, the training steps beside them about {3 * one / 2**30:.2f} GiB" in said
+    assert "set a smaller DATA.CACHE_SIZE (now 288) or TRAIN.BATCH_SIZE_PER_GPU, or " in said
 
 
 @pytest.mark.parametrize("where", ["ram", "device"])

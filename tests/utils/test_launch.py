@@ -1,7 +1,6 @@
-"""Who started a process: torchrun, srun, mpirun or nobody; one run at a time in a folder."""
+"""Who started a process: torchrun, srun or nobody; one run at a time in a folder."""
 
 import signal
-import zlib
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from utils.launch import Place
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOB = "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=gpu[03-04]"
 STEP = f"{JOB} SLURM_STEP_ID=2 SLURM_STEP_NUM_TASKS=4 SLURM_STEP_TASKS_PER_NODE=2(x2)"
-OMPI = "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_RANK=1"
 
 
 @pytest.fixture
@@ -23,7 +21,7 @@ def given(monkeypatch):
 
     def give(text: str) -> None:
         for name in {*launch.os.environ, *NAMES}:
-            if name in NAMES or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_", "PMIX_")):
+            if name in NAMES or name.startswith("SLURM_"):
                 monkeypatch.setenv(name, "")  # so that it is restored, whoever sets it
                 monkeypatch.delenv(name)
         for word in text.split():
@@ -71,17 +69,6 @@ def given(monkeypatch):
         ),
         # Others win over Slurm, in whose jobs they may run.
         (f"{STEP} SLURM_PROCID=3 RANK=0 WORLD_SIZE=1", Place(0, 1, 0), None),
-        (
-            f"{OMPI} OMPI_COMM_WORLD_LOCAL_SIZE=2 PMIX_NAMESPACE=job@1 SLURM_PROCID=0",
-            Place(1, 2, 1),
-            ("127.0.0.1", str(20000 + zlib.crc32(b"job@1") % 12000), "2"),
-        ),
-        (f"{OMPI} MASTER_ADDR=head", Place(1, 2, 1), ("head", "20000", None)),
-        (
-            "PMI_RANK=1 PMI_SIZE=2 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2",
-            Place(1, 2, 1),
-            ("127.0.0.1", "20000", "2"),
-        ),
     ],
 )
 def test_a_process_knows_its_place(variables, place, meets, given):
@@ -112,7 +99,6 @@ def test_a_process_knows_its_place(variables, place, meets, given):
         (f"{STEP} SLURM_PROCID=2", "SLURM_LOCALID is not set"),
         (f"{STEP} SLURM_PROCID=2 WORLD_SIZE=8", "WORLD_SIZE is 8, but 4 processes were started"),
         (f"{JOB} SLURM_PROCID=0 SLURM_NTASKS=2 WORLD_SIZE=2", "RANK is not set"),
-        (OMPI, "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
     ],
 )
 def test_what_a_launcher_leaves_out_is_one_sentence(variables, words, given):
@@ -147,11 +133,9 @@ run_script(main)
 """
 
 
-@pytest.mark.parametrize(
-    "variables", ["SLURM_PROCID={0} SLURM_STEP_NUM_TASKS=2", OMPI.replace("RANK=1", "RANK={0}")]
-)
-def test_processes_of_srun_and_mpirun_are_one_group(variables, environment):
-    meeting = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()} {variables}"
+def test_processes_of_srun_are_one_group(environment):
+    meeting = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()}"
+    meeting += " SLURM_PROCID={0} SLURM_STEP_NUM_TASKS=2"
     scripts = [
         start_python(
             *("-c", GROUP),
