@@ -31,9 +31,8 @@ class DecodedImages:
     read; with `on_device` each then copies it to its device and lets it go. On the host are the
     places of the images in it and their `sizes`, int64 [n, 2], (height, width). (Ours.)
 
-    shorter_side: see `load_image`. workers: loader processes for each process. step: bytes that a
-    training step of a process will take at its peak, its networks included. `bad`: by index
-    the images that any process could not read, the same on all; they are not to be asked for.
+    shorter_side: see `load_image`. workers: loader processes for each process. `bad`: by index the
+    images that any process could not read, the same on all; they are not to be asked for.
 
     Raises InputError, on all processes, where no image can be read, or where there is too
     little memory, which the images' headers show before any is decoded.
@@ -46,7 +45,6 @@ class DecodedImages:
         world: World,
         workers: int = 0,
         on_device: bool = False,
-        step: int = 0,
     ) -> None:
         self.device, machine = world.device, _machine(world)
         on_device = on_device and world.device.type != "cpu"
@@ -64,9 +62,7 @@ class DecodedImages:
         where = f"on {world.device}" if on_device else "in memory"
         self.place = f"kept {where}"
         distributed.on_all(
-            lambda: refuse_no_room(
-                self.bytes, step, shorter_side, world.device, on_device, machine.size
-            )
+            lambda: refuse_no_room(self.bytes, shorter_side, world.device, on_device)
         )
         logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
 
@@ -234,23 +230,19 @@ def _refusing_what_cannot_be_had(size: int) -> Iterator[None]:
         ) from None
 
 
-def refuse_no_room(
-    size: int, step: int, shorter_side: int, device: torch.device, on_device: bool, processes: int
-) -> None:
-    """InputError where images of `size` bytes do not fit into memory, or on the device if they are
-    to be there, together with the training steps of this machine's `processes`, `step` bytes each.
+def refuse_no_room(size: int, shorter_side: int, device: torch.device, on_device: bool) -> None:
+    """InputError where images of `size` bytes do not fit into memory, or on a GPU if they are to be
+    there.
     """
-    on_gpu = device.type == "cuda"
-    rooms = [(0 if on_gpu else processes * step, available(), "of this machine's memory")]
-    if on_gpu and on_device:
-        rooms.append((step, free_on(device), f"on {device}"))
-    for steps, free, where in rooms:
-        if size + steps > free:
+    rooms = {"of this machine's memory": available()}
+    if on_device and device.type == "cuda":
+        rooms[f"on {device}"] = free_on(device)
+    for where, free in rooms.items():
+        if size > free:
             raise InputError(
-                f"the decoded images take {size / GIB:.2f} GiB, the training steps beside them "
-                f"about {steps / GIB:.2f} GiB, and {free / GIB:.2f} GiB {where} are free: set a "
-                f"smaller DATA.CACHE_SIZE (now {shorter_side or 'none, such as 288'}) or "
-                f"TRAIN.BATCH_SIZE_PER_GPU, or DATA.CACHE none and DATA.CROPS device"
+                f"the decoded images take {size / GIB:.2f} GiB, and {free / GIB:.2f} GiB {where} "
+                f"are free: set a smaller DATA.CACHE_SIZE (now {shorter_side or 'none, as 288'}), "
+                f"or DATA.CACHE none and DATA.CROPS device"
             )
 
 

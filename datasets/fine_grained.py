@@ -9,7 +9,7 @@ from datasets import parsers
 from datasets.benchmarks import Benchmark, Counts, Layout
 from datasets.folder import ImageFolder, LabelledImages
 from datasets.shards import ImageShards, find_shards, read_indices
-from datasets.splits import Splits, folder_splits, listed_once
+from datasets.splits import Splits, folder_splits
 from utils import distributed
 from utils.errors import InputError
 from utils.logging import logger
@@ -101,8 +101,8 @@ def build_dataset(
     if source is ImageShards:
         return ImageShards(root)
     if source is ImageFolder:
-        return listed_once(lambda: ImageFolder(root))
-    splits = listed_once(lambda: source.splits(name, root, partial, evaluated=False))
+        return distributed.on_main(lambda: ImageFolder(root))
+    splits = distributed.on_main(lambda: source.splits(name, root, partial, evaluated=False))
     for note in splits.notes:
         logger.warning(note)
     return splits.train
@@ -122,13 +122,13 @@ def load_splits(name: str, root: str | Path, partial: bool = False) -> Splits:
     """
     source = _registered(name)
     if isinstance(source, Benchmark):
-        return listed_once(lambda: source.splits(name, root, partial))
+        return distributed.on_main(lambda: source.splits(name, root, partial))
     if source is ImageShards:
         raise InputError(
             f"the data set '{name}' is for pretraining and has no splits: evaluate on a folder of "
             "images or a benchmark"
         )
-    return listed_once(lambda: folder_splits(name, root))
+    return distributed.on_main(lambda: folder_splits(name, root))
 
 
 def prepare(name: str, root: str | Path, fetch: bool = False) -> None:

@@ -36,6 +36,7 @@ from datasets.folder import (
     fingerprint_of,
     image_endings,
 )
+from datasets.strings import Strings
 from utils import cli
 from utils.errors import InputError, run_script
 from utils.files import replacing
@@ -104,22 +105,17 @@ class ImageShards(StoredImages):
             for column in ([i.offsets for i in indices], [i.sizes for i in indices])
         )
         self._ends = np.cumsum(self.counts)
-        # Arrays: a list of a million strings would be copied into every worker process, by its
-        # reference counts.
-        self._members = [np.array([os.fsencode(name) for name in index.names]) for index in indices]
+        self._members = Strings.of(name for index in indices for name in index.names)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """The shard's number and the image's among the shard's images."""
-        index = range(len(self))[index]
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return number, index - int(self._ends[number]) + self.counts[number]
+    def _shard(self, index: int) -> int:
+        """The number of the shard with an image."""
+        return int(np.searchsorted(self._ends, range(len(self))[index], side="right"))
 
     def name(self, index: int) -> str:
-        number, place = self._place(index)
-        return f"{self.shards[number]}:{os.fsdecode(self._members[number][place])}"
+        return f"{self.shards[self._shard(index)]}:{self._members[index]}"
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -130,7 +126,7 @@ class ImageShards(StoredImages):
 
     def source(self, index: int) -> io.BytesIO:
         """The bytes of image `index`; raises `UnreadableImage`."""
-        number, _ = self._place(index)
+        number = self._shard(index)
         size, offset = int(self._sizes[index]), int(self._offsets[index])
         try:
             shard = _open_shard(str(self.shards[number]), self._stamps[number])

@@ -2,25 +2,19 @@
 
 import contextlib
 import difflib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from datasets.folder import SYSTEM_FOLDERS, ImageFolder, LabelledImages, existing_folder
-from utils import distributed
 from utils.errors import InputError
 
 # Names of a folder's splits, the first that is there before the others.
 TRAINING = ("train", "training", "trainval")
 HELD_OUT = ("val", "validation", "valid", "test", "testing")
-LOOKED_FOR = 100  # images of a set, by each process that has not listed them itself
 _NAMED = 5  # names of classes or entries in one message
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,25 +30,6 @@ class Splits:
     train: LabelledImages
     test: LabelledImages
     notes: list[str]
-
-
-def listed_once(find: Callable[[], T]) -> T:
-    """What `find` gives, `LabelledImages` or `Splits`: the first process lists files, for all.
-
-    All processes together. Raises InputError on all where `find` does, and where another process
-    lacks one of LOOKED_FOR images of a set, at even distances.
-    """
-    found, lacking = distributed.on_main(find), None
-    for images in (found.train, found.test) if isinstance(found, Splits) else (found,):
-        names = map(images.name, range(0, len(images), len(images) // LOOKED_FOR + 1))
-        lacking = lacking or next((name for name in names if not os.path.lexists(name)), None)
-    for rank, name in enumerate(distributed.gather_objects(lacking)):
-        if name is not None:
-            raise InputError(
-                f"process {rank} has no {name}, which process 0 has found: put the images where "
-                "all of them see the same files"
-            )
-    return found
 
 
 def folder_splits(name: str, root: str | Path) -> Splits:

@@ -64,25 +64,18 @@ def write_folder(
 
 
 def _check_same(folder: Path, header: dict) -> None:
-    """Raise InputError unless the folder holds this very set, complete."""
+    """Raise InputError unless the folder holds this very set."""
     if not (folder / PARTS_FILE).is_file():
         raise InputError(
             f"{folder} already exists and is not a synthetic set (it has no {PARTS_FILE}); "
             "choose another folder."
         )
-    found = _read(folder)
-    here, wanted = ({**content, **content["config"]} for content in (found, header))
+    here, wanted = ({**content, **content["config"]} for content in (_read(folder), header))
     differing = [name for name in wanted if name != "config" and here.get(name) != wanted[name]]
     if differing:
         raise InputError(
             f"{folder} holds another synthetic set (its {', '.join(differing)} differ); choose "
             "another folder or delete that one."
-        )
-    missing = next((path for path in found["images"] if not (folder / path).is_file()), None)
-    if missing is not None:
-        raise InputError(
-            f"The synthetic set in {folder} is incomplete ({missing} is missing); "
-            "delete the folder and write it again."
         )
 
 

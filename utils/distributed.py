@@ -219,22 +219,20 @@ def permuted(tensor: Tensor, order: Tensor) -> Tensor:
 def gather_rows(batches: Sequence[Tensor]) -> Tensor:
     """Rows [n, ...] of all processes by rank, on every process; each has its own in batches.
 
-    batches: [b, ...] each, on the CPU; none where a process has no row, but not on all. Around a
-    ring of hosts each process's rows go straight to their place in the result: nothing is held
-    twice, and a machine's network carries each row once, however many processes are there.
+    batches: [b, ...] each, on the CPU; none where a process has no row, but not on all. Each
+    process's rows go straight to their place in the result: nothing is held twice.
     """
     kind = (batches[0].shape[1:], batches[0].dtype) if batches else None
     found = gather_objects((sum(map(len, batches)), kind))
     shape, dtype = next(kind for _, kind in found if kind)
     counts = [count for count, _ in found]
     rows = torch.empty(sum(counts), *shape, dtype=dtype)
-    parts, own, ranks = rows.split(counts), position(), size()
+    parts = rows.split(counts)
     if batches:
-        torch.cat(batches, out=parts[own])
-    for step in range(own, own - ranks + 1, -1):
-        sending = dist.isend(parts[step % ranks], (own + 1) % ranks, group=_hosts)
-        dist.recv(parts[(step - 1) % ranks], (own - 1) % ranks, group=_hosts)
-        sending.wait()
+        torch.cat(batches, out=parts[position()])
+    for rank, part in enumerate(parts):
+        if size() > 1 and len(part):
+            dist.broadcast(part, rank, group=_hosts)
     return rows
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from datasets.folder import LabelledImages
 from datasets.loader import BadImage, KeyedDataset, build_loader, usable_workers
 from datasets.multicrop import default_resize, eval_transform
-from datasets.splits import Splits, listed_once, paired_folders
+from datasets.splits import Splits, paired_folders
 from engine.evaluation import attention
 from engine.evaluation.source import Source, image_size
 from utils import distributed
@@ -236,7 +236,7 @@ def gallery_and_queries(gallery: str | Path, queries: str | Path) -> Splits:
     Raises InputError where a folder has no classes, or the queries have one that the gallery
     lacks.
     """
-    splits = listed_once(lambda: paired_folders("gallery and queries", gallery, queries))
+    splits = distributed.on_main(lambda: paired_folders("gallery and queries", gallery, queries))
     if splits.train.root.resolve() == splits.test.root.resolve():
         splits.notes.append(
             f"gallery and queries are the same folder, {queries}: each image votes for itself, so "

@@ -17,7 +17,6 @@ from engine import build
 from models.grouped_norm import batch_norms
 from models.registry import build_backbone, resolve
 from utils.config import Node, crops_on_device, knn_folders
-from utils.options import OPTIONS
 
 LARGE_STEP = 0.25  # of the data
 
@@ -89,7 +88,7 @@ def _letters(name: str) -> str:
 
 
 def _of_temperatures(cfg: Node) -> Iterator[str]:
-    """A teacher that is not sharp, or a temperature that is never reached."""
+    """A teacher that is not sharp."""
     loss = cfg.LOSS
     if build.objective(cfg).projects:
         return
@@ -101,14 +100,6 @@ def _of_temperatures(cfg: Node) -> Iterator[str]:
             f"the teacher's temperature {highest} is not below LOSS.STUDENT_TEMP {student}: its "
             f"targets are no sharper than the student's predictions, by which runs collapse. "
             f"Sharper is a lower LOSS.TEACHER_TEMP"
-        )
-    if not warms_up and first not in (
-        loss.TEACHER_TEMP,
-        OPTIONS["LOSS.WARMUP_TEACHER_TEMP"].default,
-    ):
-        yield (
-            f"LOSS.WARMUP_TEACHER_TEMP {first} is not used: LOSS.WARMUP_TEACHER_TEMP_EPOCHS is 0, "
-            f"and the teacher's temperature is {loss.TEACHER_TEMP} from the first step"
         )
 
 

@@ -14,7 +14,7 @@ from datasets.fine_grained import DATASETS, load_splits
 from datasets.folder import BadImage, ImageFolder, LabelledImages, StoredImages, capped_size
 from datasets.loader import for_each
 from datasets.shards import ImageShards
-from datasets.splits import HELD_OUT, folders_named, listed_once
+from datasets.splits import HELD_OUT, folders_named
 from engine.evaluation.features import check_bad
 from engine.preflight.findings import Findings
 from utils import distributed
@@ -63,7 +63,7 @@ def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
     """
     if cfg.EVAL.KNN_VAL:
         same = os.path.realpath(cfg.EVAL.KNN_VAL) == os.path.realpath(cfg.DATA.PATH)
-        return None if same else listed_once(lambda: ImageFolder(cfg.EVAL.KNN_VAL))
+        return None if same else distributed.on_main(lambda: ImageFolder(cfg.EVAL.KNN_VAL))
     source = DATASETS.get(cfg.DATA.DATASET)
     if isinstance(source, Benchmark):
         try:
@@ -74,7 +74,7 @@ def validation_images(cfg: Node, findings: Findings) -> LabelledImages | None:
     training = Path(os.path.abspath(cfg.DATA.PATH))
     if source is ImageFolder and training.name.lower() not in HELD_OUT:
         beside = distributed.on_main(lambda: folders_named(training.parent, HELD_OUT))
-        return listed_once(lambda: ImageFolder(beside[0])) if beside else None
+        return distributed.on_main(lambda: ImageFolder(beside[0])) if beside else None
     return None
 
 

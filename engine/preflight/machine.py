@@ -72,10 +72,8 @@ def memory_needed(
         section |= {"needed_on_the_gpu_bytes": needed, "free_on_the_gpu_bytes": free}
         findings.warnings += short(str(world.device), needed, free)
     if kept:
-        on_device, cap = cfg.DATA.CACHE == "device", cfg.DATA.CACHE_SIZE
-        findings.attempt(
-            lambda: cache.refuse_no_room(kept, step.peak, cap, world.device, on_device, here)
-        )
+        cap = cfg.DATA.CACHE_SIZE
+        findings.attempt(lambda: cache.refuse_no_room(kept, cap, world.device, kept_on_gpu))
     return section
 
 

@@ -90,18 +90,6 @@ def of_step(
     )
 
 
-def room_for_step(cfg: Node, world: World, sizes: Sequence[Size]) -> int:
-    """Bytes to leave free where DATA.CACHE keeps all images: a step's peak, or 0 where the step is
-    elsewhere. sizes: as for `of_step`."""
-    where = {"none": None, "ram": "cpu", "device": world.device.type}[cfg.DATA.CACHE]
-    if where != world.device.type:
-        return 0
-    peak = of_step(cfg, world, *build.networks(cfg), sizes).peak
-    if where == "cuda":
-        torch.cuda.empty_cache()
-    return peak
-
-
 def crop_values(cfg: Node) -> int:
     """Numbers in the crops of a micro-batch."""
     images = cfg.TRAIN.BATCH_SIZE_PER_GPU

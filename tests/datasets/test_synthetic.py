@@ -112,13 +112,6 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_incomplete_set_is_refused(written):
-    victim = next(written.rglob("*.png"))
-    victim.unlink()
-    with pytest.raises(InputError, match=f"incomplete .*{victim.name} is missing"):
-        write_folder(EASY, 5, written, train=40, val=23)
-
-
 def test_empty_folder_is_filled(tmp_path):
     assert write_folder(EASY, 0, tmp_path / "a" / "b", train=10, val=10)
     (tmp_path / "empty").mkdir()

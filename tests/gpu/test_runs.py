@@ -98,7 +98,7 @@ def test_without_the_option_a_run_is_the_same_but_for_rounding(whole, pretrain, 
 
 
 def test_a_check_and_a_run_with_its_images_on_the_device(accelerator, run, command, tmp_path):
-    """Both estimate a step's memory there; the run leaves room for it and then trains."""
+    """The check estimates a step's memory there."""
     options = f"{RUN} TRAIN.EPOCHS 1 DEVICE {accelerator.type} DATA."
     for where in ("CROPS device", "CACHE device"):
         run(*command(tmp_path / "run", options + where, flags=["--check"]))

@@ -203,7 +203,6 @@ def test_every_micro_batch_is_shuffled_anew():
             SHARP | {"LOSS__WARMUP_TEACHER_TEMP": 0.3, "LOSS__WARMUP_TEACHER_TEMP_EPOCHS": 1},
             *(2, 40, "the teacher's temperature 0.3 is not below"),
         ),
-        (SHARP | {"LOSS__WARMUP_TEACHER_TEMP": 0.3}, 2, 40, "WARMUP_TEACHER_TEMP 0.3 is not used"),
         ({"LOSS__TEACHER_TEMP": 0.3}, 1, 41, None),
     ],
 )
