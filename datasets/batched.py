@@ -1,15 +1,11 @@
 """Multi-crop augmentation of a whole batch on the device of its pixels (ours).
 
-Statistically the same as `datasets.multicrop.MultiCrop`, which makes the crops of one
-image at a time with PIL: the same operations in the same order, with parameters of the same
-distributions, but not the same crops from the same seed. Every number is drawn on the
-host, each crop from a generator of its own, and everything that a draw decides is decided
-there for the whole batch at once (`CROP`). The device therefore never has to be
-asked anything, and an operation runs only on the crops that have it.
+Statistically the same as `datasets.multicrop.MultiCrop`, which makes the crops of one image at a
+time with PIL: the same operations in the same order, with parameters of the same distributions, but
+not the same crops from the same seed. What a draw decides is decided on the host for the whole
+batch (`CROP`): the device is never asked anything, and an operation runs on the crops that have it.
 
-Values stay float32 in 0..255 until the end. PIL rounds or cuts off to a whole grey level after
-every operation and shifts hues by whole 1/256 turns; that is left out, and differs by about
-a grey level.
+Values stay float32 in 0..255 until the end; PIL rounds to a whole grey level after every operation.
 """
 
 import math
@@ -108,11 +104,9 @@ class BatchedMultiCrop:
         )
 
     def draw(self, seed: int) -> Tensor:
-        """Every random number of one image: float32 [V, D], uniform in [0, 1).
+        """Every random number of one image, by `sample_seed`: float32 [V, D], uniform in [0, 1).
 
-        `seed` (see `sample_seed`) alone decides them. Each crop has a stream of its own, so
-        another number of crops leaves the others as they are, and D does not depend on the
-        options. No global random state changes.
+        Each crop has a stream of its own, and D does not depend on the options.
         """
         draws = torch.empty(len(self._places), NUMBER_OF_DRAWS)
         generator = torch.Generator()
@@ -141,9 +135,8 @@ class BatchedMultiCrop:
     def __call__(self, images: Images, draws: Tensor) -> list[Tensor]:
         """-> normalised float32 [B, 3, S, S] per crop, on the device of `images.pixels`.
 
-        `draws`, float32 [B, V, D] on the host, are those of `draw` for each image. Nothing
-        waits for the device. A crop depends on its own image and draws alone
-        (on a GPU but for the rounding of products whose size is the batch's).
+        draws: float32 [B, V, D] on the host, by `draw`. Nothing waits for the device. A crop
+        depends on its own image and draws alone, but for the rounding of products on a GPU.
         """
         parameters = self.parameters(images.sizes, draws)
         crops = []
@@ -212,8 +205,7 @@ def _crops_of_one_size(
 def resize_one_by_one(pixels: Tensor, source: np.ndarray, boxes: np.recarray, size: int) -> Tensor:
     """The `boxes` of the images `source` [N], resized and flipped: float32 [N, 3, size, size].
 
-    Values are in 0..255. torch's own resize of uint8 is PIL's, except that newer versions of
-    Pillow make the cheaper of the two passes first. It is far faster on the CPU than
+    Values are in 0..255. torch's own resize of uint8 is PIL's. It is far faster on the CPU than
     `resize_by_products`; on an accelerator it would start several kernels a crop.
     """
     crops = torch.empty(len(source), 3, size, size, device=pixels.device)

@@ -22,14 +22,15 @@ from utils.logging import logger
 
 Size = tuple[int, int]  # (height, width), pixels
 GIB = 2**30
+_LIMIT_OF_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes"  # of control groups
 
 
 class DecodedImages:
     """Every image of a data set, decoded by `load_image`, in memory or on the device.
 
-    The processes of one machine decode a share each (`share`) into one buffer, which they all
-    read; with `on_device` each then copies it to its device and lets it go. On the host are the
-    places of the images in it and their `sizes`, int64 [n, 2], (height, width). (Ours.)
+    The processes of one machine decode a share each into one buffer, which they all read; with
+    `on_device` each then copies it to its device and lets it go. sizes: int64 [n, 2], on the host,
+    (height, width). (Ours.)
 
     shorter_side: see `load_image`. workers: loader processes for each process. `bad`: by index the
     images that any process could not read, the same on all; they are not to be asked for.
@@ -162,7 +163,7 @@ def _of_all(
 
 
 def _some_readable(bad: dict[int, BadImage], images: int) -> None:
-    """Raise InputError where all images are bad; on all processes, which know the same."""
+    """InputError where all images are bad."""
     if len(bad) == images:
         first = bad[min(bad)]
         raise InputError(f"none of the {images} images can be read: for instance, {first}")
@@ -260,27 +261,15 @@ def available() -> int:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         rooms.append(next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line))
-    for folder, limit, used in _control_groups():
-        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-            most, taken = (int((folder / name).read_text()) for name in (limit, used))
-            rooms.append(max(0, most - taken))
-    return min(rooms)
-
-
-def _control_groups() -> Iterator[tuple[Path, str, str]]:
-    """Folders that may hold this process's memory limit, and the names of limit and usage.
-
-    In a container its group is the root, whatever the path says.
-    """
+    # In a container its group is the root, whatever the path says.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             number, kinds, path = line.split(":", 2)
-            if number == "0":
-                root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-            elif "memory" in kinds.split(","):
-                root = Path("/sys/fs/cgroup/memory")
-                names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            else:
-                continue
-            yield root, *names
-            yield root / path.lstrip("/"), *names
+            root, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
+            if number != "0":
+                root, limit, used = f"{root}/memory", *_LIMIT_OF_VERSION_1
+            for folder in (root, root + path) if number == "0" or "memory" in kinds else ():
+                with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+                    most, taken = (int(Path(folder, name).read_text()) for name in (limit, used))
+                    rooms.append(max(0, most - taken))
+    return min(rooms)

@@ -62,9 +62,8 @@ class Feed(ABC):
     def batches(self, sampler: StepSampler, workers: int) -> Iterator[Batch]:
         """Starts `workers` loader processes; crops on the device for each list of keys.
 
-        On a GPU what the crops of the next batch are made of is copied there meanwhile. The crops
-        of a batch are made when it is asked for, and not held after. InputError, when it is asked
-        for, where a batch could not be filled.
+        On a GPU what the crops of the next batch are made of is copied there meanwhile. InputError,
+        when it is asked for, where a batch could not be filled.
         """
         device = self.device
         loader = build_loader(self.dataset, sampler, workers, device.type == "cuda")

@@ -40,11 +40,9 @@ MAX_ELONGATION = 4  # of a reduced image
 DEEP_GREY = ("I", "F")  # first letters of Pillow's modes of more than 8 bits
 LOOKED_AT = 1000  # images, to say how many are of these modes
 _said = mmap.mmap(-1, 1)  # whether a guess was said; the loader's processes share it by forking
-# PIL warns of damaged EXIF data and of very large images. Such an image is either used, and then
-# there is nothing to warn of, or an UnreadableImage says what is wrong.
+# PIL warns of damaged EXIF data and large images: what cannot be used is an UnreadableImage.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-# A PNG whose text or colour profile is larger than 1 MB is refused by default, but these are not
-# what is read of it. PIL holds all texts of an image to this number in any case.
+# A PNG whose text or colour profile is larger than 1 MB would be refused, which nobody reads.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
@@ -52,8 +50,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 class BadImage:
     """Stands in for a sample whose image could not be decoded; each field is one line.
 
-    A marker, because an exception that leaves a worker process carries its traceback in
-    its message. `str()` of it is the sentence for the user.
+    A marker, because an exception that leaves a worker process carries its traceback along.
     """
 
     path: str
@@ -162,11 +159,8 @@ def _to_rgb(image: Image.Image, name: str, deep: bool) -> Image.Image:
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Grey of 16 or 32 bits or of floating point as mode L.
 
-    No file says which value is white. Of whole numbers it is taken to be the largest of 8, 12 or
-    16 bits, the least that the image's largest value does not exceed; of floating point it is 1,
-    255 or 65535, which may be exceeded by a factor of 2, as resizing overshoots; above all of them
-    it is the image's largest value. 0, what is below and what is no number (NaN) are black. Unless
-    the range of 16 bits is used, that is said, once.
+    No file says which value is white: docs/evaluation.md has the rule. Unless the range of 16 bits
+    is used, that is said, once.
     """
     values = np.asarray(image)
     largest = values[np.isfinite(values)].max(initial=0)
@@ -251,10 +245,7 @@ class StoredImages(ABC):
         return [size for size, _ in self._looked_at]
 
     def deep_grey(self) -> list[str]:
-        """A sentence with the number of images whose white is guessed, where there are such.
-
-        It is of a sample of at most LOOKED_AT images; see `_eight_bits`.
-        """
+        """A sentence with the number of images whose white is guessed, of a sample."""
         looked_at = self._looked_at
         deep = sum(mode.startswith(DEEP_GREY) for _, mode in looked_at)
         if not deep:

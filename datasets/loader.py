@@ -43,11 +43,9 @@ def steps_per_epoch(length: int, batch: int, world: int, accumulation: int) -> i
 class StepSampler(Sampler[list[Key]]):
     """Micro-batches of one process for optimizer steps first_step to last_step - 1 of a run.
 
-    Yields `accumulation` lists of `batch` keys (epoch, index) for each step. Every epoch
-    is a permutation, order(epoch), by default `epoch_order`'s; step s takes the next
-    batch * world * accumulation entries of it, of which each rank has a contiguous share.
-    So a step's images depend only on that product and the order, and a run that starts at any
-    step gives the tail of the whole run. (Ours.)
+    Yields `accumulation` lists of `batch` keys (epoch, index) for each step. Every epoch is a
+    permutation, order(epoch), by default `epoch_order`'s; a step takes the next
+    batch * world * accumulation entries of it, of which each rank has a contiguous share. (Ours.)
     """
 
     def __init__(
@@ -87,10 +85,9 @@ class StepSampler(Sampler[list[Key]]):
 class EpochSampler(Sampler[list[Key]]):
     """Batches of one process for epochs first_epoch to last_epoch - 1 of a linear probe.
 
-    Every epoch is a permutation of `indices` drawn from (seed, epoch), cut into batches of
-    `batch` images over all processes, of which each process has a contiguous share. The last
-    batch of an epoch is what is left, so every image comes once an epoch whatever the number
-    of processes; a process's share of it may be an empty list. (Ours.)
+    Every epoch is a permutation of `indices` drawn from (seed, epoch), cut into batches of `batch`
+    images over all processes, of which each has a contiguous share. The last batch of an epoch is
+    what is left; a process's share of it may be an empty list. (Ours.)
     """
 
     def __init__(
@@ -135,9 +132,8 @@ class Batch(NamedTuple):
     decoded images (pixels, sizes, draws), the first two as `pad` gives them; of images that are
     kept their draws alone, float32 [B, V, D]. A feed makes of it the crops on the device, V float32
     [B, 3, S, S], and says how long the device has `waited`. Elsewhere it is float32 [B, 3, S, S].
-    indices int64 [B], of the images that `data` is made of; `bad` the images that could not be
-    read: in pretraining others take their places (datasets/substitutes.py), elsewhere they are
-    left out.
+    indices: int64 [B]. bad: in pretraining others take their places (datasets/substitutes.py),
+    elsewhere they are left out.
     """
 
     data: Any
@@ -228,8 +224,8 @@ def build_loader(
 ) -> DataLoader[Batch]:
     """A loader of a `Batch` for each list of keys that `sampler` yields.
 
-    One pass over it is the whole run, so worker processes start once. `workers` 0 loads in the
-    calling process. Each worker uses one torch thread and outlives the signals that stop a run.
+    One pass over it is the whole run, so worker processes start once; they outlive the signals that
+    stop a run. `workers` 0 loads in the calling process.
     """
     return DataLoader(
         dataset,

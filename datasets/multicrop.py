@@ -105,11 +105,10 @@ class View(NamedTuple):
 class Augmentation:
     """Sizes and probabilities of the multi-crop augmentation; the defaults are DINO's.
 
-    `local_crops_number` and `local_crops_size` have one entry per local size, so (4, 4)
-    and (96, 64) give four crops of 96 and then four of 64 pixels; () or (0,) gives none.
-    Scales are shares of the image's area. `color_jitter` is (brightness, contrast,
-    saturation, hue). `blur_prob` is for (first global, second global, local) crops;
-    `solarise_prob` for the second global crop only.
+    `local_crops_number` and `local_crops_size` have one entry per local size; () gives none.
+    Scales are shares of the image's area. `color_jitter` is (brightness, contrast, saturation,
+    hue). `blur_prob` is for (first global, second global, local) crops; `solarise_prob` for the
+    second global crop only.
     """
 
     global_crops_size: int = 224
@@ -173,9 +172,7 @@ class MultiCrop:
         """PIL RGB image -> uint8 [3, S, S] per crop: the two global crops, then the local ones.
 
         They are to be `normalised` where they are needed: a quarter of the bytes on the way there.
-        `seed` (see `sample_seed`) alone decides every draw. Each crop has a stream of its
-        own, so another number of crops leaves the others as they are. No global random
-        state changes.
+        `seed` (see `sample_seed`) alone decides every draw; each crop has a stream of its own.
         """
         with torch.random.fork_rng(devices=[]):
             return [_seeded(crop, image, derive_seed(seed, *place)) for place, crop in self._crops]

@@ -82,11 +82,8 @@ class ImageShards(StoredImages):
     "/data/train-{000000..000146}.tar". The name of an image is "/folder/shard.tar:member.jpg".
 
     Every shard has an index file beside it, or in the user's cache folder where that cannot be
-    written; it is made at the first use and again when the shard's size or time changes. A
-    copy in another process opens the shards itself, when it first reads from them.
-
-    Raises `InputError` for shards that are missing, damaged, without images, or hold two images
-    of one name.
+    written; it is made at the first use and again when the shard changes. Raises `InputError` for
+    shards that are missing, damaged, without images, or hold two images of one name.
     """
 
     def __init__(self, shards: str | Path) -> None:
@@ -161,14 +158,12 @@ class ShardOrder:
     counts: images of each shard. world: number of processes. step: images that one process
     takes in an optimizer step. order(epoch) is a permutation of all images, a function of
     (counts, world, step, seed, epoch): the shards are permuted, their images in a row are cut
-    into `world` spans of equal numbers (a shard at a border is shared by two processes), and
-    each span is shuffled within a moving window: an image moves by at most `window` images, so
-    that at any moment a process reads from as many shards as hold those. Rank r's span comes
+    into `world` spans of equal numbers, and each span is shuffled within a moving window, so that
+    at any moment a process reads from as many shards as hold `window` images. Rank r's span comes
     as its parts of the steps, in the layout of `StepSampler`; what fills no step comes last.
 
-    Unlike a folder's, this order depends on `world`. When a run resumes with another number of
-    processes, every later epoch is again a permutation; in the epoch in which it stopped some
-    images may come twice and others not at all.
+    Unlike a folder's, this order depends on `world`: where a run resumes with another number of
+    processes, some images of that epoch may come twice and others not at all.
     """
 
     counts: Sequence[int]
@@ -357,11 +352,10 @@ def write_shards(
 ) -> tuple[int, int]:
     """Write the images of a folder as `output/shard-000000.tar` and so on.
 
-    Members are `<number>.<suffix>`, an unchanged file, and where the folder has class
-    subfolders `<number>.cls`, the class's place among their sorted names, which classes.txt
-    lists. The number is the image's place in the folder's sorted list. The images are
-    shuffled, always in the same way, so that no shard is of one class; the same folder gives
-    the same bytes. `output` appears whole or not at all.
+    Members are `<number>.<suffix>`, an unchanged file, and where the folder has class subfolders
+    `<number>.cls`, the class's place among their sorted names, which classes.txt lists. The images
+    are shuffled, always in the same way; the same folder gives the same bytes. `output` appears
+    whole or not at all.
 
     Returns (images, shards). Raises `InputError`, also where `output` holds anything.
     """

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**20  # bytes that are decoded together
-
 
 class Strings(Sequence[str]):
     """Strings without zero bytes, as paths are, in one tensor; each is made when it is asked for.
@@ -46,12 +44,7 @@ class Strings(Sequence[str]):
         return self._text(start, self._ends[index].item())
 
     def __iter__(self) -> Iterator[str]:
-        start = 0
-        while start < len(self.packed):
-            # To the first end so far away, so that no string is cut.
-            end = self._ends[torch.searchsorted(self._ends[:-1], start + _AT_ONCE)].item()
-            yield from self._text(start, end).split("\0")
-            start = end + 1
+        return iter(self._text(0, len(self.packed)).split("\0") if len(self) else ())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and [*self] == [*other]

@@ -29,8 +29,8 @@ class FullBatches(Dataset):
     """The batches of a `KeyedDataset`, in which a bad image is replaced by another of the set.
 
     The substitute is the first of the key's `candidates` that can be read and is not in the batch,
-    neither by its own key nor as a substitute. It is augmented by the random numbers of the key
-    that it replaces. So a batch is a function of its keys and of which images can be read.
+    augmented by the random numbers of the key that it replaces. So a batch is a function of its
+    keys and of which images can be read.
 
     A loader calls __getitems__(keys) for a whole batch. It gives the batch's samples, then every
     `BadImage` that was met; these alone where an image had no substitute.

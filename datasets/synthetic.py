@@ -40,11 +40,10 @@ def write_folder(
 ) -> bool:
     """Write the set as `folder/{train,val}/<class>/<index>.png` with `folder/parts.json`.
 
-    The splits hold `train` and `val` images, their classes balanced to within one image. A
-    file's name is the index that `render` takes. The folder appears whole or not at all: the
-    set is first written beside it under a hidden name. Returns whether it was written: False
-    where the folder holds the same set already. Raises InputError where it holds anything else,
-    where a count or the seed is out of range, or where the folder cannot be written.
+    The splits hold `train` and `val` images, their classes balanced to within one image. A file's
+    name is the index that `render` takes. The folder appears whole or not at all. Returns whether
+    it was written: False where it holds the same set already. Raises InputError where it holds
+    anything else or cannot be written, and where a count or the seed is out of range.
     """
     folder = Path(folder).absolute()
     header = {

@@ -18,9 +18,8 @@ How the classes are built:
 - All random draws depend on (seed, index) and never on the label: two labels of one body
   at the same index give the same image outside the part's box (with `class_cue` 0).
 
-What identifies an image without identifying its class, such as its own colours,
-offers a self-supervised network a shortcut past the part. `background_identity` and
-`body_variation` set how much of it there is.
+`background_identity` and `body_variation` set how much identifies an image without its class: a
+shortcut past the part.
 """
 
 import colorsys
@@ -83,13 +82,10 @@ def in_range(name: str, value: Any, kind: type, low: float, high: float) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
-    """Everything but the seed that decides what the set looks like.
+    """Everything but the seed that decides what the set looks like; the defaults are "medium".
 
-    The defaults are the "medium" difficulty. Each field's unit and effect are in its help
-    text and its range, inclusive, in the two numbers before it.
-
-    Raises:
-        InputError: a field is of the wrong type or out of range, or `fine_classes` is odd.
+    Each field's range, inclusive, and help stand beside its default. Raises InputError for a field
+    of the wrong type or out of range, and an odd `fine_classes`.
     """
 
     size: int = _setting(64, 32, 2048, "side of the square image in pixels")

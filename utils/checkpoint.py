@@ -6,9 +6,7 @@ A run's folder holds
     checkpoint0040.pth        kept every CKPT.KEEP_EVERY epochs
     checkpoint_best.pth       the one of the best features, with CKPT.KEEP best
     checkpoint.pth.refused    set aside by a resume that could not use it
-A file is a dict of tensors and plain data: format, step, epoch, student, teacher, optimizer,
-scaler, carried (what the objective keeps from step to step), config, model (what rebuilds the
-networks) and versions.
+docs/architecture.md says what a file holds.
 """
 
 import argparse
@@ -97,10 +95,9 @@ _ALLOWED = [
 def load_file(path: str | Path) -> Any:
     """The contents of a torch or safetensors file, on the CPU; only tensors and plain data.
 
-    Raises InputError when the file is missing or cannot be read, and NotIntact when it is no
-    checkpoint, is damaged, or holds anything beyond tensors, plain data and what the
-    reference's files are known to hold. A torch file's checksums (a CRC-32 of every record of
-    the zip) are verified; torch's old format and safetensors have none.
+    Raises InputError when the file cannot be read, and NotIntact when it is no checkpoint, is
+    damaged (by the checksums of torch's zip; its old format and safetensors have none), or holds
+    anything beyond tensors, plain data and what the reference's files are known to hold.
     """
     path = Path(path)
     try:
@@ -130,10 +127,7 @@ def weights_file(path: str | Path) -> Path:
 
 
 def _verify(path: Path) -> None:
-    """Raise NotIntact where a record of a torch zip file does not fit its checksum.
-
-    torch.load does not look at them. What none covers (padding, repeated headers) is not loaded.
-    """
+    """NotIntact where a record of a torch zip misfits its checksum; torch.load does not look."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # by which torch tells its zip from its old format
             return
@@ -233,10 +227,7 @@ def load_own(path: str | Path, needed: tuple[str, ...] = _OF_NETWORKS) -> dict:
 def check_format(
     checkpoint: dict, path: str | Path, needed: tuple[str, ...] = _OF_NETWORKS
 ) -> None:
-    """Raise InputError for a checkpoint of ours in another format than this version writes.
-
-    And NotIntact for one that lacks some of the `needed` entries.
-    """
+    """InputError for one of ours in another format; NotIntact for one that lacks entries."""
     if checkpoint["format"] != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {checkpoint['format']}; this version reads format "
@@ -250,10 +241,9 @@ def check_format(
 def newest_intact(folder: Path) -> tuple[Path, dict, list[tuple[Path, str]]] | None:
     """The checkpoint to go on from: its path, its contents, and the (path, reason) refused.
 
-    LAST where it is intact, so that normally one file is read; else the one of most steps among
-    PREVIOUS and the newest kept one that is intact. None where the folder holds no checkpoint.
-    Raises InputError when it holds some and none is intact, and at once for one of another
-    format and for one that cannot be read: what it holds is not lost.
+    LAST where it is intact; else the one of most steps among PREVIOUS and the newest kept one that
+    is intact. None where the folder holds no checkpoint. Raises InputError when it holds some and
+    none is intact, and at once for one of another format or that cannot be read: it is not lost.
     """
     try:
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -303,12 +293,11 @@ def save(checkpoint: dict, path: str | Path) -> None:
 def save_last(checkpoint: dict, folder: Path, kept_as: Sequence[str] = ()) -> None:
     """Write a run's last checkpoint; the one that was the last becomes PREVIOUS.
 
-    kept_as: further names for it, which later calls without them leave alone; files of these names
-    are replaced. Whatever kills the process, and at any moment, as many whole checkpoints stand
-    under their names as before or more: the new one is complete on the disk before it takes a
-    name, first those of kept_as, then LAST, and the old LAST is held by a link (a copy, where the
-    file system has none) until it is PREVIOUS. Raises InputError when the disk refuses; LAST and
-    PREVIOUS are what they were then.
+    kept_as: further names for it, which later calls leave alone. Whatever kills the process, as
+    many whole checkpoints stand under their names as before or more: the new one is complete on the
+    disk before it takes a name, and the old LAST is held by a link (a copy, where the file system
+    has none) until it is PREVIOUS. Raises InputError when the disk refuses; LAST and PREVIOUS are
+    what they were then.
     """
     last, written = folder / LAST, None
     with contextlib.ExitStack() as stack:

@@ -61,9 +61,8 @@ def get(cfg: Node, key: str) -> Any:
 def put(cfg: Node, key: str, value: object, source: str) -> None:
     """Set SECTION.KEY from a value of `source` (a file, a flag, the command line).
 
-    A text is read by `scalar`; [1, 2] is a list. A truth value may be yes, no, on, off, 1 or 0. An
-    integer passes for a float, and a single value for a list of one; any other change of type,
-    or an unknown key, is an InputError that names the nearest key.
+    A text is read by `scalar`; [1, 2] is a list. An integer passes for a float, and a single value
+    for a list of one; any other change of type, or an unknown key, is an InputError.
     """
     if key not in OPTIONS:
         raise InputError(f"{source}: there is no option '{key}'.{_hint(key)}")
@@ -82,12 +81,7 @@ def _hint(key: str) -> str:
 
 
 def scalar(text: str) -> object:
-    """What a plain word stands for, in a file as on the command line.
-
-    Digits are a decimal number, whatever zeros lead; 0.5, .5, 5. and 1e-4 are numbers; true and
-    false are truth values; an empty word, ~ and null stand for nothing. All else is a text, such
-    as 0x10, 0o10, 1_000, 1:30, inf and nan.
-    """
+    """What a plain word stands for, in a file as on the command line (docs/configuration.md)."""
     text = text.strip()
     if NUMBER.fullmatch(text):
         return int(text) if WHOLE.fullmatch(text) else float(text)
@@ -219,10 +213,7 @@ def to_dict(cfg: Node) -> dict:
 
 
 def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
-    """The options of a stored run; InputError for data that are none.
-
-    Options of an earlier version that exist no more are ignored, and a line says so.
-    """
+    """The options of a stored run; those that exist no more are ignored, and a line says so."""
     if not isinstance(tree, dict):
         raise InputError(f"{source} holds no options of a run.")
     cfg, gone = defaults(), []

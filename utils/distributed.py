@@ -197,7 +197,7 @@ def pick(tensor: Tensor, places: Tensor) -> Tensor:
 
 
 def permuted(tensor: Tensor, order: Tensor) -> Tensor:
-    """This process's B rows of gather(tensor)[order]; no other process's come here. No gradient.
+    """This process's B rows of gather(tensor)[order], sent without the others; no gradient.
 
     tensor: [B, ...], equally shaped on all processes; order: int64 [P * B] on the CPU, the same
     permutation on all.
@@ -328,9 +328,8 @@ def on_all(function: Callable[[], T]) -> T:
 class Ballot:
     """Small counts that all processes cast at every step, and whose sums all learn alike.
 
-    So that they decide the same at the same step, such as to stop for a signal that one of them
-    got. With several processes the sums come one call later: casting does not wait for those
-    who are a little behind. It is between hosts: no device waits.
+    So they decide the same at the same step, such as to stop for a signal. With several processes
+    the sums come one call later: nobody waits for those who are a little behind, and no device.
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,20 @@ LONGEST_MESSAGE = 1500  # characters
 # After a broken collective, so that a launcher first meets the process that broke it. torchrun
 # looks at its processes ten times a second.
 SECONDS_AFTER_THE_FIRST = 1.0
+# What failures for want of memory or files say -> what can be done.
+SHORT = {
+    ("OutOfMemoryError",): "the GPU's memory is too small for these options: lower "
+    "--batch_size_per_gpu; pretraining can raise --accum_steps by the same factor and, without "
+    "BatchNorm in the backbone, set TRAIN.CHECKPOINTING true",
+    ("DataLoader worker (pid",): "a loader process was killed, most often for want of memory or of "
+    "/dev/shm (docker run --shm-size): lower --num_workers",
+    ("allocate shared memory",): "/dev/shm, by which loader processes hand over their images, is "
+    "full: make it larger (docker run --shm-size), or lower --num_workers or --batch_size_per_gpu",
+    ("Too many open files", "received 0 items of ancdata"): "no more files may be opened: raise "
+    "the limit (ulimit -n), or lower --num_workers",
+    ("MemoryError", "can't allocate memory"): "this machine's memory is too small for these "
+    "options: lower --batch_size_per_gpu or --num_workers; a new pretraining can lower --out_dim",
+}
 
 
 class InputError(Exception):
@@ -81,10 +95,7 @@ def run_script(main: Callable[[], None], if_interrupted: str = "nothing was chan
 
 
 def _record(error: Exception) -> None:
-    """Write the exception that is being handled to the launcher's error file, if there is one.
-
-    What torch's `record` does; it would also record what other processes caused.
-    """
+    """Write the exception to the launcher's error file, if any, as torch's `record` does."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -114,35 +125,12 @@ def _end_of_another(error: Exception) -> str:
 
 def _short_of_memory(error: Exception) -> str:
     """One sentence for the failures that only tell of too little memory or files; else empty."""
-    reason = str(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        advice = (
-            "the GPU's memory is too small for these options: lower --batch_size_per_gpu; "
-            "pretraining can raise --accum_steps by the same factor and, without BatchNorm in the "
-            "backbone, set TRAIN.CHECKPOINTING true"
-        )
-        reason = ". ".join(reason.split(". ")[:2])
-    elif isinstance(error, MemoryError) or "can't allocate memory" in reason:
-        advice = (
-            "this machine's memory is too small for these options: lower --batch_size_per_gpu or "
-            "--num_workers; a new pretraining run can lower --out_dim"
-        )
-    elif isinstance(error, RuntimeError) and "DataLoader worker (pid" in reason:
-        advice = "a loader process was killed, most often for want of memory: lower --num_workers"
-        if "Bus error" in reason:
-            advice += ", or make /dev/shm larger (docker run --shm-size)"
-    elif "shared memory" in reason and "No space left" in reason:
-        advice = (
-            "/dev/shm, by which loader processes hand over their images, is full: make it larger "
-            "(docker run --shm-size), or lower --num_workers or --batch_size_per_gpu"
-        )
-        reason = reason.strip().splitlines()[-1]  # a loader process's traceback is before
-    elif "Too many open files" in reason or "received 0 items of ancdata" in reason:
-        advice = "no more files may be opened: raise the limit (ulimit -n), or lower --num_workers"
-        reason = reason.strip().splitlines()[-1]
-    else:
-        return ""
-    return f"{advice} ({_one_line(reason)})"
+    text = f"{type(error).__name__}: {error}"
+    found = (advice for words, advice in SHORT.items() if any(word in text for word in words))
+    advice = next(found, "")
+    # A loader process's traceback is before the last line, CUDA's figures behind two sentences.
+    reason = ". ".join(text.strip().splitlines()[-1].split(". ")[:2])
+    return advice and f"{advice} ({_one_line(reason)})"
 
 
 def _is_alone() -> bool:

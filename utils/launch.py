@@ -24,23 +24,19 @@ def place() -> Place:
     if "RANK" not in os.environ:
         _adopt()
     rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
-    if "WORLD_SIZE" not in os.environ and (rank or local_rank):
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if rank or local_rank or size > 1 else ()
+    needed += ("MASTER_ADDR", "MASTER_PORT") if size > 1 else ()
+    if missing := [name for name in needed if not os.environ.get(name)]:
         raise InputError(
-            f"RANK is {rank} and LOCAL_RANK {local_rank}, but WORLD_SIZE is not set: start the "
-            f"processes by torchrun, or unset both for one that is alone."
+            f"of a launcher's variables some are set, but {', '.join(missing)} are not: start the "
+            f"processes by torchrun or srun, or say each its place (RANK, WORLD_SIZE, LOCAL_RANK) "
+            f"and all where they meet (MASTER_ADDR, MASTER_PORT)."
         )
     if rank >= size:
         raise InputError(
             f"the launcher's variables say RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to "
             f"{size - 1}."
         )
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
-        if not os.environ.get(name):
-            raise InputError(
-                f"WORLD_SIZE is {size} but {name} is not set: start the processes by torchrun or "
-                f"srun, or say each its place (RANK, LOCAL_RANK) and all where they meet "
-                f"(MASTER_ADDR, MASTER_PORT)."
-            )
     for name in ("MASTER_PORT", "LOCAL_WORLD_SIZE"):
         number(name, 1)
     return Place(rank, size, local_rank)

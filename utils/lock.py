@@ -15,10 +15,9 @@ def claim(folder: Path, work: str) -> None:
 
     work: a word, such as pretraining. Raises InputError where another process is at it.
 
-    By a POSIX lock on a file that stays there. Unlike a file's mere presence it ends with its
-    process, however that ends; NFS and most cluster file systems know it between machines; and
-    forked loader processes do not inherit it. (The descriptor is never closed: closing any one of
-    the file gives up the lock.) A file system that has no locks is a warning.
+    By a POSIX lock on a file that stays there: it ends with its process, most cluster file systems
+    know it between machines, and forked loader processes do not inherit it. (Closing any descriptor
+    of the file would give it up.) A file system that has no locks is a warning.
     """
     make_folder(folder)
     path = folder / f".{work}.lock"

@@ -71,10 +71,9 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 class RunLog:
     """log.txt and TensorBoard of one run's folder.
 
-    A resumed run goes on where its checkpoint was written: of the log the first `lines` lines
-    stay, as many as it had then, and TensorBoard shows no event after first_step. (Not by the
-    lines' steps, which are numbered anew where a run goes on with steps of another size.) The
-    attribute `lines` is how many there are. What the disk refuses is an InputError.
+    A resumed run goes on where its checkpoint was written: of the log the first `lines` lines stay,
+    as many as it had then (their steps may have another size); TensorBoard shows no event after
+    first_step. The attribute `lines` is how many there are. What the disk refuses is an InputError.
     """
 
     def __init__(self, folder: Path, lines: int, first_step: int) -> None:

@@ -1,7 +1,4 @@
-"""Signals that end a run in order: SIGTERM and SIGUSR1, as schedulers send them.
-
-A batch system that wants its machines back sends one of them some time before it kills. (Ours.)
-"""
+"""SIGTERM and SIGUSR1, which schedulers send before they kill, end a run in order. (Ours.)"""
 
 import contextlib
 import multiprocessing
@@ -16,11 +13,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(BaseException):
-    """The run was asked to stop and has lost nothing; str() is one sentence for the user.
+    """The run was asked to stop and has lost nothing; str() is one sentence, `code` the exit code.
 
-    Entry scripts turn it into that line and exit code `code`. Like KeyboardInterrupt it is no
-    Exception: it may be raised anywhere, also where an Exception would pass for a broken image or
-    a damaged checkpoint.
+    Like KeyboardInterrupt it is no Exception, which would pass for a broken image or checkpoint.
     """
 
     def __init__(self, message: str, code: int = EXIT_PREEMPTED) -> None:
@@ -31,10 +26,9 @@ class Preempted(BaseException):
 class StopSignals:
     """In its block SIGTERM and SIGUSR1 stop the run; only in the main thread.
 
-    Until `defer` is called a signal raises `Preempted` at once: there is nothing to save yet, and
-    what is going on may take minutes. After it a signal only sets `received`, which whoever owns
-    the loop reads. The first signal counts; later ones, of either kind, change nothing, nor
-    do any after a `Preempted` has left the block.
+    Until `defer` is called a signal raises `Preempted` at once: there is nothing to save yet. After
+    it a signal only sets `received`. The first signal counts; later ones, of either kind, change
+    nothing, nor do any after a `Preempted` has left the block.
     """
 
     def __init__(self) -> None:
@@ -108,10 +102,8 @@ def end_if_orphaned(worker_id: int) -> None:
 def outlive_signals(worker_id: int) -> None:
     """A loader's worker_init_fn: signals to all processes of a job leave this one alive.
 
-    Slurm signals a job step's every process, some sites twice, and the batches under way are still
-    needed for the steps before the run stops. SIGTERM ends it only where its own parent sends it,
-    as multiprocessing does at the parent's exit. (macOS does not say who sends: there SIGTERM ends
-    it.)
+    Its batches are still needed for the steps before the run stops. SIGTERM ends it only where its
+    own parent sends it, as multiprocessing does at exit. (macOS does not say who sends.)
     """
     end_if_orphaned(worker_id)
     if not hasattr(signal, "sigwaitinfo"):

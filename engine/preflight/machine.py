@@ -42,7 +42,7 @@ def memory_needed(
     student, teacher = build.networks(cfg)
     if found is None:
         findings.attempt(lambda: start_from(cfg, student, teacher))
-    step = memory.of_step(cfg, world, student, teacher, sizes)
+    step = memory.of_step(cfg, world, student, teacher)
     if cfg.TRAIN.COMPILE:
         findings.attempt(lambda: compile_network(student))  # refuses where there is no compiler
     here = processes_here()

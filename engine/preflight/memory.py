@@ -1,7 +1,7 @@
 """How much memory a step takes: what is held all the time, and what two small forwards keep."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ SMALL_BATCHES = (2, 3)  # images of the two forward passes that are measured
 class StepMemory:
     """Bytes of one process's tensors on its device; `checkpoint` is the size of the file.
 
-    ahead: on a GPU, what the crops of the next batch are made of, which is copied there meanwhile.
-    activations: what the student's forward of a micro-batch keeps for the backward pass, with
-    TRAIN.CHECKPOINTING or without, as the run has it. loss: the logits of one chunk.
+    activations: what the student's forward of a micro-batch keeps for the backward pass. loss: the
+    logits of one chunk.
     """
 
     student: int
@@ -34,7 +33,6 @@ class StepMemory:
     optimizer: int
     carried: int
     crops: int
-    ahead: int
     activations: int
     gradients: int
     loss: int
@@ -43,21 +41,15 @@ class StepMemory:
     @property
     def peak(self) -> int:
         """The most that is held at once, which is where the backward pass begins."""
-        networks = self.student + self.teacher + self.optimizer + self.carried
-        return networks + self.crops + self.ahead + self.activations + self.gradients + self.loss
+        return sum(astuple(self)) - self.checkpoint
 
 
-def of_step(
-    cfg: Node, world: World, student: Network, teacher: Network, sizes: Sequence[Size] = ()
-) -> StepMemory:
+def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> StepMemory:
     """An estimate of the memory of an optimizer step of these options. (Ours.)
 
-    sizes: the two sides of a sample of the images, in pixels.
-
-    What a forward pass keeps grows linearly with the images: it is measured for 2 and for 3
-    images, and the line is continued to the batch. Not in it: kernels' scratch, what the
-    allocator rounds up, and what Python and torch take by themselves. With TRAIN.COMPILE less is
-    kept than this says.
+    What a forward pass keeps is measured for 2 and for 3 images, and the line continued to the
+    batch. Not in it: the next batch on a GPU, kernels' scratch, what the allocator rounds up, and
+    what Python and torch take. With TRAIN.COMPILE less is kept than this says.
 
     The networks are of no use afterwards. Raises InputError where the backbone cannot do
     TRAIN.CHECKPOINTING.
@@ -79,7 +71,6 @@ def of_step(
     return StepMemory(
         **_stored(cfg, student, teacher),
         crops=4 * crop_values(cfg),
-        ahead=0 if device.type == "cpu" else moved_size(cfg, sizes),
         activations=kept_of_few + (batch - few) * kept_of_image,
         # On a GPU clipping keeps a buffer of their size (engine/training/optim.py).
         gradients=_bytes(p for p in student.parameters() if p.requires_grad)

@@ -25,10 +25,9 @@ def figures_and_zeros(
 ) -> tuple[dict[str, float], dict[str, float], dict[str, list[str]]]:
     """All figures of a frozen network; by the same names their zeros, and remarks where there are.
 
-    cfg: the options of its run. Where the images are of the synthetic set, coarse classes and the
-    parts' boxes are evaluated too. Figures are percent, but `ratio_*`, the attention on the part
-    over chance. A zero is what guessing gives: `pointing_*` that of a random patch, `fixed_*` that
-    of the best one patch for all.
+    cfg: the options of its run. Of the synthetic set coarse classes and the parts' boxes are
+    evaluated too. Figures are percent, but `ratio_*`, the attention on the part over chance. A zero
+    is what guessing gives: `pointing_*` a random patch, `fixed_*` the best one patch for all.
     """
     figures: dict[str, float] = {}
     zeros: dict[str, float] = {}

@@ -22,7 +22,7 @@ ODD += ["\ue000".encode(), "\U0001f426 wren".encode(), b"a-b", b"a", b"a b", b"A
 NAMES = 200_000
 
 
-def test_strings_are_those_they_were_made_of(monkeypatch):
+def test_strings_are_those_they_were_made_of():
     words = [os.fsdecode(name) for name in ODD]
     strings = Strings.of(words)
     for found in (strings, pickle.loads(pickle.dumps(strings)), Strings(strings.packed)):
@@ -32,9 +32,7 @@ def test_strings_are_those_they_were_made_of(monkeypatch):
     with pytest.raises(IndexError):
         strings[len(words)]
     assert [*Strings.of([])] == []
-    for at_once in (1, 7, 30):  # bytes that an iteration decodes together
-        monkeypatch.setattr("datasets.strings._AT_ONCE", at_once)
-        assert [*strings] == words
+    assert [*strings] == words
 
 
 def test_odd_names_have_the_order_and_the_labels_of_lists_of_strings(tmp_path):

@@ -141,7 +141,10 @@ def test_a_gpu_without_room_is_one_sentence_with_what_to_lower():
     assert ended[0].code == 1
     (line,) = ended[0].said
     assert "lower --batch_size_per_gpu; pretraining can raise --accum_steps" in line
-    assert "TRAIN.CHECKPOINTING true (CUDA out of memory. Tried to allocate 2 GiB)" in line
+    assert (
+        "TRAIN.CHECKPOINTING true (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB)"
+        in line
+    )
 
 
 def test_what_all_refuse_is_said_once_under_a_launcher(tmp_path):

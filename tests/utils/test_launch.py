@@ -83,14 +83,17 @@ def test_a_process_knows_its_place(variables, place, meets, given):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ("LOCAL_RANK=1", "LOCAL_RANK 1, but WORLD_SIZE is not set: start the processes by"),
-        ("RANK=1", "RANK is 1 and LOCAL_RANK 0, but WORLD_SIZE is not set"),
+        ("LOCAL_RANK=1", "but RANK, WORLD_SIZE are not: start the processes by"),
+        ("RANK=1", "but WORLD_SIZE, LOCAL_RANK are not"),
         ("RANK=0 WORLD_SIZE=", "WORLD_SIZE is '', not a whole number"),
         ("RANK=0 WORLD_SIZE=two", "WORLD_SIZE is 'two', not a whole number"),
-        ("WORLD_SIZE=2 LOCAL_RANK=0", "WORLD_SIZE is 2 but RANK is not set: start the"),
-        ("WORLD_SIZE=2 RANK=1", "WORLD_SIZE is 2 but LOCAL_RANK is not set"),
-        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0", "MASTER_ADDR is not set: start the processes by"),
-        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=a", "MASTER_PORT is not set"),
+        ("WORLD_SIZE=2 LOCAL_RANK=0", "but RANK, MASTER_ADDR, MASTER_PORT are not: start the"),
+        ("WORLD_SIZE=2 RANK=1", "but LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not"),
+        (
+            "WORLD_SIZE=2 RANK=0 LOCAL_RANK=0",
+            "MASTER_ADDR, MASTER_PORT are not: start",
+        ),
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=a", "but MASTER_PORT are not"),
         ("WORLD_SIZE=2 RANK=3 LOCAL_RANK=0", "RANK 3 of WORLD_SIZE 2: ranks go from 0 to 1"),
         ("WORLD_SIZE=2 RANK=one LOCAL_RANK=0", "RANK is 'one', not a whole number"),
         ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=http", "PORT is 'http'"),
@@ -98,7 +101,10 @@ def test_a_process_knows_its_place(variables, place, meets, given):
         ("SLURM_PROCID=x SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID is 'x', not a whole number"),
         (f"{STEP} SLURM_PROCID=2", "SLURM_LOCALID is not set"),
         (f"{STEP} SLURM_PROCID=2 WORLD_SIZE=8", "WORLD_SIZE is 8, but 4 processes were started"),
-        (f"{JOB} SLURM_PROCID=0 SLURM_NTASKS=2 WORLD_SIZE=2", "RANK is not set"),
+        (
+            f"{JOB} SLURM_PROCID=0 SLURM_NTASKS=2 WORLD_SIZE=2",
+            "but RANK, LOCAL_RANK, MASTER_ADDR",
+        ),
     ],
 )
 def test_what_a_launcher_leaves_out_is_one_sentence(variables, words, given):
