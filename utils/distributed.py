@@ -5,7 +5,6 @@ In one process every collective is the identity, so nothing above needs to know.
 
 import inspect
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,26 +58,11 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     if size == 1:
         return World(rank, size, place)
     timeout = timedelta(minutes=timeout_minutes)
-    try:
-        store = _meet(rank, size, timeout)
-    except dist.DistError as error:
-        if "failed to listen" in str(error):
-            raise InputError(
-                f"port {os.environ['MASTER_PORT']} of this machine is taken, perhaps by another "
-                f"run: start with another one (torchrun's --master_port, or MASTER_PORT)."
-            ) from None
-        raise
+    store = _meet(rank, size, timeout)
     store.set_timeout(timeout)
     # torchrun keeps one store over its restarts, with the addresses of those who died.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
-    if place.type == "cuda":
-        gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(place).uuid}"
-        if store.add(gpu, 1) > 1:
-            raise InputError(
-                f"rank {rank} has no GPU of its own: start one process for each GPU, or set DEVICE "
-                f"cpu."
-            )
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         store=store,

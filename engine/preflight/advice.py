@@ -8,15 +8,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from datasets.folder import ImageFolder, StoredImages
 from datasets.shards import ImageShards
 from datasets.splits import HELD_OUT, TRAINING
 from engine import build
-from models.grouped_norm import batch_norms
-from models.registry import build_backbone, resolve
+from models.registry import resolve
 from utils.config import Node, crops_on_device, knn_folders
+from utils.options import OPTIONS
 
 LARGE_STEP = 0.25  # of the data
 
@@ -123,15 +121,6 @@ def _of_batch(cfg: Node, processes: int, images: int) -> Iterator[str]:
                 f"CMD.DIVERSE_K."
             )
         return
-    with torch.device("meta"):
-        backbone = build_backbone(build.backbone_spec(cfg))
-    has_norm = cfg.HEAD.USE_BN or batch_norms(backbone)
-    if has_norm and batch * processes <= cfg.MOCO.BN_IMAGES:
-        yield (
-            f"all {batch * processes} images of a micro-batch share BatchNorm's statistics, by "
-            f"which queries can know their keys. Take a batch of at least twice MOCO.BN_IMAGES "
-            f"({cfg.MOCO.BN_IMAGES}), a smaller MOCO.BN_IMAGES, or more processes."
-        )
     if images <= cfg.MOCO.QUEUE:
         yield (
             f"MOCO.QUEUE {cfg.MOCO.QUEUE} holds a key of each of the {images} images: an image's "

@@ -89,13 +89,6 @@ def run_of(
     cfg = study.config(cell, seed)
     options: dict[str, Any] = {"SEED": seed} | study.cells[cell].options
     options["DATA.CROPS"] = cfg.DATA.CROPS  # as settled here, wherever the command is repeated
-    if study.protocol.knn_every:
-        options |= {
-            "EVAL.KNN_EVERY": study.protocol.knn_every,
-            "EVAL.KNN_TRAIN": splits.train.root,
-            "EVAL.KNN_VAL": splits.test.root,
-            "EVAL.KNN_K": study.protocol.k,
-        }
     for key, value in options.items():
         command += [key, str(value)]
     identity = {

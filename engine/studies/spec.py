@@ -9,8 +9,7 @@ cells:      name -> options of its own; beside them `data` (which set, where the
             several), `title` (its name in the tables) and `base` (a YAML that this cell starts
             from in the place of the study's; `options` are laid over that too)
 evaluate:   poolings (of default, mean, mil, lcr, where the network has them), k, baseline (the
-            cell, or one for each data set, that others are compared with), knn_every (epochs
-            between the k-NN tests of a run, for its curve)
+            cell, or one for each data set, that others are compared with)
 """
 
 import difflib
@@ -60,14 +59,12 @@ class Cell:
 class Protocol:
     """poolings: of the k-NN. k: its neighbours.
 
-    baselines: data set -> the cell that others on it are compared with. knn_every: epochs
-    between the k-NN tests of a run, for its curve; 0: none.
+    baselines: data set -> the cell that others on it are compared with.
     """
 
     poolings: tuple[str, ...]
     k: int
     baselines: dict[str, str]
-    knn_every: int
 
 
 @dataclass(frozen=True)
@@ -230,7 +227,7 @@ def _cell(
 
 
 def _protocol(tree: object, cells: dict[str, Cell], where: str) -> Protocol:
-    tree = _mapping(tree, where, ("poolings", "k", "baseline", "knn_every"))
+    tree = _mapping(tree, where, ("poolings", "k", "baseline"))
     poolings, named = tree.get("poolings", ["default"]), tree.get("baseline", [])
     if not isinstance(poolings, list) or "default" not in poolings:
         raise InputError(f"{where}: poolings must be a list with 'default' in it, not {poolings}.")
@@ -239,5 +236,4 @@ def _protocol(tree: object, cells: dict[str, Cell], where: str) -> Protocol:
     baselines = {cells[name].data: name for name in named}
     if len(baselines) < len(named):
         raise InputError(f"{where}: a data set has one baseline, not several.")
-    k, knn_every = _whole(tree, "k", 20, 1, where), _whole(tree, "knn_every", 0, 0, where)
-    return Protocol(tuple(dict.fromkeys(poolings)), k, baselines, knn_every)
+    return Protocol(tuple(dict.fromkeys(poolings)), _whole(tree, "k", 20, 1, where), baselines)

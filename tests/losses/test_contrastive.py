@@ -188,10 +188,6 @@ def test_every_micro_batch_is_shuffled_anew():
     ("options", "processes", "images", "words"),
     [
         (RESNET | {"MOCO__BN_IMAGES": 2}, 1, 41, None),
-        (RESNET | {"MOCO__BN_IMAGES": 4}, 1, 41, "by which queries can know their keys"),
-        (RESNET | {"MOCO__BN_IMAGES": 4}, 2, 41, None),
-        (SWIN | {"MOCO__BN_IMAGES": 4}, 1, 41, None),
-        (SWIN | {"HEAD__USE_BN": True}, 1, 41, "by which queries can know their keys"),
         (SWIN | {"MOCO__QUEUE": 40}, 1, 40, "MOCO.QUEUE 40 holds a key of each of the 40 images"),
         ({"LOSS__OBJECTIVE": "cmd"}, 1, 40, "CMD.LT residual compares a patch with 6 bags"),
         ({"LOSS__OBJECTIVE": "cmd", "CMD__DIVERSE_K": 5}, 1, 40, None),

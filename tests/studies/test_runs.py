@@ -9,7 +9,7 @@ from datasets.folder import LabelledImages
 from engine.studies.runs import IDENTITY, Run, pretrained, run_of
 from engine.studies.spec import load
 from tests.studies.studies import PLACES, study_file
-from utils import cli, config
+from utils import config
 from utils.errors import InputError
 
 TRAINS = "import pathlib, sys; pathlib.Path(sys.argv[1], 'checkpoint.pth').touch()"
@@ -98,11 +98,3 @@ def test_several_processes_are_started_by_torchrun(tmp_path):
     run = run_of(load(study_file(tmp_path)), "cmd", 0, PLACES, tmp_path, processes=3)
     assert run.command[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc_per_node=3" in run.command
-
-
-def test_k_nn_during_a_run_is_on_the_studys_folders_with_its_k(tmp_path):
-    study = load(study_file(tmp_path))
-    study = replace(study, protocol=replace(study.protocol, k=7, knn_every=2))
-    typed = cli.parse("", run_of(study, "cmd", 0, PLACES, tmp_path).command[2:]).cfg.EVAL
-    assert (typed.KNN_EVERY, typed.KNN_K) == (2, 7)
-    assert (typed.KNN_TRAIN, typed.KNN_VAL) == ("/data/train", "/data/val")

@@ -122,7 +122,6 @@ def test_a_written_study_gives_main_cmd_the_options_it_says(path):
         assert run.command[1].endswith("main_cmd.py")
         typed = cli.parse("", run.command[2:]).cfg
         given = ("OUTPUT_DIR", "DATA.PATH")
-        given += ("EVAL",) if study.protocol.knn_every else ()
         assert differing_but(typed, study.config(cell, seed), given) == []
         assert typed.DATA.PATH == "/data/train"
         assert run.folder == Path(typed.OUTPUT_DIR) == Path("/out/runs", cell, f"seed{seed}")

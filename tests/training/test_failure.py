@@ -306,14 +306,14 @@ def test_a_launcher_names_the_killed_process(launcher, size, environment, tmp_pa
     assert f"exitcode  : -9 (pid: {killed})  (SIGKILL)" in cause
 
 
-def test_a_port_that_another_run_has_taken_is_one_sentence(monkeypatch):
+def test_a_port_that_another_run_has_taken_is_said(monkeypatch):
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         places = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}
         places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in places.items():
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(InputError, match=f"port {port} of this machine is taken"):
+        with pytest.raises(torch.distributed.DistError, match="failed to listen"):
             distributed.start("cpu")
 
 
