@@ -292,9 +292,8 @@ class LabelledImages(StoredImages):
         So a copy of a set is the same set, wherever it lies and whenever it was made.
         """
         labels = self.labels.tolist()
-        return fingerprint_of([[*self.paths], self.digests, labels, self.classes])
+        return fingerprint_of([[*self.paths], self.digests(), labels, self.classes])
 
-    @cached_property
     def digests(self) -> list[str]:
         """What each file holds, as a hash; see datasets/contents.py."""
         return digests(self.root, [*self.paths])

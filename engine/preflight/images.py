@@ -49,7 +49,8 @@ def equal_files(
     """
     by_hash = defaultdict(list)
     for number, (images, sizes) in enumerate(zip(sets, headers, strict=True)):
-        for index, digest in enumerate(getattr(images, "digests", ())):
+        digests = images.digests() if isinstance(images, LabelledImages) else []
+        for index, digest in enumerate(digests):
             if len(digest) == DIGEST and not isinstance(sizes[index], BadImage):
                 by_hash[digest].append((number, index))
     return [group for group in by_hash.values() if len(group) > 1]
