@@ -31,13 +31,13 @@ class Counts(NamedTuple):
 class Layout(NamedTuple):
     """A form in which copies of a benchmark come: its files and folders, wherever in the copy.
 
-    read: their places by name -> Listing. training: those that pretraining needs, the images
-    first. evaluation: those that an evaluation needs besides. In a name, * is any text.
+    read: their places by name -> Listing. training: those that pretraining needs, with spaces
+    between. evaluation: those that an evaluation needs besides. In a name, * is any text.
     """
 
     read: Callable[[Places], Listing]
-    training: tuple[str, ...]
-    evaluation: tuple[str, ...]
+    training: str
+    evaluation: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Benchmark:
         folders = [*_folders(inner), *_folders(root)]
         found, lacking = {}, []
         for layout in self.layouts:
-            pieces = layout.training + (layout.evaluation if evaluated else ())
+            pieces = layout.training.split() + (layout.evaluation.split() if evaluated else [])
             places = {piece: _find(folders, root, piece) for piece in pieces}
             if all(places.values()):
                 return layout, places
