@@ -8,7 +8,7 @@ of main_cmd.py and evaluated here; the same command goes on where it stopped, an
 not done again. Written into OUT: results.json, table.md and curves.png after every cell, one JSON
 for each in results/, the runs in runs/CELL/seedK, rendered images in data/. Several commands may
 share OUT, each with its own --cells or --seeds; tables are of all that is in results/.
-engine/studies/spec.py says what a study's file holds.
+docs/studies.md shows what a study's file holds.
 """
 
 import argparse

@@ -1,10 +1,8 @@
 """What the metadata of each fine-grained benchmark lists; no image is opened.
 
-A reader is given the places of a copy's pieces, by the names that its `Layout` has for them
-(datasets/fine_grained.py), and gives a `Listing`; where there are those alone that pretraining
-needs, it gives the training images. Where a benchmark has an official validation split, training
-is train + val. Broken metadata raise exceptions of any kind, of which `Benchmark` makes one
-sentence; that all images are there is checked there too.
+A reader is given the places of a copy's pieces, by the names that its `Layout` has for them, and
+gives a `Listing`; of those alone that pretraining needs, the training images. Where there is an
+official validation split, training is train + val. Broken metadata raise exceptions of any kind.
 """
 
 import codecs

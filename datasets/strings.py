@@ -49,8 +49,5 @@ class Strings(Sequence[str]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and [*self] == [*other]
 
-    def __reduce__(self) -> tuple:
-        return Strings, (self.packed, self._ends)
-
     def _text(self, start: int, end: int) -> str:
         return str(self.packed[start:end].numpy(), "utf-8", "surrogateescape")

@@ -1,12 +1,6 @@
 """Checkpoint files: written atomically, read by their checksums and without running anything.
 
-A run's folder holds
-    checkpoint.pth            the last one; the same command resumes from it
-    checkpoint_previous.pth   the one before, to fall back to
-    checkpoint0040.pth        kept every CKPT.KEEP_EVERY epochs
-    checkpoint_best.pth       the one of the best features, with CKPT.KEEP best
-    checkpoint.pth.refused    set aside by a resume that could not use it
-docs/architecture.md says what a file holds.
+README.md lists the files of a run's folder, docs/architecture.md what one holds.
 """
 
 import argparse

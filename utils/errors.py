@@ -52,20 +52,10 @@ def _one_line(text: str) -> str:
 
 
 def run_script(main: Callable[[], None], if_interrupted: str = "nothing was changed") -> None:
-    """Run an entry script; the exit code tells how it ended:
-
-    ====  ==========================================================================
-       0  done
-       2  the run cannot go on as asked (`InputError`: bad input, a full disk, numbers
-          that went wrong): one line on stderr
-      75  preempted (`Preempted`): nothing was lost, the same command goes on
-     130  Ctrl-C
-       1  anything else: a bug of ours with its traceback, too little memory, or, with
-          several processes, the end of another one
-    ====  ==========================================================================
+    """Run an entry script; how it ended its exit code tells (docs/reliability.md).
 
     Under torchrun and torch.distributed.launch the failure also goes into the file from which
-    they report the first one. Their own exit code is 1, whatever their processes' codes.
+    they report the first one.
     """
     try:
         main()

@@ -6,21 +6,15 @@ put into the same variables, which torch and everything here read.
 
 import os
 import re
-from typing import NamedTuple
 
 from utils.errors import InputError
 
 
-class Place(NamedTuple):
-    """rank, of size processes; local_rank, among those of this machine."""
+def place() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) of this process.
 
-    rank: int
-    size: int
-    local_rank: int
-
-
-def place() -> Place:
-    """This process's place. InputError where what a launcher says is missing or cannot be."""
+    Raises InputError where what a launcher says is missing or cannot be.
+    """
     if "RANK" not in os.environ:
         _adopt()
     rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
@@ -39,7 +33,7 @@ def place() -> Place:
         )
     for name in ("MASTER_PORT", "LOCAL_WORLD_SIZE"):
         number(name, 1)
-    return Place(rank, size, local_rank)
+    return rank, size, local_rank
 
 
 def number(name: str, default: int | None = None) -> int:

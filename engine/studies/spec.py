@@ -1,15 +1,7 @@
 """A study's file: pretraining cells x seeds under one protocol, a YAML of experiments/studies.
 
-data:       name -> {synthetic: {train, val, seed, difficulty, SETTING: value}}, or
-            name -> folder (that of --data_path, with train and val)
-base:       a YAML of options that all cells start from, relative to the repository
-options:    options laid over it, as SECTION: {KEY: value} or SECTION.KEY: value
-seeds:      [0, 1]: every cell is pretrained with each, all with the first before any with the next
-cells:      name -> options of its own; beside them `data` (which set, where there are
-            several), `title` (its name in the tables) and `base` (a YAML that this cell starts
-            from in the place of the study's; `options` are laid over that too)
-evaluate:   poolings (of default, mean, mil, lcr, where the network has them), k, baseline (the
-            cell, or one for each data set, that others are compared with)
+docs/studies.md shows one. Paths of a `base` are relative to the repository. Where there are several
+data sets a cell says `data`, and `baseline` may be a list of one cell for each.
 """
 
 import difflib

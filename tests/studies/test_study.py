@@ -250,6 +250,9 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_figures(
         assert time.monotonic() < deadline, "it does not train"
         assert process.poll() is None
         time.sleep(0.01)
+    child = int((log.parent / ".pretraining.lock").read_text().split()[1])
+    if how == signal.SIGKILL:
+        os.kill(child, signal.SIGSTOP)
     process.send_signal(how)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, said
@@ -262,7 +265,8 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_figures(
     again, _, err = run_here(*words)
     if how == signal.SIGKILL:
         # The child still trains: a second command is refused its folder until that has ended.
-        assert "at the same work" in err
+        assert f"process {child} on " in err
+        os.kill(child, signal.SIGCONT)
         while again:
             assert time.monotonic() < deadline, "it does not end"
             again, _, err = run_here(*words)

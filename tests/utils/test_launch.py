@@ -8,7 +8,6 @@ import torch
 from tests.processes import free_port, start_python
 from utils import distributed, launch, lock
 from utils.errors import InputError
-from utils.launch import Place
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 JOB = "SLURM_JOB_ID=7 SLURM_JOB_NODELIST=gpu[03-04]"
@@ -33,42 +32,42 @@ def given(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "place", "meets"),
     [
-        ("", Place(0, 1, 0), None),
-        ("RANK=0 LOCAL_RANK=0", Place(0, 1, 0), None),
-        ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=2", Place(0, 1, 2), None),
+        ("", (0, 1, 0), None),
+        ("RANK=0 LOCAL_RANK=0", (0, 1, 0), None),
+        ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=2", (0, 1, 2), None),
         # srun's tasks; a step is smaller than its job.
         (
             f"{STEP} SLURM_NTASKS=8 SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NODEID=1",
-            Place(3, 4, 1),
+            (3, 4, 1),
             ("gpu03", "20009", "2"),
         ),
         (
             "SLURM_STEP_NUM_TASKS=2 SLURM_JOB_NODELIST=gpu03 SLURM_PROCID=0 SLURM_LOCALID=0",
-            Place(0, 2, 0),
+            (0, 2, 0),
             ("127.0.0.1", "20000", "2"),
         ),
         (
             f"{STEP} SLURM_PROCID=1 SLURM_LOCALID=1 MASTER_ADDR=head MASTER_PORT=99",
-            Place(1, 4, 1),
+            (1, 4, 1),
             ("head", "99", "2"),
         ),
-        (f"{JOB} SLURM_STEP_NUM_TASKS=1 SLURM_NTASKS=8 SLURM_PROCID=0", Place(0, 1, 0), None),
+        (f"{JOB} SLURM_STEP_NUM_TASKS=1 SLURM_NTASKS=8 SLURM_PROCID=0", (0, 1, 0), None),
         # As many write it: all but the rank by hand.
         (
             f"{STEP} SLURM_PROCID=1 SLURM_LOCALID=1 WORLD_SIZE=4 MASTER_ADDR=gpu04",
-            Place(1, 4, 1),
+            (1, 4, 1),
             ("gpu04", "20009", "2"),
         ),
         # A batch script's own process, or salloc's shell.
-        (f"{JOB} SLURM_NTASKS=8", Place(0, 1, 0), None),
-        (f"{JOB} SLURM_NTASKS=8 SLURM_PROCID=0", Place(0, 1, 0), None),
+        (f"{JOB} SLURM_NTASKS=8", (0, 1, 0), None),
+        (f"{JOB} SLURM_NTASKS=8 SLURM_PROCID=0", (0, 1, 0), None),
         (
             "SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2",
-            Place(1, 2, 1),
+            (1, 2, 1),
             ("127.0.0.1", "20000", "2"),
         ),
         # Others win over Slurm, in whose jobs they may run.
-        (f"{STEP} SLURM_PROCID=3 RANK=0 WORLD_SIZE=1", Place(0, 1, 0), None),
+        (f"{STEP} SLURM_PROCID=3 RANK=0 WORLD_SIZE=1", (0, 1, 0), None),
     ],
 )
 def test_a_process_knows_its_place(variables, place, meets, given):
