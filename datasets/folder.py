@@ -197,6 +197,11 @@ class StoredImages(ABC):
     passed_over: Mapping[str, int] = {}
     fingerprint: str
 
+    def say_passed_over(self, where: str | Path) -> None:
+        if self.passed_over:
+            endings = endings_line(self.passed_over)
+            logger.info(f"{where}: passed over, not images by their names: {endings}")
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of images."""
@@ -304,11 +309,7 @@ class ImageFolder(LabelledImages):
                 f"the data folder {folder} holds no images{found}: put images in it or give "
                 f"another folder{hint}"
             )
-        if self.passed_over:
-            logger.info(
-                f"{folder}: passed over, not images by their names: "
-                f"{endings_line(self.passed_over)}"
-            )
+        self.say_passed_over(folder)
         firsts = [path.partition("/")[0] for path in paths if "/" in path]
         classes = sorted({*firsts}) if len(firsts) == len(paths) else []
         number = {name: i for i, name in enumerate(classes)}

@@ -40,7 +40,7 @@ from datasets.strings import Strings
 from utils import cli
 from utils.errors import InputError, run_script
 from utils.files import replacing
-from utils.logging import logger, progress, setup
+from utils.logging import progress, setup
 from utils.seeding import ORDER, derive_seed
 
 # An epoch is shuffled within a moving window of this many images, and at least so many shards.
@@ -90,11 +90,7 @@ class ImageShards(StoredImages):
         self.shards = find_shards(shards)
         indices = read_indices(self.shards)
         self.passed_over = sum((Counter(index.passed_over) for index in indices), Counter())
-        if self.passed_over:
-            logger.info(
-                f"{shards}: passed over, not images by their names: "
-                f"{endings_line(self.passed_over)}"
-            )
+        self.say_passed_over(shards)
         self.counts = [len(index.names) for index in indices]
         self._stamps = [index.stamp for index in indices]
         self._offsets, self._sizes = (
@@ -213,16 +209,12 @@ def find_shards(pattern: str | Path) -> list[Path]:
             )
         return shards
     try:
-        shards = [Path(os.path.abspath(url)) for url in webdataset.SimpleShardList(text).urls]
+        return [Path(os.path.abspath(url)) for url in webdataset.SimpleShardList(text).urls]
     except ValueError as error:
         raise InputError(
             f"the shards {text} cannot be expanded ({error}): write a pattern such as "
             "/data/train-{000000..000146}.tar"
         ) from None
-    name, times = Counter(shards).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"the shard {name} is named {times} times by {text}: name it once")
-    return shards
 
 
 def read_indices(shards: list[Path]) -> list[ShardIndex]:
