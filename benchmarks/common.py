@@ -18,11 +18,12 @@ import torch
 
 from benchmarks.turns import synchronize
 from models.registry import ARCHITECTURES
-from utils.cli import Parser
+from utils.cli import Parser, at_least
 from utils.errors import InputError
 from utils.files import write_json
 from utils.options import OPTIONS
 
+positive = at_least(1)  # an argument's type
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CROPS = ("batch", "global_size", "local_crops", "local_size", "threads")
 _NETWORK = ("objective", "arch", "prototypes")
@@ -38,13 +39,6 @@ def parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, as an argument's type."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
 
 
 def _writable(text: str) -> Path:

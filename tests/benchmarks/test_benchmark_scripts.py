@@ -154,7 +154,7 @@ def test_scaling(measured, tmp_path):
         ("data", "--ways ram --data_path NOWHERE", "NOWHERE does not exist"),
         ("data", "--ways shards --data_path NOWHERE", "NOWHERE does not exist"),
         ("data", "--ways tape", "invalid choice: 'tape'"),
-        ("data", "--batch 0", "--batch: '0' is no whole number"),
+        ("data", "--batch 0", "--batch: must be a whole number from 1: 0"),
         ("data", "AUG.GRAY_PROB", "options come as KEY VALUE pairs, not AUG.GRAY_PROB"),
         ("scaling", "--contestant fp98", "there is no contestant 'fp98'"),
         ("scaling", "--batch_axis 0", "TRAIN.BATCH_SIZE_PER_GPU must be at least 1"),
