@@ -18,6 +18,11 @@ def place() -> tuple[int, int, int]:
     if "RANK" not in os.environ:
         _adopt()
     rank, size, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
+    if "WORLD_SIZE" in os.environ and rank >= size:
+        raise InputError(
+            f"the launcher's variables say RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to "
+            f"{size - 1}."
+        )
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK") if rank or local_rank or size > 1 else ()
     needed += ("MASTER_ADDR", "MASTER_PORT") if size > 1 else ()
     if missing := [name for name in needed if not os.environ.get(name)]:
@@ -25,11 +30,6 @@ def place() -> tuple[int, int, int]:
             f"of a launcher's variables some are set, but {', '.join(missing)} are not: start the "
             f"processes by torchrun or srun, or say each its place (RANK, WORLD_SIZE, LOCAL_RANK) "
             f"and all where they meet (MASTER_ADDR, MASTER_PORT)."
-        )
-    if rank >= size:
-        raise InputError(
-            f"the launcher's variables say RANK {rank} of WORLD_SIZE {size}: ranks go from 0 to "
-            f"{size - 1}."
         )
     for name in ("MASTER_PORT", "LOCAL_WORLD_SIZE"):
         number(name, 1)
