@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,11 +118,10 @@ class Benchmark:
     def _places(self, name: str, root: Path, evaluated: bool) -> tuple[Layout, Places]:
         """The layout of which all is there, and where; InputError with what is found if none is."""
         inner = root / self.folder
-        folders = [*_folders(inner), *_folders(root)]
         found, lacking = {}, []
         for layout in self.layouts:
             pieces = layout.training.split() + (layout.evaluation.split() if evaluated else [])
-            places = {piece: _find(folders, root, piece) for piece in pieces}
+            places = {piece: _find(inner, root, piece) for piece in pieces}
             if all(places.values()):
                 return layout, places
             lacking.append(", ".join(piece for piece in pieces if not places[piece]))
@@ -139,13 +138,14 @@ class Benchmark:
         )
 
 
-def _folders(root: Path) -> list[Path]:
-    """`root` and the folders below it down to _DEPTH, the least deep first."""
-    found = level = [root]
-    for _ in range(_DEPTH):
-        level = [inner for folder in level for inner in _subfolders(folder)]
-        found = found + level
-    return found
+def _folders(*roots: Path) -> Iterator[Path]:
+    """Each root and the folders below it down to _DEPTH, the least deep first."""
+    for root in roots:
+        level = [root]
+        for _ in range(_DEPTH):
+            yield from level
+            level = [inner for folder in level for inner in _subfolders(folder)]
+        yield from level
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -155,12 +155,12 @@ def _subfolders(folder: Path) -> list[Path]:
     return []
 
 
-def _find(folders: list[Path], root: Path, name: str) -> Path | None:
-    """The first file or folder of this name in `folders`, or `root` itself.
+def _find(inner: Path, root: Path, name: str) -> Path | None:
+    """The first file or folder of this name below `inner`, else `root`, or `root` itself.
 
     A folder in a folder of the same name, to which some archives unpack, is taken instead.
     """
-    places = (place for folder in folders for place in sorted(folder.glob(name)))
+    places = (place for folder in _folders(inner, root) for place in sorted(folder.glob(name)))
     place = next(places, root if root.name == name else None)
     while place is not None and (place / name).is_dir():
         place = place / name
