@@ -11,6 +11,7 @@ from datasets import cache
 from engine import build
 from engine.preflight.findings import Findings, size_in_words
 from engine.training.acceleration import checkpoint_blocks, compile_network
+from engine.training.freezing import Freezing
 from engine.training.resume import Found, start_from
 from models.network import Network, student_only
 from utils.config import Node
@@ -30,6 +31,7 @@ def memory_held(
     student, teacher = build.networks(cfg)
     if found is None:
         findings.attempt(lambda: start_from(cfg, student, teacher))
+    Freezing(cfg, student, teacher).enter(cfg.TRAIN.EPOCHS)
     stored = _stored(cfg, student, teacher)
     # Both refuse where they cannot be.
     if cfg.TRAIN.CHECKPOINTING:
