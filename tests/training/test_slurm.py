@@ -13,7 +13,6 @@ import torch
 
 from tests.processes import PATIENCE, ROOT, run_group
 from utils import launch
-from utils.launch import Place
 
 FOLDER = ROOT / "experiments" / "slurm"
 SHELL = sorted(path for path in FOLDER.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -152,7 +151,7 @@ def test_each_task_reads_its_place_and_where_all_meet(
         given = (job.folder / f"environment{rank}").read_text().split("\0")[:-1]
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", dict(line.split("=", 1) for line in given))
-            assert launch.place() == Place(rank, 2, local_ranks[rank])
+            assert launch.place() == (rank, 2, local_ranks[rank])
             assert os.environ["MASTER_ADDR"] == address
             assert os.environ["LOCAL_WORLD_SIZE"] == local_size
             ports.add(os.environ["MASTER_PORT"])
