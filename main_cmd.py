@@ -15,7 +15,7 @@ from datasets.folder import refuse_among_images
 from datasets.loader import steps_per_epoch, usable_workers
 from engine import build, preflight
 from engine.evaluation.opening import join
-from engine.preflight import advice, machine
+from engine.preflight import advice, machine, memory
 from engine.training import resume
 from engine.training.bad_images import BadImages
 from engine.training.determinism import explain_refusal, set_deterministic
@@ -93,8 +93,9 @@ def pretrain(signals: StopSignals) -> None:
         distributed.stop()
         return
     folder = Path(cfg.OUTPUT_DIR)
-    size = machine.checkpoint_size(cfg, student, teacher)
-    distributed.on_main(lambda: open_folder(cfg, refused, size))
+    size = memory.checkpoint_size(cfg, student, teacher)
+    sizes = distributed.on_main(lambda: images.sizes_looked_at)
+    distributed.on_main(lambda: open_folder(cfg, refused, size, sizes))
 
     # From images to crops; where images are kept, they are decoded here.
     feed = build.feed(cfg, images, world)
@@ -114,14 +115,15 @@ def pretrain(signals: StopSignals) -> None:
     distributed.stop()
 
 
-def open_folder(cfg: config.Node, refused: list[Path], size: int) -> None:
+def open_folder(cfg: config.Node, refused: list[Path], size: int, sizes: list) -> None:
     """Make the run's folder, keep others out of it, and write the resolved options into it.
 
-    refused: files that step aside. size: bytes of a checkpoint. InputError where one lacks room.
+    refused: files that step aside. size: bytes of a checkpoint. sizes: sides of a sample of images.
+    InputError where a checkpoint or the loader's batches lack room.
     """
     folder = Path(cfg.OUTPUT_DIR)
     lock.claim(folder, "pretraining")
-    for warning in machine.short_disk(machine.disk_needed(cfg, folder, size)):
+    for warning in machine.warnings(cfg, sizes, machine.disk_needed(cfg, folder, size)):
         logger.warning(warning)
     for path in refused:
         logger.info(f"{path} is kept as {checkpoint.set_aside(path)}")

@@ -31,13 +31,13 @@ class Counts(NamedTuple):
 class Layout(NamedTuple):
     """A form in which copies of a benchmark come: its files and folders, wherever in the copy.
 
-    read: their places by name -> Listing. training: those that pretraining needs, with spaces
-    between. evaluation: those that an evaluation needs besides. In a name, * is any text.
+    read: their places by name -> Listing. training: those that pretraining needs, the images
+    first. evaluation: those that an evaluation needs besides. In a name, * is any text.
     """
 
     read: Callable[[Places], Listing]
-    training: str
-    evaluation: str
+    training: tuple[str, ...]
+    evaluation: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from utils.logging import logger
 _DOWNLOAD = "DATA.DOWNLOAD true downloads it"
 _ONE_FILE_EACH = Layout(
     parsers.read_listed_images,
-    "images images.txt train_test_split.txt",
-    "image_class_labels.txt classes.txt",
+    ("images", "images.txt", "train_test_split.txt"),
+    ("image_class_labels.txt", "classes.txt"),
 )
 
 # A new data set is one function (places of its pieces) -> Listing, and one entry.
@@ -38,10 +38,15 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
         (
             Layout(
                 parsers.read_cars,
-                "cars_train",
-                "cars_test cars_meta.mat cars_train_annos.mat cars_test_annos_withlabels*.mat",
+                ("cars_train",),
+                (
+                    "cars_test",
+                    "cars_meta.mat",
+                    "cars_train_annos.mat",
+                    "cars_test_annos_withlabels*.mat",
+                ),
             ),
-            Layout(parsers.read_cars_in_one_folder, "car_ims cars_annos.mat", ""),
+            Layout(parsers.read_cars_in_one_folder, ("car_ims", "cars_annos.mat"), ()),
         ),
         Counts(196, 8144, 8041),
         "Its official address is gone: use a copy",
@@ -51,8 +56,8 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
         (
             Layout(
                 parsers.read_aircraft,
-                "images images_variant_trainval.txt",
-                "images_variant_test.txt variants.txt",
+                ("images", "images_variant_trainval.txt"),
+                ("images_variant_test.txt", "variants.txt"),
             ),
         ),
         Counts(100, 6667, 3333),
@@ -67,14 +72,14 @@ DATASETS: dict[str, Benchmark | type[ImageFolder] | type[ImageShards]] = {
     ),
     "flowers": Benchmark(
         "flowers-102",
-        (Layout(parsers.read_flowers, "jpg setid.mat", "imagelabels.mat"),),
+        (Layout(parsers.read_flowers, ("jpg", "setid.mat"), ("imagelabels.mat",)),),
         Counts(102, 2040, 6149),
         _DOWNLOAD,
         Flowers102,
     ),
     "pets": Benchmark(
         "oxford-iiit-pet",
-        (Layout(parsers.read_pets, "images trainval.txt", "test.txt"),),
+        (Layout(parsers.read_pets, ("images", "trainval.txt"), ("test.txt",)),),
         Counts(37, 3680, 3669),
         _DOWNLOAD,
         OxfordIIITPet,

@@ -38,6 +38,7 @@ HIDDEN = "hidden"  # files and folders whose names begin with a dot, among the e
 CONTENTS = "contents:"  # what fingerprints begin with; earlier ones knew sizes alone
 MAX_ELONGATION = 4  # of a reduced image
 DEEP_GREY = ("I", "F")  # first letters of Pillow's modes of more than 8 bits
+LOOKED_AT = 1000  # images, to say how many are of these modes
 _said = mmap.mmap(-1, 1)  # whether a guess was said; the loader's processes share it by forking
 # PIL warns of damaged EXIF data and large images: what cannot be used is an UnreadableImage.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -229,6 +230,37 @@ class StoredImages(ABC):
             return self.header_size(index)
         except UnreadableImage as error:
             return error.bad
+
+    @cached_property
+    def _looked_at(self) -> list[tuple[tuple[int, int], str]]:
+        """(the two sides, Pillow's mode) by the headers of at most LOOKED_AT images that have one,
+        at even distances."""
+        found = []
+        for place in range(0, len(self), len(self) // LOOKED_AT + 1):
+            with (
+                contextlib.suppress(UnreadableImage),
+                _opened(self.source(place), self.name(place)) as image,
+            ):
+                found.append((image.size, image.mode))
+        return found
+
+    @property
+    def sizes_looked_at(self) -> list[tuple[int, int]]:
+        """The two sides in pixels of a sample of at most LOOKED_AT images, perhaps turned."""
+        return [size for size, _ in self._looked_at]
+
+    def deep_grey(self) -> list[str]:
+        """A sentence with the number of images whose white is guessed, of a sample."""
+        looked_at = self._looked_at
+        deep = sum(mode.startswith(DEEP_GREY) for _, mode in looked_at)
+        if not deep:
+            return []
+        _said[0] = 1
+        return [
+            f"grey images of more than 8 bits or of floating point: {deep:,} of {len(looked_at):,} "
+            "that were looked at; no file says which value is white, and it is taken from each "
+            "image's largest one (docs/evaluation.md)"
+        ]
 
 
 class LabelledImages(StoredImages):

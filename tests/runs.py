@@ -1,7 +1,6 @@
 """Small runs inside the test's process, without files; comparing the folders of two runs."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from engine import build
 from engine.training.bad_images import BadImages
 from engine.training.record import Record
 from engine.training.step import Pretraining
-from models.network import Network
 from utils import config
 from utils.distributed import ALONE, World
 
@@ -145,20 +143,3 @@ def cfg_of(folder: Path) -> config.Node:
     cfg = config.defaults()
     config.merge_file(cfg, folder / "config.yaml")
     return cfg
-
-
-def kept_by_forward(network: Network, crops: Sequence[Tensor]) -> int:
-    """Bytes of the storages that autograd keeps of a forward pass, but for parameters and crops."""
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        views = network(crops)  # its graph keeps what is counted, so no address comes twice
-    for tensor in (*network.parameters(), *network.buffers(), *crops):
-        storages.pop(tensor.untyped_storage().data_ptr(), None)
-    del views
-    return sum(storages.values())

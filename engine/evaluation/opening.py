@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets.fine_grained import load_splits, prepare
 from datasets.folder import refuse_among_images
 from datasets.splits import Splits
-from engine.evaluation.feature_cache import SplitFeatures
+from engine.evaluation.feature_cache import SPLITS, SplitFeatures
 from engine.evaluation.features import Reading
 from engine.evaluation.source import NO_KEY, Source, load_source
 from utils import distributed, logging
@@ -45,9 +45,12 @@ def open_splits(cfg: Node) -> Splits | None:
     splits = load_splits(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.PARTIAL)
     for folder in filter(None, (cfg.OUTPUT_DIR, cfg.EVAL.DUMP_FEATURES)):
         refuse_among_images(Path(folder), splits.train, splits.test)
-    for images in (splits.train, splits.test):
+    for split, images in zip(SPLITS, (splits.train, splits.test), strict=True):
         # One process reads the files, for all.
-        images.fingerprint = distributed.on_main(lambda images=images: images.fingerprint)
+        images.fingerprint, grey = distributed.on_main(
+            lambda images=images: (images.fingerprint, images.deep_grey())
+        )
+        splits.notes.extend(f"{split}: {note}" for note in grey)
     for note in splits.notes:
         logger.warning(note)
     return splits

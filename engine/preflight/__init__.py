@@ -39,6 +39,10 @@ def run(cfg: Node, world: World) -> None:
     if cfg.OUTPUT_DIR:
         refuse_among_images(Path(cfg.OUTPUT_DIR), *sets)
         distributed.on_main(lambda: make_folder(Path(cfg.OUTPUT_DIR)))
+    distributed.agree(
+        {"images for training and validation": [len(part) for part in sets]},
+        "put them where all of them see the same files",
+    )
     if folders := config.knn_folders(cfg):
         splits = findings.attempt(lambda: gallery_and_queries(*folders))
         findings.warnings += splits.notes if splits else []
@@ -77,14 +81,15 @@ def _report(
     if findings.batch:
         findings.warnings += advice.warnings(cfg, world.size, images)
     findings.crops = _crops(cfg, world)
+    sizes = images.sizes_looked_at if images is not None else []
     findings.memory = findings.attempt(
-        lambda: machine.memory_held(cfg, world, kept, found, findings)
+        lambda: machine.memory_needed(cfg, world, kept, sizes, found, findings)
     )
     if folder and findings.memory:
         findings.disk = machine.disk_needed(cfg, folder, findings.memory["checkpoint_bytes"])
         if found:
             findings.disk["goes_on_from_step"] = found.state["step"]
-        findings.attempt(lambda: findings.warnings.extend(machine.short_disk(findings.disk)))
+    findings.attempt(lambda: findings.warnings.extend(machine.warnings(cfg, sizes, findings.disk)))
     _print(findings, folder)
 
 

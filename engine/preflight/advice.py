@@ -41,7 +41,8 @@ def _of_network(cfg: Node) -> Iterator[str]:
 
 
 def _of_data(cfg: Node, images: StoredImages) -> Iterator[str]:
-    """Images that are held out elsewhere and trained on here."""
+    """Images that are held out elsewhere and trained on here, and pixels that are guessed at."""
+    yield from images.deep_grey()
     if names := mixed_splits(images):
         folder = images.root if isinstance(images, ImageFolder) else images.shards[0].parent
         train = next(name for name in names if _letters(name) in TRAINING)

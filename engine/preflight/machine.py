@@ -1,80 +1,115 @@
-"""What a run takes of the machine: memory and disk."""
+"""What a run takes of the machine: memory, shared memory and disk."""
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from datasets import cache
+from datasets.loader import usable_workers
 from engine import build
+from engine.preflight import memory
 from engine.preflight.findings import Findings, size_in_words
-from engine.training.acceleration import checkpoint_blocks, compile_network
-from engine.training.freezing import Freezing
+from engine.preflight.memory import Size
+from engine.training.acceleration import compile_network
 from engine.training.resume import Found, start_from
-from models.network import Network, student_only
 from utils.config import Node
 from utils.distributed import World, processes_here
 from utils.errors import InputError
 from utils.precision import precision_of
 
+# Bytes that a process takes besides its tensors. Measured on a CPU: 0.75 GiB for Python, torch and
+# what they load, 0.1 GiB for kernels' own.
+PROGRAM = 2**30
+BATCHES_AHEAD = 2  # that torch's loader prepares for each worker
+SHARED = Path("/dev/shm")
 
-def memory_held(
-    cfg: Node, world: World, kept: int, found: Found | None, findings: Findings
+
+def memory_needed(
+    cfg: Node,
+    world: World,
+    kept: int,
+    sizes: Sequence[Size],
+    found: Found | None,
+    findings: Findings,
 ) -> dict:
-    """The section of memory: what is held all the time, but not what a step needs besides.
+    """The section of memory.
 
-    kept: bytes of DATA.CACHE. found: the checkpoint that the run would go on from. Raises
-    InputError where the networks cannot be built or do not take these crops.
+    kept: bytes of DATA.CACHE. sizes: the two sides of a sample of the images. found: the checkpoint
+    that the run would go on from. Raises InputError where the networks cannot be built or do not
+    take these crops.
     """
     student, teacher = build.networks(cfg)
     if found is None:
         findings.attempt(lambda: start_from(cfg, student, teacher))
-    Freezing(cfg, student, teacher).enter(cfg.TRAIN.EPOCHS)
-    stored = _stored(cfg, student, teacher)
-    # Both refuse where they cannot be.
-    if cfg.TRAIN.CHECKPOINTING:
-        findings.attempt(lambda: checkpoint_blocks(student))
+    step = memory.of_step(cfg, world, student, teacher)
     if cfg.TRAIN.COMPILE:
-        findings.attempt(lambda: compile_network(student))
-    if kept:
-        cap, on_device = cfg.DATA.CACHE_SIZE, cfg.DATA.CACHE == "device"
-        findings.attempt(lambda: cache.refuse_no_room(kept, cap, world.device, on_device))
+        findings.attempt(lambda: compile_network(student))  # refuses where there is no compiler
+    here = processes_here()
+    on_gpu = world.device.type == "cuda"
+    kept_on_gpu = on_gpu and cfg.DATA.CACHE == "device"
+    loader = _in_the_loader(cfg, sizes)
+    # A checkpoint is written from a copy of the tensors, by one process.
+    needed = here * (PROGRAM + loader + (0 if on_gpu else step.peak)) + step.checkpoint + kept
     free = cache.available()
-    return {
+    section = {
         "device": str(world.device),
         "precision": precision_of(cfg, world.device),
-        **{f"{name}_bytes": size for name, size in stored.items()},
+        "images_at_once": cfg.TRAIN.BATCH_SIZE_PER_GPU,
+        "checkpointing": cfg.TRAIN.CHECKPOINTING,
+        **{f"{name}_bytes": size for name, size in vars(step).items()},
+        "step_at_its_peak_bytes": step.peak,
         "decoded_images_bytes": kept,
-        "processes_here": processes_here(),
+        "batches_in_the_loader_bytes": loader,
+        "processes_here": here,
+        "needed_on_this_machine_bytes": needed,
         "free_on_this_machine_bytes": None if free == sys.maxsize else free,
     }
+    findings.warnings += short("this machine", needed, free)
+    if on_gpu:
+        needed = step.peak + (kept if kept_on_gpu else 0)
+        free = cache.free_on(world.device)
+        section |= {"needed_on_the_gpu_bytes": needed, "free_on_the_gpu_bytes": free}
+        findings.warnings += short(str(world.device), needed, free)
+    if kept:
+        cap = cfg.DATA.CACHE_SIZE
+        findings.attempt(lambda: cache.refuse_no_room(kept, cap, world.device, kept_on_gpu))
+    return section
 
 
-def checkpoint_size(cfg: Node, student: Network, teacher: Network) -> int:
-    """Bytes of a checkpoint of a run of these options and networks."""
-    return _stored(cfg, student, teacher)["checkpoint"]
+def short(where: str, needed: int, free: int) -> Iterator[str]:
+    """A sentence where memory is short."""
+    if needed > free:
+        yield (
+            f"the run needs about {size_in_words(needed)} of memory on {where}, and "
+            f"{size_in_words(free)} are free: lower --batch_size_per_gpu (and raise "
+            f"--accum_steps), --num_workers or --out_dim, or set TRAIN.CHECKPOINTING true or "
+            f"DATA.CACHE none"
+        )
 
 
-def _stored(cfg: Node, student: Network, teacher: Network) -> dict[str, int]:
-    """Bytes that last from step to step, and those of a checkpoint."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    moments = _bytes(trained)  # SGD's momentum
-    if cfg.TRAIN.OPTIMIZER == "adamw":
-        moments = 2 * moments + 4 * len(trained)  # and step counts
-    stored = {
-        "student": _bytes(student.state_dict().values()),
-        "teacher": _bytes(teacher.state_dict().values()),
-        "optimizer": moments,
-        "carried": _bytes(build.carried(cfg, build.objective(cfg)).state_dict().values()),
-    }
-    own = _bytes(student_only(student.state_dict()).values())
-    return stored | {"checkpoint": sum(stored.values()) + own}
+def _in_the_loader(cfg: Node, sizes: Sequence[Size]) -> int:
+    """Bytes of the batches that one process's loader workers hold ready.
+
+    Of images that are kept they bring random numbers alone.
+    """
+    ahead = BATCHES_AHEAD * usable_workers(cfg.DATA.WORKERS)
+    return ahead * memory.moved_size(cfg, sizes) if cfg.DATA.CACHE == "none" else 0
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def refuse_small_shared(cfg: Node, needed: int, free: int) -> None:
+    """InputError where the batches of one process's loader do not fit into /dev/shm.
+
+    There loader workers hand them over; it is small in many containers, and where it is full the
+    system kills who writes. needed: bytes for each process; free: for all of this machine.
+    """
+    here = processes_here()
+    if here * needed > free:
+        raise InputError(
+            f"the loader's batches take about {size_in_words(here * needed)} of shared memory, and "
+            f"{SHARED} has {size_in_words(free)} for them: make it larger (docker run --shm-size), "
+            f"or lower --num_workers, now {usable_workers(cfg.DATA.WORKERS)}"
+        )
 
 
 def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
@@ -93,12 +128,12 @@ def disk_needed(cfg: Node, folder: Path, size: int) -> dict:
     }
 
 
-def short_disk(disk: dict) -> Iterator[str]:
-    """A sentence where the disk is short; disk: of `disk_needed`.
+def warnings(cfg: Node, sizes: Sequence[Size], disk: dict | None) -> Iterator[str]:
+    """What is short by figures that cost nothing; sizes: of images; disk: of `disk_needed`.
 
-    Raises InputError where not one checkpoint can be written.
+    Raises InputError where not one checkpoint can be written, or shared memory is too small.
     """
-    if disk["needed_bytes"] > disk["free_bytes"]:
+    if disk and disk["needed_bytes"] > disk["free_bytes"]:
         free, size = disk["free_bytes"], disk["checkpoint_bytes"]
         if size > free:
             raise InputError(
@@ -110,3 +145,5 @@ def short_disk(disk: dict) -> Iterator[str]:
             f"{disk['path']}, and {size_in_words(free)} are free: make room, or keep fewer "
             "(CKPT.KEEP_EVERY)"
         )
+    if SHARED.is_dir():
+        refuse_small_shared(cfg, _in_the_loader(cfg, sizes), shutil.disk_usage(SHARED).free)

@@ -162,7 +162,7 @@ def test_pretraining_takes_the_training_split_alone(name, tmp_path, caplog):
     folder = place(name, trees.BUILDERS[name](tmp_path, train=2, test=1))
     for path in PATHS[name][1]:
         (folder / path).unlink()
-    needed = {piece for layout in DATASETS[name].layouts for piece in layout.training.split()}
+    needed = {name for layout in DATASETS[name].layouts for name in layout.training}
     for path in [path for path in tmp_path.rglob("*.*") if path.suffix in (".txt", ".mat")]:
         if path.name not in needed:
             path.unlink()
@@ -202,7 +202,7 @@ def test_an_absent_benchmark_is_described(name, tmp_path):
     # Every file that the error names is in a complete tree, and needed.
     trees.BUILDERS[name](tmp_path)
     layout = DATASETS[name].layouts[0]
-    pieces = layout.training.split() + layout.evaluation.split()
+    pieces = layout.training + layout.evaluation
     for piece in pieces:
         assert piece in text
         (found,) = tmp_path.rglob(piece)

@@ -188,6 +188,22 @@ def test_grey_of_more_than_eight_bits(
     assert all(f"{tmp_path / name} has pixels of" in line for line in said)
 
 
+def test_images_whose_white_is_guessed_are_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(folder_module, "_said", bytearray(1))
+    save(tmp_path, *[f"{n}.png" for n in range(6)])
+    (tmp_path / "bad.tif").write_bytes(b"II*")
+    assert ImageFolder(tmp_path).deep_grey() == []
+    for n, kind in enumerate((np.uint16, np.float32, np.int32)):
+        Image.fromarray(np.ones((4, 4), dtype=kind)).save(tmp_path / f"{n}.tif")
+    (sentence,) = ImageFolder(tmp_path).deep_grey()
+    assert "of floating point: 3 of 9 that were looked at; no file says which" in sentence
+    load_image(tmp_path / "1.tif")
+    assert caplog.text == ""  # it was said
+    monkeypatch.setattr(folder_module, "LOOKED_AT", 4)
+    (sentence,) = ImageFolder(tmp_path).deep_grey()
+    assert "1 of 3 that were looked at" in sentence
+
+
 def test_deep_colours_have_their_high_bits_or_are_unreadable(tmp_path):
     """Pillow reads the high byte of 16-bit colours: of 8-bit values nothing is left."""
     for values, bad in (([0, 256, 65535], False), ([7, 100, 255], True)):

@@ -15,12 +15,13 @@ from engine.evaluation.measure import KNN, measure
 from engine.evaluation.source import load_source
 from engine.pictures.maps import maps_of_views
 from engine.pictures.views import whole_views
+from engine.preflight.memory import kept_by_forward
 from engine.training.acceleration import can_recompute, checkpoint_blocks, compile_network
 from models.grouped_norm import GroupedBatchNorm
 from models.pretrained import load_backbone
 from models.registry import BackboneSpec, build_backbone, identity, resolve
 from models.timm_backbone import measured
-from tests.runs import batch_of, checkpoint_of, kept_by_forward, pretraining, small_config
+from tests.runs import batch_of, checkpoint_of, pretraining, small_config
 from utils import checkpoint
 from utils.distributed import ALONE
 from utils.errors import InputError

@@ -2,11 +2,15 @@
 
 import json
 import os
+import resource
+import shlex
 import shutil
+import subprocess
 import sys
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,12 +19,12 @@ import main_cmd
 from datasets.folder import BadImage, ImageFolder
 from datasets.shards import ImageShards, write_shards
 from engine import build
-from engine.preflight import advice, machine
+from engine.preflight import advice, machine, memory
 from engine.preflight.images import equal_files, read_headers
 from tests.conftest import NETWORK, save_images
 from tests.datasets import benchmark_trees as trees
-from tests.processes import run_group
-from tests.runs import RESNET, SWIN, batch_of, checkpoint_of, pretraining, small_config
+from tests.processes import found_by_each, run_group
+from tests.runs import batch_of, checkpoint_of, pretraining, small_config
 from utils import checkpoint, cli
 from utils.distributed import ALONE
 from utils.errors import InputError, run_script
@@ -119,6 +123,7 @@ def test_every_figure_in_words_and_as_data(data, check, tmp_path):
         "cache": "none",
     }
     memory, disk = found["memory"], found["disk"]
+    assert memory["step_at_its_peak_bytes"] < memory["needed_on_this_machine_bytes"]
     # The last one, the one before and the one that is being written; three epochs keep none.
     assert disk["checkpoint_bytes"] == memory["checkpoint_bytes"]
     assert disk["needed_bytes"] == 3 * disk["checkpoint_bytes"]
@@ -150,6 +155,23 @@ def test_every_figure_in_words_and_as_data(data, check, tmp_path):
         ["CMD.LT", "residual", "compares", "a"],  # of a batch of 4
     ]
     assert lines[-1] == "the run can work (warnings above: 5)"
+
+
+def test_each_process_of_a_machine_needs_its_own_step_and_batches(
+    data, check, tmp_path, monkeypatch
+):
+    def needed(processes: int) -> dict:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        check(f"DATA.PATH {data} OUTPUT_DIR {tmp_path} DATA.MAX_BAD 0.1 DATA.WORKERS 1")
+        return found_in(tmp_path)["memory"]
+
+    one, three = needed(1), needed(3)
+    assert three["processes_here"] == 3
+    assert one["batches_in_the_loader_bytes"] == 2 * one["crops_bytes"] // 4  # not floats yet
+    process = GIB + one["batches_in_the_loader_bytes"] + one["step_at_its_peak_bytes"]
+    of = "needed_on_this_machine_bytes"
+    assert one[of] == process + one["checkpoint_bytes"]
+    assert three[of] == 3 * process + one["checkpoint_bytes"]
 
 
 def test_without_an_output_folder_nothing_is_written(data, check, tmp_path, monkeypatch):
@@ -211,6 +233,13 @@ def test_a_step_of_a_large_share_of_the_data_is_warned_of(data, check):
     base = f"DATA.PATH {data} DATA.MAX_BAD 0.1"
     assert "a step takes 5 of 18 images" in check(f"{base} TRAIN.BATCH_SIZE_PER_GPU 5")[0]
     assert "a step takes" not in check(base)[0]
+
+
+def test_grey_of_more_than_eight_bits_is_counted(data, check):
+    for n, kind in enumerate((np.uint16, np.int32, np.float32)):
+        Image.fromarray(np.full((40, 40), n, dtype=kind)).save(data / "red" / f"deep{n}.tif")
+    printed, _ = check(f"DATA.PATH {data} DATA.MAX_BAD 0.1")
+    assert "grey images of more than 8 bits or of floating point: 3 of 20 that were" in printed
 
 
 def test_pretraining_on_a_benchmark_needs_no_test_images(check, tmp_path):
@@ -337,11 +366,99 @@ def test_a_folder_to_go_on_in_is_found(data, check, tmp_path):
 def test_the_size_of_a_checkpoint(tmp_path):
     cfg = small_config(HEAD__OUT_DIM=4096)
     run = pretraining(cfg)
-    sizes, count = build.augmentation(cfg).sizes, cfg.TRAIN.BATCH_SIZE_PER_GPU
-    run.train_step(repeat(batch_of([torch.randn(count, 3, size, size) for size in sizes])))
+    run.train_step(repeat(drawn_batch(cfg)))
     checkpoint.save(run.state(), tmp_path / "a.pth")
-    estimated = machine.checkpoint_size(cfg, *build.networks(cfg))
+    estimated = memory.of_step(cfg, ALONE, *build.networks(cfg)).checkpoint
     assert estimated == pytest.approx((tmp_path / "a.pth").stat().st_size, rel=0.05)
+
+
+def drawn_batch(cfg):
+    count = cfg.TRAIN.BATCH_SIZE_PER_GPU
+    return batch_of([torch.randn(count, 3, size, size) for size in build.augmentation(cfg).sizes])
+
+
+SWIN = {
+    "MODEL__ARCH": "swin_tiny",
+    "MODEL__EMBED_DIM": 48,
+    "MODEL__DEPTHS": [2, 2],
+    "MODEL__NUM_HEADS": [2, 4],
+    "MODEL__PATCH_SIZE": 4,
+    "MODEL__IMG_SIZE": 112,
+    "AUG__GLOBAL_CROPS_SIZE": 112,
+    "AUG__LOCAL_CROPS_SIZE": 48,
+    "AUG__LOCAL_CROPS_NUMBER": 4,
+    "HEAD__OUT_DIM": 4096,
+    "TRAIN__BATCH_SIZE_PER_GPU": 12,
+}
+
+
+def memory_of_two_steps(world, options: dict) -> int:
+    """Bytes by which this process grew at most in two real steps."""
+    take_steps(small_config(), 1)  # loads what torch loads at first use
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    take_steps(small_config(**options), 2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def take_steps(cfg, count: int) -> None:
+    run, batches = pretraining(cfg), repeat(drawn_batch(cfg))
+    for _ in range(count):
+        run.train_step(batches)
+
+
+def test_the_estimate_is_near_a_measured_peak():
+    """Near the growth of a whole process, which has the allocator's share in it."""
+    (measured,) = found_by_each(1, memory_of_two_steps, SWIN)
+    cfg = small_config(**SWIN)
+    found = memory.of_step(cfg, ALONE, *build.networks(cfg))
+    assert measured > 0.4 * GIB  # so that libraries are a small part of it
+    assert found.peak == pytest.approx(measured, rel=0.3)
+
+
+def estimate(**options) -> memory.StepMemory:
+    cfg = small_config(**{"LOSS__OBJECTIVE": "dino", "HEAD__OUT_DIM": 16} | options)
+    return memory.of_step(cfg, ALONE, *build.networks(cfg))
+
+
+def test_the_estimate_follows_batch_precision_and_checkpointing():
+    few, many = (estimate(MODEL__DEPTHS=[6], TRAIN__BATCH_SIZE_PER_GPU=n) for n in (3, 60))
+    assert many.crops == 20 * few.crops
+    assert many.activations == pytest.approx(20 * few.activations, rel=0.05)
+    options = {"MODEL__DEPTHS": [6], "TRAIN__BATCH_SIZE_PER_GPU": 60}
+    half = estimate(**options, TRAIN__PRECISION="bf16")
+    assert 0.5 < half.activations / many.activations < 0.8
+    less = estimate(**options, TRAIN__CHECKPOINTING=True)
+    assert less.activations < 0.3 * many.activations
+    assert less.peak < 0.8 * many.peak
+
+
+def test_what_a_forward_keeps_is_what_autograd_saves():
+    """A ReLU keeps its result, a product both factors; what is kept twice counts once."""
+
+    class Squares(torch.nn.Module):
+        def forward(self, crops):
+            (images,) = crops
+            x = images * torch.ones(1, requires_grad=True)
+            return x.relu() * x.relu()
+
+    crops = [torch.ones(5, 3, 4, 4)]
+    relu = 4 * crops[0].numel()
+    # What the first product keeps are the crops, which are counted elsewhere.
+    assert memory.kept_by_forward(Squares(), crops) == 2 * relu
+
+
+def test_an_objective_that_contrasts_is_estimated_by_its_own_crops_and_queue():
+    """One crop of each image, in student and teacher; a queue where the centres were."""
+    options = {"MODEL__ARCH": "swin_tiny", "MODEL__DEPTHS": [2, 2], "MODEL__NUM_HEADS": [1, 2]}
+    options |= {"MODEL__EMBED_DIM": 32, "MODEL__PATCH_SIZE": 4, "AUG__LOCAL_CROPS_NUMBER": []}
+    options |= {"HEAD__OUT_DIM": 64, "MOCO__QUEUE": 1000}
+    dino, moco, lcr = (estimate(**options, LOSS__OBJECTIVE=o) for o in ("dino", "moco_v2", "lcr"))
+    queue, place = 4 * 1000 * 32, 8  # float32 keys, an int64
+    assert moco.carried == lcr.carried == queue + place
+    assert dino.carried == 4 * 64
+    assert moco.activations == pytest.approx(dino.activations / 2, rel=0.1)
+    assert moco.activations < lcr.activations  # the branch's
+    assert (dino.loss > 0, moco.loss) == (True, 0)
 
 
 def test_the_flag_is_pretrainings_alone_and_takes_no_value():
@@ -369,11 +486,59 @@ def test_two_processes_speak_once(data, tmp_path, environment):
     assert os.listdir(out) == ["check.json"]
 
 
+def test_a_short_memory_is_a_sentence_with_what_can_be_done():
+    (sentence,) = machine.short("here", 2 * GIB, GIB)
+    assert "about 2.00 GiB of memory on here, and 1.00 GiB are free: lower --batch_si" in sentence
+    assert [*machine.short("here", GIB, 2 * GIB)] == []
+
+
+def test_what_goes_to_the_device_is_crops_of_bytes_or_padded_images():
+    common = {"TRAIN__BATCH_SIZE_PER_GPU": 2, "DATA__CACHE_SIZE": 40}
+    by_workers = small_config(**common, DATA__CROPS="workers")
+    assert memory.moved_size(by_workers, []) == 2 * 3 * (2 * 32**2 + 2 * 16**2)
+    by_batch = small_config(**common, DATA__CROPS="device")
+    # One of a side of 80 and one that is turned; one of 40 x 40 and one of 60 x 40.
+    sizes = [(80, 40), (40, 80), (400, 400), (120, 80)]
+    assert memory.moved_size(by_batch, sizes) == 2 * 3 * (80 * 80 + 60 * 40) // 2
+    assert memory.moved_size(by_batch, []) == 0
+
+
+def test_batches_that_shared_memory_has_no_room_for_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cfg = small_config(DATA__WORKERS=1, DATA__CROPS="workers")
+    machine.refuse_small_shared(cfg, 4 * 2**20, 8 * 2**20)
+    with pytest.raises(InputError) as caught:
+        machine.refuse_small_shared(cfg, 4 * 2**20, 7 * 2**20)
+    assert str(caught.value) == (
+        "the loader's batches take about 8.0 MiB of shared memory, and /dev/shm has 7.0 MiB for "
+        "them: make it larger (docker run --shm-size), or lower --num_workers, now 1"
+    )
+    machine.refuse_small_shared(small_config(DATA__WORKERS=0), 0, 0)
+
+
+SMALL_SHARED = "mount -t tmpfs -o size=64k tmpfs /dev/shm && exec"
+
+
+def test_a_small_shared_memory_is_a_sentence_before_the_first_step(command, environment, tmp_path):
+    """In a mount namespace of its own; 120 kB of batches."""
+    mounted = ["unshare", "--mount", "sh", "-c"]
+    if subprocess.run([*mounted, f"{SMALL_SHARED} true"], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    line = shlex.join([sys.executable, *command(tmp_path, "DATA.WORKERS 1")])
+    done = subprocess.run(
+        [*mounted, f"{SMALL_SHARED} {line}"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    assert "and /dev/shm has 0.1 MiB for them: make it larger (docker run" in done.stderr
+    assert "img/s" not in done.stdout
+
+
 def test_a_disk_too_small_for_a_checkpoint_is_refused_and_one_for_few_is_warned_of(tmp_path):
     cfg = small_config(DATA__WORKERS=0)
     disk = machine.disk_needed(cfg, tmp_path, 2**20)
-    assert [*machine.short_disk(disk)] == []
-    (warning,) = machine.short_disk(disk | {"free_bytes": 2**21})
+    assert [*machine.warnings(cfg, [], disk)] == []
+    assert [*machine.warnings(cfg, [], None)] == []
+    (warning,) = machine.warnings(cfg, [], disk | {"free_bytes": 2**21})
     assert "the checkpoints will take about 3.0 MiB in" in warning
     with pytest.raises(InputError, match=r"a checkpoint takes about 1\.0 MiB .* make room, or"):
-        [*machine.short_disk(disk | {"free_bytes": 2**19})]
+        [*machine.warnings(cfg, [], disk | {"free_bytes": 2**19})]

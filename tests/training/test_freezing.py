@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import build
+from engine.preflight.memory import kept_by_forward
 from engine.training.acceleration import compile_network
 from engine.training.optim import parameter_groups
 from engine.training.resume import Found, find, resume
@@ -24,7 +25,6 @@ from tests.runs import (
     batch_of,
     cfg_of,
     checkpoint_of,
-    kept_by_forward,
     load,
     pretraining,
     record_of,
