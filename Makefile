@@ -8,7 +8,7 @@ DEMO := outputs/demo
 # both have an equal share; by number of tests the few long ones would come last.
 JOBS ?= 2
 TOGETHER := -n $(JOBS) --dist loadfile --no-loadscope-reorder
-# Of `make gpu`; := because variables of these names in the environment are
+# Of `make gpu` and `make gpu-bundle`; := because variables of these names in the environment are
 # others'. HERE is the machine's own Python where there is no environment, or PYTHON is named.
 MINUTES := 25
 DEVICE := cuda
@@ -17,8 +17,9 @@ REFERENCE :=
 OUT :=
 ARCHIVE :=
 HERE = $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
+CARRIED := $(if $(DATA),--data $(DATA)) $(if $(REFERENCE),--reference $(REFERENCE))
 
-.PHONY: help env dev demo lint test test-all test-lowest gpu format clean
+.PHONY: help env dev demo lint test test-all test-lowest gpu gpu-bundle format clean
 
 help:
 	@echo "make demo        render the synthetic set, pretrain CMD on the CPU, evaluate, report"
@@ -26,6 +27,7 @@ help:
 	@echo "make test-all    lint and all tests"
 	@echo "make test-lowest the tests at the lowest allowed versions, in an environment of its own"
 	@echo "make gpu         on a GPU: its tests, speed, then a study, within MINUTES=$(MINUTES); again to go on"
+	@echo "make gpu-bundle  what that takes to a machine without a network, into bundle/"
 	@echo "make env         only build the environment in $(VENV)"
 	@echo "make format      apply the formatter"
 	@echo "make clean       remove the environments and the demo's output"
@@ -70,9 +72,12 @@ test-lowest:
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(TOGETHER) -m "not slow"
 
 gpu:
-	$(HERE) -m benchmarks.gpu --minutes $(MINUTES) --device $(DEVICE) \
-		$(if $(DATA),--data $(DATA)) $(if $(REFERENCE),--reference $(REFERENCE)) \
+	$(HERE) -m benchmarks.gpu --minutes $(MINUTES) --device $(DEVICE) $(CARRIED) \
 		$(if $(OUT),--out $(OUT)) $(if $(ARCHIVE),--archive $(ARCHIVE))
+
+gpu-bundle: env
+	$(BIN)/python -m benchmarks.bundle $(CARRIED) $(if $(WHEELS),--wheels $(WHEELS)) \
+		$(if $(PY),--python $(PY))
 
 format: dev
 	$(BIN)/ruff check --fix .

@@ -98,7 +98,7 @@ def pretrain(signals: StopSignals) -> None:
     distributed.on_main(lambda: open_folder(cfg, refused, size, sizes))
 
     # From images to crops; where images are kept, they are decoded here.
-    feed = build.feed(cfg, images, world)
+    feed = build.feed(cfg, images, world, memory.room_for_step(cfg, world))
     record.bad_images.forget_repaired()
     record.bad_images.note(feed.bad)
     record.bad_images.exchange(folder)

@@ -33,8 +33,9 @@ from utils.errors import InputError, run_script
 from utils.files import make_folder, replacing, write_json
 from utils.signals import EXIT_PREEMPTED, StopSignals
 
-# What is missing is named before anything starts: this file imports neither torch nor the rest.
+# torch and the rest may come with the bundle: this file imports none of them.
 ROOT = Path(__file__).resolve().parents[1]
+BUNDLE = ROOT / "bundle"  # what benchmarks/bundle.py prepares
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 20  # seconds that a stage has to end when it is asked to: a run writes a checkpoint
 RESERVE = GRACE + 5  # before the end of the time, for that and for writing
@@ -325,15 +326,28 @@ def check_sources(data: list[Path], reference: list[Path]) -> None:
         raise InputError(f"--data: results are named by the folder, and two are {min(twice)}.")
 
 
-def refuse_missing_packages() -> None:
-    """InputError where this Python lacks a package of requirements.txt, or pytest."""
-    names = re.findall(r"^[\w.-]+", (ROOT / "requirements.txt").read_text(), re.M)
-    there = {_slug(found.name) for found in importlib.metadata.distributions()}
-    if missing := [name for name in [*names, "pytest"] if _slug(name) not in there]:
+def provide_packages(site: Path) -> None:
+    """The bundle's wheels into `site`, where packages are missing; InputError if some still are."""
+    wheels = sorted(BUNDLE.glob("wheels/*.whl"))
+    if _missing() and wheels and not site.is_dir():
+        words = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+        subprocess.run([sys.executable, *words, "--target", str(site), *wheels], check=False)
+    if site.is_dir():
+        sys.path.insert(0, str(site))
+        paths = [str(site), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if missing := _missing():
         raise InputError(
             f"{sys.executable} lacks {', '.join(missing)}: `make dev` makes an environment with "
-            f"them."
+            f"them; to a machine without a network `make gpu-bundle` brings them as wheels."
         )
+
+
+def _missing() -> list[str]:
+    """The packages of requirements.txt, and pytest, that this Python does not have."""
+    names = re.findall(r"^[\w.-]+", (ROOT / "requirements.txt").read_text(), re.M)
+    there = {_slug(found.name) for found in importlib.metadata.distributions()}
+    return [name for name in [*names, "pytest"] if _slug(name) not in there]
 
 
 def gpu() -> str:
@@ -351,10 +365,10 @@ def parse() -> Namespace:
     add, here = parser.add_argument, Path.resolve
     add("--minutes", type=float, default=25, help="in all (%(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
-    words = "folders with train and val"
-    add("--data", type=lambda text: here(Path(text)), nargs="+", default=[], help=words)
-    words = "public checkouts; of CMD where the name says so, else of EsViT"
-    add("--reference", type=lambda text: here(Path(text)), nargs="+", default=[], help=words)
+    words = "folders with train and val [those of bundle/data]"
+    add("--data", type=lambda text: here(Path(text)), nargs="+", help=words)
+    words = "public checkouts; of CMD where the name says so, else of EsViT [bundle/reference]"
+    add("--reference", type=lambda text: here(Path(text)), nargs="+", help=words)
     add("--out", type=lambda text: here(Path(text)), help="for results [benchmarks/results]")
     add("--archive", type=lambda text: here(Path(text)), help="[outputs/gpu/results.zip]")
     return parser.parse_args()
@@ -368,12 +382,14 @@ def main() -> None:
     if toy and args.out.is_relative_to(RESULTS):
         raise InputError(f"--out {args.out} is for figures of a GPU, not for a rehearsal's.")
     args.archive = args.archive or work / "results.zip"
+    args.data = args.data or sorted(BUNDLE.glob("data/*"))
+    args.reference = args.reference or sorted(BUNDLE.glob("reference/*"))
     if not args.minutes > 0:
         raise InputError(f"--minutes {args.minutes:g}: a number above 0 is needed.")
     check_sources(args.data, args.reference)
     for folder in (args.out, work, args.archive.parent):
         make_folder(folder, "the folder")
-    refuse_missing_packages()
+    provide_packages(ROOT / "outputs" / "site")
     environment = {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
     if toy:
         label = device = "rehearsal"
@@ -389,7 +405,7 @@ def main() -> None:
         label = _slug(device)
     results, plan = Results(args, work, label, device), stages(args, work)
     if not args.data:
-        print("no photographs: give --data; the plan goes without a study")
+        print("no photographs: give --data, or bring bundle/data; the plan goes without a study")
     try:
         with StopSignals():
             carry_out(plan, results, began + 60 * args.minutes, **environment)

@@ -32,8 +32,9 @@ class DecodedImages:
     `on_device` each then copies it to its device and lets it go. sizes: int64 [n, 2], on the host,
     (height, width). (Ours.)
 
-    shorter_side: see `load_image`. workers: loader processes for each process. `bad`: by index the
-    images that any process could not read, the same on all; they are not to be asked for.
+    shorter_side: see `load_image`. workers: loader processes for each process. step: bytes that a
+    training step of a process takes at its peak, which are left free. `bad`: by index the images
+    that any process could not read, the same on all; they are not to be asked for.
 
     Raises InputError, on all processes, where no image can be read, or where there is too
     little memory, which the images' headers show before any is decoded.
@@ -46,6 +47,7 @@ class DecodedImages:
         world: World,
         workers: int = 0,
         on_device: bool = False,
+        step: int = 0,
     ) -> None:
         self.device, machine = world.device, _machine(world)
         on_device = on_device and world.device.type != "cpu"
@@ -63,7 +65,9 @@ class DecodedImages:
         where = f"on {world.device}" if on_device else "in memory"
         self.place = f"kept {where}"
         distributed.on_all(
-            lambda: refuse_no_room(self.bytes, shorter_side, world.device, on_device)
+            lambda: refuse_no_room(
+                self.bytes, shorter_side, world.device, on_device, step, machine.size
+            )
         )
         logger.info(f"{len(images):,} images, {self.bytes / GIB:.2f} GiB, {where}: decoding them")
 
@@ -231,19 +235,29 @@ def _refusing_what_cannot_be_had(size: int) -> Iterator[None]:
         ) from None
 
 
-def refuse_no_room(size: int, shorter_side: int, device: torch.device, on_device: bool) -> None:
+def refuse_no_room(
+    size: int,
+    shorter_side: int,
+    device: torch.device,
+    on_device: bool,
+    step: int = 0,
+    processes: int = 1,
+) -> None:
     """InputError where images of `size` bytes do not fit into memory, or on a GPU if they are to be
-    there.
+    there, beside the training steps of this machine's `processes`, `step` bytes each.
     """
-    rooms = {"of this machine's memory": available()}
-    if on_device and device.type == "cuda":
-        rooms[f"on {device}"] = free_on(device)
-    for where, free in rooms.items():
-        if size > free:
+    on_gpu = device.type == "cuda"
+    rooms = {"of this machine's memory": (available(), 0 if on_gpu else processes * step)}
+    if on_device and on_gpu:
+        rooms[f"on {device}"] = free_on(device), step
+    for where, (free, steps) in rooms.items():
+        if size + steps > free:
+            beside = f" and training steps about {steps / GIB:.2f} GiB" if steps else ""
             raise InputError(
-                f"the decoded images take {size / GIB:.2f} GiB, and {free / GIB:.2f} GiB {where} "
-                f"are free: set a smaller DATA.CACHE_SIZE (now {shorter_side or 'none, as 288'}), "
-                f"or DATA.CACHE none and DATA.CROPS device"
+                f"the decoded images take {size / GIB:.2f} GiB{beside}, and {free / GIB:.2f} GiB "
+                f"{where} are free: set a smaller DATA.CACHE_SIZE (now "
+                f"{shorter_side or 'none, as 288'}){' or batch' if steps else ''}, or DATA.CACHE "
+                f"none and DATA.CROPS device"
             )
 
 

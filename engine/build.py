@@ -105,10 +105,10 @@ def augmentation(cfg: Node) -> Augmentation:
     )
 
 
-def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
+def feed(cfg: Node, images: StoredImages, world: World, step: int = 0) -> Feed:
     """DATA.CACHE, DATA.CROPS and AUG.* as the way of the images to crops.
 
-    Images that are kept are decoded here; all processes together.
+    Images that are kept are decoded here, and leave `step` bytes free; all processes together.
     Raises InputError, on all of them, where that cannot be.
     """
     data, common = cfg.DATA, (images, augmentation(cfg), cfg.SEED, world)
@@ -117,7 +117,7 @@ def feed(cfg: Node, images: StoredImages, world: World) -> Feed:
     kept = None
     if data.CACHE != "none":
         workers, on_device = usable_workers(data.WORKERS), data.CACHE == "device"
-        kept = DecodedImages(images, data.CACHE_SIZE, world, workers, on_device)
+        kept = DecodedImages(images, data.CACHE_SIZE, world, workers, on_device, step)
     return DeviceCrops(*common, data.CACHE_SIZE, kept)
 
 

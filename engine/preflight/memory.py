@@ -81,6 +81,18 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
     )
 
 
+def room_for_step(cfg: Node, world: World) -> int:
+    """Bytes to leave free where DATA.CACHE keeps all images: a step's peak, or 0 where the step is
+    elsewhere."""
+    where = {"none": None, "ram": "cpu", "device": world.device.type}[cfg.DATA.CACHE]
+    if where != world.device.type:
+        return 0
+    peak = of_step(cfg, world, *build.networks(cfg)).peak
+    if where == "cuda":
+        torch.cuda.empty_cache()
+    return peak
+
+
 def crop_values(cfg: Node) -> int:
     """Numbers in the crops of a micro-batch."""
     images = cfg.TRAIN.BATCH_SIZE_PER_GPU

@@ -1,4 +1,4 @@
-"""The plan for one GPU, by real processes, here of seconds."""
+"""The plan for one GPU, by real processes, here of seconds; what goes along in a bundle."""
 
 import importlib
 import json
@@ -9,8 +9,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from benchmarks import common, gpu, own_step
+from benchmarks import bundle, common, gpu, own_step
 from benchmarks.gpu import Stage
 from engine.studies.spec import load
 from tests.processes import ROOT, launch_python
@@ -177,11 +178,71 @@ def test_the_commands_are_accepted(tmp_path, monkeypatch, device):
     assert beside["step-esvit"] == beside["step-dino"] == tmp_path / "EsViT"
 
 
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
-    (tmp_path / "requirements.txt").write_text("lacking>=1\ntorch\n")
+def write_wheel(folder: Path, name: str) -> None:
+    """A package of nothing."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-1.0.dist-info"
+    head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: numpy>=1\n"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        wheel.writestr(f"{info}/METADATA", head)
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_a_bundle_brings_wheels_and_as_large_images_as_fit(tmp_path, monkeypatch, capsys):
+    write_wheel(tmp_path / "index", "lacking")
+    photographs = tmp_path / "birds"
+    for split in ("train", "val"):
+        (photographs / split / "a").mkdir(parents=True)
+        image = Image.effect_noise((300, 400), 60).convert("RGB")
+        image.save(photographs / split / "a" / "1.jpg", quality=95)
+    (photographs / "val" / "a" / "aside").mkdir()
+    (photographs / "val" / "a" / "broken.jpg").write_bytes(b"no image")
+    checkout = tmp_path / "EsViT"
+    checkout.mkdir()
+    for name in ("main_esvit.py", "picture.png"):
+        (checkout / name).write_bytes(b"1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+
+    def make(limit: float) -> list[str]:
+        words = f"bundle --data {photographs} --reference {checkout} --wheels lacking"
+        words += f" --output {tmp_path}/bundle --limit {limit}"
+        monkeypatch.setattr(sys, "argv", words.split())
+        bundle.main()
+        assert bundle.bytes_of(tmp_path / "bundle") <= limit * bundle.MIB
+        files = [path for path in (tmp_path / "bundle").rglob("*") if path.is_file()]
+        return sorted(str(path.relative_to(tmp_path / "bundle")) for path in files)
+
+    rest = ["reference/EsViT/main_esvit.py", "wheels/lacking-1.0-py3-none-any.whl"]
+    images = ["train/a/1.jpg", "val/a/1.jpg", "val/a/broken.jpg"]
+    assert make(1) == [*(f"data/birds/{name}" for name in images), *rest]
+    assert "they need numpy there" in capsys.readouterr().out
+    source = photographs / "train/a/1.jpg"
+    copy = tmp_path / "bundle/data/birds/train/a/1.jpg"
+    assert copy.read_bytes() == source.read_bytes()
+    reduced = make(1.2 * source.stat().st_size / bundle.MIB)
+    (side,) = {int(name.split("birds-")[1].split("px")[0]) for name in reduced if "birds-" in name}
+    with Image.open(tmp_path / "bundle" / reduced[0]) as image:
+        assert min(image.size) == side
+    assert side < 300
+    with pytest.raises(InputError, match="birds does not fit into the"):
+        bundle.take_images(photographs, tmp_path / "small", 4000)
+
+    # On the other machine, whose Python lacks a package.
+    (tmp_path / "requirements.txt").write_text("lacking>=1\n")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    with pytest.raises(InputError, match=r" lacks lacking: `make dev`"):
-        gpu.refuse_missing_packages()
+    monkeypatch.setattr(gpu, "BUNDLE", tmp_path / "nowhere")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(InputError, match=r"lacks lacking: .*make gpu-bundle"):
+        gpu.provide_packages(tmp_path / "site")
+    monkeypatch.setattr(gpu, "BUNDLE", tmp_path / "bundle")
+    gpu.provide_packages(tmp_path / "site")
+    launch_python("-c", "import lacking")
 
 
 def test_a_rehearsal_writes_nothing_among_the_results(monkeypatch):
@@ -206,9 +267,10 @@ def test_wrong_sources_are_told_before_anything_begins(tmp_path, monkeypatch, wo
             place.parent.mkdir(parents=True)
             place.touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gpu", *words.split(), "--device", "cpu", "--out", "out"])
-    with pytest.raises(InputError, match=told):
-        gpu.main()
+    for script, rest in ((gpu, "--device cpu --out out"), (bundle, "--output bundle")):
+        monkeypatch.setattr(sys, "argv", ["script", *words.split(), *rest.split()])
+        with pytest.raises(InputError, match=told):
+            script.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "photos"]
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from datasets.batched import Images
-from datasets.cache import DecodedImages, available, gather_padded
+from datasets.cache import DecodedImages, available, gather_padded, refuse_no_room
 from datasets.folder import BadImage, ImageFolder, StoredImages, capped_size, load_image
 from datasets.loader import StepSampler, pad
 from engine import build
@@ -363,6 +363,27 @@ def test_images_that_do_not_fit_are_refused_by_their_headers(caplog, monkeypatch
     )
     assert "(now none, as 288), or DATA.CACHE none and" in str(caught.value)
     assert "decoding them" not in caplog.text
+
+
+def test_images_leave_room_for_training_steps():
+    """On the CPU each process of the machine makes steps in the memory where the images are."""
+    one = available() // 2
+    refuse_no_room(2**20, 0, ALONE.device, True, one, 1)
+    with pytest.raises(InputError, match=f"training steps about {3 * one / 2**30:.1f}"):
+        refuse_no_room(2**20, 0, ALONE.device, True, one, 3)
+
+
+@pytest.mark.parametrize("where", ["ram", "device"])
+def test_a_run_whose_steps_have_no_room_beside_its_images_decodes_none(where, refuse, tmp_path):
+    """About 15 MB of activations an image, by two small forwards, and more images than fit."""
+    count = 100 + available() // (12 * 2**20)
+    (tmp_path / "images").mkdir()
+    noise(8, 8).save(tmp_path / "images" / "0.png")
+    for n in range(1, count):
+        (tmp_path / "images" / f"{n}.png").hardlink_to(tmp_path / "images" / "0.png")
+    options = f"DATA.PATH {tmp_path}/images TRAIN.BATCH_SIZE_PER_GPU {count} MOCO.QUEUE 8"
+    line = refuse(tmp_path / "run", f"{options} AUG.GLOBAL_CROPS_SIZE 256 DATA.CACHE {where}")
+    assert "the decoded images take 0.00 GiB and training steps about" in line
 
 
 def kept_under_a_limit(world: World, folder: Path) -> str:

@@ -24,7 +24,7 @@ from engine.preflight.images import equal_files, read_headers
 from tests.conftest import NETWORK, save_images
 from tests.datasets import benchmark_trees as trees
 from tests.processes import found_by_each, run_group
-from tests.runs import batch_of, checkpoint_of, pretraining, small_config
+from tests.runs import RESNET, batch_of, checkpoint_of, pretraining, small_config
 from utils import checkpoint, cli
 from utils.distributed import ALONE
 from utils.errors import InputError, run_script
