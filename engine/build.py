@@ -70,11 +70,7 @@ def objective(cfg: Node) -> Objective | Contrastive:
         name=cfg.LOSS.OBJECTIVE,
         lambda1=cfg.CMD.LAMBDA1,
         ls=cfg.CMD.LS,
-        ls_grad=cfg.CMD.LS_GRAD,
         lt=cfg.CMD.LT,
-        diverse_k=cfg.CMD.DIVERSE_K,
-        candidates=cfg.CMD.LT_CANDIDATES,
-        region_weight=cfg.CMD.REGION_WEIGHT,
         student_temp=cfg.LOSS.STUDENT_TEMP,
         chunk_mib=cfg.LOSS.CHUNK_MIB,
     )
@@ -125,7 +121,7 @@ def networks(cfg: Node) -> tuple[Network, Network]:
     """Student and teacher, freshly initialised from SEED, the same on every process.
 
     Both on the CPU, with equal weights; the teacher out of the gradient, without drop path
-    and without a pooling or LCR's branch of its own. A BatchNorm of a contrasting objective has
+    and without LCR's branch. A BatchNorm of a contrasting objective has
     groups. Raises InputError for an architecture or a crop size that cannot be.
     """
     goal, heads, spec = objective(cfg), head_spec(cfg), backbone_spec(cfg)
@@ -138,7 +134,7 @@ def networks(cfg: Node) -> tuple[Network, Network]:
             goal.needs_pooling,
             cfg.LCR.CHANNELS if goal.needs_rationale else 0,
         )
-        teacher = Network(build_backbone(spec), heads, goal.needs_region_head, pooling=False)
+        teacher = Network(build_backbone(spec), heads, goal.needs_region_head, goal.needs_pooling)
     if goal.needs_rationale and not student.backbone.mean_of_patches:
         raise InputError(
             f"LOSS.OBJECTIVE lcr fits a map to GradCAM, which needs an image feature that is the "

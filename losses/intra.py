@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.cross_entropy import soft_cross_entropy
+from losses.cross_entropy import Targets, soft_cross_entropy
 from losses.targets import image_targets, region_targets
 from utils.views import Views, in_full_precision
 
@@ -33,13 +33,31 @@ def image_loss(
     Returns the loss (scalar) and the entropy of each q^I [I * B], crop-major, in nats, without
     gradient.
     """
-    pairs = pair_weights(teacher.count, student.count, student.image_embeddings)
+    targets = image_targets(teacher, centre, teacher_temp)
+    return paired_cross_entropy(
+        student.image_embeddings, student, teacher, targets, student_temp, chunk_mib
+    )
+
+
+def paired_cross_entropy(
+    embeddings: Tensor,
+    student: Views,
+    teacher: Views,
+    targets: Targets,
+    student_temp: float,
+    chunk_mib: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Mean over pairs of CE(q_i, p_v) over the image prototypes, and the entropy of each q_i.
+
+    embeddings [V * B, d]: of the student's views or bags; targets: of I * B rows.
+    """
+    pairs = pair_weights(teacher.count, student.count, embeddings)
     batch = student.batch
     return soft_cross_entropy(
-        student.image_embeddings,
+        embeddings,
         student.image_prototypes,
         student_temp,
-        image_targets(teacher, centre, teacher_temp),
+        targets,
         teacher_rows(teacher, student.count).flatten(0, 1),
         (pairs / batch).repeat_interleave(batch, dim=0),
         chunk_mib,
@@ -58,14 +76,12 @@ def region_loss(
     centre: Tensor,
     student_temp: float,
     teacher_temp: float,
-    attention_mix: bool = False,
     chunk_mib: int = 0,
 ) -> Tensor:
     """L_R = mean over pairs of mean_n CE(q_{i,m*(n)}, p_{v,n}); EsViT's region loss.
 
     m*(n) is the teacher patch of view i of the same image that is most similar, in backbone
-    features, to student patch n. attention_mix: patch n of a view counts ½/N + ½ a_n instead
-    of 1/N, with the student's attention fixed (CMD.REGION_WEIGHT = mix, ours).
+    features, to student patch n.
     """
     (teacher_patches,) = teacher.patch_embeddings
     pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
@@ -80,8 +96,6 @@ def region_loss(
         start = own_rows[these].flatten(0, 1)[:, None] * teacher_patches.shape[1]
         matches.append((start + best).flatten(0, 1))
         share = patches.new_full(patches.shape[:2], 1 / patches.shape[1])
-        if attention_mix:
-            share = (share + student.log_attention[group].detach().exp()) / 2
         pair = pairs[these].repeat_interleave(student.batch, dim=0)  # [V_g * B, I]
         weights.append((share[..., None] * pair[:, None]).flatten(0, 1))
         first += views

@@ -52,25 +52,14 @@ class Objective:
     name: str = "cmd"
     lambda1: float = 0.3
     ls: bool = True
-    ls_grad: str = "image"
-    lt: str = "residual"
-    diverse_k: int = 6
-    candidates: int = 64
-    region_weight: str = "uniform"
+    lt: bool = True
     student_temp: float = 0.1
     chunk_mib: int = 0
 
     def __post_init__(self) -> None:
-        named = {
-            "LOSS.OBJECTIVE": self.name,
-            "CMD.LS_GRAD": self.ls_grad,
-            "CMD.LT": self.lt,
-            "CMD.REGION_WEIGHT": self.region_weight,
-        }
-        for option, value in named.items():
-            choices = OPTIONS[option].choices
-            if value not in choices or value in CONTRASTIVE:
-                raise ValueError(f"{option} must be one of {choices}, not {value!r}")
+        choices = OPTIONS["LOSS.OBJECTIVE"].choices
+        if self.name not in choices or self.name in CONTRASTIVE:
+            raise ValueError(f"LOSS.OBJECTIVE must be one of {choices}, not {self.name!r}")
 
     @property
     def needs_region_head(self) -> bool:
@@ -79,23 +68,23 @@ class Objective:
     @property
     def needs_pooling(self) -> bool:
         """Whether any term reads the attention."""
-        return self.name == "cmd" and (self.ls or self.lt != "none" or self.region_weight == "mix")
+        return self.name == "cmd" and (self.ls or self.lt)
 
     @property
     def trains_pooling(self) -> bool:
         """Whether any term has a gradient to the pooling."""
-        return self.needs_pooling and (self.lt != "none" or (self.ls and self.ls_grad == "both"))
+        return self.name == "cmd" and self.ls
 
     @property
     def needs_bag_centre(self) -> bool:
-        return self.needs_pooling and self.lt in ("cross", "same")
+        return self.name == "cmd" and self.lt
 
     def make_centres(self, prototypes: int, momentum: float = 0.9) -> Centres:
         """Zero centres of the kinds that this objective reads."""
         return Centres(prototypes, self.needs_region_head, self.needs_bag_centre, momentum)
 
     def __call__(
-        self, student: Views, teacher: Views, centres: Centres, teacher_temp: float, seed: int = 0
+        self, student: Views, teacher: Views, centres: Centres, teacher_temp: float
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         temps = (self.student_temp, teacher_temp)
         terms: dict[str, Tensor] = {}
@@ -107,8 +96,7 @@ class Objective:
             teacher,
             centres.region,
             *temps,
-            attention_mix=self.needs_pooling and self.region_weight == "mix",
-            chunk_mib=self.chunk_mib,
+            self.chunk_mib,
         )
         total = (terms["L_I"] + terms["L_R"]) / 2
         if self.name == "released":
@@ -118,27 +106,13 @@ class Objective:
             total = total + self.lambda1 * (terms["T"] + terms["S"])
         if self.name == "cmd" and self.ls:
             terms["L_S"] = inter.student_loss(
-                student, teacher.count, self.student_temp, self.ls_grad == "both", self.chunk_mib
+                student, teacher, centres.image, *temps, self.chunk_mib
             )
             total = total + self.lambda1 * terms["L_S"]
-        if self.name == "cmd" and self.lt != "none":
-            terms["L_T"] = self._teacher_term(teacher, centres, teacher_temp, seed)
+        if self.name == "cmd" and self.lt:
+            terms["L_T"] = inter.teacher_loss(student, teacher, centres.bag, *temps, self.chunk_mib)
             total = total + self.lambda1 * terms["L_T"]
         return total, _detached(terms), entropy
-
-    def _teacher_term(
-        self, teacher: Views, centres: Centres, teacher_temp: float, seed: int
-    ) -> Tensor:
-        if self.lt in ("diverse", "residual"):
-            drawn = inter.draw_candidates(teacher, self.candidates, seed)
-            return inter.diverse_density(teacher, self.diverse_k, self.lt == "residual", drawn)
-        if self.lt == "contrast":
-            return inter.contrast(teacher)
-        if self.lt == "cross":
-            return inter.cross_view(
-                teacher, centres.image, centres.bag, self.student_temp, teacher_temp
-            )
-        return inter.same_view(teacher, centres.image, centres.bag, teacher_temp)
 
 
 @dataclass(frozen=True)
@@ -178,7 +152,7 @@ class Contrastive:
         return KeyQueue(self.queue, dim, seed)
 
     def __call__(
-        self, student: Views, teacher: Views, queue: KeyQueue, teacher_temp: float, seed: int = 0
+        self, student: Views, teacher: Views, queue: KeyQueue, teacher_temp: float
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         terms: dict[str, Tensor] = {}
         terms["L_C"], hits = info_nce(

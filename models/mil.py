@@ -22,6 +22,8 @@ class GatedAttentionPool(nn.Module):
         self.tanh = nn.Linear(dim, hidden)
         self.gate = nn.Linear(dim, hidden)
         self.score = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Patch embeddings [R, N, d] -> log attention [R, N]; exp of each row sums to 1."""
@@ -31,11 +33,6 @@ class GatedAttentionPool(nn.Module):
             return F.log_softmax(self.score(gated).squeeze(-1), dim=-1)
 
 
-def bag_embedding(embeddings: Tensor, log_attention: Tensor) -> Tensor:
-    """Attention-weighted sum of patches, brought back to the sphere.
-
-    embeddings [R, N, d], log_attention [R, N] -> [R, d]. On the sphere a temperature means
-    the same for a bag as for an image (ours).
-    """
-    with torch.autocast(embeddings.device.type, enabled=False):
-        return F.normalize(torch.einsum("rn,rnd->rd", log_attention.exp(), embeddings), dim=-1)
+def pooled(patches: Tensor, log_attention: Tensor) -> Tensor:
+    """The bag's feature [R, D]: the sum of patches [R, N, D] by exp of log_attention [R, N]."""
+    return torch.einsum("rn,rnd->rd", log_attention.exp().to(patches.dtype), patches)

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.heads import DINOHead, ProjectionHead
-from models.mil import GatedAttentionPool, bag_embedding
+from models.mil import GatedAttentionPool, pooled
 from models.rationale import RationaleBranch
 from utils.views import Views
 
-STUDENT_ONLY = ("pool.", "rationale.")  # parts that the teacher has no average of
+STUDENT_ONLY = ("rationale.",)  # parts that the teacher has no average of
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,11 @@ class Network(nn.Module):
         width = backbone.num_patch_features
         self.rationale = RationaleBranch(width, rationale) if rationale else None
 
-    def forward(
-        self, crops: Sequence[Tensor], teacher: Views | None = None
-    ) -> Views | tuple[Views, Views]:
+    def forward(self, crops: Sequence[Tensor]) -> Views:
         """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.
 
         One backbone forward per run of equally sized crops; LCR's branch needs exactly one.
-        With a pooling, attention and bags are added. Given the teacher's views too, the pooling
-        is applied to them as well, its inputs detached and its parameters not, and both are
-        returned. All parameters are used inside this one call, as DDP requires.
+        With a pooling, attention and bags are added.
         """
         sizes = _runs_of_equal_size(crops)
         shared = zip(sizes, self.backbone.shared(len(sizes)), strict=True)
@@ -109,14 +105,21 @@ class Network(nn.Module):
                 region_prototypes=self.head_dense.prototypes(),
             )
         if self.pool is not None:
-            views = add_attention(self.pool, views)
-            if teacher is not None:
-                fixed = [patches.detach() for patches in teacher.patch_embeddings]
-                teacher = add_attention(self.pool, replace(teacher, patch_embeddings=fixed))
+            views = self._with_bags(views)
         if self.rationale is not None:
             (patches,) = patch_features
             views = replace(views, predicted_map=self.rationale(patches))
-        return views if teacher is None else (views, teacher)
+        return views
+
+    def _with_bags(self, views: Views) -> Views:
+        """Views with the attention and, by the image head, the embeddings of the bags.
+
+        The attention has no gradient to the region head, which is L_R's alone.
+        """
+        log_attention = [self.pool(patches.detach()) for patches in views.patch_embeddings]
+        bags = map(pooled, views.patch_features, log_attention)
+        bag_embeddings = self.head(torch.cat(list(bags)))
+        return replace(views, log_attention=log_attention, bag_embeddings=bag_embeddings)
 
     def _embed_patches(self, patch_features: list[Tensor]) -> list[Tensor]:
         """The region head over all patches of all crops at once, as EsViT calls it.
@@ -129,16 +132,6 @@ class Network(nn.Module):
             part.unflatten(0, patches.shape[:2])
             for part, patches in zip(embedded, patch_features, strict=True)
         ]
-
-
-def add_attention(pool: GatedAttentionPool, views: Views) -> Views:
-    """Views with the pooling's log attention and bag embeddings."""
-    log_attention = [pool(patches) for patches in views.patch_embeddings]
-    bags = [
-        bag_embedding(patches, log)
-        for patches, log in zip(views.patch_embeddings, log_attention, strict=True)
-    ]
-    return replace(views, log_attention=log_attention, bag_embeddings=torch.cat(bags))
 
 
 def _runs_of_equal_size(crops: Sequence[Tensor]) -> list[list[Tensor]]:

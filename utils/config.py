@@ -21,7 +21,7 @@ from utils.errors import InputError
 from utils.files import write_text
 from utils.logging import logger
 from utils.normalisation import IMAGENET, Normalisation
-from utils.options import COMPARING, CONTRASTIVE, NOTHING, OPTIONS, SECTIONS, Option
+from utils.options import CONTRASTIVE, NOTHING, OPTIONS, SECTIONS, Option
 
 # Reading YAML takes seconds for each megabyte; all options are 4 kB.
 LARGEST_FILE = 1 << 16  # bytes
@@ -326,12 +326,10 @@ def _check_batch(cfg: Node) -> None:
             f"Its recipe: --cfg experiments/{objective}.yaml; AUG.LOCAL_CROPS_NUMBER [] alone "
             f"keeps the optimizer, momentum, head and crops of the others."
         )
-    compares = objective in CONTRASTIVE or (objective == "cmd" and cfg.CMD.LT in COMPARING)
-    if images < 2 and compares:
-        way_out = " (or set CMD.LT none)" if objective == "cmd" else ""
+    if images < 2 and objective in CONTRASTIVE:
         raise InputError(
             f"LOSS.OBJECTIVE {objective} compares the images of a batch: "
-            f"TRAIN.BATCH_SIZE_PER_GPU must be at least 2, not {images}{way_out}."
+            f"TRAIN.BATCH_SIZE_PER_GPU must be at least 2, not {images}."
         )
 
 

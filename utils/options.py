@@ -23,7 +23,6 @@ ALL = (PRETRAIN, *EVALUATIONS)
 # Objectives that contrast a pair of crops; the others distil.
 CONTRASTIVE = ("moco_v2", "lcr")
 # Forms of L_T that compare the images of a batch.
-COMPARING = ("residual", "diverse", "contrast")
 
 
 @dataclass(frozen=True)
@@ -156,16 +155,7 @@ section("CMD", "the inter-level terms; read by the objectives cmd and released (
         WEIGHTS, (PRETRAIN,))
 option("CMD.LAMBDA1", 0.3, "weight of L_S + L_T", at_least=0, flag="--lambda1")
 option("CMD.LS", True, "whether L_S is on")
-option("CMD.LS_GRAD", "image", "where L_S's gradient goes: image or both (image and bag)",
-       choices=("image", "both"))
-option("CMD.LT", "residual", "form of L_T: residual, diverse, contrast, cross, same or none",
-       choices=(*COMPARING, "cross", "same", "none"))
-option("CMD.DIVERSE_K", 6, "bags in which a patch must recur, for LT residual and diverse",
-       at_least=1)
-option("CMD.LT_CANDIDATES", 64, "images with which a patch is compared, for LT residual and "
-       "diverse: drawn in every step from those of all processes; of no more, all", at_least=2)
-option("CMD.REGION_WEIGHT", "uniform", "weights of patches in L_R: uniform or mix (half attention)",
-       choices=("uniform", "mix"))
+option("CMD.LT", True, "whether L_T is on")
 
 section("MOCO", "contrast with a queue of keys; read by the objectives moco_v2 and lcr",
         WEIGHTS, (PRETRAIN,))

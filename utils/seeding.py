@@ -4,7 +4,7 @@ import numpy as np
 
 # First step of every path: what the seed is for.
 ORDER, AUGMENTATION, INITIALISATION, UNTRAINED_POOLING, STEPS = range(5)
-PROBE, LABELS, HELD_OUT, SUBSTITUTES, QUEUE, SHUFFLING, CANDIDATES, COPIES = range(5, 13)
+PROBE, LABELS, HELD_OUT, SUBSTITUTES, QUEUE, SHUFFLING, _, COPIES = range(5, 13)
 
 
 def derive_seed(seed: int, *path: int) -> int:

@@ -112,14 +112,6 @@ def _of_batch(cfg: Node, processes: int, images: int) -> Iterator[str]:
             "batch or more epochs"
         )
     if not goal.projects:
-        bags = 2 * (min(batch * processes, goal.candidates) - 1)
-        if goal.needs_pooling and goal.lt in ("residual", "diverse") and bags <= goal.diverse_k:
-            yield (
-                f"CMD.LT {goal.lt} compares a patch with {bags} bags of other images, and "
-                f"CMD.DIVERSE_K is {goal.diverse_k}: all patches count alike, and L_T teaches an "
-                f"even attention. Take a larger batch, more CMD.LT_CANDIDATES or a smaller "
-                f"CMD.DIVERSE_K."
-            )
         return
     if images <= cfg.MOCO.QUEUE:
         yield (

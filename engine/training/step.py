@@ -30,7 +30,7 @@ from utils.config import Node
 from utils.distributed import World
 from utils.logging import logger
 from utils.precision import autocast, precision_of
-from utils.seeding import CANDIDATES, STEPS, derive_seed
+from utils.seeding import STEPS, derive_seed
 from utils.views import Views
 
 
@@ -143,16 +143,15 @@ class Pretraining:
             is_last = micro == micros - 1
             batch = next(batches)
             indices.append(batch.indices)
-            # Drop path is drawn by each process, what images are compared by all alike.
+            # Each process draws its own drop path.
             torch.manual_seed(derive_seed(cfg.SEED, STEPS, self.step, micro, self.world.rank))
-            shared_seed = derive_seed(cfg.SEED, CANDIDATES, self.step, micro)
             with self._gradients_synced(is_last):
                 # Views of the crops by both networks.
                 student, teacher = self.forward(batch.data, micro)
                 # The objective, against the centres (or keys) of the step before.
                 with self.autocast():
                     loss, terms, per_image = self.objective(
-                        student, teacher, self.carried, rates.teacher_temp, shared_seed
+                        student, teacher, self.carried, rates.teacher_temp
                     )
                 self.carried.collect(teacher)
                 if measure_health and is_last:
@@ -197,9 +196,7 @@ class Pretraining:
                     teacher = shuffled(self.teacher, keys[0], seed)
                 else:
                     teacher = self.teacher(keys)
-            if self.student.pool is None:
-                return self.wrapped(seen), teacher
-            return self.wrapped(seen, teacher)
+            return self.wrapped(seen), teacher
 
     def _gradients_synced(self, now: bool) -> contextlib.AbstractContextManager:
         """In its block gradients are averaged over processes if `now`, else only added up."""
