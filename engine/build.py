@@ -140,6 +140,13 @@ def networks(cfg: Node) -> tuple[Network, Network]:
             f"LOSS.OBJECTIVE lcr fits a map to GradCAM, which needs an image feature that is the "
             f"mean of the patches; that of {spec.arch} is not. Take resnet50 or a Swin."
         )
+    widths = student.backbone.num_features, student.backbone.num_patch_features
+    if goal.needs_pooling and widths[0] != widths[1]:
+        raise InputError(
+            f"LOSS.OBJECTIVE cmd gives pooled patches to the image head, which needs patches as "
+            f"wide as the image feature; those of {spec.arch} have {widths[1]} values, and "
+            f"that has {widths[0]}. Take another --arch, or --objective esvit."
+        )
     check_crop_sizes(cfg, student.backbone)
     if goal.projects:
         for network in (student, teacher):

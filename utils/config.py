@@ -213,12 +213,15 @@ def to_dict(cfg: Node) -> dict:
 
 
 def from_dict(tree: dict, source: str = "the checkpoint") -> Node:
-    """The options of a stored run; those that exist no more are ignored, and a line says so."""
+    """The options of a stored run. What an earlier version had and exists no more, an option or a
+    value of one, is ignored, and a line says so."""
     if not isinstance(tree, dict):
         raise InputError(f"{source} holds no options of a run.")
     cfg, gone = defaults(), []
     for key, value in flat(tree, source):
-        if key in OPTIONS or key in SECTIONS:
+        if key == "CMD.LT" and not isinstance(value, bool):  # the name of a form, once
+            gone.append(f"{key} {value}")
+        elif key in OPTIONS or key in SECTIONS:
             put(cfg, key, value, source)
         else:
             gone.append(key)

@@ -166,20 +166,6 @@ def gather(tensor: Tensor) -> Tensor:
     return found
 
 
-def pick(tensor: Tensor, places: Tensor) -> Tensor:
-    """The rows at `places` of what `gather` would return, sent without the others; no gradient.
-
-    tensor: [B, ...]; places: int64 [C], the same on all processes. -> [C, ...].
-    """
-    own = places - position() * len(tensor)
-    others = (own < 0) | (own >= len(tensor))
-    rows = tensor.detach()[own.clamp(0, len(tensor) - 1)]
-    rows.transpose(0, -1).masked_fill_(others, 0)
-    if size() > 1:
-        dist.all_reduce(rows)  # exact: one process has the row, all others 0
-    return rows
-
-
 def permuted(tensor: Tensor, order: Tensor) -> Tensor:
     """This process's B rows of gather(tensor)[order], sent without the others; no gradient.
 
