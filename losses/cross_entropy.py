@@ -1,6 +1,6 @@
 """Cross-entropy of students against soft targets over K prototypes, in chunks.
 
-Every CMD term but one is of this form. The plain computation holds a [rows, K] matrix for
+Every CMD term is of this form. The plain computation holds a [rows, K] matrix for
 each student, each target and each gradient; this one holds two for one chunk of rows and never
 gathers a target, because targets meet students only in inner products. With w_sm the weight of
 the m-th match t(s, m) of student row s, q_t the teacher's distributions, z_s = W e_s / tau the

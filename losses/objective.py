@@ -36,10 +36,10 @@ EVERY_CROP, GLOBAL_CROPS = slice(None), slice(2)
 class Objective:
     """Distillation: which terms are on, and their constants; see the CMD.* and LOSS.* options.
 
-    Calling it on student views, teacher views, centres, the teacher's temperature and a seed of
-    what is drawn, the same on all processes, gives (total, terms, entropy): a scalar with
-    gradient; each active term by its name (L_I, L_R, L_S, L_T; T, S for released), detached and
-    unweighted; the entropy [I * B] of the teacher's image distributions in nats.
+    Calling it on student views, teacher views, centres and the teacher's temperature gives
+    (total, terms, entropy): a scalar with gradient; each active term by its name (L_I, L_R, L_S,
+    L_T; T, S for released), detached and unweighted; the entropy [I * B] of the teacher's image
+    distributions in nats.
 
     student_crops, teacher_crops: which crops of an image they see.
     """
@@ -91,13 +91,7 @@ class Objective:
         terms["L_I"], entropy = image_loss(student, teacher, centres.image, *temps, self.chunk_mib)
         if self.name == "dino":
             return terms["L_I"], _detached(terms), entropy
-        terms["L_R"] = region_loss(
-            student,
-            teacher,
-            centres.region,
-            *temps,
-            self.chunk_mib,
-        )
+        terms["L_R"] = region_loss(student, teacher, centres.region, *temps, self.chunk_mib)
         total = (terms["L_I"] + terms["L_R"]) / 2
         if self.name == "released":
             terms["T"], terms["S"] = released_terms(
@@ -120,7 +114,7 @@ class Contrastive:
     """Contrast of one crop of an image with the other; see the MOCO.* and LCR.* options.
 
     The student's first crop is the query, the teacher's second the key. Calling it on student
-    views, teacher views, the queue, and a temperature and a seed that it does not read, gives
+    views, teacher views, the queue, and a temperature that it does not read, gives
     (total, terms, hits): L_C, and for lcr L_F, a sum over the images of all processes; hits [B] is
     1 where a query's own key is nearer than the queue. lcr needs an image feature that is the mean
     of the patch features, and their predicted map in the student's views.

@@ -22,7 +22,6 @@ ALL = (PRETRAIN, *EVALUATIONS)
 
 # Objectives that contrast a pair of crops; the others distil.
 CONTRASTIVE = ("moco_v2", "lcr")
-# Forms of L_T that compare the images of a batch.
 
 
 @dataclass(frozen=True)

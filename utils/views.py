@@ -41,11 +41,6 @@ class Views:
         return len(self.image_embeddings) // self.batch
 
 
-def image_major(rows: Tensor, batch: int) -> Tensor:
-    """Crop-major rows [V*B, ...] -> [B, V, ...]."""
-    return rows.unflatten(0, (-1, batch)).transpose(0, 1)
-
-
 def in_full_precision(function: Callable) -> Callable:
     """Decorator: autocast is off inside a function whose first argument is a Views or a tensor.
 

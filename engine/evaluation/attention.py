@@ -41,10 +41,9 @@ def kinds(network: Network) -> list[str]:
 def attention_map(network: Network, images: Tensor, kind: str) -> Tensor:
     """The map `kind` over the patches of each image: [B, N] float32, row-major, rows sum to 1.
 
-    network: in eval mode, with its pooling if it has one (a teacher in training borrows the
-    student's). images: [B, 3, S, S], normalised, on the network's device. An lcr map that is zero
-    everywhere, of an image whose patches are all alike, is the uniform one. Raises ValueError
-    for a kind that the network does not have; see `kinds`.
+    network: in eval mode. images: [B, 3, S, S], normalised, on the network's device. An lcr map
+    that is zero everywhere, of an image whose patches are all alike, is the uniform one. Raises
+    ValueError for a kind that the network does not have; see `kinds`.
     """
     if kind not in kinds(network):
         raise ValueError(f"the network has no map '{kind}'; it has: {', '.join(kinds(network))}")

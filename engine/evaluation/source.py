@@ -153,7 +153,7 @@ def load_source(
         )
     if own and registry.identity(spec) == registry.identity(stored_spec(own, {})):
         network = _network(**own["model"])
-        # The student's pooling and branch are in the teacher's state too.
+        # The student's branch is in the teacher's state too.
         load_strictly(network, own[file.key], f"{path} ({file.key})")
         network.backbone.normalisation = file.normalisation
         return Source(weights, network.eval().requires_grad_(False))

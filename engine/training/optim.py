@@ -147,7 +147,7 @@ def cancel_last_layer(module: nn.Module) -> None:
 
 
 class TeacherEMA:
-    """teacher <- m * teacher + (1 - m) * student, over backbone and heads [esvit].
+    """teacher <- m * teacher + (1 - m) * student, over backbone, heads [esvit] and pooling.
 
     The parameter lists are paired by name once; what is frozen in the student, and so the same in
     both, is in neither. BatchNorm statistics are not averaged: the

@@ -131,8 +131,8 @@ def _other_processes(cfg: Node, state: dict, images_per_step: int, processes: in
         )
     return (
         f"the run had {state['processes']} processes and goes on with {processes}: {step}. Drop "
-        f"path, the candidates of L_T and the order of sums depend on the processes, so what "
-        f"follows is not bit for bit what the others would have given"
+        f"path and the order of sums depend on the processes, so what follows is not bit for bit "
+        f"what the others would have given"
     )
 
 
