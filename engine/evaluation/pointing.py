@@ -39,13 +39,13 @@ def figures(maps: Tensor, touching: Tensor) -> dict[str, float]:
     """Pointing accuracy beside its zeros, and the attention on the part, percent.
 
     maps [n, N], rows that sum to 1; touching bool [n, N]: the cells that touch the box. accuracy:
-    of images whose strongest cell (the first of equals) touches it. chance: what a random cell
-    would score. best_fixed_cell: what always naming the one best cell would. mass_on_part: the
-    attention on cells that touch.
+    of images whose strongest cell touches it, of equals a random one, so that an even map, such as
+    an untrained pooling's, scores chance. chance: what a random cell would score. best_fixed_cell:
+    what always naming the one best cell would. mass_on_part: the attention on cells that touch.
     """
-    strongest, touching = maps.argmax(dim=1, keepdim=True), touching.double()
+    strongest, touching = (maps == maps.amax(1, keepdim=True)).double(), touching.double()
     return {
-        "accuracy": 100 * touching.gather(1, strongest).mean().item(),
+        "accuracy": 100 * ((strongest * touching).sum(1) / strongest.sum(1)).mean().item(),
         "chance": 100 * touching.mean().item(),
         "best_fixed_cell": 100 * touching.mean(0).max().item(),
         "mass_on_part": 100 * (maps.double() * touching).sum(1).mean().item(),

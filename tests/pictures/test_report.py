@@ -48,6 +48,8 @@ def test_pointing_and_its_zeros_on_known_maps():
         "best_fixed_cell": 75,  # the first cell
         "mass_on_part": pytest.approx(100 * (0.7 + 0.2 + 1 + 0.7) / 4),
     }
+    even = pointing.figures(torch.full((4, 4), 0.25), touching)
+    assert even["accuracy"] == even["chance"] == even["mass_on_part"]
 
 
 def test_a_report_of_a_run_on_plain_folders(trained, images, environment, tmp_path):
