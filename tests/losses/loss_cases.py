@@ -8,15 +8,12 @@ from torch import Tensor
 
 from losses.objective import Objective
 from losses.targets import Centres
-from models.mil import GatedAttentionPool
-from models.network import add_attention
 from tests.losses import plain_losses as plain
 from tests.losses.plain_losses import Side
 from utils.views import Views
 
 # Not the defaults, so that a constant in the wrong place shows.
 STUDENT_TEMP, TEACHER_TEMP = 0.12, 0.05
-DIVERSE_K = 2
 
 # Runs of equally sized crops, as the student sees them: (views, patches a view).
 LAYOUTS = {
@@ -34,51 +31,35 @@ class Case:
     layout: list[tuple[int, int]]
     student: Side
     teacher: Side
-    pool: GatedAttentionPool
     centres: Centres
 
-    @property
-    def pool_parameters(self) -> dict[str, Tensor]:
-        return dict(self.pool.named_parameters())
-
-    def leaves(self, *parts: str) -> dict[str, Tensor]:
-        """All that a gradient might reach, by name; of some of student, teacher and pool."""
-        found = {
-            "student": self.student.leaves(),
-            "teacher": self.teacher.leaves(),
-            "pool": self.pool_parameters,
-        }
+    def leaves(self, *sides: str) -> dict[str, Tensor]:
+        """All that a gradient might reach, by name; of student, teacher or both."""
+        found = {"student": self.student.leaves(), "teacher": self.teacher.leaves()}
         return {
-            f"{part}.{name}": leaf for part in parts or found for name, leaf in found[part].items()
+            f"{side}.{name}": leaf for side in sides or found for name, leaf in found[side].items()
         }
 
     def to(
         self, dtype: torch.dtype, images: slice = slice(None), device: torch.device | str = "cpu"
     ) -> "Case":
         """Fresh leaves of another type, of some images only, on a device."""
-        pool = GatedAttentionPool(self.pool.tanh.in_features, self.pool.tanh.out_features)
-        pool.load_state_dict(self.pool.state_dict())
         centres = Centres(len(self.centres.image), region=True, bag=True)
         centres.load_state_dict(self.centres.state_dict())
         return replace(
             self,
             student=_leaves_of(self.student, dtype, images, device),
             teacher=_leaves_of(self.teacher, dtype, images, device),
-            pool=pool.to(device, dtype),
             centres=centres.to(device, dtype),
         )
 
     def views(self) -> tuple[Views, Views]:
-        """Student and teacher as the networks hand them over: bags from detached teacher patches.
+        """Student and teacher as the networks hand them over.
 
-        What else the teacher hands over wants a gradient here, so that a loss that lets one
-        through is seen.
+        All that the teacher hands over wants a gradient here, so that a loss that lets one through
+        is seen.
         """
-        student = add_attention(self.pool, as_views(self.student, self.layout))
-        teacher = as_views(self.teacher, [(2, self.layout[0][1])])
-        (patches,) = teacher.patch_embeddings
-        pooled = add_attention(self.pool, replace(teacher, patch_embeddings=[patches.detach()]))
-        return student, replace(pooled, patch_embeddings=[patches])
+        return as_views(self.student, self.layout), as_views(self.teacher, [(2, self.layout[0][1])])
 
 
 def make(layout: str, batch: int, seed: int = 0, prototypes: int = 7) -> Case:
@@ -94,20 +75,17 @@ def make(layout: str, batch: int, seed: int = 0, prototypes: int = 7) -> Case:
     def side(counts: list[int]) -> Side:
         return Side(
             [F.normalize(normal(batch, width), dim=-1) for _ in counts],
+            [F.normalize(normal(batch, width), dim=-1) for _ in counts],
             [F.normalize(normal(batch, count, width), dim=-1) for count in counts],
             [normal(batch, count, features) for count in counts],
             normal(prototypes, width) / 2,
             normal(prototypes, width) / 2,
         )
 
-    pool = GatedAttentionPool(width, hidden=4)
-    with torch.no_grad():
-        for parameter in pool.parameters():
-            parameter.copy_(normal(*parameter.shape))
     centres = Centres(prototypes, region=True, bag=True)
     for centre in (centres.image, centres.region, centres.bag):
         centre.copy_(normal(prototypes) / 5)
-    case = Case(runs, side(counts), side(counts[:2]), pool, centres)
+    case = Case(runs, side(counts), side(counts[:2]), centres)
     return case.to(torch.float64)
 
 
@@ -117,6 +95,7 @@ def _leaves_of(side: Side, dtype: torch.dtype, images: slice, device: torch.devi
 
     return Side(
         [leaf(view[images]) for view in side.images],
+        [leaf(view[images]) for view in side.bags],
         [leaf(view[images]) for view in side.patches],
         [leaf(view[images]) for view in side.features],
         leaf(side.image_prototypes),
@@ -125,7 +104,7 @@ def _leaves_of(side: Side, dtype: torch.dtype, images: slice, device: torch.devi
 
 
 def as_views(side: Side, layout: list[tuple[int, int]]) -> Views:
-    """Crop-major Views of a network without pooling."""
+    """Crop-major Views."""
     patches, features, first = [], [], 0
     for views, _ in layout:
         patches.append(torch.cat(side.patches[first : first + views]))
@@ -139,44 +118,29 @@ def as_views(side: Side, layout: list[tuple[int, int]]) -> Views:
         patch_features=features,
         patch_embeddings=patches,
         region_prototypes=side.region_prototypes,
+        bag_embeddings=torch.cat(side.bags),
     )
 
 
 def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tensor]]:
     """Total and terms of the objective, by plain_losses."""
-    student, teacher, pool = case.student, case.teacher, case.pool_parameters
-    centre, region_centre, bag_centre = (
-        case.centres.image,
-        case.centres.region,
-        case.centres.bag,
-    )
-    temps = (STUDENT_TEMP, TEACHER_TEMP)
-    terms = {"L_I": plain.image_term(student, teacher, centre, *temps)}
+    sides, centres, temps = (case.student, case.teacher), case.centres, (STUDENT_TEMP, TEACHER_TEMP)
+    terms = {"L_I": plain.image_term(*sides, centres.image, *temps)}
     if goal.name == "dino":
         return terms["L_I"], terms
-    mix = pool if goal.name == "cmd" and goal.region_weight == "mix" else None
-    terms["L_R"] = plain.region_term(student, teacher, region_centre, *temps, mix_pool=mix)
-    total = terms["L_I"] / 2 + terms["L_R"] / 2
+    terms["L_R"] = plain.region_term(*sides, centres.region, *temps)
     if goal.name == "released":
-        views = len(student.images)
+        views = len(case.student.images)
         terms["T"] = plain.released_teacher_term(
-            teacher, views, centre, region_centre, TEACHER_TEMP
+            case.teacher, views, centres.image, centres.region, TEACHER_TEMP
         )
-        terms["S"] = plain.released_student_term(student, STUDENT_TEMP)
+        terms["S"] = plain.released_student_term(case.student, STUDENT_TEMP)
     if goal.name == "cmd" and goal.ls:
-        terms["L_S"] = plain.student_term(student, pool, STUDENT_TEMP, goal.ls_grad == "both")
-    if goal.name == "cmd" and goal.lt != "none":
-        terms["L_T"] = {
-            "diverse": lambda: plain.diverse_term(teacher, pool, goal.diverse_k),
-            "residual": lambda: plain.diverse_term(teacher, pool, goal.diverse_k, residual=True),
-            "contrast": lambda: plain.contrast_term(teacher, pool),
-            "cross": lambda: plain.cross_term(teacher, pool, centre, bag_centre, *temps),
-            "same": lambda: plain.same_term(teacher, pool, centre, bag_centre, TEACHER_TEMP),
-        }[goal.lt]()
-    for name in ("T", "S", "L_S", "L_T"):
-        if name in terms:
-            total = total + goal.lambda1 * terms[name]
-    return total, terms
+        terms["L_S"] = plain.student_term(*sides, centres.image, *temps)
+    if goal.name == "cmd" and goal.lt:
+        terms["L_T"] = plain.teacher_term(*sides, centres.bag, *temps)
+    between = [terms[name] for name in ("T", "S", "L_S", "L_T") if name in terms]
+    return terms["L_I"] / 2 + terms["L_R"] / 2 + goal.lambda1 * sum(between), terms
 
 
 def gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -200,8 +164,7 @@ def assert_same_gradients(
 ):
     """Equal by name; None stands for exactly zero.
 
-    Rounding counts against the largest gradient of all in float32, a hundredth of it in float64:
-    the score's bias has a gradient of zero that no arithmetic finds exactly.
+    Rounding counts against the largest gradient of all in float32, a hundredth of it in float64.
     """
     largest = max((float(g.abs().max()) for g in wanted.values() if g is not None), default=0.0)
     for name, gradient in wanted.items():

@@ -8,7 +8,7 @@ from torch import nn
 from engine import build
 from models import ARCHITECTURES, BackboneSpec, build_backbone
 from models.heads import DINOHead
-from models.mil import GatedAttentionPool, bag_embedding
+from models.mil import GatedAttentionPool
 from models.network import HeadSpec, Network, make_teacher
 from models.pretrained import count_parameters
 from models.registry import resolve
@@ -227,41 +227,58 @@ def test_batch_norm_stands_after_every_linear_but_the_last():
     torch.testing.assert_close(head.mlp[1].running_mean, expected)
 
 
+def attention_of(pool: GatedAttentionPool, embeddings: torch.Tensor) -> torch.Tensor:
+    """Attention [N] of one bag's embeddings [N, d], by the formula, one patch after the other."""
+    p, scores = pool.state_dict(), []
+    for u in embeddings:
+        scaled = len(u) ** 0.5 * u
+        tanh = torch.tanh(p["tanh.weight"] @ scaled + p["tanh.bias"])
+        gate = torch.sigmoid(p["gate.weight"] @ scaled + p["gate.bias"])
+        scores.append(p["score.weight"][0] @ (tanh * gate) + p["score.bias"][0])
+    return torch.stack(scores).softmax(0)
+
+
 def test_the_pooling_weighs_patches_to_one_by_its_formula():
+    """It reads the region embeddings; a bag is the image head's of the patches so weighed."""
+    student, _ = pair()
+    nn.init.normal_(student.pool.score.weight)
+    with torch.no_grad():
+        views = student([torch.randn(2, 3, size, size) for size in (32, 32, 16)])
+        bags = []
+        for features, embeddings, log_attention in zip(
+            views.patch_features, views.patch_embeddings, views.log_attention, strict=True
+        ):
+            wanted = torch.stack([attention_of(student.pool, row) for row in embeddings])
+            torch.testing.assert_close(log_attention.exp(), wanted)
+            assert wanted.std() > 0.1 * wanted.mean()
+            for a, row in zip(wanted, features, strict=True):
+                bags.append(sum(a[n] * row[n] for n in range(len(row))))
+        wanted_bags = student.head(torch.stack(bags))
+    torch.testing.assert_close(views.bag_embeddings, wanted_bags)
+
+
+def test_the_attention_of_a_fresh_pooling_is_even_to_the_bit():
     pool = GatedAttentionPool(5, hidden=4)
     names = ["tanh.weight", "tanh.bias", "gate.weight", "gate.bias", "score.weight", "score.bias"]
     assert list(pool.state_dict()) == names
-    u = F.normalize(torch.randn(2, 9, 5), dim=-1)
-    log_attention = pool(u)
-    torch.testing.assert_close(log_attention.exp().sum(1), torch.ones(2))
-    p = pool.state_dict()
-    scaled = 5**0.5 * u[1, 3]
-    left = torch.tanh(p["tanh.weight"] @ scaled + p["tanh.bias"])
-    right = torch.sigmoid(p["gate.weight"] @ scaled + p["gate.bias"])
-    score = p["score.weight"][0] @ (left * right) + p["score.bias"][0]
-    scaled = 5**0.5 * u[1, 4]
-    left = torch.tanh(p["tanh.weight"] @ scaled + p["tanh.bias"])
-    right = torch.sigmoid(p["gate.weight"] @ scaled + p["gate.bias"])
-    other = p["score.weight"][0] @ (left * right) + p["score.bias"][0]
-    torch.testing.assert_close(log_attention[1, 3] - log_attention[1, 4], score - other)
-    bag = bag_embedding(u, log_attention)
-    torch.testing.assert_close(bag.norm(dim=1), torch.ones(2))
-    weighted = sum(a * row for a, row in zip(log_attention[0].exp(), u[0], strict=True))
-    torch.testing.assert_close(bag[0], weighted / weighted.norm())
+    log_attention = pool(F.normalize(torch.randn(2, 9, 5), dim=-1))
+    assert torch.equal(log_attention, log_attention[0, 0].expand(2, 9))
+    torch.testing.assert_close(log_attention.exp(), torch.full((2, 9), 1 / 9))
 
 
 def pair(use_bn: bool = False) -> tuple[Network, Network]:
     heads = HeadSpec(8, 16, 5, use_bn=use_bn, pool_hidden=4)
     backbone = {"img_size": 32, "patch_size": 8}
-    student = Network(small("deit_small", **backbone), heads, True, pooling=True)
-    teacher = Network(small("deit_small", **backbone), heads, True, pooling=False)
+    student, teacher = (
+        Network(small("deit_small", **backbone), heads, True, pooling=True) for _ in range(2)
+    )
     return student, make_teacher(student, teacher)
 
 
-def test_a_teacher_starts_as_the_student_out_of_the_gradient_and_without_pooling():
+def test_a_teacher_starts_as_the_student_out_of_the_gradient():
     student, teacher = pair()
     states = student.state_dict(), teacher.state_dict()
-    assert {k for k in states[0] if not k.startswith("pool.")} == set(states[1])
+    assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
     assert not any(p.requires_grad for p in teacher.parameters())
     views = teacher([torch.randn(2, 3, 32, 32)])
@@ -309,7 +326,7 @@ def test_only_the_parts_that_an_objective_uses_are_built(
 ):
     student, teacher = build.networks(tiny_cfg(f"{network_options} LOSS.OBJECTIVE {objective}"))
     assert (student.head_dense is not None) == (teacher.head_dense is not None) == region
-    assert (student.pool is not None) == pooling
+    assert (student.pool is not None) == (teacher.pool is not None) == pooling
 
 
 def test_a_crop_that_patches_do_not_tile_is_refused_at_build(network_options):
