@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.inter import diverse_density
 from models import BackboneSpec, build_backbone
 from tests.processes import found_by_each, launch_python
-from tests.runs import batch_of, pretraining, small_config
 from utils import config
 from utils.distributed import World, wrap
 from utils.options import OPTIONS
@@ -88,28 +86,6 @@ def test_position_embeddings_keep_the_row_that_a_scale_factor_loses():
     assert patches.shape[1] == 61 * 61
     expected = F.interpolate(stored, size=(61, 61), mode="bicubic").flatten(2).transpose(1, 2)
     torch.testing.assert_close(resized, torch.cat([backbone.pos_embed[:, :1], expected], dim=1))
-
-
-def crops_of(seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(3, 3, size, size, generator=generator) for size in (32, 32, 16, 16)]
-
-
-def test_diverse_density_compares_the_images_of_one_micro_batch():
-    """The step's L_T is the mean of that of each micro-batch by itself, not the whole batch's."""
-    options = {"CMD__LT": "diverse", "CMD__DIVERSE_K": 2}
-    run = pretraining(small_config(TRAIN__ACCUM_STEPS=2, MODEL__DROP_PATH=0.0, **options))
-    micro = [crops_of(seed) for seed in (0, 1)]
-
-    def term(crops: list[Tensor]) -> Tensor:
-        _, teacher = run.forward(crops)
-        return diverse_density(teacher, run.cfg.CMD.DIVERSE_K).detach()
-
-    apart = torch.stack([term(crops) for crops in micro]).mean()
-    together = term([torch.cat(views) for views in zip(*micro, strict=True)])
-    figures, *_ = run.train_step(iter([batch_of(crops) for crops in micro]))
-    torch.testing.assert_close(figures["L_T"], apart)
-    assert abs(together - apart) > 0.01 * apart
 
 
 def statistics_of(world: World) -> dict[str, Tensor]:

@@ -189,10 +189,6 @@ def test_every_micro_batch_is_shuffled_anew():
     [
         (RESNET | {"MOCO__BN_IMAGES": 2}, 1, 41, None),
         (SWIN | {"MOCO__QUEUE": 40}, 1, 40, "MOCO.QUEUE 40 holds a key of each of the 40 images"),
-        ({"LOSS__OBJECTIVE": "cmd"}, 1, 40, "CMD.LT residual compares a patch with 6 bags"),
-        ({"LOSS__OBJECTIVE": "cmd", "CMD__DIVERSE_K": 5}, 1, 40, None),
-        ({"LOSS__OBJECTIVE": "cmd"}, 2, 40, None),
-        ({"LOSS__OBJECTIVE": "cmd", "CMD__LT_CANDIDATES": 4}, 2, 40, "a patch with 6 bags"),
         (SHARP | {"LOSS__TEACHER_TEMP": 0.07}, 2, 40, None),
         (SHARP | {"LOSS__TEACHER_TEMP": 0.1}, 2, 40, "temperature 0.1 is not below LOSS.STUDENT_T"),
         (

@@ -54,9 +54,9 @@ def test_a_typo_is_one_sentence(typo, sentence, tmp_path):
 
 
 def test_options_are_laid_over_each_other_in_order(tmp_path):
-    study = load(study_file(tmp_path), [("TRAIN.BASE_LR", "0.5"), ("CMD.LT", "none")])
+    study = load(study_file(tmp_path), [("TRAIN.BASE_LR", "0.5"), ("CMD.LT", "false")])
     cfg = study.config("cmd", 7)
-    assert (cfg.SEED, cfg.TRAIN.BASE_LR, cfg.CMD.LT, cfg.TRAIN.EPOCHS) == (7, 0.5, "none", 3)
+    assert (cfg.SEED, cfg.TRAIN.BASE_LR, cfg.CMD.LT, cfg.TRAIN.EPOCHS) == (7, 0.5, False, 3)
     assert cfg.MODEL.EMBED_DIM == 16  # the base's
     assert study.config("esvit").LOSS.OBJECTIVE == "esvit"
 

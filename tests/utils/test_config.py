@@ -386,11 +386,6 @@ BAD = {
     "LOSS.CENTER_MOMENTUM": 1.1,
     "LOSS.CHUNK_MIB": -1,
     "CMD.LAMBDA1": -1,
-    "CMD.LS_GRAD": "none",
-    "CMD.LT": "all",
-    "CMD.DIVERSE_K": 0,
-    "CMD.LT_CANDIDATES": 1,
-    "CMD.REGION_WEIGHT": "full",
     "DATA.WORKERS": -1,
     "MOCO.QUEUE": 0,
     "MOCO.BN_IMAGES": 1,
@@ -479,7 +474,7 @@ BAD_TOO = {
 }
 # Truth values; paths and names, checked where they are opened; the architecture's figures.
 UNBOUNDED = {
-    *("CMD.LS", "HEAD.USE_BN", "HEAD.NORM_LAST_LAYER"),
+    *("CMD.LS", "CMD.LT", "HEAD.USE_BN", "HEAD.NORM_LAST_LAYER"),
     *("OUTPUT_DIR", "DATA.PATH", "DATA.DATASET", "INIT.WEIGHTS", "INIT.CHECKPOINT_KEY"),
     *("EVAL.KNN_TRAIN", "EVAL.KNN_VAL", "MODEL.ARCH"),
     *("EVAL.DUMP_FEATURES", "EVAL.LOAD_FEATURES", "EVAL.PICTURES"),
@@ -500,7 +495,7 @@ def test_the_ends_of_a_range_are_allowed_and_nan_is_not():
     for key, option in OPTIONS.items():
         for end in (option.at_least, option.at_most):
             cfg = config.defaults()
-            cfg.CMD.LT, cfg.TRAIN.WARMUP_EPOCHS, cfg.AUG.LOCAL_CROPS_NUMBER = "none", 0, []
+            cfg.TRAIN.WARMUP_EPOCHS, cfg.AUG.LOCAL_CROPS_NUMBER = 0, []
             if end is not None and not option.length:
                 config.put(cfg, key, end, "test")
                 config.check(cfg)
@@ -555,7 +550,7 @@ def test_what_differs_from_the_defaults_is_shown_where_it_decides_anything():
         (["LOSS.WARMUP_TEACHER_TEMP_EPOCHS", "101"], "longer than the run of 100 epochs"),
         (["AUG.LOCAL_CROPS_NUMBER", "[2, 2]"], "must be equally long"),
         (["AUG.BLUR_PROB", "[1, 0]"], "AUG.BLUR_PROB must have 3 values"),
-        (["TRAIN.BATCH_SIZE_PER_GPU", "1"], "must be at least 2"),
+        (["--cfg", "experiments/lcr.yaml", "TRAIN.BATCH_SIZE_PER_GPU", "1"], "must be at least 2"),
         (["DATA.MEAN", "[0.5,0.5,0.5]"], "DATA.MEAN and DATA.STD belong together"),
         (["EVAL.KNN_EVERY", "1", "EVAL.KNN_VAL", "folder"], "EVAL.KNN_VAL is given alone"),
         (["--keep", "best", "EVAL.KNN_EVERY", "0"], "goes by the figures of EVAL.KNN_EVERY"),
@@ -594,9 +589,11 @@ def test_plain_data_makes_the_same_options_and_lost_ones_are_ignored_in_a_line(c
     assert config.differing(config.from_dict(tree), cfg) == []
     assert not caplog.records
     tree["TRAIN"]["WARP"] = tree["SPEED"] = 9
+    tree["CMD"]["LT"] = "residual"  # the name of a form, once
     assert config.differing(config.from_dict(tree, "old.pth"), cfg) == []
     (line,) = caplog.messages
-    assert line == "old.pth holds options that exist no more: TRAIN.WARP, SPEED are ignored."
+    gone = "CMD.LT residual, TRAIN.WARP, SPEED"
+    assert line == f"old.pth holds options that exist no more: {gone} are ignored."
 
 
 def test_defaults_are_fresh_copies():
