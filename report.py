@@ -11,8 +11,6 @@ import argparse
 import copy
 from pathlib import Path
 
-import torch
-
 from datasets.folder import ImageFolder, refuse_among_images
 from datasets.multicrop import default_resize
 from datasets.splits import Splits
@@ -28,16 +26,13 @@ from engine.pictures import curves, maps, page
 from engine.pictures.drawing import Picture
 from engine.pictures.shown import show_images
 from engine.pictures.views import whole_views
-from models.mil import GatedAttentionPool
 from models.network import Network
 from models.pretrained import count_parameters
-from utils import checkpoint, config, distributed, logging, seeding
+from utils import checkpoint, config, distributed, logging
 from utils.cli import Parser, at_least
-from utils.config import Node
 from utils.errors import InputError, run_script
 from utils.files import write_json
 from utils.logging import logger
-from utils.seeding import derive_seed
 
 IMAGES_SHOWN = 24
 # The maps that training made, and how a report calls their zero: in JSON, in words.
@@ -114,7 +109,7 @@ def main() -> None:
     if kind and splits:
         paths = [splits.test.root / name for name in splits.test.paths]
         if pointing.part_boxes(paths)[0]:
-            untrained = untrained_network(cfg, network, student_at_start, kind).eval()
+            untrained = untrained_network(network, student_at_start, kind).eval()
             fresh = SplitFeatures(Source(None, untrained), splits, reading)
             found, zero = (
                 measure(of, [Pointing((kind,))])[0].figures[kind] for of in (features, fresh)
@@ -182,16 +177,13 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def untrained_network(cfg: Node, trained: Network, student_at_start: Network, kind: str) -> Network:
-    """The run's network with a fresh pooling, or with LCR's branch as the run began with it."""
+def untrained_network(trained: Network, student_at_start: Network, kind: str) -> Network:
+    """The run's network with the attention, or LCR's branch, that the run began with."""
     network = copy.deepcopy(trained)
     if kind == "lcr":
         network.rationale = student_at_start.rationale
-        return network
-    heads = network.head_spec
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.UNTRAINED_POOLING))
-        network.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden)
+    else:
+        network.pool = student_at_start.pool
     return network
 
 

@@ -1,10 +1,10 @@
 """Cross-entropy of students against soft targets over K prototypes, in chunks.
 
-Every CMD term is of this form. The plain computation holds a [rows, K] matrix for
-each student, each target and each gradient; this one holds two for one chunk of rows and never
-gathers a target, because targets meet students only in inner products. With w_sm the weight of
-the m-th match t(s, m) of student row s, q_t the teacher's distributions, z_s = W e_s / tau the
-student's logits and r_s = sum_m w_sm:
+All terms of CMD but L_S (mixture.py) are of this form. The plain computation holds a [rows, K]
+matrix for each student, each target and each gradient; this one holds two for one chunk of rows
+and never gathers a target, because targets meet students only in inner products. With w_sm the
+weight of the m-th match t(s, m) of student row s, q_t the teacher's distributions, z_s = W e_s /
+tau the student's logits and r_s = sum_m w_sm:
 
     loss = sum_s r_s logsumexp(z_s) - sum_sm w_sm q_t(s,m) . z_s
          = sum_s r_s logsumexp(z_s) - sum_s pulled_s . e_s / tau
@@ -56,6 +56,15 @@ class Targets:
         logits = (embeddings / self.temperature) @ self.prototypes.T
         return logits if self.centre is None else logits.sub_(self.centre / self.temperature)
 
+    def fixed(self) -> "Targets":
+        """The same without gradient, in float32 at least."""
+        return Targets(
+            at_least_float32(self.embeddings.detach()),
+            at_least_float32(self.prototypes.detach()),
+            self.temperature,
+            None if self.centre is None else self.centre.detach(),
+        )
+
 
 def soft_cross_entropy(
     students: Tensor,
@@ -66,34 +75,38 @@ def soft_cross_entropy(
     weights: Tensor,
     chunk_mib: int = 0,
     entropies: bool = True,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """sum_{s,m} w[s,m] CE(q[t[s,m]], softmax(W e[s] / temperature)), and the entropy of q.
 
     students: embeddings [S, d]; prototypes: W [K, d]; targets: of T rows; matches: t [S, M],
     int64, rows of the targets; weights: w [S, M], fixed; chunk_mib: LOSS.CHUNK_MIB. Returns the
     loss, a scalar with gradient to students and prototypes, and the targets' entropies [T] in
-    nats, without gradient; None in their place where `entropies` is false. Values are kept in
+    nats, without gradient; None in their place where `entropies` is false. shares [T, N], without
+    entropies: the targets are T mixtures, each of N rows in these shares. Values are kept in
     float32 (or float64 throughout), whatever autocast says: half-precision logits are too coarse
     at a teacher's temperature. Under autocast the products' inputs may be rounded (see
     `fast_products`).
     """
     device = students.device.type
     with fast_products(device, min(temperature, targets.temperature)):
-        students, prototypes = _at_least_float32(students), _at_least_float32(prototypes)
-        frozen = Targets(
-            _at_least_float32(targets.embeddings.detach()),
-            _at_least_float32(targets.prototypes.detach()),
-            targets.temperature,
-            None if targets.centre is None else targets.centre.detach(),
-        )
+        students, prototypes = at_least_float32(students), at_least_float32(prototypes)
         weights = weights.detach().to(students.dtype)
         step = max(LEAST_ROWS, chunk_elements(device, chunk_mib) // len(prototypes))
         return _SoftCrossEntropy.apply(
-            students, prototypes, temperature, frozen, matches, weights, step, entropies
+            students,
+            prototypes,
+            temperature,
+            targets.fixed(),
+            matches,
+            weights,
+            step,
+            entropies,
+            None if shares is None else shares.detach().to(students.dtype),
         )
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -145,6 +158,7 @@ class _SoftCrossEntropy(Function):
         weights: Tensor,
         step: int,
         wants_entropies: bool,
+        shares: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         wants_students, wants_prototypes = ctx.needs_input_grad[:2]
         grad_students = torch.empty_like(students) if wants_students else None
@@ -156,9 +170,11 @@ class _SoftCrossEntropy(Function):
         entropies = rows.new_empty(len(rows)) if wants_entropies else None
         scaled, target_means = rows / targets.temperature, torch.empty_like(rows)
         offset = None if targets.centre is None else targets.centre / targets.temperature
-        pushed = torch.zeros_like(rows)
+        pushed = torch.zeros_like(rows if shares is None else rows[: len(shares)])
         for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
             pushed.index_add_(0, match, weight[:, None] * students)
+        if shares is not None:
+            pushed = (shares[..., None] * pushed[:, None]).flatten(0, 1)
         for chunk in _chunks(len(rows), step):
             logits = buffers.logits(scaled[chunk], targets.prototypes)
             if offset is not None:
@@ -170,6 +186,11 @@ class _SoftCrossEntropy(Function):
             torch.mm(q, prototypes, out=target_means[chunk])
             if wants_prototypes:
                 grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
+
+        if shares is not None:
+            target_means = torch.einsum(
+                "tn,tnd->td", shares, target_means.unflatten(0, shares.shape)
+            )
 
         # The student's.
         totals = weights.sum(1)
@@ -203,7 +224,7 @@ class _SoftCrossEntropy(Function):
             raise RuntimeError("soft_cross_entropy keeps its gradients for one backward pass")
         # In place, K x d being large; and so once.
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(grad_loss) for g in gradients), *[None] * 6)
+        return (*(None if g is None else g.mul_(grad_loss) for g in gradients), *[None] * 7)
 
 
 class _Buffers:

@@ -1,13 +1,17 @@
 """Inter-level distillation, between bags of regions and images: L_S and L_T.
 
-A bag is a view's patches, pooled by the MIL attention; its embedding is the image head's of the
-pooled feature, so that bags and images speak of the same prototypes (ours).
+A bag is a view's patches, each an instance with the attention a_n; its distribution is the bag
+probability of multiple instance learning, the mixture sum_n a_n p^I_n of what the image head says
+of each patch. So bags and images are distributions over one vocabulary (ours).
 """
 
+import torch
 from torch import Tensor
 
-from losses.intra import paired_cross_entropy
-from losses.targets import bag_targets, image_targets
+from losses.cross_entropy import soft_cross_entropy
+from losses.intra import pair_weights, teacher_rows
+from losses.mixture import mixture_cross_entropy
+from losses.targets import image_targets, instance_targets
 from utils.views import Views
 
 
@@ -19,14 +23,31 @@ def student_loss(
     teacher_temp: float,
     chunk_mib: int = 0,
 ) -> Tensor:
-    """L_S = mean over pairs of CE(q^I_i, p^B_v): the student's bag predicts the teacher's image.
+    """L_S = mean over pairs of CE(q^I_i, p^B_v), p^B = sum_n a_n p^I_n.
 
-    It alone trains the attention, and with it patches and image head (ours).
+    The student's bag predicts the teacher's image. It alone trains the attention.
     """
+    pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
     targets = image_targets(teacher, centre, teacher_temp)
-    return paired_cross_entropy(
-        student.bag_embeddings, student, teacher, targets, student_temp, chunk_mib
-    )[0]
+    rows, first, losses = teacher_rows(teacher, student.count), 0, []
+    for instances, log_attention in zip(
+        student.instance_embeddings, student.log_attention, strict=True
+    ):
+        these = slice(first, first + len(instances) // student.batch)
+        losses.append(
+            mixture_cross_entropy(
+                instances,
+                log_attention,
+                student.image_prototypes,
+                student_temp,
+                targets,
+                rows[these].flatten(0, 1),
+                pairs[these].repeat_interleave(student.batch, dim=0),
+                chunk_mib,
+            )
+        )
+        first = these.stop
+    return torch.stack(losses).sum()
 
 
 def teacher_loss(
@@ -37,8 +58,20 @@ def teacher_loss(
     teacher_temp: float,
     chunk_mib: int = 0,
 ) -> Tensor:
-    """L_T = mean over pairs of CE(q^B_i, p^I_v): the student's image predicts the teacher's bag."""
-    targets = bag_targets(teacher, bag_centre, teacher_temp)
-    return paired_cross_entropy(
-        student.image_embeddings, student, teacher, targets, student_temp, chunk_mib
+    """L_T = mean over pairs of CE(q^B_i, p^I_v), q^B = sum_m a_m q^I_m.
+
+    The student's image predicts the teacher's bag; no gradient reaches the teacher.
+    """
+    (log_attention,) = teacher.log_attention
+    pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
+    return soft_cross_entropy(
+        student.image_embeddings,
+        student.image_prototypes,
+        student_temp,
+        instance_targets(teacher, bag_centre, teacher_temp),
+        teacher_rows(teacher, student.count).flatten(0, 1),
+        pairs.repeat_interleave(student.batch, dim=0),
+        chunk_mib,
+        entropies=False,
+        shares=log_attention.exp(),
     )[0]

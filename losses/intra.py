@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.cross_entropy import Targets, soft_cross_entropy
+from losses.cross_entropy import soft_cross_entropy
 from losses.targets import image_targets, region_targets
 from utils.views import Views, in_full_precision
 
@@ -33,31 +33,13 @@ def image_loss(
     Returns the loss (scalar) and the entropy of each q^I [I * B], crop-major, in nats, without
     gradient.
     """
-    targets = image_targets(teacher, centre, teacher_temp)
-    return paired_cross_entropy(
-        student.image_embeddings, student, teacher, targets, student_temp, chunk_mib
-    )
-
-
-def paired_cross_entropy(
-    embeddings: Tensor,
-    student: Views,
-    teacher: Views,
-    targets: Targets,
-    student_temp: float,
-    chunk_mib: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Mean over pairs of CE(q_i, p_v) over the image prototypes, and the entropy of each q_i.
-
-    embeddings [V * B, d]: of the student's views or bags; targets: of I * B rows.
-    """
-    pairs = pair_weights(teacher.count, student.count, embeddings)
+    pairs = pair_weights(teacher.count, student.count, student.image_embeddings)
     batch = student.batch
     return soft_cross_entropy(
-        embeddings,
+        student.image_embeddings,
         student.image_prototypes,
         student_temp,
-        targets,
+        image_targets(teacher, centre, teacher_temp),
         teacher_rows(teacher, student.count).flatten(0, 1),
         (pairs / batch).repeat_interleave(batch, dim=0),
         chunk_mib,

@@ -17,9 +17,10 @@ def image_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets
     return Targets(teacher.image_embeddings, teacher.image_prototypes, temperature, centre)
 
 
-def bag_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
-    """q^B of the image-level views' bags, crop-major: I * B rows."""
-    return Targets(teacher.bag_embeddings, teacher.image_prototypes, temperature, centre)
+def instance_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
+    """q^I of all patches of the image-level views, crop-major: I * B * N rows."""
+    (patches,) = teacher.instance_embeddings
+    return Targets(patches.flatten(0, 1), teacher.image_prototypes, temperature, centre)
 
 
 def region_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
@@ -57,7 +58,8 @@ class Centres(nn.Module):
             (patches,) = teacher.patch_embeddings
             means["region"] = teacher.region_prototypes @ patches.flatten(0, 1).mean(0)
         if self.bag is not None:
-            means["bag"] = teacher.image_prototypes @ teacher.bag_embeddings.mean(0)
+            (patches,) = teacher.instance_embeddings
+            means["bag"] = teacher.image_prototypes @ patches.flatten(0, 1).mean(0)
         self._collected.append(means)
 
     @torch.no_grad()

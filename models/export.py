@@ -76,24 +76,11 @@ def to_timm(
 
 
 def pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The attention pooling of a network's state: what patch features [N, D] are pooled by.
+    """The MIL attention of a network's state, by which patch features [N, D] are pooled.
 
-    mlp.I: the region head's linears, its BatchNorms folded in, with GELU between; tanh, gate,
-    score: the gate on the result (models/mil.py). {} where the state has no pooling.
+    tanh, gate, score: weight and bias of each. {} where the state has none.
     """
-    parts = {k.removeprefix("pool."): v for k, v in state.items() if k.startswith("pool.")}
-    prefix = "head_dense.mlp."
-    mlp = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    places = sorted({int(k.split(".")[0]) for k, v in mlp.items() if v.ndim == 2})
-    for number, place in enumerate(places if parts else ()):
-        weight, bias = mlp[f"{place}.weight"], mlp[f"{place}.bias"]
-        norm = place + 1
-        if f"{norm}.running_var" in mlp:
-            scale = mlp[f"{norm}.weight"] / (mlp[f"{norm}.running_var"] + BATCH_NORM_EPS).sqrt()
-            weight = weight * scale[:, None]
-            bias = (bias - mlp[f"{norm}.running_mean"]) * scale + mlp[f"{norm}.bias"]
-        parts |= {f"mlp.{number}.weight": weight, f"mlp.{number}.bias": bias}
-    return parts
+    return {k.removeprefix("pool."): v for k, v in state.items() if k.startswith("pool.")}
 
 
 def timm_arguments(spec: BackboneSpec) -> dict:

@@ -1,6 +1,6 @@
-"""Gated attention pooling: patches are instances, the image is the bag.
+"""Gated attention over patches: patches are instances, the image is the bag.
 
-The gated form of Ilse, Tomczak & Welling 2018, on region-head embeddings.
+The gated form of Ilse, Tomczak & Welling 2018, on patch features.
 """
 
 import math
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class GatedAttentionPool(nn.Module):
-    """a_n = softmax_n( w.( tanh(A u'_n + alpha) * sigmoid(B u'_n + beta) ) + b ), u' = sqrt(d) u.
+class GatedAttention(nn.Module):
+    """a_n = softmax_n( w.( tanh(A x'_n + alpha) * sigmoid(B x'_n + beta) ) + b ).
 
-    Embeddings u are unit vectors; scaled by sqrt(d) their coordinates have unit variance,
-    without which the gate would stay dead (ours). Computed in float32.
+    x' = sqrt(D) x / |x| has coordinates of unit variance, whatever the scale of a backbone's
+    features. w and b start at 0, and so the attention even (ours). Computed in float32.
     """
 
     def __init__(self, dim: int, hidden: int = 128) -> None:
@@ -25,14 +25,10 @@ class GatedAttentionPool(nn.Module):
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """Patch embeddings [R, N, d] -> log attention [R, N]; exp of each row sums to 1."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            scaled = math.sqrt(embeddings.shape[-1]) * embeddings.to(self.score.weight.dtype)
-            gated = torch.tanh(self.tanh(scaled)) * torch.sigmoid(self.gate(scaled))
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patch features [R, N, D] -> log attention [R, N]; exp of each row sums to 1."""
+        with torch.autocast(patches.device.type, enabled=False):
+            patches = F.normalize(patches.to(self.score.weight.dtype), dim=-1)
+            patches = patches * math.sqrt(patches.shape[-1])
+            gated = torch.tanh(self.tanh(patches)) * torch.sigmoid(self.gate(patches))
             return F.log_softmax(self.score(gated).squeeze(-1), dim=-1)
-
-
-def pooled(patches: Tensor, log_attention: Tensor) -> Tensor:
-    """The bag's feature [R, D]: the sum of patches [R, N, D] by exp of log_attention [R, N]."""
-    return torch.einsum("rn,rnd->rd", log_attention.exp().to(patches.dtype), patches)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.heads import DINOHead, ProjectionHead
-from models.mil import GatedAttentionPool, pooled
+from models.mil import GatedAttention
 from models.rationale import RationaleBranch
 from utils.views import Views
 
@@ -17,7 +17,7 @@ STUDENT_ONLY = ("rationale.",)  # parts that the teacher has no average of
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Shape of both heads and of the pooling; see DINOHead and GatedAttentionPool.
+    """Shape of both heads and of the pooling; see DINOHead and GatedAttention.
 
     projects: a ProjectionHead in the place of DINO's, without prototypes.
     """
@@ -67,22 +67,20 @@ class Network(nn.Module):
         rationale: int = 0,
     ) -> None:
         super().__init__()
-        if pooling and not region_head:
-            raise ValueError("the pooling reads region embeddings: it needs the region head")
         if region_head and heads is None:
             raise ValueError("a region head needs the shape of the heads")
         self.backbone, self.head_spec = backbone, heads
         self.head = heads.build(backbone.num_features) if heads else None
         self.head_dense = heads.build(backbone.num_patch_features) if region_head else None
-        self.pool = GatedAttentionPool(heads.bottleneck_dim, heads.pool_hidden) if pooling else None
         width = backbone.num_patch_features
+        self.pool = GatedAttention(width, heads.pool_hidden) if pooling else None
         self.rationale = RationaleBranch(width, rationale) if rationale else None
 
     def forward(self, crops: Sequence[Tensor]) -> Views:
         """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.
 
         One backbone forward per run of equally sized crops; LCR's branch needs exactly one.
-        With a pooling, attention and bags are added.
+        With a pooling, the attention is added, and patches as instances: by the image head.
         """
         sizes = _runs_of_equal_size(crops)
         shared = zip(sizes, self.backbone.shared(len(sizes)), strict=True)
@@ -101,37 +99,32 @@ class Network(nn.Module):
         if self.head_dense is not None:
             views = replace(
                 views,
-                patch_embeddings=self._embed_patches(patch_features),
+                patch_embeddings=_embed_patches(self.head_dense, patch_features),
                 region_prototypes=self.head_dense.prototypes(),
             )
         if self.pool is not None:
-            views = self._with_bags(views)
+            views = replace(
+                views,
+                log_attention=[self.pool(patches) for patches in patch_features],
+                instance_embeddings=_embed_patches(self.head, patch_features),
+            )
         if self.rationale is not None:
             (patches,) = patch_features
             views = replace(views, predicted_map=self.rationale(patches))
         return views
 
-    def _with_bags(self, views: Views) -> Views:
-        """Views with the attention and, by the image head, the embeddings of the bags.
 
-        The attention has no gradient to the region head, which is L_R's alone.
-        """
-        log_attention = [self.pool(patches.detach()) for patches in views.patch_embeddings]
-        bags = map(pooled, views.patch_features, log_attention)
-        bag_embeddings = self.head(torch.cat(list(bags)))
-        return replace(views, log_attention=log_attention, bag_embeddings=bag_embeddings)
+def _embed_patches(head: DINOHead, patch_features: list[Tensor]) -> list[Tensor]:
+    """A head over all patches of all crops at once, as EsViT calls it.
 
-    def _embed_patches(self, patch_features: list[Tensor]) -> list[Tensor]:
-        """The region head over all patches of all crops at once, as EsViT calls it.
-
-        One call is one larger product, and one set of statistics where the head has a BatchNorm.
-        """
-        rows = [patches.flatten(0, 1) for patches in patch_features]
-        embedded = self.head_dense(torch.cat(rows)).split([len(part) for part in rows])
-        return [
-            part.unflatten(0, patches.shape[:2])
-            for part, patches in zip(embedded, patch_features, strict=True)
-        ]
+    One call is one larger product, and one set of statistics where the head has a BatchNorm.
+    """
+    rows = [patches.flatten(0, 1) for patches in patch_features]
+    embedded = head(torch.cat(rows)).split([len(part) for part in rows])
+    return [
+        part.unflatten(0, patches.shape[:2])
+        for part, patches in zip(embedded, patch_features, strict=True)
+    ]
 
 
 def _runs_of_equal_size(crops: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -221,12 +221,22 @@ def load_own(path: str | Path, needed: tuple[str, ...] = _OF_NETWORKS) -> dict:
 def check_format(
     checkpoint: dict, path: str | Path, needed: tuple[str, ...] = _OF_NETWORKS
 ) -> None:
-    """InputError for one of ours in another format; NotIntact for one that lacks entries."""
+    """InputError for one of ours in another format or with an attention of an earlier version;
+    NotIntact for one that lacks entries."""
     if checkpoint["format"] != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {checkpoint['format']}; this version reads format "
             f"{FORMAT} alone. Use the version of the code that wrote it."
         )
+    stored = checkpoint.get("config"), checkpoint.get("model")
+    if all(isinstance(part, dict) for part in stored):
+        options = stored[0].get("CMD")
+        # Of the version whose attention read the region head's embeddings.
+        if isinstance(options, dict) and "LS_GRAD" in options and stored[1].get("pooling"):
+            raise InputError(
+                f"{path} is a run of cmd by an earlier version, with another attention, L_S and "
+                f"L_T. Use the version of the code that wrote it."
+            )
     missing = [name for name in needed if name not in checkpoint]
     if missing:
         raise NotIntact(path, f"is not a whole checkpoint: it lacks {', '.join(missing)}")

@@ -3,7 +3,7 @@
 import numpy as np
 
 # First step of every path: what the seed is for.
-ORDER, AUGMENTATION, INITIALISATION, UNTRAINED_POOLING, STEPS = range(5)
+ORDER, AUGMENTATION, INITIALISATION, _, STEPS = range(5)
 PROBE, LABELS, HELD_OUT, SUBSTITUTES, QUEUE, SHUFFLING, _, COPIES = range(5, 13)
 
 

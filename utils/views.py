@@ -19,7 +19,7 @@ class Views:
     batch: B.
     image_features [V*B, D]; image_embeddings [V*B, d]; image_prototypes [K, d].
     patch_features: [V_g*B, N_g, D]; patch_embeddings: [V_g*B, N_g, d]; region_prototypes [K, d].
-    log_attention: [V_g*B, N_g]; bag_embeddings [V*B, d].
+    log_attention: [V_g*B, N_g]; instance_embeddings: patches by the image head [V_g*B, N_g, d].
     predicted_map: [V*B, N], LCR's, of crops of one size.
     What the network was not built for is None or empty.
     """
@@ -32,7 +32,7 @@ class Views:
     patch_embeddings: list[Tensor] = field(default_factory=list)
     region_prototypes: Tensor | None = None
     log_attention: list[Tensor] = field(default_factory=list)
-    bag_embeddings: Tensor | None = None
+    instance_embeddings: list[Tensor] = field(default_factory=list)
     predicted_map: Tensor | None = None
 
     @property

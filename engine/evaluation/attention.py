@@ -64,5 +64,5 @@ def attention_map(network: Network, images: Tensor, kind: str) -> Tensor:
 def over_patches(network: Network, patch_features: Tensor, kind: str) -> Tensor:
     """The map `mil` or `lcr` over patch features [B, N, D]: [B, N], rows sum to 1."""
     if kind == "mil":
-        return network.pool(network.head_dense(patch_features)).exp()
+        return network.pool(patch_features).exp()
     return rationale_weights(network.rationale(patch_features))

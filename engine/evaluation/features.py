@@ -24,7 +24,7 @@ from utils.normalisation import IMAGENET, Normalisation
 from utils.precision import autocast, precision_of
 
 NEEDS = {
-    "mil": "mil needs the region head and the MIL pooling, which only runs of the objective cmd",
+    "mil": "mil needs the MIL attention, which only runs of the objective cmd",
     "lcr": "lcr needs LCR's branch, which only runs of the objective lcr",
 }
 

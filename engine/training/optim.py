@@ -9,18 +9,23 @@ from torch.optim.sgd import sgd
 from models.network import Network
 
 
-def parameter_groups(network: Network, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(
+    network: Network, layer_decay: float = 1.0, attention_rate: float = 1.0
+) -> list[dict]:
     """Two groups: all that decays; biases and 1-D parameters, which do not [esvit].
 
     Parameters that are not trained are in neither. `weight_g` is [K, 1]: it decays.
     layer_decay: other than 1, two groups for each height of the backbone, from the top, whose
     "rate" is a factor of the learning rate: 1 above the blocks and in the heads, and once more
     times layer_decay for each block below (ELECTRA, Clark et al. 2020; BEiT, Bao et al. 2022).
+    attention_rate: the factor of the MIL attention's (ours).
     """
     backbone, rates = network.backbone, {}
     for owner, depth in backbone.depths().items():
         rate = layer_decay ** (len(backbone.all_blocks()) + 1 - depth)
         rates |= dict.fromkeys(owner.parameters(recurse=False), rate)
+    if network.pool is not None:
+        rates |= dict.fromkeys(network.pool.parameters(), attention_rate)
     groups: dict[tuple[float, bool], list[str]] = {(1.0, True): [], (1.0, False): []}
     parameters = dict(network.named_parameters())
     for name, parameter in parameters.items():
@@ -34,13 +39,15 @@ def parameter_groups(network: Network, layer_decay: float = 1.0) -> list[dict]:
     ]
 
 
-def build_optimizer(name: str, network: Network, layer_decay: float = 1.0) -> torch.optim.Optimizer:
+def build_optimizer(
+    name: str, network: Network, layer_decay: float = 1.0, attention_rate: float = 1.0
+) -> torch.optim.Optimizer:
     """AdamW with PyTorch's betas and eps, or SGD with momentum 0.9.
 
     The learning rate and the weight decay are set before each step by `set_rates`. Both are
     fused, because then `step_if` can skip a step.
     """
-    groups = parameter_groups(network, layer_decay)
+    groups = parameter_groups(network, layer_decay, attention_rate)
     if name != "sgd":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)

@@ -57,11 +57,6 @@ def find(
     for file, reason in refused:
         logger.warning(f"{file} is passed over: {reason}")
     stored, processes = config.from_dict(state["config"], str(path)), world.size
-    if stored.LOSS.OBJECTIVE == "cmd" and "LS_GRAD" in state["config"].get("CMD", {}):
-        raise InputError(
-            f"{path} was trained by L_S and L_T of an earlier version, by which no run goes on: "
-            f"evaluate it, or give another --output_dir."
-        )
     _take_crops(cfg, stored, world)
     # Settled by the weights that the run began with; and [] is ImageNet's.
     if not cfg.DATA.MEAN or config.normalisation(cfg) == config.normalisation(stored):

@@ -97,7 +97,10 @@ class Pretraining:
             objective=objective,
             carried=build.carried(cfg, objective).to(world.device),
             optimizer=optim.build_optimizer(
-                cfg.TRAIN.OPTIMIZER, student, cfg.INIT.LAYER_DECAY or 1.0
+                cfg.TRAIN.OPTIMIZER,
+                student,
+                cfg.INIT.LAYER_DECAY or 1.0,
+                cfg.CMD.ATTENTION_RATE,
             ),
             scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
             schedules=Schedules.build(cfg, steps_per_epoch, images_per_step),

@@ -1,0 +1,101 @@
+"""Cross-entropy of a bag, which is a mixture of its instances, against soft targets.
+
+A bag of N instances e_n with weights a_n has the probability of multiple instance learning,
+P(k) = sum_n a_n p_n(k), p_n = softmax(W e_n / tau) over K prototypes. With t the weighted sum of
+its targets and z_n the logits,
+
+    loss = -sum_k t(k) log P(k)
+    r_n(k) = a_n p_n(k) / P(k),   R_n = sum_k t(k) r_n(k)
+    d loss / d z_n(k) = R_n p_n(k) - t(k) r_n(k),   d loss / d log a_n = -R_n
+
+r are the responsibilities of a mixture: attention goes to the instances that answer for the
+target, and these learn to say it. No [rows, K] matrix outlives a chunk of bags; gradients are made
+in the forward pass, where the chunk's matrices exist.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from losses.cross_entropy import Targets, at_least_float32, chunk_elements, fast_products
+
+
+def mixture_cross_entropy(
+    instances: Tensor,
+    log_weights: Tensor,
+    prototypes: Tensor,
+    temperature: float,
+    targets: Targets,
+    matches: Tensor,
+    weights: Tensor,
+    chunk_mib: int = 0,
+) -> Tensor:
+    """sum_{s,m} w[s,m] CE(q[t[s,m]], sum_n a[s,n] softmax(W e[s,n] / temperature)).
+
+    instances: embeddings [S, N, d]; log_weights: log a [S, N]; prototypes: W [K, d]; targets: of T
+    rows; matches: t [S, M], int64; weights: w [S, M], fixed. Returns a scalar with gradient to
+    instances, log_weights and prototypes, in float32 (or float64 throughout), whatever autocast
+    says; see soft_cross_entropy.
+    """
+    device = instances.device.type
+    with fast_products(device, min(temperature, targets.temperature)):
+        step = chunk_elements(device, chunk_mib) // (len(prototypes) * instances.shape[1])
+        return _MixtureCrossEntropy.apply(
+            at_least_float32(instances),
+            at_least_float32(log_weights),
+            at_least_float32(prototypes),
+            temperature,
+            targets.fixed(),
+            matches,
+            weights.detach(),
+            max(1, step),
+        )
+
+
+class _MixtureCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx,
+        instances: Tensor,
+        log_weights: Tensor,
+        prototypes: Tensor,
+        temperature: float,
+        targets: Targets,
+        matches: Tensor,
+        weights: Tensor,
+        step: int,
+    ) -> Tensor:
+        loss = instances.new_zeros(())
+        gradients = [torch.empty_like(instances), torch.empty_like(log_weights)]
+        grad_prototypes = torch.zeros_like(prototypes)
+        parts = (tensor.split(step) for tensor in (instances, log_weights, matches, weights))
+        for chunk, (e, log_a, match, weight) in enumerate(zip(*parts, strict=True)):
+            bags = slice(chunk * step, chunk * step + len(e))
+            q = targets.logits(targets.embeddings[match.flatten()]).softmax(dim=-1)
+            t = torch.einsum("smk,sm->sk", q.unflatten(0, match.shape), weight.to(q.dtype))
+            del q
+            rows = e.flatten(0, 1)
+            joint = torch.mm(rows / temperature, prototypes.T)  # logits, then log a p
+            joint.sub_(joint.logsumexp(dim=-1, keepdim=True)).add_(log_a.reshape(-1, 1))
+            joint = joint.unflatten(0, log_a.shape)
+            log_p = joint.logsumexp(dim=1)
+            loss -= (t * log_p).sum()
+            answered = torch.sub(joint, log_p[:, None]).exp_().mul_(t[:, None])  # t r
+            share = answered.sum(dim=-1)  # R
+            joint.sub_(log_a[..., None]).exp_().mul_(share[..., None]).sub_(answered)
+            slope = joint.flatten(0, 1).div_(temperature)  # d loss / d (W e)
+            gradients[0][bags] = torch.mm(slope, prototypes).view_as(e)
+            gradients[1][bags] = -share
+            grad_prototypes.addmm_(slope.T, rows)
+        ctx.gradients = (*gradients, grad_prototypes)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        if ctx.gradients is None:
+            raise RuntimeError("mixture_cross_entropy keeps its gradients for one backward pass")
+        # In place, K x d being large; and so once.
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(gradient.mul_(grad_loss) for gradient in gradients), *[None] * 5)
