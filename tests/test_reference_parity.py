@@ -15,7 +15,6 @@ from engine.evaluation import knn, retrieval
 from engine.training.schedules import cosine, teacher_temperature
 from losses.objective import Objective
 from models.heads import DINOHead
-from models.mil import GatedAttentionPool, pooled
 from models.network import make_teacher
 from models.pretrained import HEADS, load_strictly
 from models.recognition import infer_spec
@@ -152,18 +151,6 @@ def test_both_terms_of_esvit_apart():
         centres.update()
         for name, value in terms.items():
             assert_parity(value, figures[f"{call}/{name}"], f"{call}/{name}")
-
-
-def test_gated_attention():
-    """By the mean of bags on the sphere, as their centre keeps it after each of two batches."""
-    pool = GatedAttentionPool(K, hidden=16)
-    shapes = {f"pool.{name}": value.shape for name, value in pool.state_dict().items()}
-    pool.load_state_dict({k.removeprefix("pool."): v for k, v in weights(shapes).items()})
-    (patches,) = golden_pair()[1].patch_embeddings
-    mean = nn.functional.normalize(pooled(patches, pool(patches)), dim=-1).mean(0)
-    figures = read_arrays("cmd.npz")
-    assert_parity(0.1 * mean, figures["0/center_bag"], "0/center_bag")
-    assert_parity(0.19 * mean, figures["1/center_bag"], "1/center_bag")
 
 
 def test_six_training_steps():

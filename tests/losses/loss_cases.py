@@ -75,7 +75,8 @@ def make(layout: str, batch: int, seed: int = 0, prototypes: int = 7) -> Case:
     def side(counts: list[int]) -> Side:
         return Side(
             [F.normalize(normal(batch, width), dim=-1) for _ in counts],
-            [F.normalize(normal(batch, width), dim=-1) for _ in counts],
+            [F.normalize(normal(batch, count, width), dim=-1) for count in counts],
+            [normal(batch, count).log_softmax(dim=-1) for count in counts],
             [F.normalize(normal(batch, count, width), dim=-1) for count in counts],
             [normal(batch, count, features) for count in counts],
             normal(prototypes, width) / 2,
@@ -95,7 +96,8 @@ def _leaves_of(side: Side, dtype: torch.dtype, images: slice, device: torch.devi
 
     return Side(
         [leaf(view[images]) for view in side.images],
-        [leaf(view[images]) for view in side.bags],
+        [leaf(view[images]) for view in side.instances],
+        [leaf(view[images].double().log_softmax(dim=-1)) for view in side.attention],
         [leaf(view[images]) for view in side.patches],
         [leaf(view[images]) for view in side.features],
         leaf(side.image_prototypes),
@@ -105,20 +107,24 @@ def _leaves_of(side: Side, dtype: torch.dtype, images: slice, device: torch.devi
 
 def as_views(side: Side, layout: list[tuple[int, int]]) -> Views:
     """Crop-major Views."""
-    patches, features, first = [], [], 0
+    groups, first = [], 0
     for views, _ in layout:
-        patches.append(torch.cat(side.patches[first : first + views]))
-        features.append(torch.cat(side.features[first : first + views]))
+        groups.append(slice(first, first + views))
         first += views
+
+    def by_size(parts: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(parts[group]) for group in groups]
+
     return Views(
         batch=side.batch,
         image_embeddings=torch.cat(side.images),
         image_prototypes=side.image_prototypes,
         image_features=torch.cat(side.images),
-        patch_features=features,
-        patch_embeddings=patches,
+        patch_features=by_size(side.features),
+        patch_embeddings=by_size(side.patches),
         region_prototypes=side.region_prototypes,
-        bag_embeddings=torch.cat(side.bags),
+        log_attention=by_size(side.attention),
+        instance_embeddings=by_size(side.instances),
     )
 
 

@@ -16,12 +16,13 @@ from torch import Tensor
 class Side:
     """One network's outputs on V views of B images; lists have one entry a view.
 
-    images and bags [B, d]; patches [B, N_v, d]; features [B, N_v, D]; image_prototypes and
-    region_prototypes [K, d].
+    images [B, d]; instances and patches [B, N_v, d], by image and region head; attention [B, N_v],
+    logarithms; features [B, N_v, D]; image_prototypes and region_prototypes [K, d].
     """
 
     images: list[Tensor]
-    bags: list[Tensor]
+    instances: list[Tensor]
+    attention: list[Tensor]
     patches: list[Tensor]
     features: list[Tensor]
     image_prototypes: Tensor
@@ -34,7 +35,7 @@ class Side:
     def leaves(self) -> dict[str, Tensor]:
         """Everything a gradient might reach, by name."""
         named = {"W_I": self.image_prototypes, "W_R": self.region_prototypes}
-        for kind in ("images", "bags", "patches", "features"):
+        for kind in ("images", "instances", "attention", "patches", "features"):
             for view, tensor in enumerate(getattr(self, kind)):
                 named[f"{kind}[{view}]"] = tensor
         return named
@@ -62,10 +63,19 @@ def pairs(views: int) -> list[tuple[int, int]]:
     return [(i, v) for i, v in product(range(2), range(views)) if v != i]
 
 
-def target(teacher: Side, kind: str, i: int, b: int, centre: Tensor, temp: float) -> Tensor:
-    """q^I_i of image b, or with kind "bags" q^B_i: both over the image prototypes."""
-    logits = teacher.image_prototypes @ getattr(teacher, kind)[i][b]
-    return softmax((logits - centre) / temp).detach()
+def image_target(teacher: Side, i: int, b: int, centre: Tensor, temp: float) -> Tensor:
+    """q^I_i of image b."""
+    return softmax((teacher.image_prototypes @ teacher.images[i][b] - centre) / temp).detach()
+
+
+def bag_target(teacher: Side, i: int, b: int, centre: Tensor, temp: float) -> Tensor:
+    """q^B_i of image b: what the image head says of each patch, in the attention's shares."""
+    says = [
+        softmax((teacher.image_prototypes @ e - centre) / temp) for e in teacher.instances[i][b]
+    ]
+    return sum(
+        log_a.exp() * q for log_a, q in zip(teacher.attention[i][b], says, strict=True)
+    ).detach()
 
 
 def region_target(teacher: Side, i: int, b: int, m: int, centre: Tensor, temp: float) -> Tensor:
@@ -73,45 +83,50 @@ def region_target(teacher: Side, i: int, b: int, m: int, centre: Tensor, temp: f
     return softmax((logits - centre) / temp).detach()
 
 
-def log_p(student: Side, kind: str, v: int, b: int, temp: float) -> Tensor:
-    """log p^I_v of image b, or with kind "bags" log p^B_v."""
-    return log_softmax(student.image_prototypes @ getattr(student, kind)[v][b] / temp)
+def log_image(student: Side, v: int, b: int, temp: float) -> Tensor:
+    """log p^I_v of image b."""
+    return log_softmax(student.image_prototypes @ student.images[v][b] / temp)
 
 
-def paired_term(student: Side, teacher: Side, kinds: tuple[str, str], centre, temps) -> Tensor:
-    """Mean over pairs and images of CE(q_i, p_v): of which kind q is, and p; temps: p's, q's."""
+def log_bag(student: Side, v: int, b: int, temp: float) -> Tensor:
+    """log p^B_v of image b."""
+    says = [softmax(student.image_prototypes @ e / temp) for e in student.instances[v][b]]
+    return sum(
+        log_a.exp() * p for log_a, p in zip(student.attention[v][b], says, strict=True)
+    ).log()
+
+
+def image_term(student: Side, teacher: Side, centre: Tensor, *temps: float) -> Tensor:
+    """L_I; temps: the student's, the teacher's."""
+    return _paired(student, teacher, image_target, log_image, centre, temps)
+
+
+def student_term(student: Side, teacher: Side, centre: Tensor, *temps: float) -> Tensor:
+    """L_S."""
+    return _paired(student, teacher, image_target, log_bag, centre, temps)
+
+
+def teacher_term(student: Side, teacher: Side, bag_centre: Tensor, *temps: float) -> Tensor:
+    """L_T."""
+    return _paired(student, teacher, bag_target, log_image, bag_centre, temps)
+
+
+def _paired(student: Side, teacher: Side, target, log_p, centre: Tensor, temps) -> Tensor:
+    """Mean over pairs and images of CE(q_i, p_v)."""
     return mean(
         [
-            cross_entropy(
-                target(teacher, kinds[0], i, b, centre, temps[1]),
-                log_p(student, kinds[1], v, b, temps[0]),
-            )
+            cross_entropy(target(teacher, i, b, centre, temps[1]), log_p(student, v, b, temps[0]))
             for i, v in pairs(len(student.images))
             for b in range(student.batch)
         ]
     )
 
 
-def image_term(student: Side, teacher: Side, centre: Tensor, *temps: float) -> Tensor:
-    """L_I."""
-    return paired_term(student, teacher, ("images", "images"), centre, temps)
-
-
-def student_term(student: Side, teacher: Side, centre: Tensor, *temps: float) -> Tensor:
-    """L_S."""
-    return paired_term(student, teacher, ("images", "bags"), centre, temps)
-
-
-def teacher_term(student: Side, teacher: Side, bag_centre: Tensor, *temps: float) -> Tensor:
-    """L_T."""
-    return paired_term(student, teacher, ("bags", "images"), bag_centre, temps)
-
-
 def image_entropies(teacher: Side, centre: Tensor, temp: float) -> Tensor:
     """H(q^I_i) of image b: [B, 2]."""
     rows = []
     for b in range(teacher.batch):
-        targets = [target(teacher, "images", i, b, centre, temp) for i in range(2)]
+        targets = [image_target(teacher, i, b, centre, temp) for i in range(2)]
         rows.append(torch.stack([cross_entropy(q, q.log()) for q in targets]))
     return torch.stack(rows)
 
@@ -156,7 +171,7 @@ def released_teacher_term(teacher: Side, views: int, centre, region_centre, temp
     for i, _ in pairs(views):
         images, sums = [], []
         for b in range(teacher.batch):
-            images.append(target(teacher, "images", i, b, centre, temp))
+            images.append(image_target(teacher, i, b, centre, temp))
             count = len(teacher.patches[i][b])
             sums.append(
                 sum(region_target(teacher, i, b, m, region_centre, temp) for m in range(count))
@@ -183,7 +198,9 @@ def mean_logits(side: Side) -> dict[str, Tensor]:
     """The batch's mean logits [K] that the centres follow: image, region and bag."""
     return {
         "image": mean([side.image_prototypes @ row for view in side.images for row in view]),
-        "bag": mean([side.image_prototypes @ row for view in side.bags for row in view]),
+        "bag": mean(
+            [side.image_prototypes @ e for view in side.instances for row in view for e in row]
+        ),
         "region": mean(
             [side.region_prototypes @ u for view in side.patches for row in view for u in row]
         ),

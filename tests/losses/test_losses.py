@@ -18,7 +18,7 @@ from losses import cross_entropy, inter, intra, released
 from losses.cross_entropy import Targets, soft_cross_entropy
 from losses.objective import Objective
 from losses.targets import Centres, image_targets, region_targets
-from models.mil import GatedAttentionPool, pooled
+from models.mil import GatedAttention
 from models.network import HeadSpec, Network
 from models.registry import BackboneSpec, build_backbone
 from tests.losses import plain_losses as plain
@@ -33,7 +33,7 @@ from tests.losses.loss_cases import (
     make,
     plain_objective,
 )
-from tests.runs import SWIN, batch_of, pretraining, small_config
+from tests.runs import batch_of, pretraining, small_config
 from utils.views import Views
 
 TEMPS = (STUDENT_TEMP, TEACHER_TEMP)
@@ -159,16 +159,41 @@ def test_no_image_is_compared_with_another_of_its_batch(name):
     assert_same_gradients(joined, wanted, 1e-11)
 
 
-def test_with_even_attention_bags_are_images_where_these_are_the_mean_of_the_patches():
-    """A fresh network's: L_S and L_T start as L_I, between equal distributions."""
-    run = pretraining(small_config(**SWIN))
-    with torch.no_grad():
-        student, teacher = run.forward(random_crops(3, seed=0))
+def test_a_bag_of_one_instance_is_an_image():
+    """Then L_S is L_I, value and gradient, and so is L_T against an image's centre."""
+    case = make("two local sizes", 2)
+    student, teacher = case.views()
     for views in (student, teacher):
-        assert_near(views.bag_embeddings, views.image_embeddings, 1e-5, "p^B and q^B")
-    _, terms, _ = run.objective(student, teacher, run.carried, 0.04)
-    for name in ("L_S", "L_T"):
-        assert_near(terms[name], terms["L_I"], 1e-5, name)
+        rows = views.image_embeddings[:, None]
+        counts = [len(patches) for patches in views.patch_features]
+        views.instance_embeddings = list(rows.split(counts))
+        views.log_attention = [part.new_zeros(len(part), 1) for part in views.instance_embeddings]
+    wanted = intra.image_loss(student, teacher, case.centres.image, *TEMPS)[0]
+    leaves = case.leaves("student")
+    wanted_gradients = gradients(wanted, leaves)
+    for term in (inter.student_loss, inter.teacher_loss):
+        found = term(student, teacher, case.centres.image, *TEMPS)
+        assert_near(found.detach(), wanted.detach(), 1e-12, term.__name__)
+        assert_same_gradients(gradients(found, leaves), wanted_gradients, 1e-11)
+
+
+def test_attention_goes_to_the_instance_that_says_what_the_teacher_sees():
+    """Of a bag's instances one is the image's prototype, the others are another's."""
+    axes = torch.eye(6)
+    instances = axes[[1, 2, 1, 0, 1]][None].repeat(4, 1, 1)
+    log_attention = torch.full((4, 5), 0.2).log().requires_grad_()
+    student = Views(
+        2,
+        axes[[0, 0, 0, 0]],
+        axes,
+        log_attention=[log_attention],
+        instance_embeddings=[instances],
+        patch_features=[instances],
+    )
+    teacher = Views(2, axes[[0, 0, 0, 0]], axes)
+    inter.student_loss(student, teacher, torch.zeros(6), *TEMPS).backward()
+    share = -log_attention.grad / -log_attention.grad.sum(dim=1, keepdim=True)
+    assert (share[:, 3] > 0.99).all()
 
 
 def chunks_of(monkeypatch, elements: int) -> None:
@@ -188,9 +213,10 @@ def test_chunks_change_nothing(term, chunk, monkeypatch):
     assert_same_gradients(found, wanted_gradients, tolerance=1e-11)
 
 
-@pytest.mark.parametrize(("mib", "chunks"), [(0, 8), (1, 13)])
+@pytest.mark.parametrize(("mib", "chunks"), [(0, 8), (1, 17)])
 def test_a_matrix_of_a_chunk_has_as_many_mebibytes_as_the_option_says(mib, chunks):
-    """Of K = 2^13, 32 rows to a MiB: L_R has 96 targets and 120 students, the others 6 and 12."""
+    """Of K = 2^13, 32 rows to a MiB: L_R has 96 targets and 120 students, L_I 6 and 12, L_T 96 and
+    12; L_S takes the targets of its bags, two of 16 instances to 32 rows, eight of 4."""
     run = pretraining(small_config(HEAD__OUT_DIM=2**13, LOSS__CHUNK_MIB=mib))
     with torch.no_grad():
         student, teacher = run.forward([torch.randn(3, 3, s, s) for s in (32, 32, 16, 16)])
@@ -283,20 +309,17 @@ def test_the_chunked_cross_entropy_s_gradient_is_its_derivative(wanted, monkeypa
             assert leaves[name].grad[place].item() == pytest.approx(slope, abs=1e-6), (name, place)
 
 
-def test_gradcheck_of_pooling_and_bag():
+def test_gradcheck_of_the_attention():
     torch.manual_seed(0)
-    pool = GatedAttentionPool(5, hidden=4).double()
+    pool = GatedAttention(7, hidden=4).double()
     nn.init.normal_(pool.score.weight)
-    regions = F.normalize(torch.randn(4, 6, 5, dtype=torch.float64), dim=-1)
-    patches = torch.randn(4, 6, 7, dtype=torch.float64)
+    patches = torch.randn(4, 6, 7, dtype=torch.float64, requires_grad=True)
 
-    def bags(regions: Tensor, patches: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def attention(patches: Tensor, *parameters: Tensor) -> Tensor:
         named = dict(zip(dict(pool.named_parameters()), parameters, strict=True))
-        log_attention = functional_call(pool, named, (regions,))
-        return log_attention, pooled(patches, log_attention)
+        return functional_call(pool, named, (patches,))
 
-    inputs = (regions.requires_grad_(), patches.requires_grad_(), *pool.parameters())
-    assert torch.autograd.gradcheck(bags, inputs)
+    assert torch.autograd.gradcheck(attention, (patches, *pool.parameters()))
 
 
 # --- Where gradients go
@@ -304,7 +327,7 @@ def test_gradcheck_of_pooling_and_bag():
 REACHES = {
     "L_I": {"student.images", "student.W_I"},
     "L_R": {"student.patches", "student.W_R"},
-    "L_S": {"student.bags", "student.W_I"},
+    "L_S": {"student.instances", "student.attention", "student.W_I"},
     "L_T": {"student.images", "student.W_I"},
     "T": set(),
     "S": {"student.images", "student.W_I", "student.patches", "student.W_R"},
@@ -574,7 +597,7 @@ def test_a_training_step_updates_the_centres_once_and_after_the_loss():
         kinds = {
             "image": (teacher.image_embeddings, teacher.image_prototypes),
             "region": (teacher.patch_embeddings[0].flatten(0, 1), teacher.region_prototypes),
-            "bag": (teacher.bag_embeddings, teacher.image_prototypes),
+            "bag": (teacher.instance_embeddings[0].flatten(0, 1), teacher.image_prototypes),
         }
         means.append({kind: (rows @ w.T).mean(0).detach() for kind, (rows, w) in kinds.items()})
     figures, *_ = run.train_step(iter([batch_of(crops) for crops in micro]))
@@ -606,7 +629,13 @@ def wide_case() -> tuple[Views, Views, Centres, dict[str, Tensor]]:
                 for views, n in runs
             ],
             region_prototypes=F.normalize(normal(100, 32), dim=-1).requires_grad_(),
-            bag_embeddings=F.normalize(normal(count * batch, 32), dim=-1).requires_grad_(),
+            log_attention=[
+                normal(views * batch, n).log_softmax(dim=-1).requires_grad_() for views, n in runs
+            ],
+            instance_embeddings=[
+                F.normalize(normal(views * batch, n, 32), dim=-1).requires_grad_()
+                for views, n in runs
+            ],
         )
 
     student, teacher = views([(2, 49), (2, 9)]), views([(2, 49)])
@@ -615,7 +644,8 @@ def wide_case() -> tuple[Views, Views, Centres, dict[str, Tensor]]:
         centre.copy_(normal(100) / 20)
     leaves = {
         "images": student.image_embeddings,
-        "bags": student.bag_embeddings,
+        "instances": student.instance_embeddings[0],
+        "attention": student.log_attention[0],
         "W_I": student.image_prototypes,
         "W_R": student.region_prototypes,
         "patches": student.patch_embeddings[0],
@@ -683,7 +713,7 @@ def test_the_precision_of_other_products_is_as_before_the_loss():
 
 def test_under_autocast_attention_stays_float32():
     torch.manual_seed(0)
-    pool, patches = GatedAttentionPool(32, 16), F.normalize(torch.randn(4, 9, 32), dim=-1)
+    pool, patches = GatedAttention(32, 16), F.normalize(torch.randn(4, 9, 32), dim=-1)
     nn.init.normal_(pool.score.weight)
     wanted = pool(patches)
     with torch.autocast("cpu", torch.bfloat16):
@@ -744,7 +774,8 @@ def test_nothing_of_rows_times_prototypes_is_saved_for_the_backward(term):
 
 @pytest.mark.parametrize("term", ["L_I", "L_R", "L_S", "L_T"])
 def test_no_tensor_is_larger_than_a_chunk(term, monkeypatch):
-    """5 rows, fewer than any term has, and the prototypes' own 5 columns, are the largest."""
+    """5 rows, fewer than any term has, and the prototypes' own 5 columns, are the largest; L_S
+    takes whole bags, of 6 instances."""
     views, largest = make("local crops", 3, prototypes=MANY).views(), {}
     centres = make("local crops", 3, prototypes=MANY).centres
     for rows in (5, 6):
@@ -752,7 +783,7 @@ def test_no_tensor_is_larger_than_a_chunk(term, monkeypatch):
         with LargestTensor() as mode:
             TERMS[term][0](*views, centres).backward()
         largest[rows] = mode.largest
-    assert largest == {rows: rows * MANY for rows in (5, 6)}
+    assert largest == {5: (6 if term == "L_S" else 5) * MANY, 6: 6 * MANY}
 
 
 @pytest.mark.parametrize("wrong", ["CMD", "moco_v2"])

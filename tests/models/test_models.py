@@ -8,7 +8,7 @@ from torch import nn
 from engine import build
 from models import ARCHITECTURES, BackboneSpec, build_backbone
 from models.heads import DINOHead
-from models.mil import GatedAttentionPool
+from models.mil import GatedAttention
 from models.network import HeadSpec, Network, make_teacher
 from models.pretrained import count_parameters
 from models.registry import resolve
@@ -227,43 +227,34 @@ def test_batch_norm_stands_after_every_linear_but_the_last():
     torch.testing.assert_close(head.mlp[1].running_mean, expected)
 
 
-def attention_of(pool: GatedAttentionPool, embeddings: torch.Tensor) -> torch.Tensor:
-    """Attention [N] of one bag's embeddings [N, d], by the formula, one patch after the other."""
+def attention_of(pool: GatedAttention, patches: torch.Tensor) -> torch.Tensor:
+    """Attention [N] of one bag's patch features [N, D], by the formula, one after the other."""
     p, scores = pool.state_dict(), []
-    for u in embeddings:
-        scaled = len(u) ** 0.5 * u
+    for x in patches:
+        scaled = len(x) ** 0.5 * x / x.norm()
         tanh = torch.tanh(p["tanh.weight"] @ scaled + p["tanh.bias"])
         gate = torch.sigmoid(p["gate.weight"] @ scaled + p["gate.bias"])
         scores.append(p["score.weight"][0] @ (tanh * gate) + p["score.bias"][0])
     return torch.stack(scores).softmax(0)
 
 
-def test_the_pooling_weighs_patches_to_one_by_its_formula():
-    """It reads the region embeddings; a bag is the image head's of the patches so weighed."""
+def test_the_attention_is_its_formula_and_even_at_first():
+    """Over patch features; instances are the image head's of each patch."""
     student, _ = pair()
-    nn.init.normal_(student.pool.score.weight)
+    crops = [torch.randn(2, 3, size, size) for size in (32, 32, 16)]
     with torch.no_grad():
-        views = student([torch.randn(2, 3, size, size) for size in (32, 32, 16)])
-        bags = []
-        for features, embeddings, log_attention in zip(
-            views.patch_features, views.patch_embeddings, views.log_attention, strict=True
+        for log_attention in student(crops).log_attention:
+            assert torch.equal(log_attention, log_attention[0, 0].expand_as(log_attention))
+        nn.init.normal_(student.pool.score.weight)
+        student.eval()
+        views = student(crops)
+        for features, instances, log_attention in zip(
+            views.patch_features, views.instance_embeddings, views.log_attention, strict=True
         ):
-            wanted = torch.stack([attention_of(student.pool, row) for row in embeddings])
+            wanted = torch.stack([attention_of(student.pool, row) for row in features])
             torch.testing.assert_close(log_attention.exp(), wanted)
             assert wanted.std() > 0.1 * wanted.mean()
-            for a, row in zip(wanted, features, strict=True):
-                bags.append(sum(a[n] * row[n] for n in range(len(row))))
-        wanted_bags = student.head(torch.stack(bags))
-    torch.testing.assert_close(views.bag_embeddings, wanted_bags)
-
-
-def test_the_attention_of_a_fresh_pooling_is_even_to_the_bit():
-    pool = GatedAttentionPool(5, hidden=4)
-    names = ["tanh.weight", "tanh.bias", "gate.weight", "gate.bias", "score.weight", "score.bias"]
-    assert list(pool.state_dict()) == names
-    log_attention = pool(F.normalize(torch.randn(2, 9, 5), dim=-1))
-    assert torch.equal(log_attention, log_attention[0, 0].expand(2, 9))
-    torch.testing.assert_close(log_attention.exp(), torch.full((2, 9), 1 / 9))
+            torch.testing.assert_close(instances, student.head(features))
 
 
 def pair(use_bn: bool = False) -> tuple[Network, Network]:
@@ -297,9 +288,10 @@ def test_runs_of_equal_crops_come_back_crop_major():
     torch.testing.assert_close(
         views.image_embeddings, torch.cat([view.image_embeddings for view in alone])
     )
-    torch.testing.assert_close(
-        views.bag_embeddings, torch.cat([view.bag_embeddings for view in alone])
-    )
+    for name in ("instance_embeddings", "log_attention"):
+        found = torch.cat([part.flatten(0, 1) for part in getattr(views, name)])
+        apart = torch.cat([part.flatten(0, 1) for view in alone for part in getattr(view, name)])
+        torch.testing.assert_close(found, apart)
 
 
 def test_the_same_seed_gives_the_same_networks_and_another_seed_others(network_options):

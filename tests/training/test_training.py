@@ -413,6 +413,13 @@ def test_the_teacher_moves_by_the_ema_of_parameters_and_keeps_its_own_bn_statist
     assert not torch.equal(students[changed], before[changed])
 
 
+def test_the_attention_has_a_rate_of_its_own():
+    run = pretraining(small_config(CMD__ATTENTION_RATE=7.0))
+    rates = {name: g["rate"] for g in run.optimizer.param_groups for name in g["names"]}
+    assert {rates[name] for name in rates if name.startswith("pool.")} == {7.0}
+    assert {rates[name] for name in rates if not name.startswith("pool.")} == {1.0}
+
+
 def test_networks_that_differ_in_layout_are_not_averaged():
     student, teacher = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="layout"):
