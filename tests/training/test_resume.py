@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.evaluation.source import load_source
 from engine.training.resume import Found, find, resume
 from tests.conftest import TRAINED
 from tests.processes import (
@@ -578,13 +579,41 @@ def test_at_an_epochs_edge_too_and_by_force_it_is_said(of_17, pretrain, refuse, 
 
 def test_an_older_checkpoint_goes_on_and_says_what_it_does_not_know(of_17, pretrain, tmp_path):
     state = load(of_17[1])
-    del state["images"], state["config"]["CMD"]["LT_CANDIDATES"]
+    del state["images"], state["config"]["CMD"]["LAMBDA1"]
     (tmp_path / "run").mkdir()
     checkpoint.save(state, tmp_path / "run" / "checkpoint.pth")
     done = pretrain(tmp_path / "run", f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {of_17[0]}")
     assert "checkpoint.pth does not say which images it was trained on" in done.stdout
-    assert "without these options, by which it goes on: CMD.LT_CANDIDATES 64\n" in done.stdout
+    assert "without these options, by which it goes on: CMD.LAMBDA1 0.3\n" in done.stdout
     assert load(tmp_path / "run")["images"].startswith("contents:")
+
+
+FORMS = {"LT": "residual", "LS_GRAD": "image", "DIVERSE_K": 6}  # as they once were
+
+
+def test_a_run_by_an_earlier_l_t_is_evaluated_with_a_line_and_goes_on_no_more(
+    trained, refuse, tmp_path, caplog, monkeypatch
+):
+    state, path = load(trained), tmp_path / "checkpoint.pth"
+    state["config"]["CMD"] |= FORMS
+    del state["carried"]["bag"]
+    checkpoint.save(state, path)
+    monkeypatch.setattr(logger, "propagate", True)  # as caplog wants it
+    network = load_source(path).network
+    assert torch.equal(network.pool.score.weight, state["teacher"]["pool.score.weight"])
+    gone = "CMD.LT residual, CMD.LS_GRAD, CMD.DIVERSE_K are ignored"
+    assert f"{path} holds options that exist no more: {gone}" in caplog.text
+    line = refuse(tmp_path, TRAINED)
+    assert line.startswith(f"error: {path} was trained by L_S and L_T of an earlier version")
+    assert load(tmp_path)["step"] == state["step"]
+
+
+def test_a_run_of_another_objective_by_an_earlier_version_goes_on(tmp_path):
+    cfg = small_config(LOSS__OBJECTIVE="esvit", OUTPUT_DIR=str(tmp_path))
+    state = checkpoint_of(pretraining(cfg)) | {"images": "images"}
+    state["config"]["CMD"] |= FORMS
+    checkpoint.save_last(state, tmp_path)
+    assert not find(cfg, 12, "images", 3, World(0, 1, torch.device("cpu"))).forced
 
 
 @pytest.mark.parametrize("output", ["{0}/run", "{0}", "{0}/red/a/b"])
