@@ -64,12 +64,10 @@ def test_a_step_is_the_cpu_s_and_stays_on_its_device(accelerator, objective, pre
     assert 1 - torch.cosine_similarity(*updates, dim=0) < in_angle
 
 
-@pytest.mark.parametrize("objective", [*NETWORKS, "contrast", "cross"])
+@pytest.mark.parametrize("objective", NETWORKS)
 def test_a_step_never_waits_for_the_device(accelerator, objective):
     """The second one: the first makes masks and the optimizer's state."""
-    forms = {"contrast": {"CMD__LT": "contrast"}, "cross": {"CMD__LT": "cross"}}
-    options = options_of("cmd") | forms[objective] if objective in forms else options_of(objective)
-    run = run_on(accelerator, "bf16", **options)
+    run = run_on(accelerator, "bf16", **options_of(objective))
     step(run)
     crops = crops_for(run, seed=1)
     with unwaited(accelerator):

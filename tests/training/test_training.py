@@ -248,10 +248,7 @@ SHARED = """
 OBJECTIVES = {
     "dino": "LOSS.OBJECTIVE dino",
     "esvit": "LOSS.OBJECTIVE esvit",
-    "cmd": "LOSS.OBJECTIVE cmd CMD.DIVERSE_K 3",
-    "same": "LOSS.OBJECTIVE cmd CMD.LT same",
-    "contrast": "LOSS.OBJECTIVE cmd CMD.LT contrast CMD.LS_GRAD both",
-    "cross": "LOSS.OBJECTIVE cmd CMD.LT cross CMD.REGION_WEIGHT mix",
+    "cmd": "LOSS.OBJECTIVE cmd",
     "released": "LOSS.OBJECTIVE released",
 }
 
@@ -304,7 +301,7 @@ def test_two_processes_of_half_the_batch_reach_the_weights_of_one(
 
 
 @pytest.mark.parametrize(
-    "name", ["same", *(pytest.param(n, marks=pytest.mark.slow) for n in ("esvit", "released"))]
+    "name", ["cmd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("esvit", "released"))]
 )
 def test_two_accumulated_halves_reach_the_weights_of_the_whole_batch(
     name, whole_batch, pretrain, tmp_path
@@ -316,8 +313,8 @@ def test_two_accumulated_halves_reach_the_weights_of_the_whole_batch(
 
 def test_two_processes_that_accumulate_reach_the_weights_of_one(whole_batch, pretrain, tmp_path):
     quarters = "TRAIN.BATCH_SIZE_PER_GPU 2 TRAIN.ACCUM_STEPS 2"
-    pretrain(tmp_path, f"{SHARED} {OBJECTIVES['same']} {quarters}", processes=2)
-    assert_close_runs(whole_batch("same"), tmp_path)
+    pretrain(tmp_path, f"{SHARED} {OBJECTIVES['cmd']} {quarters}", processes=2)
+    assert_close_runs(whole_batch("cmd"), tmp_path)
 
 
 def test_a_run_of_one_process_resumes_as_two(whole_batch, pretrain, tmp_path):
