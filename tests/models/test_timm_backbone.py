@@ -304,10 +304,11 @@ def test_lcr_wants_an_image_feature_that_is_the_mean_of_the_patches():
 def test_cmd_wants_patches_as_wide_as_the_image_feature():
     with pytest.raises(InputError) as caught:
         run_of("test_mambaout", LOSS__OBJECTIVE="cmd")
+    shapes = measured("test_mambaout", 64).shapes
     assert str(caught.value) == (
         "LOSS.OBJECTIVE cmd gives pooled patches to the image head, which needs patches as wide as "
-        "the image feature; those of timm/test_mambaout have 48 values, and that has 192. Take "
-        "another --arch, or --objective esvit."
+        f"the image feature; those of timm/test_mambaout have {shapes.patches} values, and that "
+        f"has {shapes.features}. Take another --arch, or --objective esvit."
     )
 
 
