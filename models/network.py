@@ -74,6 +74,7 @@ class Network(nn.Module):
         self.head_dense = heads.build(backbone.num_patch_features) if region_head else None
         width = backbone.num_patch_features
         self.pool = GatedAttention(width, heads.pool_hidden) if pooling else None
+        self.embeds_instances = pooling  # build.networks: only where a term reads them
         self.rationale = RationaleBranch(width, rationale) if rationale else None
 
     def forward(self, crops: Sequence[Tensor]) -> Views:
@@ -103,11 +104,11 @@ class Network(nn.Module):
                 region_prototypes=self.head_dense.prototypes(),
             )
         if self.pool is not None:
-            views = replace(
-                views,
-                log_attention=[self.pool(patches) for patches in patch_features],
-                instance_embeddings=_embed_patches(self.head, patch_features),
-            )
+            attention = [self.pool(patches) for patches in patch_features]
+            views = replace(views, log_attention=attention)
+        if self.embeds_instances:
+            instances = _embed_patches(self.head, patch_features)
+            views = replace(views, instance_embeddings=instances)
         if self.rationale is not None:
             (patches,) = patch_features
             views = replace(views, predicted_map=self.rationale(patches))

@@ -154,7 +154,7 @@ section("CMD", "the inter-level terms; read by the objectives cmd and released (
         WEIGHTS, (PRETRAIN,))
 option("CMD.LAMBDA1", 0.3, "weight of L_S + L_T", at_least=0, flag="--lambda1")
 option("CMD.LS", True, "whether L_S is on")
-option("CMD.LT", True, "whether L_T is on")
+option("CMD.LT", False, "whether L_T is on")
 option("CMD.ATTENTION_RATE", 10.0, "factor of the learning rate for the MIL attention", at_least=0)
 
 section("MOCO", "contrast with a queue of keys; read by the objectives moco_v2 and lcr",

@@ -591,20 +591,14 @@ def test_an_older_checkpoint_goes_on_and_says_what_it_does_not_know(of_17, pretr
 FORMS = {"LT": "residual", "LS_GRAD": "image", "DIVERSE_K": 6}  # as they once were
 
 
-def test_a_run_by_an_earlier_l_t_is_evaluated_with_a_line_and_goes_on_no_more(
-    trained, refuse, tmp_path, caplog, monkeypatch
-):
+def test_a_run_by_an_earlier_attention_is_refused(trained, refuse, tmp_path):
     state, path = load(trained), tmp_path / "checkpoint.pth"
     state["config"]["CMD"] |= FORMS
-    del state["carried"]["bag"]
     checkpoint.save(state, path)
-    monkeypatch.setattr(logger, "propagate", True)  # as caplog wants it
-    network = load_source(path).network
-    assert torch.equal(network.pool.score.weight, state["teacher"]["pool.score.weight"])
-    gone = "CMD.LT residual, CMD.LS_GRAD, CMD.DIVERSE_K are ignored"
-    assert f"{path} holds options that exist no more: {gone}" in caplog.text
-    line = refuse(tmp_path, TRAINED)
-    assert line.startswith(f"error: {path} was trained by L_S and L_T of an earlier version")
+    sentence = f"{path} is a run of cmd by an earlier version"
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        load_source(path)
+    assert refuse(tmp_path, TRAINED).startswith(f"error: {sentence}")
     assert load(tmp_path)["step"] == state["step"]
 
 
