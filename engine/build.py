@@ -151,9 +151,9 @@ def networks(cfg: Node) -> tuple[Network, Network]:
     if goal.projects:
         for network in (student, teacher):
             group_batch_norm(network, cfg.MOCO.BN_IMAGES)
-    student.embeds_instances, teacher.embeds_instances = goal.trains_pooling, goal.needs_bag_centre
-    if student.pool is not None and not goal.trains_pooling:
-        student.pool.requires_grad_(False)
+    if student.pool is not None:
+        student.embeds_instances, teacher.embeds_instances = goal.ls, goal.lt
+        student.pool.requires_grad_(goal.ls)
     return student, make_teacher(student, teacher)
 
 

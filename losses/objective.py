@@ -70,18 +70,9 @@ class Objective:
         """Whether any term reads the attention."""
         return self.name == "cmd" and (self.ls or self.lt)
 
-    @property
-    def trains_pooling(self) -> bool:
-        """Whether any term has a gradient to the pooling."""
-        return self.name == "cmd" and self.ls
-
-    @property
-    def needs_bag_centre(self) -> bool:
-        return self.name == "cmd" and self.lt
-
     def make_centres(self, prototypes: int, momentum: float = 0.9) -> Centres:
         """Zero centres of the kinds that this objective reads."""
-        return Centres(prototypes, self.needs_region_head, self.needs_bag_centre, momentum)
+        return Centres(prototypes, self.needs_region_head, self.name == "cmd" and self.lt, momentum)
 
     def __call__(
         self, student: Views, teacher: Views, centres: Centres, teacher_temp: float
@@ -131,7 +122,6 @@ class Contrastive:
     projects: ClassVar[bool] = True
     needs_region_head: ClassVar[bool] = False
     needs_pooling: ClassVar[bool] = False
-    trains_pooling: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.name not in CONTRASTIVE:

@@ -217,7 +217,7 @@ def test_chunks_change_nothing(term, chunk, monkeypatch):
 def test_a_matrix_of_a_chunk_has_as_many_mebibytes_as_the_option_says(mib, chunks):
     """Of K = 2^13, 32 rows to a MiB: L_R has 96 targets and 120 students, L_I 6 and 12, L_T 96 and
     12; L_S takes the targets of its bags, two of 16 instances to 32 rows, eight of 4."""
-    run = pretraining(small_config(HEAD__OUT_DIM=2**13, LOSS__CHUNK_MIB=mib))
+    run = pretraining(small_config(HEAD__OUT_DIM=2**13, LOSS__CHUNK_MIB=mib, CMD__LT=True))
     with torch.no_grad():
         student, teacher = run.forward([torch.randn(3, 3, s, s) for s in (32, 32, 16, 16)])
         with torch.profiler.profile() as profile:
@@ -587,7 +587,7 @@ def test_centres_are_kept_where_the_objective_reads_them(name):
 
 def test_a_training_step_updates_the_centres_once_and_after_the_loss():
     """Two micro-batches, seen by the teacher as it was before the step and from centres of zero."""
-    run = pretraining(small_config(MODEL__DROP_PATH=0.0, TRAIN__ACCUM_STEPS=2))
+    run = pretraining(small_config(MODEL__DROP_PATH=0.0, TRAIN__ACCUM_STEPS=2, CMD__LT=True))
     micro = [random_crops(3, seed) for seed in (0, 1)]
     means, losses = [], []
     for crops in micro:

@@ -77,7 +77,7 @@ def small_networks(goal: Objective) -> tuple[Network, Network]:
     student = Network(build_backbone(spec), heads, goal.needs_region_head, goal.needs_pooling)
     if student.pool is not None:
         nn.init.normal_(student.pool.score.weight)
-        student.pool.requires_grad_(goal.trains_pooling)
+        student.pool.requires_grad_(goal.ls)
     torch.manual_seed(1)
     teacher = Network(build_backbone(spec), heads, goal.needs_region_head, goal.needs_pooling)
     return student, teacher.requires_grad_(False)

@@ -386,6 +386,7 @@ BAD = {
     "LOSS.CENTER_MOMENTUM": 1.1,
     "LOSS.CHUNK_MIB": -1,
     "CMD.LAMBDA1": -1,
+    "CMD.ATTENTION_RATE": -1,
     "DATA.WORKERS": -1,
     "MOCO.QUEUE": 0,
     "MOCO.BN_IMAGES": 1,
