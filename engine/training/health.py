@@ -17,6 +17,9 @@ from utils.views import Views
 # Lines of the log for which a figure must stay bad before a warning is given. A healthy
 # run starts with equal targets for all images (everything is still near its centre).
 PATIENCE = 20
+# Share of the most that targets have said of their images, below which a run is fading; and over
+# how many lines that is averaged, for one batch's figure is rough.
+FADED, AVERAGED = 2 / 3, 10
 
 
 @torch.no_grad()
@@ -78,17 +81,31 @@ class CollapseWatch:
     def __init__(self, patience: int = PATIENCE) -> None:
         self.patience = patience
         self._bad: dict[str, int] = {}
+        self._information: dict[str, float] = {}  # a running mean, and the most that it was
 
-    def state_dict(self) -> dict[str, int]:
-        """For how many lines each cause has been bad; plain data."""
-        return dict(self._bad)
+    def state_dict(self) -> dict:
+        """For how many lines each cause has been bad, and how information went; plain data."""
+        return self._bad | ({"of_information": self._information} if self._information else {})
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._bad = dict(state)
+    def load_state_dict(self, state: Mapping) -> None:
+        self._bad = {cause: lines for cause, lines in state.items() if cause != "of_information"}
+        self._information = dict(state.get("of_information", {}))
+
+    def _follow(self, information: float, temperature: float) -> None:
+        """Targets of another temperature say more or less for that reason: they start anew."""
+        known = self._information
+        if known.get("temperature") != temperature:
+            known = {"lines": 0, "mean": 0.0, "most": 0.0}
+        lines = min(known["lines"] + 1, AVERAGED)
+        mean = known["mean"] + (information - known["mean"]) / lines
+        most = max(known["most"], mean) if lines == AVERAGED else 0.0
+        self._information = {"lines": lines, "mean": mean, "most": most, "temperature": temperature}
 
     def update(self, figures: Mapping[str, float], images: int) -> list[str]:
         """Warnings that a log line's figures give. images: B of the batch they are from."""
         warnings = []
+        if "teacher_information" in figures:
+            self._follow(figures["teacher_information"], figures.get("teacher_temp", 0.0))
         for cause, (bad, text) in self._judge(figures, images).items():
             self._bad[cause] = self._bad.get(cause, 0) + 1 if bad else 0
             if self._bad[cause] == self.patience:
@@ -110,6 +127,14 @@ class CollapseWatch:
                 "the teacher gives all images nearly the same target "
                 f"(teacher_information {f['teacher_information']:.3g} of at most {most:.3g} "
                 "nats): the run looks collapsed. Check the teacher temperature and the centring.",
+            )
+            mean, faded = self._information["mean"], FADED * self._information["most"]
+            causes["fading"] = (
+                mean < faded,
+                "the teacher's targets say less and less of which image they are for "
+                f"(teacher_information {mean:.3g} nats in the mean, once "
+                f"{self._information['most']:.3g}): the run is fading to equal targets. Sharpen "
+                "the teacher: halve LOSS.TEACHER_TEMP and LOSS.WARMUP_TEACHER_TEMP.",
             )
         if "attention_entropy" in f:
             causes["attention"] = (

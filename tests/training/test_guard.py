@@ -266,11 +266,15 @@ def test_a_resume_takes_up_the_unfinished_line_the_row_and_the_watch(tmp_path):
     for step in range(3):
         figures, _, good = run.train_step(iter([batch(step, step == 2)]))
         record.window.add(figures, good)
-    record.watch.update({"teacher_information": 0.0, "feature_rank": 9.0}, 3)
+    for information in (1.0, 0.0):
+        record.watch.update({"teacher_information": information, "feature_rank": 9.0}, 3)
     again, other = pretraining(small_config()), record_of()
     state = run.state() | record.state()
     resume(again, other, Found(tmp_path, state, [], forced=False))
-    assert other.watch.state_dict() == record.watch.state_dict() == {"information": 1, "rank": 0}
+    kept = record.watch.state_dict()
+    assert other.watch.state_dict() == kept
+    assert (kept["information"], kept["rank"]) == (1, 0)
+    assert kept["of_information"] == {"lines": 2, "mean": 0.5, "most": 0.0, "temperature": 0.0}
     for each, kept in ((run, record), (again, other)):
         figures, _, good = each.train_step(iter([batch(3, True)]))
         kept.window.add(figures, good)
