@@ -33,7 +33,7 @@ from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
 from engine.studies.runs import Run, pretrained, run_of
 from engine.studies.spec import Study, choose, load
-from engine.studies.zeros import random_source
+from engine.studies.zeros import untrained_source
 from utils import checkpoint, cli, config, distributed, logging
 from utils.config import Node
 from utils.distributed import World
@@ -114,10 +114,11 @@ def compare(arguments: argparse.Namespace, study: Study) -> None:
     for run in waiting:
         run.refuse_other()
 
-    # Random networks first: where an evaluation cannot work, hours of training are spared.
+    # Untrained networks first: where an evaluation cannot work, hours of training are spared.
     failed: dict[str, str] = {}  # why, by the run's name
-    for row in results.random.values():
-        for seed in arguments.seeds if set(row.cells) & set(arguments.cells) else ():
+    for row in results.untrained.values():
+        seeds = [0] if row.is_start else arguments.seeds
+        for seed in seeds if set(row.cells) & set(arguments.cells) else ():
             if (row.name, seed) not in finished:
                 with noted(f"{row.name}-seed{seed}", failed):
                     evaluate(results, row.name, seed, world)
@@ -170,9 +171,9 @@ def evaluate(
 ) -> None:
     """Write the result of a random row, or of the network that a cell's run has left."""
     study = results.study
-    row = results.random[name] if run is None else study.cells[name]
+    row = results.untrained[name] if run is None else study.cells[name]
     cfg = study.config(name if run else row.cells[0], seed)
-    source, about = trained(run, cfg) if run else (random_source(study, row, seed), {})
+    source, about = trained(run, cfg) if run else (untrained_source(study, row, seed), {})
     splits, reading = results.splits[row.data], Reading.of(cfg, world, source)
     with quiet():
         figures, zeros, remarks = figures_and_zeros(source, splits, reading, cfg, study.protocol)
@@ -220,7 +221,7 @@ def write_tables(results: StudyResults) -> None:
     """results.json, table.md and curves.png of all in results/."""
     command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     found = results.finished(refuse=False)
-    tables.write(results.study, results.random.values(), found, command, results.output)
+    tables.write(results.study, results.untrained.values(), found, command, results.output)
 
 
 @contextmanager

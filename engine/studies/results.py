@@ -8,7 +8,7 @@ from typing import Any
 from datasets.splits import Splits
 from engine.evaluation.provenance import SPLITS
 from engine.studies.spec import NOT_READ, Study
-from engine.studies.zeros import random_rows
+from engine.studies.zeros import untrained_rows
 from utils import config
 from utils.errors import InputError
 from utils.files import make_folder, write_json
@@ -23,12 +23,13 @@ Results = dict[tuple[str, int], dict]  # (cell or random row, seed) -> its JSON
 class StudyResults:
     """The results of a study in its folder `output`; its runs have so many `processes`.
 
-    random: its random rows by name. splits: the images of the data sets that are open.
+    untrained: its rows of untrained networks by name. splits: the images of the data sets that are
+    open.
     """
 
     def __init__(self, study: Study, output: Path, processes: int = 1) -> None:
         self.study, self.output, self.processes = study, output, processes
-        self.random = random_rows(study)
+        self.untrained = untrained_rows(study)
         self.splits: dict[str, Splits] = {}
 
     def finished(self, refuse: bool = True) -> Results:
@@ -41,7 +42,7 @@ class StudyResults:
         for path in sorted((self.output / "results").glob("*.json")):
             named = _FILE.fullmatch(path.name)
             name, seed = (named[1], int(named[2])) if named else ("", 0)
-            if name not in self.study.cells and name not in self.random:
+            if name not in self.study.cells and name not in self.untrained:
                 continue  # of the study as it was
             result = _read(path)
             different = misfit(result["identity"], self.identity(name, seed), path)
@@ -67,8 +68,8 @@ class StudyResults:
         """What decides the figures of a cell or a random row; plain data."""
         protocol = self.study.protocol
         known: dict = {"evaluate": {"poolings": list(protocol.poolings), "k": protocol.k}}
-        if name in self.random:
-            row = self.random[name]
+        if name in self.untrained:
+            row = self.untrained[name]
             known["network"] = row.shape
         else:
             row = self.study.cells[name]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 # Options that decide figures elsewhere: a study says poolings and seeds itself, and its probe is a
 # logistic regression, which knows no batch.
 NOT_READ = ("EVAL.BATCH_SIZE_PER_GPU", "EVAL.POOLING", "EVAL.SEEDS")
-RANDOM = "random"  # first part of the names of randomly initialised networks
+RANDOM, START = "random", "start"  # first parts of the names of untrained networks
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
@@ -156,10 +156,10 @@ def _named(tree: object, where: str) -> dict[str, Any]:
     """A mapping whose keys can name files."""
     named = _mapping(tree, where)
     for name in named:
-        if not _NAME.fullmatch(name) or name.startswith(RANDOM):
+        if not _NAME.fullmatch(name) or name.startswith((RANDOM, START)):
             raise InputError(
                 f"{where}: the name '{name}' must be of letters, digits, dots and underscores, "
-                f"and not begin with '{RANDOM}'."
+                f"and not begin with '{RANDOM}' or '{START}'."
             )
     return named
 

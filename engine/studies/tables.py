@@ -13,7 +13,7 @@ from engine.pictures.drawing import save
 from engine.studies.evaluation import COARSE
 from engine.studies.results import Results, in_words
 from engine.studies.spec import Study
-from engine.studies.zeros import RandomRow
+from engine.studies.zeros import UntrainedRow
 from utils.errors import InputError
 
 _LABELS = (
@@ -43,15 +43,23 @@ NOTE = (
 
 
 def rows_of(
-    study: Study, data: str, randoms: Iterable[RandomRow], results: Results, seeds: Sequence[int]
+    study: Study,
+    data: str,
+    untrained: Iterable[UntrainedRow],
+    results: Results,
+    seeds: Sequence[int],
 ) -> list[dict]:
-    """The rows of a data set: guessing and random networks for each shape, then the cells.
+    """The rows of a data set: guessing, random networks and starting weights, then the cells.
 
     A row: name, title, the seeds behind it, and figures by name, each as table.spread gives it.
     """
-    rows, own = [], [row for row in randoms if row.data == data]
+    rows, own = [], [row for row in untrained if row.data == data]
     for row in own:
-        which = "" if len(own) == 1 else f" ({study.cells[row.cells[0]].title})"
+        alike = [other for other in own if other.is_start == row.is_start]
+        which = "" if len(alike) == 1 else f" ({study.cells[row.cells[0]].title})"
+        if row.is_start:
+            rows += _found(row.name, f"starting weights{which}", results, [0])
+            continue
         zeros: dict[str, float] = {}
         for (name, _), result in results.items():
             if name in (row.name, *row.cells):
@@ -103,14 +111,14 @@ def _found(name: str, title: str, results: Results, seeds: Sequence[int]) -> lis
 
 
 def write(
-    study: Study, randoms: Iterable[RandomRow], results: Results, command: str, output: Path
+    study: Study, untrained: Iterable[UntrainedRow], results: Results, command: str, output: Path
 ) -> None:
     """OUT/results.json, table.md and curves.png of what is done."""
     seeds = list(dict.fromkeys([*study.seeds, *sorted({seed for _, seed in results})]))
     tables = {}
     lines = [f"# {study.name}: {len(study.cells)} cells, seeds {', '.join(map(str, seeds))}", ""]
     for data in study.data:
-        rows = rows_of(study, data, randoms, results, seeds)
+        rows = rows_of(study, data, untrained, results, seeds)
         if not rows:
             continue
         less = differences(study, data, results, seeds)

@@ -1,11 +1,11 @@
-"""Randomly initialised networks of a study: the zero of every figure of its cells."""
+"""What a study's cells are judged against: random networks and the weights they start from."""
 
 import json
 from dataclasses import dataclass, replace
 
 from engine import build
-from engine.evaluation.source import Source, random_from_options
-from engine.studies.spec import NOT_READ, RANDOM, Study
+from engine.evaluation.source import Source, load_source, random_from_options
+from engine.studies.spec import NOT_READ, RANDOM, START, Study
 from models import registry
 from utils import config
 from utils.config import Node
@@ -13,8 +13,9 @@ from utils.options import FIGURES
 
 
 @dataclass(frozen=True)
-class RandomRow:
-    """A randomly initialised network: the zero of all cells of one shape on one data set.
+class UntrainedRow:
+    """What all cells of one shape on one data set are judged against: a randomly initialised
+    network, or the weights that they start from.
 
     shape: what decides its figures but the seed, the images and the protocol; plain data.
     """
@@ -24,9 +25,14 @@ class RandomRow:
     cells: tuple[str, ...]
     shape: dict
 
+    @property
+    def is_start(self) -> bool:
+        return self.name.startswith(START)
 
-def random_rows(study: Study) -> dict[str, RandomRow]:
-    """By name: one for each shape of network and data set, named by what tells them apart."""
+
+def untrained_rows(study: Study) -> dict[str, UntrainedRow]:
+    """By name: for each shape of network and data set a random one, and for each of the weights
+    that cells of it start from one; named by what tells them apart."""
     groups: dict[tuple[str, str], list[str]] = {}
     for cell in study.cells.values():
         shape = json.dumps(_shape(study.config(cell.name)))
@@ -37,9 +43,17 @@ def random_rows(study: Study) -> dict[str, RandomRow]:
         if sum(other == data for other, _ in groups) > 1:
             # Several networks on this set: named by the first cell of each.
             parts.append(cells[0])
-        name = "-".join(parts)
-        attends = _attending([study.config(cell) for cell in cells])
-        rows[name] = RandomRow(name, data, tuple(cells), json.loads(shape) | attends)
+        name, configs = "-".join(parts), [study.config(cell) for cell in cells]
+        attends = _attending(configs)
+        rows[name] = UntrainedRow(name, data, tuple(cells), json.loads(shape) | attends)
+        starts: dict[str, list[str]] = {}
+        for cell, cfg in zip(cells, configs, strict=True):
+            if cfg.INIT.WEIGHTS:
+                starts.setdefault(cfg.INIT.WEIGHTS, []).append(cell)
+        for weights, those in starts.items():
+            of = "-".join([START, *parts[1:], *those[: len(starts) > 1]])
+            known = json.loads(shape) | {"weights": weights}
+            rows[of] = UntrainedRow(of, data, tuple(those), known)
     return rows
 
 
@@ -65,12 +79,15 @@ def _attending(configs: list[Node]) -> dict:
     }
 
 
-def random_source(study: Study, row: RandomRow, seed: int) -> Source:
+def untrained_source(study: Study, row: UntrainedRow, seed: int) -> Source:
     """The network of a row: the backbone that its cells' runs begin with, and what attends.
 
-    The pooling and LCR's branch are those of the first cell that has one, so that their
-    attention too has its zero.
+    The pooling and LCR's branch of a random one are those of the first cell that has one, so that
+    their attention too has its zero.
     """
+    if row.is_start:
+        cfg = study.config(row.cells[0])
+        return load_source(cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY, cfg, ("MODEL.ARCH",))
     made, *others = (random_from_options(study.config(cell), seed) for cell in row.cells)
     network = made.network
     for other in (source.network for source in others):

@@ -16,7 +16,8 @@ from engine.studies import tables
 from engine.studies.evaluation import guessing
 from engine.studies.results import StudyResults, misfit
 from engine.studies.spec import load
-from engine.studies.zeros import random_rows, random_source
+from engine.studies.zeros import untrained_rows, untrained_source
+from models.registry import build_backbone
 from tests.studies.studies import TINY, study_file
 
 
@@ -26,7 +27,7 @@ def rows_and_identities(tmp_path, cells: str) -> tuple[list, list[dict]]:
     text = f"{head}cells:\n{cells}{tail[tail.index('evaluate') :]}".replace("baseline: esvit", "")
     study = load(study_file(tmp_path, text))
     done = StudyResults(study, tmp_path)
-    return [*done.random.values()], [done.identity(name, 0) for name in done.random]
+    return [*done.untrained.values()], [done.identity(name, 0) for name in done.untrained]
 
 
 @pytest.mark.parametrize(
@@ -67,14 +68,40 @@ def test_what_adds_or_shapes_a_random_row_s_attention_makes_it_another(tmp_path)
 def test_a_random_row_has_the_parts_of_any_cell_that_has_them(tmp_path):
     text = TINY.replace("  esvit: {", "  lcr: {LOSS.OBJECTIVE: lcr, LCR.CHANNELS: 7}\n  esvit: {")
     study = load(study_file(tmp_path, text))
-    (row,) = random_rows(study).values()
+    (row,) = untrained_rows(study).values()
     for cells, poolings in ((("esvit", "cmd", "lcr"), {"mil", "lcr"}), (("esvit", "cmd"), {"mil"})):
-        source = random_source(study, replace(row, cells=cells), 1)
+        source = untrained_source(study, replace(row, cells=cells), 1)
         assert {*source.poolings()} == {"default", "mean"} | poolings
         start = build.networks(study.config("esvit", 1))[1].backbone.state_dict()
         own = source.network.backbone.state_dict()
         assert all(torch.equal(own[name], value) for name, value in start.items())
-    assert random_source(study, row, 0).network.rationale.channels == 7
+    assert untrained_source(study, row, 0).network.rationale.channels == 7
+
+
+def test_cells_from_weights_are_judged_beside_those_weights(tmp_path):
+    files = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    spec = build.backbone_spec(load(study_file(tmp_path)).config("cmd"))
+    states = []
+    for seed, file in enumerate(files):
+        torch.manual_seed(seed)
+        states.append(build_backbone(spec).state_dict())
+        torch.save(states[-1], file)
+    cells = f"  a: {{INIT.WEIGHTS: {files[0]}}}\n  b: {{INIT.WEIGHTS: {files[1]}}}\n  c: {{}}\n"
+    rows, identities = rows_and_identities(tmp_path, cells)
+    assert [(row.name, row.cells, row.is_start) for row in rows] == [
+        ("random", ("a", "b", "c"), False),
+        ("start-a", ("a",), True),
+        ("start-b", ("b",), True),
+    ]
+    assert misfit(identities[1], identities[2], Path("x.json"))
+    study = load(tmp_path / "tiny.yaml")
+    for row, state in zip(rows[1:], states, strict=True):
+        own = untrained_source(study, row, 0).network.backbone.state_dict()
+        assert all(torch.equal(own[name], value) for name, value in state.items())
+    # One row in the table, whatever seeds there are.
+    found = {("start-a", 0): {"figures": {"knn_default": 50.0}, "zeros": {}}}
+    (row,) = tables.rows_of(study, "small", rows, found, [0, 1])
+    assert (row["title"], row["figures"]["knn_default"]["mean"]) == ("starting weights (a)", 50.0)
 
 
 def test_rows_and_paired_differences_are_those_computed_by_hand(tmp_path):
@@ -84,7 +111,7 @@ def test_rows_and_paired_differences_are_those_computed_by_hand(tmp_path):
         key: {"figures": {"knn_default": value}, "zeros": {"knn_default": 10.0}}
         for key, value in values.items()
     }
-    randoms = random_rows(study).values()
+    randoms = untrained_rows(study).values()
     rows = {row["name"]: row for row in tables.rows_of(study, "small", randoms, found, [0, 1])}
     assert rows["cmd"]["figures"]["knn_default"]["mean"] == 62.5
     assert rows["cmd"]["figures"]["knn_default"]["std"] == pytest.approx(4.5**0.5)  # n - 1
