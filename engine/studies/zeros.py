@@ -87,7 +87,10 @@ def untrained_source(study: Study, row: UntrainedRow, seed: int) -> Source:
     """
     if row.is_start:
         cfg = study.config(row.cells[0])
-        return load_source(cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY, cfg, ("MODEL.ARCH",))
+        source = load_source(cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY, cfg, ("MODEL.ARCH",))
+        # At the pixels of the cells, which someone's file does not say.
+        weights = replace(source.weights, image_size=config.eval_size(cfg))
+        return replace(source, weights=weights)
     made, *others = (random_from_options(study.config(cell), seed) for cell in row.cells)
     network = made.network
     for other in (source.network for source in others):

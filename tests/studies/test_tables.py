@@ -12,6 +12,7 @@ import torch
 import compare
 from engine import build
 from engine.evaluation import table
+from engine.evaluation.source import image_size
 from engine.studies import tables
 from engine.studies.evaluation import guessing
 from engine.studies.results import StudyResults, misfit
@@ -19,6 +20,7 @@ from engine.studies.spec import load
 from engine.studies.zeros import untrained_rows, untrained_source
 from models.registry import build_backbone
 from tests.studies.studies import TINY, study_file
+from utils.config import eval_size
 
 
 def rows_and_identities(tmp_path, cells: str) -> tuple[list, list[dict]]:
@@ -96,8 +98,10 @@ def test_cells_from_weights_are_judged_beside_those_weights(tmp_path):
     assert misfit(identities[1], identities[2], Path("x.json"))
     study = load(tmp_path / "tiny.yaml")
     for row, state in zip(rows[1:], states, strict=True):
-        own = untrained_source(study, row, 0).network.backbone.state_dict()
+        source = untrained_source(study, row, 0)
+        own = source.network.backbone.state_dict()
         assert all(torch.equal(own[name], value) for name, value in state.items())
+        assert image_size(source) == eval_size(study.config(row.cells[0]))
     # One row in the table, whatever seeds there are.
     found = {("start-a", 0): {"figures": {"knn_default": 50.0}, "zeros": {}}}
     (row,) = tables.rows_of(study, "small", rows, found, [0, 1])
