@@ -120,7 +120,7 @@ class Benchmark:
         inner = root / self.folder
         found, lacking = {}, []
         for layout in self.layouts:
-            pieces = layout.training.split() + (layout.evaluation.split() if evaluated else [])
+            pieces = layout.training + (layout.evaluation if evaluated else ())
             places = {piece: _find(inner, root, piece) for piece in pieces}
             if all(places.values()):
                 return layout, places

@@ -195,7 +195,8 @@ def resume(run: Pretraining, record: Record, found: Found) -> None:
     logger.info(f"resuming from {found.path} at step {run.step}")
     epochs, now = state["config"]["TRAIN"]["EPOCHS"], run.cfg.TRAIN.EPOCHS
     if epochs != now and run.step < run.total_steps:
-        last = max(group["lr"] for group in state["optimizer"]["param_groups"])
+        groups = state["optimizer"]["param_groups"]
+        last = max(group["lr"] for group in groups if group.get("rate", 1) <= 1)
         logger.warning(
             f"TRAIN.EPOCHS is {now} (was {epochs}), and the schedules stretch to it: the learning "
             f"rate, {last:.3g} at the last step, goes on at {run.schedules.lr[run.step]:.3g}"

@@ -365,11 +365,12 @@ def test_images_that_do_not_fit_are_refused_by_their_headers(caplog, monkeypatch
     assert "decoding them" not in caplog.text
 
 
-def test_images_leave_room_for_training_steps():
+def test_images_leave_room_for_training_steps(monkeypatch):
     """On the CPU each process of the machine makes steps in the memory where the images are."""
     one = available() // 2
+    monkeypatch.setattr("datasets.cache.available", lambda: 2 * one)
     refuse_no_room(2**20, 0, ALONE.device, True, one, 1)
-    with pytest.raises(InputError, match=f"training steps about {3 * one / 2**30:.1f}"):
+    with pytest.raises(InputError, match=f"training steps about {3 * one / 2**30:.2f}"):
         refuse_no_room(2**20, 0, ALONE.device, True, one, 3)
 
 

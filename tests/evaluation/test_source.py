@@ -123,7 +123,7 @@ def test_poolings_are_the_image_feature_the_mean_and_the_attentions_mean(cmd_run
     with torch.no_grad():
         image, patches = plain(images())
     attention = attention_by_hand(stored[key], patches)
-    assert attention.std() > 0.1 * attention.mean(), "even attention cannot tell mil from mean"
+    assert attention.std() > 0.02 * attention.mean(), "even attention cannot tell mil from mean"
     words = f"--checkpoint_key {key} --pooling"
     assert torch.equal(features(path, f"{words} default"), image)
     torch.testing.assert_close(features(path, f"{words} mean"), patches.mean(dim=1))

@@ -239,7 +239,7 @@ def test_moments_go_to_their_parameters_though_the_groups_are_others(named):
             del group["names"], group["rate"]
     again = start({"INIT__FROZEN": 0.5} if named else {})
     resume(again, record_of(), Found(Path("run"), copy.deepcopy(state), [], forced=True))
-    assert [group["lr"] for group in again.optimizer.param_groups] == [0, 0]
+    assert [group["lr"] for group in again.optimizer.param_groups] == [0] * 4
     moments, parameters = again.optimizer.state, dict(again.student.named_parameters())
     frozen = LOWER["vit"] if named else ("none",)
     assert {n for n, p in parameters.items() if p in moments} == {

@@ -526,7 +526,7 @@ def test_a_runs_checkpoint_loads_without_any_allowance_and_rebuilds_the_network(
     assert state["model"]["pooling"] is True
     assert state["student"]["pool.score.weight"].shape == (1, 8)
     assert state["teacher"].keys() == state["student"].keys()
-    assert set(state["carried"]) == {"image", "region", "bag"}
+    assert set(state["carried"]) == {"image", "region"}
     assert state["versions"] == {"torch": torch.__version__}
     stored = config.from_dict(state["config"])
     written = config.defaults()
