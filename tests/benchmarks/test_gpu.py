@@ -162,7 +162,7 @@ def test_the_commands_are_accepted(tmp_path, monkeypatch, device):
             words, pairs = split_pairs(words, [])
             assert dict(pairs)["TRAIN.EPOCHS"] == ("1" if device == "cpu" else str(1150 * 128))
             study = load(words[words.index("--study") + 1], pairs)
-            assert list(study.runs(study.cells, study.seeds))[0] == ("cmd", 0)
+            assert next(study.runs(study.cells, study.seeds)) == ("cmd", 0)
             assert words[words.index("--data_path") + 1] == str(data)
         elif words[0].startswith("benchmarks."):
             module = importlib.import_module(words[0])
