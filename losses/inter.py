@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losses.cross_entropy import soft_cross_entropy
-from losses.intra import pair_weights, teacher_rows
+from losses.intra import paired_rows
 from losses.mixture import mixture_cross_entropy
 from losses.targets import image_targets, instance_targets
 from utils.views import Views
@@ -27,26 +27,17 @@ def student_loss(
 
     The student's bag predicts the teacher's image. It alone trains the attention.
     """
-    pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
     targets = image_targets(teacher, centre, teacher_temp)
-    rows, first, losses = teacher_rows(teacher, student.count), 0, []
-    for instances, log_attention in zip(
-        student.instance_embeddings, student.log_attention, strict=True
-    ):
-        these = slice(first, first + len(instances) // student.batch)
-        losses.append(
-            mixture_cross_entropy(
-                instances,
-                log_attention,
-                student.image_prototypes,
-                student_temp,
-                targets,
-                rows[these].flatten(0, 1),
-                pairs[these].repeat_interleave(student.batch, dim=0),
-                chunk_mib,
-            )
+    bags = [len(attention) for attention in student.log_attention]
+    rows, weights = (part.split(bags) for part in paired_rows(student, teacher))
+    losses = [
+        mixture_cross_entropy(
+            instances, attention, student.image_prototypes, student_temp, targets, *pairs, chunk_mib
         )
-        first = these.stop
+        for instances, attention, *pairs in zip(
+            student.instance_embeddings, student.log_attention, rows, weights, strict=True
+        )
+    ]
     return torch.stack(losses).sum()
 
 
@@ -63,14 +54,12 @@ def teacher_loss(
     The student's image predicts the teacher's bag; no gradient reaches the teacher.
     """
     (log_attention,) = teacher.log_attention
-    pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
     return soft_cross_entropy(
         student.image_embeddings,
         student.image_prototypes,
         student_temp,
         instance_targets(teacher, bag_centre, teacher_temp),
-        teacher_rows(teacher, student.count).flatten(0, 1),
-        pairs.repeat_interleave(student.batch, dim=0),
+        *paired_rows(student, teacher),
         chunk_mib,
         entropies=False,
         shares=log_attention.exp(),
