@@ -56,6 +56,10 @@ def save_run(path: Path, **options) -> dict:
     run = pretraining(small_config(**options))
     shake(run.student, 1)
     shake(run.teacher, 2)
+    for network in (run.student, run.teacher):
+        if network.pool is not None:  # after so few steps it is nearly even
+            score = network.pool.score.weight.data
+            score.copy_(torch.linspace(-1, 1, score.numel())[None])
     run.step = 8
     checkpoint.save(run.state(), path)
     return torch.load(path, weights_only=True)
@@ -123,7 +127,7 @@ def test_poolings_are_the_image_feature_the_mean_and_the_attentions_mean(cmd_run
     with torch.no_grad():
         image, patches = plain(images())
     attention = attention_by_hand(stored[key], patches)
-    assert attention.std() > 0.02 * attention.mean(), "even attention cannot tell mil from mean"
+    assert attention.std() > 0.1 * attention.mean(), "even attention cannot tell mil from mean"
     words = f"--checkpoint_key {key} --pooling"
     assert torch.equal(features(path, f"{words} default"), image)
     torch.testing.assert_close(features(path, f"{words} mean"), patches.mean(dim=1))
