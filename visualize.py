@@ -18,7 +18,7 @@ from datasets.multicrop import eval_transform
 from engine.evaluation import attention
 from engine.evaluation.features import extract
 from engine.evaluation.source import Source
-from engine.pictures import maps, matches, page, shown, views
+from engine.pictures import maps, matches, page, shown, steadiness, views
 from engine.pictures.drawing import Picture
 from engine.pictures.tsne import plot_tsne, stratified_subset
 from utils import distributed, logging
@@ -56,6 +56,8 @@ def main() -> None:
     )
     crops = [[view, *of_image] for view, of_image in zip(whole, crops, strict=False)]
     pairs = views.seeded_views(images.squares, size, local_size, 0, seed, plain=False)
+    judged, _ = shown.open_images(arguments.images, arguments.pairs)
+    judged = views.seeded_views(judged.squares, size, local_size, 0, seed, plain=False)
 
     # What the networks make of them.
     found = {
@@ -73,6 +75,14 @@ def main() -> None:
         letter: maps.heads_of_views(networks[letter], whole[: len(crops)])
         for letter in whole_maps["self"]
     }
+    steady = [
+        {"checkpoint": letter, "map": kind}
+        | steadiness.figures(
+            *(maps.maps_of_views(network, view, kind) for view in zip(*judged, strict=True))
+        )
+        for letter, network in networks.items()
+        for kind in attention.kinds(network)
+    ]
     pictures = {
         f"maps_{kind}.png": maps.whole_picture(images, of_kind, kind)
         for kind, of_kind in whole_maps.items()
@@ -110,6 +120,7 @@ def main() -> None:
             for kind in attention.kinds(network)
             if images.boxes
         ],
+        "steadiness": steady,
         "correspondence": [
             {"checkpoint": letter, **matches.correspondence_figures(of_network)}
             for letter, of_network in found.items()
@@ -119,7 +130,7 @@ def main() -> None:
     write_json(folder / "visualize.json", results)
     parts = [*tables(results), *page.pictures(folder, pictures), page.command(results["command"])]
     page.write(folder / "visualize.html", "What the networks look at", parts)
-    for row in results["pointing"] + results["correspondence"]:
+    for row in results["pointing"] + steady + results["correspondence"]:
         print("  ".join(f"{name} {_short(value)}" for name, value in row.items()))
     print(f"written: {folder / 'visualize.html'}, visualize.json, {len(pictures)} PNGs beside it")
 
@@ -136,6 +147,7 @@ def parse() -> argparse.Namespace:
     add("--detailed", type=one, default=4, help="of them shown by crops, heads and matches [4]")
     add("--size", type=one, help="pixels of images and global crops [the first run's, or 224]")
     add("--local_crops", type=none, default=3, help="local crops an image [3]")
+    add("--pairs", type=one, default=200, help="images whose two views' maps are compared [200]")
     add("--queries", type=none, default=12, help="patches whose match is drawn [12]")
     add("--tsne", type=none, default=500, help="images in the t-SNE, 0 for none [500]")
     add("--seed", type=none, default=0, help="of crops and t-SNE [0]")
@@ -194,6 +206,20 @@ def tables(results: dict) -> list[str]:
             for row in results["pointing"]
         ]
         parts.append(page.table(rows, columns.values()))
+    parts.append(page.heading("Maps of two views of an image"))
+    columns = {
+        "checkpoint": "",
+        "map": "map",
+        "images": "images",
+        "steadiness": "correlation at the same places",
+        "other_image": "with another image's",
+        "effective_patches": "exp of the entropy, percent of the patches",
+    }
+    rows = [
+        [attention.NAMES[row[name]] if name == "map" else row.get(name, "–") for name in columns]
+        for row in results["steadiness"]
+    ]
+    parts.append(page.table(rows, columns.values()))
     parts.append(page.heading("Matches of patches between two views, percent of patches"))
     rows = [list(row.values()) for row in results["correspondence"] if row["patches"]]
     header = ("", "patches", "on or beside the right patch", "a random patch would be")
@@ -202,7 +228,7 @@ def tables(results: dict) -> list[str]:
 
 
 def _short(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -391,9 +391,11 @@ def settle_start(cfg: Node, stored: Node | None = None) -> None:
     stored: options of the run that goes on, which are taken as they are. Without INIT.WEIGHTS, and
     in a run of a version without these options, "by itself" stays, and means off.
     """
-    own = stored.INIT if stored else {"HEADS_EPOCHS": int(cfg.TRAIN.EPOCHS > 1), "LAYER_DECAY": 0.9}
+    heads = int(cfg.TRAIN.EPOCHS > 1)
+    recipe = {"HEADS_EPOCHS": heads, "LAYER_DECAY": 0.9, "BATCH_NORM": "statistics"}
+    own = stored.INIT if stored else recipe
     if stored or cfg.INIT.WEIGHTS:
-        for key, unset in (("HEADS_EPOCHS", -1), ("LAYER_DECAY", 0)):
+        for key, unset in (("HEADS_EPOCHS", -1), ("LAYER_DECAY", 0), ("BATCH_NORM", "")):
             if cfg.INIT[key] == unset:
                 cfg.INIT[key] = own[key]
 

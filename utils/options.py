@@ -268,6 +268,9 @@ option("INIT.FROZEN", 0.0, "share of the backbone's blocks that stay as they are
 option("INIT.LAYER_DECAY", 0.0, "factor of the learning rate from each block to the one below; 0: "
        "0.9 where INIT.WEIGHTS is given, else 1", at_least=0, at_most=1, flag="--layer_decay",
        scripts=(PRETRAIN,))
+option("INIT.BATCH_NORM", "", "what the backbone's BatchNorm normalises by: statistics, those that "
+       "came with the weights, or batch, the batch's; by itself statistics where INIT.WEIGHTS is "
+       "given, else batch", choices=("", "statistics", "batch"), scripts=(PRETRAIN,))
 
 section("CKPT", "checkpoints", NOTHING, (PRETRAIN,))
 option("CKPT.EVERY_MINUTES", 10.0, "minutes between writings of the last checkpoint; 0: one after "

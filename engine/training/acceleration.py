@@ -21,13 +21,14 @@ def checkpoint_blocks(network: Network) -> None:
     """Recompute each block of the backbone in the backward pass instead of keeping its inside.
 
     The same numbers, drop path included, for one more forward pass. Raises InputError for a
-    backbone with BatchNorm, whose statistics would count every batch twice.
+    backbone with BatchNorm in training mode, whose statistics would count every batch twice.
     """
     if not can_recompute(network):
         raise InputError(
             "TRAIN.CHECKPOINTING: this backbone has BatchNorm, whose running statistics would "
-            "count every batch twice; leave it off. What saves memory is a lower "
-            "TRAIN.BATCH_SIZE_PER_GPU and a higher TRAIN.ACCUM_STEPS."
+            "count every batch twice; leave it off, or start from weights with INIT.BATCH_NORM "
+            "statistics. What saves memory is a lower TRAIN.BATCH_SIZE_PER_GPU and a higher "
+            "TRAIN.ACCUM_STEPS."
         )
     for block in network.backbone.all_blocks():
         block.forward = functools.partial(_recomputed, block, block.forward)
@@ -41,8 +42,8 @@ def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *inputs: Tenso
 
 
 def can_recompute(network: Network) -> bool:
-    """Whether `checkpoint_blocks` takes it."""
-    return not batch_norms(network.backbone)
+    """Whether `checkpoint_blocks` takes it: no BatchNorm takes the batch's statistics."""
+    return not any(norm.training for norm in batch_norms(network.backbone))
 
 
 def compile_network(network: Network, backend: str = "inductor") -> None:

@@ -2,9 +2,13 @@
 
 Heads are drawn at random, and their first gradients would change a backbone that someone has
 trained for reasons that are not yet any. So the heads train alone at first (INIT.HEADS_EPOCHS);
-a share of the lower blocks may stay for good (INIT.FROZEN).
+a share of the lower blocks may stay for good (INIT.FROZEN). BatchNorm keeps the statistics that
+came with the weights (INIT.BATCH_NORM): those of augmented crops are others, and moving to them
+takes more from the features of whole images than a short run gives.
 """
 
+from models.backbone import Backbone
+from models.grouped_norm import batch_norms
 from models.network import Network
 from utils.config import Node
 
@@ -18,13 +22,16 @@ class Freezing:
 
     INIT.FROZEN is a share of `all_blocks()`, rounded; with it goes all that stands before the first
     block that trains (`Backbone.depths`). It is frozen here, at once; `enter` does the rest.
+    BatchNorm whose statistics stay is in eval mode, its scale and shift train.
     """
 
     def __init__(self, cfg: Node, student: Network, teacher: Network) -> None:
         self._backbones = student.backbone, teacher.backbone
         self._heads_epochs, self._heads_alone = cfg.INIT.HEADS_EPOCHS, None
         share, blocks = cfg.INIT.FROZEN, len(student.backbone.all_blocks())
-        last, self._lower = round(share * blocks) if share else -1, []
+        last, self._fixed = round(share * blocks) if share else -1, []
+        if cfg.INIT.BATCH_NORM == "statistics":
+            self._fixed += [norm for backbone in self._backbones for norm in batch_norms(backbone)]
         for backbone in self._backbones:
             depths = backbone.depths()
             for module, depth in depths.items():
@@ -32,7 +39,8 @@ class Freezing:
                     for parameter in module.parameters(recurse=False):
                         parameter.requires_grad_(False)
                 if all(depths[inner] <= last for inner in module.modules()):
-                    self._lower.append(module)
+                    self._fixed.append(module)
+        self._set_fixed()
         self._upper = [p for p in student.backbone.parameters() if p.requires_grad]
 
     def enter(self, epoch: int) -> bool:
@@ -52,13 +60,16 @@ class Freezing:
         """Training mode for what trains in both backbones, eval mode for what is frozen."""
         for backbone in self._backbones:
             backbone.train(not self._heads_alone)
-        for module in self._lower:
+        self._set_fixed()
+
+    def _set_fixed(self) -> None:
+        for module in self._fixed:
             module.training = False
 
 
-def recipe(cfg: Node, blocks: int) -> str:
-    """INIT.* in a line, for people; empty where all of it is off. blocks: of the backbone."""
-    init, parts = cfg.INIT, []
+def recipe(cfg: Node, backbone: Backbone) -> str:
+    """INIT.* in a line, for people; empty where all of it is off."""
+    init, parts, blocks = cfg.INIT, [], len(backbone.all_blocks())
     if init.HEADS_EPOCHS > 0:
         parts.append(f"heads alone for {init.HEADS_EPOCHS} of {cfg.TRAIN.EPOCHS} epochs")
     if init.FROZEN:
@@ -66,4 +77,6 @@ def recipe(cfg: Node, blocks: int) -> str:
     if init.LAYER_DECAY not in (0, 1):
         least = init.LAYER_DECAY ** (blocks + 1)
         parts.append(f"learning rate times {init.LAYER_DECAY:g} a block, {least:.2g} at the stem")
+    if init.BATCH_NORM == "statistics" and batch_norms(backbone):
+        parts.append("BatchNorm by the statistics of the weights")
     return "; ".join(parts)

@@ -22,7 +22,7 @@ from utils.logging import RunLog, logger, on_terminal
 def summary(run: Pretraining, images: int, feed: Feed) -> str:
     """What is going to run, for people. images: of the data set."""
     cfg, student, processes = run.cfg, run.student, run.world.size
-    parts = recipe(cfg, len(student.backbone.all_blocks()))
+    parts = recipe(cfg, student.backbone)
     workers = usable_workers(cfg.DATA.WORKERS)
     return (
         f"{images} images in {cfg.DATA.PATH}; "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ from datasets import synthetic
 from datasets.synthetic_images import DIFFICULTIES
 from engine import build
 from engine.evaluation import attention
-from engine.pictures import maps, page, shown, views
+from engine.pictures import maps, page, shown, steadiness, views
 from engine.pictures.maps import PatchMap
 from engine.pictures.matches import (
     centres,
@@ -185,6 +186,12 @@ def test_figures_are_of_the_images_shown_and_stand_beside_chance(files, parts, s
         assert even or row["accuracy"] in (0, 25, 50, 75, 100)
     text = " ".join(Page((out / "visualize.html").read_text()).words)
     assert f"{np.mean(share):.2f}" in text
+    mil, *others = results["steadiness"]
+    assert [row["map"] for row in others] == ["self", "similarity"]
+    assert mil == {"checkpoint": "A", "map": "mil", "images": 0, "effective_patches": 100}
+    for row in others:
+        assert row["images"] == 10  # all of the folder, not those shown
+        assert f"{row['steadiness']:.2f}" in text
     (matches,) = results["correspondence"]
     assert f"{matches['on_or_beside']:.2f}" in text
     assert f"{matches['chance']:.2f}" in text
@@ -325,6 +332,35 @@ def peaked(patch: int, patches: int = 4) -> PatchMap:
 def frames(axis) -> dict[str, tuple[float, ...]]:
     """The frames over a picture: colour -> x, y, width, height."""
     return {to_hex(box.get_edgecolor()): box.get_bbox().bounds for box in axis.patches}
+
+
+def test_steadiness_of_known_maps():
+    """The second view is the first shifted right by one patch of 4 x 4, and flipped."""
+    first, second = Place(0, 0, 40, 40), Place(10, 0, 40, 40, flipped=True)
+
+    def placed(values: torch.Tensor, place: Place) -> PatchMap:
+        return PatchMap(values.flatten() / values.sum(), (4, 4), 0.25, place)
+
+    image = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))  # patches of the image
+    seen = [placed(image[:, :4], first)], [placed(image[:, 1:].flip(1), second)]
+    beside = placed(image[:, 1:], second)  # the same in the view's own rows and columns
+    told = steadiness.figures(seen[0] * 2, [*seen[1], beside])
+    expected = np.corrcoef(image[:, 1:4].flatten(), image[:, 1:].flip(1)[:, :3].flatten())[0, 1]
+    assert told["images"] == 2
+    assert told["steadiness"] == pytest.approx((1 + expected) / 2)
+    assert told["other_image"] == pytest.approx((1 + expected) / 2)
+    entropies = [scipy.stats.entropy(of.values) for of in (*seen[0] * 2, *seen[1], beside)]
+    assert told["effective_patches"] == pytest.approx(100 * np.exp(entropies).mean() / 16)
+
+
+@pytest.mark.parametrize("left", [0, 35])
+def test_steadiness_of_even_maps_and_of_views_that_share_little_is_not_told(left):
+    """The second view shares 16 patches, or half a column, with the first."""
+    even = PatchMap(torch.full((16,), 1 / 16), (4, 4), 0.25, Place(0, 0, 40, 40))
+    one = PatchMap(torch.arange(16) / 120, (4, 4), 0.25, Place(left, left, 40, 40))
+    told = steadiness.figures([one if left else even], [one])
+    assert told.keys() == {"images", "effective_patches"}
+    assert told["images"] == 0
 
 
 def test_a_sheet_holds_each_image_above_the_maps_of_all_networks():
