@@ -128,6 +128,27 @@ def test_what_is_frozen_stays_as_it_is_in_student_and_teacher_and_keeps_nothing(
         assert [block.training for block in blocks] == gradients
 
 
+@pytest.mark.parametrize("objective", [{"LOSS__OBJECTIVE": "cmd"}, LCR])
+def test_batch_norm_keeps_the_statistics_of_the_weights_and_trains_its_scale(objective):
+    """So a network normalises an image alone as beside others, and blocks can be recomputed."""
+    options = {**RESNET, **objective, "INIT__BATCH_NORM": "statistics", "INIT__HEADS_EPOCHS": 1}
+    run, recomputed = start(options), start({**options, "TRAIN__CHECKPOINTING": True})
+    first = copy.deepcopy(run.student.state_dict())
+    steps(run, 4)
+    assert not moved(steps(recomputed, 4), run.student.state_dict())
+    running = {name for name in first if "running_" in name or name.endswith("num_batches_tracked")}
+    heads = {name for name in first if not name.startswith("backbone.")}
+    students = moved(run, first) - heads
+    assert "backbone.layer4.0.bn2.running_var" in running
+    assert not students & running
+    assert not moved(run, {n: first[n] for n in running - heads}, "teacher")
+    assert {"backbone.bn1.weight", "backbone.layer4.0.bn2.bias"} <= students
+    images = crops_of(run, 0)[0]
+    for network in (run.student, run.teacher):
+        alone, together = (network.backbone(part)[0] for part in (images[:1], images))
+        assert (alone - together[:1]).norm() < 1e-5 * alone.norm()
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_goes_on_to_the_same_bits_from_each_phase(optimizer):
     options = {**RECIPE, "TRAIN__OPTIMIZER": optimizer, "TRAIN__ACCUM_STEPS": 2}
@@ -264,22 +285,24 @@ def test_bad_steps_of_both_phases_are_dumped_with_their_parameters_names(tmp_pat
 # Options
 
 
-def settled(folder: Path, **options) -> tuple[int, float]:
+def settled(folder: Path, **options) -> tuple[int, float, str]:
     cfg = small_config(OUTPUT_DIR=str(folder), **options)
     find(cfg, 12, "images", 3, ALONE)
-    return cfg.INIT.HEADS_EPOCHS, cfg.INIT.LAYER_DECAY
+    return cfg.INIT.HEADS_EPOCHS, cfg.INIT.LAYER_DECAY, cfg.INIT.BATCH_NORM
 
 
 def test_the_recipe_is_on_by_itself_with_weights_and_goes_on_as_it_began(tmp_path):
     given = {"INIT__WEIGHTS": "weights.pth"}
-    assert settled(tmp_path) == (-1, 0)
-    assert settled(tmp_path, **given) == (1, 0.9)
-    assert settled(tmp_path, **given, TRAIN__EPOCHS=1) == (0, 0.9)
-    assert settled(tmp_path, **given, INIT__HEADS_EPOCHS=0, INIT__LAYER_DECAY=1.0) == (0, 1)
-    for own, wanted in (((2, 0.8), (2, 0.8)), ((-1, 0), (-1, 0))):  # the latter: an older version
-        cfg = small_config(**given, INIT__HEADS_EPOCHS=own[0], INIT__LAYER_DECAY=own[1])
+    assert settled(tmp_path) == (-1, 0, "")
+    assert settled(tmp_path, **given) == (1, 0.9, "statistics")
+    assert settled(tmp_path, **given, TRAIN__EPOCHS=1) == (0, 0.9, "statistics")
+    off = {"INIT__HEADS_EPOCHS": 0, "INIT__LAYER_DECAY": 1.0, "INIT__BATCH_NORM": "batch"}
+    assert settled(tmp_path, **given, **off) == (0, 1, "batch")
+    for own in ((2, 0.8, "batch"), (-1, 0, "")):  # the latter: of an older version
+        options = dict(zip(off, own, strict=True))
+        cfg = small_config(**given, **options)
         checkpoint.save_last(checkpoint_of(pretraining(cfg)) | {"images": "images"}, tmp_path)
-        assert settled(tmp_path, **given) == settled(tmp_path) == wanted
+        assert settled(tmp_path, **given) == settled(tmp_path) == own
 
 
 def test_a_run_from_weights_says_its_recipe_and_goes_on_by_the_same_command(
@@ -294,7 +317,7 @@ def test_a_run_from_weights_says_its_recipe_and_goes_on_by_the_same_command(
         "times 0.9 a block, 0.73 at the stem"
     )
     init = cfg_of(tmp_path).INIT
-    assert (init.HEADS_EPOCHS, init.LAYER_DECAY) == (1, 0.9)
+    assert (init.HEADS_EPOCHS, init.LAYER_DECAY, init.BATCH_NORM) == (1, 0.9, "statistics")
     start, before = (load(f)["teacher"] for f in (trained, tmp_path))
     assert torch.equal(start["backbone.pos_embed"], before["backbone.pos_embed"])
     assert not torch.equal(start["backbone.norm.weight"], before["backbone.norm.weight"])
