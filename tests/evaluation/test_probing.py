@@ -99,8 +99,15 @@ def run(script: ModuleType, folder: Path, *words, fails: bool | None = False) ->
 
 
 @pytest.fixture(scope="module")
-def checkpoint(trained) -> Path:
-    return trained / "checkpoint.pth"
+def checkpoint(trained, tmp_path_factory) -> Path:
+    """The run's, with an uneven attention: of a few steps it is nearly the mean."""
+    path, draw = trained / "checkpoint.pth", torch.Generator().manual_seed(0)
+    state = torch.load(path)
+    weight = state["teacher"]["pool.score.weight"]
+    weight += 3 * torch.randn(weight.shape, generator=draw)
+    path = tmp_path_factory.mktemp("uneven") / path.name
+    torch.save(state, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +235,7 @@ def test_blocks_and_pooling_decide_the_features_and_their_width(probe, cached):
     assert [tuple(weight.shape) for weight in weights] == [(3, width) for width in widths.values()]
     assert cached.state["weights"][0].shape == (3, 64)
     for one, other in itertools.combinations(weights[1:], 2):
-        assert not torch.equal(one, other)
+        assert not torch.allclose(one, other, atol=1e-5)
 
 
 def test_more_blocks_than_the_network_has_are_refused(probe):
