@@ -9,8 +9,9 @@ its targets and z_n the logits,
     d loss / d z_n(k) = R_n p_n(k) - t(k) r_n(k),   d loss / d log a_n = -R_n
 
 r are the responsibilities of a mixture: attention goes to the instances that answer for the
-target, and these learn to say it. No [rows, K] matrix outlives a chunk of bags; gradients are made
-in the forward pass, where the chunk's matrices exist.
+target, and these learn to say it. No [rows, K] matrix outlives a chunk of bags, and about two
+are held at once; gradients are made in the forward pass, where the chunk's matrices exist. A
+chunk is one bag at least, whatever LOSS.CHUNK_MIB says.
 """
 
 import torch
@@ -40,7 +41,8 @@ def mixture_cross_entropy(
     """
     device = instances.device.type
     with fast_products(device, min(temperature, targets.temperature)):
-        step = chunk_elements(device, chunk_mib) // (len(prototypes) * instances.shape[1])
+        rows = max(instances.shape[1], matches.shape[1])  # that a bag takes, as student or target
+        step = chunk_elements(device, chunk_mib) // (len(prototypes) * rows)
         return _MixtureCrossEntropy.apply(
             at_least_float32(instances),
             at_least_float32(log_weights),
@@ -88,6 +90,7 @@ class _MixtureCrossEntropy(Function):
             gradients[0][bags] = torch.mm(slope, prototypes).view_as(e)
             gradients[1][bags] = -share
             grad_prototypes.addmm_(slope.T, rows)
+            del joint, answered, slope  # or the next chunk's stand beside them
         ctx.gradients = (*gradients, grad_prototypes)
         return loss
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from engine import build
 from engine.training.step import Pretraining
 from losses import cross_entropy, inter, intra, released
 from losses.cross_entropy import Targets, soft_cross_entropy
+from losses.mixture import mixture_cross_entropy
 from losses.objective import Objective
 from losses.targets import Centres, image_targets, region_targets
 from models.mil import GatedAttention
@@ -784,6 +786,54 @@ def test_no_tensor_is_larger_than_a_chunk(term, monkeypatch):
             TERMS[term][0](*views, centres).backward()
         largest[rows] = mode.largest
     assert largest == {5: (6 if term == "L_S" else 5) * MANY, 6: 6 * MANY}
+
+
+class TensorsAtOnce(TorchDispatchMode):
+    """Notes how many storages of so many elements or more are alive at once."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.most = elements, 0
+        self._made: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self._made += [weakref.ref(leaf) for leaf in leaves if leaf.numel() >= self.elements]
+        alive = [tensor for made in self._made if (tensor := made()) is not None]
+        self._made = [weakref.ref(tensor) for tensor in alive]
+        self.most = max(self.most, len({t.untyped_storage().data_ptr() for t in alive}))
+        return out
+
+
+@pytest.mark.parametrize("term", ["L_I", "L_R", "L_S", "L_T"])
+def test_two_matrices_of_a_chunk_are_held_at_once(term, monkeypatch):
+    case = make("local crops", 3, prototypes=MANY)
+    views, centres = case.views(), case.centres
+    chunks_of(monkeypatch, 6 * MANY)
+    with TensorsAtOnce(6 * MANY) as mode:
+        TERMS[term][0](*views, centres).backward()
+    assert mode.most == 2
+
+
+def test_targets_of_bags_of_one_instance_take_no_more_than_a_chunk(monkeypatch):
+    """A bag then has more targets than instances."""
+    case, (matches, weights) = make("no local crops", 2, prototypes=MANY), drawn_matches(8, 3, 4)
+    student, teacher = case.views()
+    targets = image_targets(teacher, case.centres.image, TEACHER_TEMP)
+    bags = F.normalize(torch.randn(8, 1, 5, dtype=torch.float64), dim=-1)
+    chunks_of(monkeypatch, 6 * MANY)
+    with LargestTensor() as mode:
+        mixture_cross_entropy(
+            bags,
+            torch.zeros_like(bags[..., 0]),
+            student.image_prototypes,
+            STUDENT_TEMP,
+            targets,
+            matches,
+            weights,
+        )
+    assert mode.largest == 6 * MANY
 
 
 @pytest.mark.parametrize("wrong", ["CMD", "moco_v2"])
