@@ -70,9 +70,13 @@ class Objective:
         """Whether any term reads the attention."""
         return self.name == "cmd" and (self.ls or self.lt)
 
+    @property
+    def needs_bag_centre(self) -> bool:
+        return self.name == "cmd" and self.lt
+
     def make_centres(self, prototypes: int, momentum: float = 0.9) -> Centres:
         """Zero centres of the kinds that this objective reads."""
-        return Centres(prototypes, self.needs_region_head, self.name == "cmd" and self.lt, momentum)
+        return Centres(prototypes, self.needs_region_head, self.needs_bag_centre, momentum)
 
     def __call__(
         self, student: Views, teacher: Views, centres: Centres, teacher_temp: float

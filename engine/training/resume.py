@@ -44,9 +44,9 @@ def find(
     images: in DATA.PATH, and their fingerprint. Raises InputError where files are there and none
     is ours and intact, or when options differ in more than epochs, paths, workers and logging, or
     the images, naming them; RESUME force overrides the latter two, but not where weights have
-    other shapes. Another number of processes is a warning, and so is a checkpoint that does not
-    say of which images it is, or that is of a version without some option. DATA.CROPS auto
-    and INIT's recipe in `cfg` are settled: as the stored run has them.
+    other shapes or the objective keeps other state. Another number of processes is a warning, and
+    so is a checkpoint that does not say of which images it is, or that is of a version without some
+    option. DATA.CROPS auto and INIT's recipe in `cfg` are settled: as the stored run has them.
     """
     newest = checkpoint.newest_intact(Path(cfg.OUTPUT_DIR))
     if newest is None:
@@ -87,7 +87,7 @@ def find(
     elif was != fingerprint:
         changes.append(("the images in DATA.PATH", _shown(was), _shown(fingerprint)))
     text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
-    # Weights of another shape cannot go on, even by force.
+    # Weights of another shape, or centres that are not there, cannot go on, even by force.
     reshaped = _networks(cfg) != _networks(stored)
     if reshaped or (changes and cfg.RESUME != "force"):
         force = ", or --resume force to go on with the new ones"
@@ -136,6 +136,8 @@ def _networks(cfg: Node) -> dict:
     own = {"backbone": registry.identity(build.backbone_spec(cfg))}
     if cfg.LOSS.OBJECTIVE in CONTRASTIVE:
         own["queue"] = cfg.MOCO.QUEUE
+    else:
+        own["bag_centre"] = build.objective(cfg).needs_bag_centre
     return build.model_description(cfg) | own
 
 

@@ -646,9 +646,19 @@ def test_a_run_longer_than_asked_for_keeps_its_files_when_refused(trained, refus
     assert (tmp_path / "run" / "config.yaml").read_bytes() == written
 
 
-def test_even_by_force_no_resume_with_other_networks(trained, refuse):
-    line = refuse(trained, f"{TRAINED} LOSS.OBJECTIVE dino RESUME force")
-    assert "other options: LOSS.OBJECTIVE (was cmd, now dino)" in line
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("LOSS.OBJECTIVE dino", "LOSS.OBJECTIVE (was cmd, now dino)"),
+        ("CMD.LT true", "CMD.LT (was False, now True)"),  # whose centre was not kept
+    ],
+)
+@pytest.mark.parametrize("resume", ["auto", "force"])
+def test_even_by_force_no_resume_with_other_networks_or_centres(
+    resume, changed, named, trained, refuse
+):
+    line = refuse(trained, f"{TRAINED} {changed} RESUME {resume}")
+    assert f"is from a run with other options: {named}" in line
     assert line.endswith("Use the old options, or another --output_dir.")
 
 
