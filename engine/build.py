@@ -143,7 +143,7 @@ def networks(cfg: Node) -> tuple[Network, Network]:
     widths = student.backbone.num_features, student.backbone.num_patch_features
     if goal.needs_pooling and widths[0] != widths[1]:
         raise InputError(
-            f"LOSS.OBJECTIVE cmd gives pooled patches to the image head, which needs patches as "
+            f"LOSS.OBJECTIVE cmd gives patches to the image head, which needs patches as "
             f"wide as the image feature; those of {spec.arch} have {widths[1]} values, and "
             f"that has {widths[0]}. Take another --arch, or --objective esvit."
         )

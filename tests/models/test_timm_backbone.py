@@ -306,7 +306,7 @@ def test_cmd_wants_patches_as_wide_as_the_image_feature():
         run_of("test_mambaout", LOSS__OBJECTIVE="cmd")
     shapes = measured("test_mambaout", 64).shapes
     assert str(caught.value) == (
-        "LOSS.OBJECTIVE cmd gives pooled patches to the image head, which needs patches as wide as "
+        "LOSS.OBJECTIVE cmd gives patches to the image head, which needs patches as wide as "
         f"the image feature; those of timm/test_mambaout have {shapes.patches} values, and that "
         f"has {shapes.features}. Take another --arch, or --objective esvit."
     )
