@@ -115,7 +115,8 @@ def infer_spec(
             return _infer_vit(state, known, contents)
     raise NoneOfOursError(
         f"{path} holds none of the known backbones ({', '.join(ARCHITECTURES)}), nor does it say "
-        f"which of timm's (--arch timm/NAME does); its first keys are: {few(state)}."
+        f"which of timm's (--arch timm/NAME does, or a config.json beside it); its "
+        f"first keys are: {few(state)}."
     )
 
 
