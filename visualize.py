@@ -45,7 +45,8 @@ def main() -> None:
     size, local_size = shown.common_sizes(
         list(sources.values()), arguments.size, arguments.local_crops > 0
     )
-    images, labelled = shown.open_images(arguments.images, arguments.count)
+    paths, names, labelled = shown.find_images(arguments.images)
+    images = shown.show_images(paths, names, arguments.count)
     if labelled is not None:
         refuse_among_images(folder, labelled)
     distributed.on_main(lambda: make_folder(folder))
@@ -56,8 +57,9 @@ def main() -> None:
     )
     crops = [[view, *of_image] for view, of_image in zip(whole, crops, strict=False)]
     pairs = views.seeded_views(images.squares, size, local_size, 0, seed, plain=False)
-    judged, _ = shown.open_images(arguments.images, arguments.pairs)
-    judged = views.seeded_views(judged.squares, size, local_size, 0, seed, plain=False)
+    # One image at a time: so many photographs as they are would take gigabytes.
+    squares = (shown.square(paths[index]) for index in shown.spread(paths, arguments.pairs))
+    judged = views.seeded_views(squares, size, local_size, 0, seed, plain=False)
 
     # What the networks make of them.
     found = {

@@ -72,23 +72,31 @@ class ShownImages:
         return ShownImages(self.names[:count], self.squares[:count], self.boxes[:count])
 
 
+def spread(paths: Sequence[Path], count: int) -> list[int]:
+    """Which of some files, at most `count` of them, spread evenly."""
+    places = torch.linspace(0, len(paths) - 1, min(count, len(paths)), dtype=torch.float64)
+    return places.round().long().tolist()
+
+
+def square(path: Path) -> Image.Image:
+    """An image's centre square; InputError where it is unreadable."""
+    image = load_image(path)
+    return center_crop(image, min(image.size))
+
+
 def show_images(paths: Sequence[Path], names: Sequence[str], count: int) -> ShownImages:
     """At most `count` images, spread evenly over some files; InputError where one is unreadable."""
-    places = torch.linspace(0, len(paths) - 1, min(count, len(paths)), dtype=torch.float64)
-    chosen = places.round().long().tolist()
-    squares = []
-    for index in chosen:
-        image = load_image(paths[index])
-        squares.append(center_crop(image, min(image.size)))
+    chosen = spread(paths, count)
+    squares = [square(paths[index]) for index in chosen]
     boxes, _ = pointing.part_boxes([paths[index] for index in chosen])
     return ShownImages([names[index] for index in chosen], squares, boxes)
 
 
-def open_images(given: Sequence[Path], count: int) -> tuple[ShownImages, LabelledImages | None]:
-    """Images of a folder, and all that are in it; or files that are named, and None.
+def find_images(given: Sequence[Path]) -> tuple[list[Path], list[str], LabelledImages | None]:
+    """Files of images, their names, and the folder that they are all of; None of named files.
 
     Of a folder that datasets.synthetic made the validation images are taken. Raises InputError
-    where there are none or one that would be shown cannot be read.
+    where there are none.
     """
     folders = [path for path in given if path.is_dir()]
     if folders and len(given) > 1:
@@ -97,9 +105,8 @@ def open_images(given: Sequence[Path], count: int) -> tuple[ShownImages, Labelle
         )
     root = given[0]
     if len(given) > 1 or root.is_file():
-        return show_images(given, [path.name for path in given], count), None
+        return list(given), [path.name for path in given], None
     if (root / synthetic.PARTS_FILE).is_file() and (root / "val").is_dir():
         root = root / "val"
     folder = ImageFolder(root)
-    paths = [folder.root / path for path in folder.paths]
-    return show_images(paths, folder.paths, count), folder
+    return [folder.root / path for path in folder.paths], list(folder.paths), folder

@@ -18,9 +18,9 @@ def figures(first: Sequence[PatchMap], second: Sequence[PatchMap]) -> dict[str, 
     steadiness: the correlation of the first view's map with the second's at the same places of the
     image, over the patches of the first whose centre both show; the mean over images. other_image:
     the same with the second view's map of the next image: what a map owes to the place in the view
-    alone. images: how many counted, with FEWEST patches in common and no even map; of none there
-    are no correlations. effective_patches: exp of the entropy, percent of the number of patches,
-    the mean over all maps; 100: even.
+    alone; left out of a single image. images: how many counted, with FEWEST patches in common and
+    no even map; of none there are no correlations. effective_patches: exp of the entropy, percent
+    of the number of patches, the mean over all maps; 100: even.
     """
     own, other = [], []
     for one, two, of_next in zip(first, second, (*second[1:], second[0]), strict=True):
@@ -33,14 +33,13 @@ def figures(first: Sequence[PatchMap], second: Sequence[PatchMap]) -> dict[str, 
         if len(here) >= FEWEST and None not in pair:
             own.append(pair[0])
             other.append(pair[1])
-    told = {"images": len(own)}
-    if own:
-        told |= {"steadiness": sum(own) / len(own), "other_image": sum(other) / len(other)}
     values = torch.stack([of.values.double() for of in (*first, *second)])
     entropy = -torch.xlogy(values, values).sum(dim=1)
     told = {"images": len(own)}
     if own:
-        told |= {"steadiness": sum(own) / len(own), "other_image": sum(other) / len(other)}
+        told["steadiness"] = sum(own) / len(own)
+    if own and len(first) > 1:
+        told["other_image"] = sum(other) / len(other)
     return told | {"effective_patches": 100 * entropy.exp().mean().item() / values.shape[1]}
 
 

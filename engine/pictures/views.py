@@ -1,6 +1,6 @@
 """Views of images whose place in the image is known: whole images, and seeded crops of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def whole_views(squares: Sequence[Image.Image], size: int) -> list[PlacedView]:
 
 
 def seeded_views(
-    squares: Sequence[Image.Image],
+    squares: Iterable[Image.Image],
     size: int,
     local_size: int,
     local_crops: int,

@@ -351,6 +351,9 @@ def test_steadiness_of_known_maps():
     assert told["other_image"] == pytest.approx((1 + expected) / 2)
     entropies = [scipy.stats.entropy(of.values) for of in (*seen[0] * 2, *seen[1], beside)]
     assert told["effective_patches"] == pytest.approx(100 * np.exp(entropies).mean() / 16)
+    alone = steadiness.figures(*seen)  # there is no other image
+    assert alone.keys() == {"images", "steadiness", "effective_patches"}
+    assert alone["steadiness"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("left", [0, 35])
