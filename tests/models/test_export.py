@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
-from timm.models import _hub
 
 from engine.evaluation.features import Encoder
 from engine.evaluation.source import load_source
@@ -86,9 +85,12 @@ def rebuilt(folder: Path, **more) -> torch.nn.Module:
     facts = json.loads((folder / "config.json").read_text())
     model = timm.create_model(facts["architecture"], num_classes=0, **facts["model_args"], **more)
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    if not hasattr(_hub, "load_model_config_from_path"):  # an older timm
-        return model.eval()
-    return timm.create_model(f"local-dir:{folder}", pretrained=True, **more).eval()
+    if tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, **more).eval()
+    # It reads the folder's config.json alone, and gives safetensors to torch.load.
+    model = timm.create_model(f"local-dir:{folder}", **more)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return model.eval()
 
 
 def pictures(size: int) -> torch.Tensor:
