@@ -262,6 +262,11 @@ def check(cfg: Node) -> None:
     _check_crops(cfg)
     if bool(cfg.DATA.MEAN) != bool(cfg.DATA.STD):
         raise InputError("DATA.MEAN and DATA.STD belong together: give both or neither.")
+    if cfg.INIT.BATCH_NORM == "statistics" and not cfg.INIT.WEIGHTS:
+        raise InputError(
+            "INIT.BATCH_NORM statistics keeps those that came with weights, and there are none: "
+            "give INIT.WEIGHTS (--init), or leave it out."
+        )
     _check_schedules(cfg)
     _check_batch(cfg)
     _check_figures(cfg)
@@ -272,7 +277,8 @@ def _check_value(option: Option, value: Any) -> None:
     if option.choices and value not in option.choices:
         near = difflib.get_close_matches(value, option.choices, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise InputError(f"{name} must be one of {', '.join(option.choices)}, not '{value}'.{hint}")
+        named = ", ".join(filter(None, option.choices))
+        raise InputError(f"{name} must be one of {named}, not '{value}'.{hint}")
     if isinstance(value, str):
         return
     numbers = value if isinstance(value, list) else [value]

@@ -66,7 +66,7 @@ def _row(option: Option) -> str:
 def _values(option: Option) -> str:
     """The values that are allowed, in words; empty where the type says all."""
     low, high = option.at_least, option.at_most
-    words = [" ".join(option.choices)]
+    words = [" ".join(filter(None, option.choices))]
     if option.length or option.filled or option.whole:
         count = f"{option.length} " if option.length else "one or more " if option.filled else ""
         words.append(f"{count}{'whole numbers' if option.whole else 'numbers'}")

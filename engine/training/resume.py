@@ -63,7 +63,8 @@ def find(
         cfg.DATA.MEAN, cfg.DATA.STD = stored.DATA.MEAN, stored.DATA.STD
     config.settle_start(cfg, stored)
     names, known = _must_agree(cfg, stored), dict(config.flat(state["config"], str(path)))
-    if new := ", ".join(f"{name} {config.get(cfg, name)}" for name in names if name not in known):
+    new = ", ".join(f"{n} {_said(config.get(cfg, n))}" for n in names if n not in known)
+    if new:
         logger.warning(f"{path} is of a version without these options, by which it goes on: {new}")
     changes = [
         (name, config.get(stored, name), config.get(cfg, name))
@@ -86,7 +87,7 @@ def find(
         )
     elif was != fingerprint:
         changes.append(("the images in DATA.PATH", _shown(was), _shown(fingerprint)))
-    text = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in changes)
+    text = ", ".join(f"{name} (was {_said(was)}, now {_said(now)})" for name, was, now in changes)
     # Weights of another shape, or centres that are not there, cannot go on, even by force.
     reshaped = _networks(cfg) != _networks(stored)
     if reshaped or (changes and cfg.RESUME != "force"):
@@ -105,6 +106,11 @@ def find(
             f"from other weights, give another --output_dir"
         )
     return Found(path, state, refused, forced=bool(changes))
+
+
+def _said(value: object) -> object:
+    """As it stands in a sentence, where nothing would be no word."""
+    return "''" if value == "" else value
 
 
 def _shown(fingerprint: str) -> str:

@@ -64,7 +64,10 @@ class Pretraining:
         self.clip = optim.Clipping(self.student.parameters())
         self.ema = optim.TeacherEMA(self.student, self.teacher)
         self.guard = StepGuard([self.student, self.teacher], self.world.device)
-        self.shuffles = any(isinstance(m, GroupedBatchNorm) for m in self.teacher.modules())
+        # Statistics that stay as they came tell nobody's key, and need no shuffling.
+        self.shuffles = any(
+            isinstance(m, GroupedBatchNorm) and m.training for m in self.teacher.modules()
+        )
 
     @classmethod
     def build(

@@ -209,6 +209,9 @@ def test_no_batch_norm_no_shuffling():
     assert run_of(**CONTRAST | RESNET).shuffles
     assert run_of(**CONTRAST | SWIN, HEAD__USE_BN=True).shuffles  # in the projection
     assert not run_of(**CONTRAST | SWIN).shuffles
+    kept = {"INIT__WEIGHTS": "weights.pth", "INIT__BATCH_NORM": "statistics"}
+    assert not run_of(**CONTRAST | RESNET | kept).shuffles
+    assert run_of(**CONTRAST | RESNET | kept, HEAD__USE_BN=True).shuffles
     assert not run_of(**RESNET).shuffles  # cmd
     kinds = {type(m) for m in run_of(**RESNET).student.modules()}
     assert nn.BatchNorm2d in kinds

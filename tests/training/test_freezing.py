@@ -33,10 +33,13 @@ from tests.runs import (
 )
 from utils import checkpoint
 from utils.distributed import ALONE, World
+from utils.errors import InputError
+from utils.logging import logger
 
 # Heads alone in the first epoch, then half of the blocks; epochs of two steps.
 RECIPE = {"INIT__HEADS_EPOCHS": 1, "INIT__FROZEN": 0.5, "INIT__LAYER_DECAY": 0.5}
 LCR = {"LOSS__OBJECTIVE": "lcr", "AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8}
+STATISTICS = {"INIT__WEIGHTS": "weights.pth", "INIT__BATCH_NORM": "statistics"}
 # Half of the blocks, and the stem.
 LOWER = {
     "vit": (
@@ -131,7 +134,7 @@ def test_what_is_frozen_stays_as_it_is_in_student_and_teacher_and_keeps_nothing(
 @pytest.mark.parametrize("objective", [{"LOSS__OBJECTIVE": "cmd"}, LCR])
 def test_batch_norm_keeps_the_statistics_of_the_weights_and_trains_its_scale(objective):
     """So a network normalises an image alone as beside others, and blocks can be recomputed."""
-    options = {**RESNET, **objective, "INIT__BATCH_NORM": "statistics", "INIT__HEADS_EPOCHS": 1}
+    options = {**RESNET, **objective, **STATISTICS, "INIT__HEADS_EPOCHS": 1}
     run, recomputed = start(options), start({**options, "TRAIN__CHECKPOINTING": True})
     first = copy.deepcopy(run.student.state_dict())
     steps(run, 4)
@@ -303,6 +306,22 @@ def test_the_recipe_is_on_by_itself_with_weights_and_goes_on_as_it_began(tmp_pat
         cfg = small_config(**given, **options)
         checkpoint.save_last(checkpoint_of(pretraining(cfg)) | {"images": "images"}, tmp_path)
         assert settled(tmp_path, **given) == settled(tmp_path) == own
+
+
+def test_statistics_of_no_weights_are_refused():
+    with pytest.raises(InputError, match=r"INIT\.BATCH_NORM statistics .*: give INIT\.W"):
+        small_config(INIT__BATCH_NORM="statistics")
+
+
+def test_a_run_of_a_version_without_the_option_goes_on_by_the_batch(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    state = checkpoint_of(pretraining(small_config())) | {"images": "images"}
+    del state["config"]["INIT"]["BATCH_NORM"]
+    checkpoint.save_last(state, tmp_path)
+    assert settled(tmp_path, INIT__WEIGHTS="weights.pth") == (-1, 0, "")
+    assert caplog.messages[0].endswith("by which it goes on: INIT.BATCH_NORM ''")
+    with pytest.raises(InputError, match=r"INIT\.BATCH_NORM \(was '', now statistics\)"):
+        settled(tmp_path, **STATISTICS)
 
 
 def test_a_run_from_weights_says_its_recipe_and_goes_on_by_the_same_command(

@@ -431,6 +431,7 @@ BAD = {
     "INIT.HEADS_EPOCHS": -2,
     "INIT.FROZEN": 1.1,
     "INIT.LAYER_DECAY": 1.1,
+    "INIT.BATCH_NORM": "running",
     "EVAL.SIZE": -1,
     "EVAL.RESIZE": -1,
     "EVAL.POOLING": "max",
