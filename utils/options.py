@@ -156,7 +156,7 @@ option("CMD.LAMBDA1", 0.3, "weight of L_S + L_T", at_least=0, flag="--lambda1")
 option("CMD.LS", True, "whether L_S is on, where the student's bag predicts the teacher's "
        "image; it alone trains the attention")
 option("CMD.LT", False, "whether L_T is on, where the student's image predicts the teacher's "
-       "bag; without L_S the bag is the patches' mean")
+       "bag; without L_S the shares of its patches stay even")
 option("CMD.ATTENTION_RATE", 10.0, "factor of the learning rate for the MIL attention", at_least=0)
 
 section("MOCO", "contrast with a queue of keys; read by the objectives moco_v2 and lcr",
