@@ -53,6 +53,13 @@ def main() -> None:
     for network in networks:
         encoder = network.encoder(cfg.LINEAR.N_LAST_BLOCKS, cfg.LINEAR.AVGPOOL_PATCHTOKENS)
         encoder.widths(network.reading.size)
+    sizes = sorted({network.reading.size for network in networks})
+    if len(sizes) > 1:
+        named = " and ".join(map(str, sizes))
+        logger.warning(
+            f"each network is shown images of its own run's size, here {named} pixels: rows of "
+            f"different sizes cannot be compared; EVAL.SIZE N shows all the same."
+        )
     # And a random initialisation for each shape of network and image size among these.
     shapes: dict[tuple[str, int], SplitFeatures] = {}
     for network in networks:

@@ -58,7 +58,8 @@ def main() -> None:
     crops = [[view, *of_image] for view, of_image in zip(whole, crops, strict=False)]
     pairs = views.seeded_views(images.squares, size, local_size, 0, seed, plain=False)
     # One image at a time: so many photographs as they are would take gigabytes.
-    squares = (shown.square(paths[index]) for index in shown.spread(paths, arguments.pairs))
+    chosen = [paths[index] for index in shown.spread(paths, arguments.pairs)]
+    squares = shown.readable_squares(chosen)
     judged = views.seeded_views(squares, size, local_size, 0, seed, plain=False)
 
     # What the networks make of them.

@@ -2,7 +2,7 @@
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from datasets.folder import ImageFolder, LabelledImages, load_image
 from engine.evaluation import pointing
 from engine.evaluation.source import Source, image_size, load_source
 from utils.errors import InputError
+from utils.logging import logger
 
 LOCAL_SHARE = 96 / 224  # of a local crop's side in a global one's, the field's
 
@@ -82,6 +83,15 @@ def square(path: Path) -> Image.Image:
     """An image's centre square; InputError where it is unreadable."""
     image = load_image(path)
     return center_crop(image, min(image.size))
+
+
+def readable_squares(paths: Sequence[Path]) -> Iterator[Image.Image]:
+    """As `square`, one at a time; what is unreadable is said and left out."""
+    for path in paths:
+        try:
+            yield square(path)
+        except InputError as error:
+            logger.warning(f"left out of the maps' figures: {error}")
 
 
 def show_images(paths: Sequence[Path], names: Sequence[str], count: int) -> ShownImages:

@@ -274,6 +274,17 @@ def test_a_network_of_too_few_blocks_is_told_before_any_work(checkpoints, data, 
     assert "LINEAR.N_LAST_BLOCKS" in refused(tmp_path, *words)
 
 
+def test_rows_of_different_sizes_are_said_to_be_no_comparison(checkpoints, data, tmp_path):
+    """The run's own crops have 32 pixels; of weights alone nobody knows."""
+    plain = plain_network(tmp_path / "plain.pth", depth=2)
+    options = f"{PROTOCOLS} --features cached --epochs 1".replace("--label_shares 0.5 1", "")
+    mixed = table(tmp_path / "mixed", [checkpoints[0], plain], data, options)
+    assert "here 32 and 224 pixels" in mixed.done.stdout
+    assert [row["image_size"]["crop"] for row in mixed.rows[:2]] == [32, 224]
+    alike = table(tmp_path / "alike", [checkpoints[0], plain], data, f"{options} EVAL.SIZE 32")
+    assert "pixels: rows of different sizes" not in alike.done.stdout
+
+
 def plain_network(path: Path, depth: int) -> Path:
     """A file of weights that another project could have written."""
     spec = BackboneSpec(

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -205,6 +206,19 @@ def test_files_without_boxes_or_classes_have_no_figures_of_them(files, images, s
     assert results["pointing"] == []
     assert results["images"] == [path.name for path in chosen]
     assert not list(out.glob("tsne*"))
+
+
+def test_an_unreadable_image_beyond_those_shown_is_said_and_left_out(
+    files, images, tmp_path, show, capfd
+):
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    _, second, *_ = sorted(folder.rglob("*.png"))
+    count = len(list(folder.rglob("*.png")))
+    second.write_text("no image")
+    out = show("--checkpoint", files["vit"], "--images", folder, "--count", 1, "--tsne", 0)
+    results = json.loads((out / "visualize.json").read_text())
+    assert results["steadiness"][-1]["images"] == count - 1
+    assert str(second) in capfd.readouterr().out
 
 
 def test_the_seed_decides_the_views_and_nothing_else_does(images):
