@@ -83,7 +83,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, pretrain, knn_op
     assert "at step 4" in pretrain(half, f"{REPEATED} {knn_options}")
     assert_same_run(whole, half)
     assert [line["step"] for line in lines_of(whole)] == list(range(1, 9))
-    assert len(log_of(whole)) == 8 + 2  # the k-NN's every two epochs
+    assert len(log_of(whole)) == 8 + 3  # the k-NN's, at the start and every two epochs
 
 
 def test_without_the_option_a_run_is_the_same_but_for_rounding(whole, pretrain, tmp_path):

@@ -135,7 +135,8 @@ def test_the_features_are_timms(name):
     images = noise(size)
     features = stock.forward_features(images)
     image, patches = backbone(images)
-    torch.testing.assert_close(image, stock.forward_head(features, pre_logits=True))
+    wanted = stock.forward_head(features, pre_logits=True)
+    assert (image - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # other kernels by the layout
     rows, columns = backbone.patch_grid(size, size)
     assert image.shape == (2, backbone.num_features)
     assert patches.shape == (2, rows * columns, backbone.num_patch_features)
