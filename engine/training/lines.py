@@ -18,11 +18,20 @@ from engine.training.waiting import DataWaits
 from models.pretrained import count_parameters
 from utils.logging import RunLog, logger, on_terminal
 
+# Share of the starting weights in the teacher at the end of a run, above which this is said.
+LAGGING = 0.1
+
 
 def summary(run: Pretraining, images: int, feed: Feed) -> str:
     """What is going to run, for people. images: of the data set."""
     cfg, student, processes = run.cfg, run.student, run.world.size
-    parts = recipe(cfg, student.backbone)
+    parts, alone = recipe(cfg, student.backbone), max(0, cfg.INIT.HEADS_EPOCHS)
+    rest = run.schedules.momentum[alone * run.steps_per_epoch :].prod()
+    if parts and rest > LAGGING:
+        parts += (
+            f"; the run is short: at its end the teacher is still {100 * rest:.0f} % the weights "
+            f"that it began with, so evaluate the student too (--checkpoint_key student)"
+        )
     workers = usable_workers(cfg.DATA.WORKERS)
     return (
         f"{images} images in {cfg.DATA.PATH}; "
