@@ -334,7 +334,8 @@ def test_a_run_from_weights_says_its_recipe_and_goes_on_by_the_same_command(
     assert line == (
         "from weights: heads alone for 1 of 2 epochs; stem and 1 of 2 blocks frozen; learning rate "
         "times 0.9 a block, 0.73 at the stem; the run is short: at its end the teacher is still "
-        "100 % the weights that it began with, so evaluate the student too (--checkpoint_key student)"
+        "100 % the weights that it began with, so evaluate the student too (--checkpoint_key "
+        "student)"
     )
     init = cfg_of(tmp_path).INIT
     assert (init.HEADS_EPOCHS, init.LAYER_DECAY, init.BATCH_NORM) == (1, 0.9, "statistics")
