@@ -394,12 +394,14 @@ def settle_crops(cfg: Node, device: str) -> None:
 def settle_start(cfg: Node, stored: Node | None = None) -> None:
     """Put in the place of INIT's "by itself" what it is where INIT.WEIGHTS is given.
 
-    stored: options of the run that goes on, which are taken as they are. Without INIT.WEIGHTS, and
-    in a run of a version without these options, "by itself" stays, and means off.
+    stored: options of the run that goes on, which are taken as they are, with its INIT.WEIGHTS.
+    Without INIT.WEIGHTS, and in a run of a version without these options, "by itself" stays, and
+    means off.
     """
     heads = int(cfg.TRAIN.EPOCHS > 1)
     recipe = {"HEADS_EPOCHS": heads, "LAYER_DECAY": 0.9, "BATCH_NORM": "statistics"}
     own = stored.INIT if stored else recipe
+    cfg.INIT.WEIGHTS = cfg.INIT.WEIGHTS or (stored.INIT.WEIGHTS if stored else "")
     if stored or cfg.INIT.WEIGHTS:
         for key, unset in (("HEADS_EPOCHS", -1), ("LAYER_DECAY", 0), ("BATCH_NORM", "")):
             if cfg.INIT[key] == unset:

@@ -18,20 +18,27 @@ from engine.training.waiting import DataWaits
 from models.pretrained import count_parameters
 from utils.logging import RunLog, logger, on_terminal
 
-# Share of the starting weights in the teacher at the end of a run, above which this is said.
+# Share of the starting weights in the teacher's average at the end of a run, the product of its
+# momenta, above which this is said.
 LAGGING = 0.1
+
+
+def lag(run: Pretraining) -> str:
+    """Of a run from weights too short for its teacher's momentum, else empty."""
+    alone = max(0, run.cfg.INIT.HEADS_EPOCHS) * run.steps_per_epoch
+    kept = run.schedules.momentum[alone:].prod()
+    if not run.cfg.INIT.WEIGHTS or kept <= LAGGING:
+        return ""
+    return (
+        f"the run is short: at its end the teacher is still {100 * kept:.0f} % the weights that it "
+        f"began with, so evaluate the student too (--checkpoint_key student)"
+    )
 
 
 def summary(run: Pretraining, images: int, feed: Feed) -> str:
     """What is going to run, for people. images: of the data set."""
     cfg, student, processes = run.cfg, run.student, run.world.size
-    parts, alone = recipe(cfg, student.backbone), max(0, cfg.INIT.HEADS_EPOCHS)
-    rest = run.schedules.momentum[alone * run.steps_per_epoch :].prod()
-    if parts and rest > LAGGING:
-        parts += (
-            f"; the run is short: at its end the teacher is still {100 * rest:.0f} % the weights "
-            f"that it began with, so evaluate the student too (--checkpoint_key student)"
-        )
+    parts = "; ".join(filter(None, (recipe(cfg, student.backbone), lag(run))))
     workers = usable_workers(cfg.DATA.WORKERS)
     return (
         f"{images} images in {cfg.DATA.PATH}; "

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import build
 from engine.preflight.memory import kept_by_forward
 from engine.training.acceleration import compile_network
+from engine.training.lines import lag
 from engine.training.optim import parameter_groups
 from engine.training.resume import Found, find, resume
 from engine.training.schedules import Schedules
@@ -31,7 +32,7 @@ from tests.runs import (
     small_config,
     tensors,
 )
-from utils import checkpoint
+from utils import checkpoint, config
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 from utils.logging import logger
@@ -306,6 +307,24 @@ def test_the_recipe_is_on_by_itself_with_weights_and_goes_on_as_it_began(tmp_pat
         cfg = small_config(**given, **options)
         checkpoint.save_last(checkpoint_of(pretraining(cfg)) | {"images": "images"}, tmp_path)
         assert settled(tmp_path, **given) == settled(tmp_path) == own
+
+
+def test_the_options_of_a_run_that_went_on_without_its_weights_named_can_be_read_again(tmp_path):
+    cfg = small_config(INIT__WEIGHTS="weights.pth", INIT__BATCH_NORM="statistics")
+    checkpoint.save_last(checkpoint_of(pretraining(cfg)) | {"images": "images"}, tmp_path)
+    again = small_config(OUTPUT_DIR=str(tmp_path))
+    find(again, 12, "images", 3, ALONE)
+    assert (again.INIT.WEIGHTS, again.INIT.BATCH_NORM) == ("weights.pth", "statistics")
+    config.check(again)
+
+
+def test_a_teacher_that_lags_in_a_run_from_weights_is_told():
+    def told(weights: str, momentum: float) -> str:
+        options = {"INIT__WEIGHTS": weights, "TRAIN__MOMENTUM_TEACHER": momentum}
+        return lag(pretraining(small_config(TRAIN__EPOCHS=4, **options)))
+
+    assert "% the weights that it began with" in told("weights.pth", 0.996)
+    assert told("weights.pth", 0.1) == told("", 0.996) == ""
 
 
 def test_statistics_of_no_weights_are_refused():
