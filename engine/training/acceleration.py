@@ -34,11 +34,16 @@ def checkpoint_blocks(network: Network) -> None:
         block.forward = functools.partial(_recomputed, block, block.forward)
 
 
-def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """A block's forward; of one that is frozen nothing is kept anyway (freezing.py)."""
+def _recomputed(
+    block: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor, **more: Tensor | None
+) -> Tensor:
+    """A block's forward; of one that is frozen nothing is kept anyway (freezing.py).
+
+    more: what a model of timm gives its blocks by name, such as rotations of positions.
+    """
     if not block.training:
-        return forward(*inputs)
-    return checkpoint(forward, *inputs, use_reentrant=False)
+        return forward(*inputs, **more)
+    return checkpoint(forward, *inputs, use_reentrant=False, **more)
 
 
 def can_recompute(network: Network) -> bool:

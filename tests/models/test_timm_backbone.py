@@ -151,7 +151,7 @@ def test_the_features_are_timms(name):
         nearest = F.normalize(patches, dim=2) @ F.normalize(cells, dim=2).mT
         assert (nearest.argmax(dim=2) == torch.arange(rows * columns)).float().mean() > 0.9
     elif cells.shape == patches.shape:
-        torch.testing.assert_close(patches, cells, rtol=1e-4, atol=1e-5)
+        assert (patches - cells).abs().max() <= 1e-5 * cells.abs().max()
     assert patches.std() > 1e-3
 
 
