@@ -82,7 +82,8 @@ def test_photographs_give_the_contrastive_objectives_their_own_recipes():
         given = ("AUG.GLOBAL_CROPS_SIZE", "DATA", "CKPT", "MOCO.QUEUE", "INIT.CHECKPOINT_KEY")
         given += ("TRAIN.EPOCHS", "TRAIN.BATCH_SIZE_PER_GPU")
         assert differing_but(cfg, recipe, given) == []
-        same = ("LOSS", "MODEL", "HEAD", "MOCO", "AUG", "TRAIN", "INIT")
+        same = ("LOSS", "MODEL", "HEAD", "MOCO", "AUG", "TRAIN", "INIT.CHECKPOINT_KEY")
+        same += ("INIT.HEADS_EPOCHS", "INIT.LAYER_DECAY", "INIT.BATCH_NORM")
         assert differing_but(cfg, study.config("cmd"), same) == []
 
 
