@@ -204,11 +204,7 @@ def tables(results: dict) -> list[str]:
             "best_fixed_cell": "the best fixed patch would",
             "mass_on_part": "share of the map on the part",
         }
-        rows = [
-            [attention.NAMES[row[name]] if name == "map" else row[name] for name in columns]
-            for row in results["pointing"]
-        ]
-        parts.append(page.table(rows, columns.values()))
+        parts.append(_table_of_maps(results["pointing"], columns))
     parts.append(page.heading("Maps of two views of an image"))
     columns = {
         "checkpoint": "",
@@ -218,16 +214,21 @@ def tables(results: dict) -> list[str]:
         "other_image": "with another image's",
         "effective_patches": "exp of the entropy, percent of the patches",
     }
-    rows = [
-        [attention.NAMES[row[name]] if name == "map" else row.get(name, "–") for name in columns]
-        for row in results["steadiness"]
-    ]
-    parts.append(page.table(rows, columns.values()))
+    parts.append(_table_of_maps(results["steadiness"], columns))
     parts.append(page.heading("Matches of patches between two views, percent of patches"))
     rows = [list(row.values()) for row in results["correspondence"] if row["patches"]]
     header = ("", "patches", "on or beside the right patch", "a random patch would be")
     parts.append(page.table(rows, (*header, "the patch in the same row and column would be")))
     return parts
+
+
+def _table_of_maps(rows: list[dict], columns: dict[str, str]) -> str:
+    """Figures of maps, one row each; columns: name of a figure -> heading."""
+    cells = [
+        [attention.NAMES[row[name]] if name == "map" else row.get(name, "–") for name in columns]
+        for row in rows
+    ]
+    return page.table(cells, columns.values())
 
 
 def _short(value: object) -> str:

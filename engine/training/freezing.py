@@ -30,9 +30,9 @@ class Freezing:
         self._heads_epochs, self._heads_alone = cfg.INIT.HEADS_EPOCHS, None
         share, blocks = cfg.INIT.FROZEN, len(student.backbone.all_blocks())
         last, self._fixed = round(share * blocks) if share else -1, []
-        if cfg.INIT.BATCH_NORM == "statistics":
-            self._fixed += [norm for backbone in self._backbones for norm in batch_norms(backbone)]
         for backbone in self._backbones:
+            if cfg.INIT.BATCH_NORM == "statistics":
+                self._fixed += batch_norms(backbone)
             depths = backbone.depths()
             for module, depth in depths.items():
                 if depth <= last:
