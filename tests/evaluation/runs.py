@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import eval_knn
 import eval_linear
 import eval_retrieval
@@ -97,3 +99,16 @@ def write_data(root: Path, classes: int = CLASSES, train: int = TRAIN, test: int
 
 def copy_of(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
+
+
+def assert_same_bits(first, second) -> None:
+    """Tensors, in dicts too, of equal values and types; of all else equality."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for name in first:
+            assert_same_bits(first[name], second[name])
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+        assert first.dtype == second.dtype
+    else:
+        assert first == second

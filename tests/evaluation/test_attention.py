@@ -80,26 +80,6 @@ def test_heads_are_softmax_of_the_last_blocks_queries_and_keys():
     )
 
 
-def test_heads_are_the_weights_that_the_forward_uses():
-    """Heads' weights and values put together give what the block's attention returns for [CLS]."""
-    network, images = network_of({}), some_images()
-    attention = network.backbone.blocks[-1].attn
-    seen = {}
-    handles = [
-        module.register_forward_hook(lambda *args, name=name: seen.update({name: args[-1]}))
-        for name, module in (("qkv", attention.qkv), ("out", attention))
-    ]
-    with torch.no_grad():
-        network.backbone(images)
-    for handle in handles:
-        handle.remove()
-    patches = network.backbone.class_attention(images)
-    weights = torch.cat([1 - patches.sum(-1, keepdim=True), patches], dim=-1)
-    values = seen["qkv"].unflatten(-1, (3, 3, 16))[:, :, 2]  # [B, 65, heads, 16]
-    mixed = torch.einsum("bhn,bnhc->bhc", weights, values).flatten(1)
-    torch.testing.assert_close(attention.proj(mixed), seen["out"][:, 0], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_similarity_is_a_softmax_of_cosines(family):
     network, images = network_of(FAMILIES[family]), some_images()
@@ -135,25 +115,3 @@ def test_lcr_is_the_branch_scaled_and_uniform_where_it_is_zero():
         network.rationale.conv.weight.zero_()
     flat = attention_map(network, images, "lcr")
     torch.testing.assert_close(flat, torch.full_like(flat, 1 / flat.shape[1]))
-
-
-def test_a_map_follows_the_part_it_is_named_after():
-    """Another pooling changes mil alone."""
-    network, images = network_of({}), some_images()
-    before = {kind: attention_map(network, images, kind) for kind in kinds(network)}
-    torch.manual_seed(9)
-    torch.nn.init.normal_(network.pool.score.weight)
-    after = {kind: attention_map(network, images, kind) for kind in kinds(network)}
-    changed = {kind for kind in before if not torch.equal(before[kind], after[kind])}
-    assert changed == {"mil"}
-
-
-def test_maps_are_row_major_like_patch_features():
-    """One block without positions: the one patch that differs has the one other weight."""
-    network = network_of({"LOSS__OBJECTIVE": "dino"})
-    network.backbone.pos_embed.data.zero_()
-    network.backbone.blocks = torch.nn.ModuleList(network.backbone.blocks[:1])
-    images = torch.zeros(1, 3, 32, 32)
-    images[0, 0, 8:16, 24:32] = 3  # row 1, column 3 of a 4 x 4 grid
-    map_ = attention_map(network, images, "self")[0]
-    assert (map_ - map_.median()).abs().argmax().item() == 1 * 4 + 3

@@ -47,6 +47,9 @@ def test_kept_features_need_neither_checkpoint_nor_images(extra, weights, data, 
         extra == "--data_path",
     )
     assert (tmp_path / "tsne.png").exists()
+    made_by = [found["features"][split]["made_by"] for split in ("train", "test")]
+    assert [each["weights"] for each in made_by] == [checkpoint.sha256(weights)] * 2
+    assert found["features"]["test"]["images"] == CLASSES * TEST
 
 
 def changed_data(data: Path, to: Path, change: str) -> Path:
@@ -164,26 +167,23 @@ def test_fewer_blocks_than_wanted_are_extracted_again(basic, knn_dump, tmp_path,
     assert feature_cache.load(folder / "train.safetensors").widths == [48, 48]
 
 
-def test_features_of_two_networks_are_not_compared(basic, knn_dump, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "classes", "differ"),
+    [("--checkpoint_key student", CLASSES, "checkpoint_key"), ("", 5, "classes")],
+)
+def test_features_of_two_networks_or_data_sets_are_not_compared(
+    words, classes, differ, weights, knn_dump, tmp_path
+):
     """A dump that was cut short leaves the one split of the one and the other of the other."""
-    works("knn", basic, f"--checkpoint_key student --dump_features {tmp_path}/student")
-    folder = copy_of(knn_dump, tmp_path / "mixed")
-    shutil.copy(tmp_path / "student" / "train.safetensors", folder)
+    data, folder = tmp_path / "data", copy_of(knn_dump, tmp_path / "mixed")
+    line = f"--pretrained_weights {weights} --data_path {data} EVAL.PICTURES false"
+    write_data(data, classes)
+    works("knn", line, words, f"--dump_features {tmp_path}/other")
+    shutil.copy(tmp_path / "other" / "train.safetensors", folder)
     before = contents(folder)
-    refusal("knn", f"--load_features {folder} --nb_knn 3 EVAL.PICTURES false")
+    refused = refusal("knn", f"--load_features {folder} --nb_knn 3 EVAL.PICTURES false")
+    assert f"do not belong together: train and test differ in {differ}. " in refused
     assert contents(folder) == before
-
-
-def test_features_of_two_data_sets_are_not_compared(weights, knn_dump, tmp_path):
-    """As a dump leaves them that failed between the splits."""
-    words = f"--pretrained_weights {weights} --data_path {tmp_path}/data EVAL.PICTURES false"
-    write_data(tmp_path / "data", classes=5)
-    works("knn", words, f"--dump_features {tmp_path}/five")
-    folder = copy_of(knn_dump, tmp_path / "mixed")
-    shutil.copy(tmp_path / "five" / "train.safetensors", folder)
-    line = refusal("knn", f"--load_features {folder} --nb_knn 3 EVAL.PICTURES false")
-    assert "do not belong together" in line
-    assert "classes" in line
 
 
 def test_kept_features_are_held_to_the_share_of_unreadable_images(weights, spoilt, tmp_path):
@@ -193,12 +193,3 @@ def test_kept_features_are_held_to_the_share_of_unreadable_images(weights, spoil
     assert "4 of 35 images cannot be read, more than DATA.MAX_BAD 0.1" in refusal(
         "knn", words, "DATA.MAX_BAD 0.1"
     )
-
-
-def test_figures_of_kept_features_say_what_made_them(knn_dump, weights, tmp_path):
-    words = f"--load_features {knn_dump} --output_dir {tmp_path} EVAL.PICTURES false"
-    works("knn", words)
-    known = results(tmp_path, "knn")["features"]
-    sha256 = checkpoint.sha256(weights)
-    assert [known[split]["made_by"]["weights"] for split in ("train", "test")] == [sha256] * 2
-    assert known["test"]["images"] == CLASSES * TEST

@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from engine.evaluation import knn, retrieval, similarity
+from tests.evaluation.runs import assert_same_bits
 from tests.processes import found_by_each, run_python
 from utils.distributed import ALONE, World
 
@@ -158,20 +159,6 @@ def found_by(world: World) -> dict:
     finally:
         similarity.BLOCK_ELEMENTS = before
     return found
-
-
-def assert_same_bits(first, second) -> None:
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for name in first:
-            assert_same_bits(first[name], second[name])
-    elif isinstance(first, tuple):
-        for one, other in zip(first, second, strict=True):
-            assert_same_bits(one, other)
-    else:
-        assert first == second
 
 
 @pytest.mark.parametrize("size", [2, 3])
