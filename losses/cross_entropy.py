@@ -19,7 +19,7 @@ the chunk's matrices exist, and are K x d and rows x d in size.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,13 +56,12 @@ class Targets:
         logits = (embeddings / self.temperature) @ self.prototypes.T
         return logits if self.centre is None else logits.sub_(self.centre / self.temperature)
 
-    def fixed(self) -> "Targets":
-        """The same without gradient, in float32 at least."""
-        return Targets(
-            at_least_float32(self.embeddings.detach()),
-            at_least_float32(self.prototypes.detach()),
-            self.temperature,
-            None if self.centre is None else self.centre.detach(),
+    def in_float32(self) -> "Targets":
+        """The same in float32 at least."""
+        return replace(
+            self,
+            embeddings=at_least_float32(self.embeddings),
+            prototypes=at_least_float32(self.prototypes),
         )
 
 
@@ -89,21 +88,88 @@ def soft_cross_entropy(
     `fast_products`).
     """
     device = students.device.type
-    with fast_products(device, min(temperature, targets.temperature)):
-        students, prototypes = at_least_float32(students), at_least_float32(prototypes)
-        weights = weights.detach().to(students.dtype)
+    students, prototypes = at_least_float32(students), at_least_float32(prototypes)
+    grad_students = torch.empty_like(students) if students.requires_grad else None
+    grad_prototypes = torch.zeros_like(prototypes) if prototypes.requires_grad else None
+    with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
         step = max(LEAST_ROWS, chunk_elements(device, chunk_mib) // len(prototypes))
-        return _SoftCrossEntropy.apply(
-            students,
-            prototypes,
-            temperature,
-            targets.fixed(),
-            matches,
-            weights,
-            step,
-            entropies,
-            None if shares is None else shares.detach().to(students.dtype),
-        )
+        targets, weights, buffers = targets.in_float32(), weights.to(students.dtype), _Buffers()
+
+        # The teacher's rows: q W, q^T pushed and the entropies.
+        rows = targets.embeddings
+        measured = rows.new_empty(len(rows)) if entropies else None
+        scaled, target_means = rows / targets.temperature, torch.empty_like(rows)
+        offset = None if targets.centre is None else targets.centre / targets.temperature
+        pushed = torch.zeros_like(rows if shares is None else rows[: len(shares)])
+        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
+            pushed.index_add_(0, match, weight[:, None] * students)
+        if shares is not None:
+            shares = shares.to(students.dtype)
+            pushed = (shares[..., None] * pushed[:, None]).flatten(0, 1)
+        for chunk in _chunks(len(rows), step):
+            logits = buffers.logits(scaled[chunk], targets.prototypes)
+            if offset is not None:
+                logits.sub_(offset)
+            q = buffers.softmax(logits)
+            if measured is not None:
+                normaliser = _logsumexp(logits, q)
+                measured[chunk] = normaliser - logits.mul_(q).sum(-1)
+            torch.mm(q, prototypes, out=target_means[chunk])
+            if grad_prototypes is not None:
+                grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
+
+        if shares is not None:
+            target_means = torch.einsum(
+                "tn,tnd->td", shares, target_means.unflatten(0, shares.shape)
+            )
+
+        # The student's.
+        totals = weights.sum(1)
+        pulled = torch.zeros_like(students)
+        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
+            pulled.addcmul_(weight[:, None], target_means[match])
+        loss = -(pulled * students).sum() / temperature
+        scaled, weighted = students / temperature, totals[:, None] * students
+        for chunk in _chunks(len(students), step):
+            logits = buffers.logits(scaled[chunk], prototypes)
+            p = buffers.softmax(logits)
+            loss += totals[chunk] @ _logsumexp(logits, p)
+            if grad_students is not None:
+                torch.mm(p, prototypes, out=grad_students[chunk])
+            if grad_prototypes is not None:
+                grad_prototypes.addmm_(p.T, weighted[chunk])
+        if grad_students is not None:
+            grad_students.mul_(totals[:, None]).sub_(pulled).div_(temperature)
+        if grad_prototypes is not None:
+            grad_prototypes.div_(temperature)
+
+    loss = with_gradients(loss, (students, grad_students), (prototypes, grad_prototypes))
+    return loss, measured
+
+
+def with_gradients(loss: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
+    """The loss, a scalar, as a function of inputs whose gradients were made with it.
+
+    pairs: an input, and d loss / d input in its shape (None: it wants none). They serve one
+    backward pass, for it scales them in place, K x d being large; another is a RuntimeError.
+    """
+    inputs, gradients = zip(*pairs, strict=True)
+    return _GivenGradients.apply(loss, gradients, *inputs)
+
+
+class _GivenGradients(Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        if ctx.gradients is None:
+            raise RuntimeError("this loss keeps its gradients for one backward pass")
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(None if g is None else g.mul_(grad_loss) for g in gradients)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -144,87 +210,6 @@ def chunk_elements(device: str, mib: int) -> int:
 
 def _chunks(rows: int, step: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, rows, step)]
-
-
-class _SoftCrossEntropy(Function):
-    @staticmethod
-    def forward(
-        ctx,
-        students: Tensor,
-        prototypes: Tensor,
-        temperature: float,
-        targets: Targets,
-        matches: Tensor,
-        weights: Tensor,
-        step: int,
-        wants_entropies: bool,
-        shares: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        wants_students, wants_prototypes = ctx.needs_input_grad[:2]
-        grad_students = torch.empty_like(students) if wants_students else None
-        grad_prototypes = torch.zeros_like(prototypes) if wants_prototypes else None
-        buffers = _Buffers()
-
-        # The teacher's rows: q W, q^T pushed and the entropies.
-        rows = targets.embeddings
-        entropies = rows.new_empty(len(rows)) if wants_entropies else None
-        scaled, target_means = rows / targets.temperature, torch.empty_like(rows)
-        offset = None if targets.centre is None else targets.centre / targets.temperature
-        pushed = torch.zeros_like(rows if shares is None else rows[: len(shares)])
-        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
-            pushed.index_add_(0, match, weight[:, None] * students)
-        if shares is not None:
-            pushed = (shares[..., None] * pushed[:, None]).flatten(0, 1)
-        for chunk in _chunks(len(rows), step):
-            logits = buffers.logits(scaled[chunk], targets.prototypes)
-            if offset is not None:
-                logits.sub_(offset)
-            q = buffers.softmax(logits)
-            if wants_entropies:
-                normaliser = _logsumexp(logits, q)
-                entropies[chunk] = normaliser - logits.mul_(q).sum(-1)
-            torch.mm(q, prototypes, out=target_means[chunk])
-            if wants_prototypes:
-                grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
-
-        if shares is not None:
-            target_means = torch.einsum(
-                "tn,tnd->td", shares, target_means.unflatten(0, shares.shape)
-            )
-
-        # The student's.
-        totals = weights.sum(1)
-        pulled = torch.zeros_like(students)
-        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
-            pulled.addcmul_(weight[:, None], target_means[match])
-        loss = -(pulled * students).sum() / temperature
-        scaled, weighted = students / temperature, totals[:, None] * students
-        for chunk in _chunks(len(students), step):
-            logits = buffers.logits(scaled[chunk], prototypes)
-            p = buffers.softmax(logits)
-            loss += totals[chunk] @ _logsumexp(logits, p)
-            if wants_students:
-                torch.mm(p, prototypes, out=grad_students[chunk])
-            if wants_prototypes:
-                grad_prototypes.addmm_(p.T, weighted[chunk])
-        if wants_students:
-            grad_students.mul_(totals[:, None]).sub_(pulled).div_(temperature)
-        if wants_prototypes:
-            grad_prototypes.div_(temperature)
-
-        ctx.gradients = grad_students, grad_prototypes
-        if wants_entropies:
-            ctx.mark_non_differentiable(entropies)
-        return loss, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor, _grad_entropy: Tensor):
-        if ctx.gradients is None:
-            raise RuntimeError("soft_cross_entropy keeps its gradients for one backward pass")
-        # In place, K x d being large; and so once.
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(grad_loss) for g in gradients), *[None] * 7)
 
 
 class _Buffers:

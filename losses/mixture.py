@@ -16,10 +16,14 @@ chunk is one bag at least, whatever LOSS.CHUNK_MIB says.
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from losses.cross_entropy import Targets, at_least_float32, chunk_elements, fast_products
+from losses.cross_entropy import (
+    Targets,
+    at_least_float32,
+    chunk_elements,
+    fast_products,
+    with_gradients,
+)
 
 
 def mixture_cross_entropy(
@@ -40,37 +44,13 @@ def mixture_cross_entropy(
     says; see soft_cross_entropy.
     """
     device = instances.device.type
-    with fast_products(device, min(temperature, targets.temperature)):
-        rows = max(instances.shape[1], matches.shape[1])  # that a bag takes, as student or target
-        step = chunk_elements(device, chunk_mib) // (len(prototypes) * rows)
-        return _MixtureCrossEntropy.apply(
-            at_least_float32(instances),
-            at_least_float32(log_weights),
-            at_least_float32(prototypes),
-            temperature,
-            targets.fixed(),
-            matches,
-            weights.detach(),
-            max(1, step),
-        )
-
-
-class _MixtureCrossEntropy(Function):
-    @staticmethod
-    def forward(
-        ctx,
-        instances: Tensor,
-        log_weights: Tensor,
-        prototypes: Tensor,
-        temperature: float,
-        targets: Targets,
-        matches: Tensor,
-        weights: Tensor,
-        step: int,
-    ) -> Tensor:
-        loss = instances.new_zeros(())
-        gradients = [torch.empty_like(instances), torch.empty_like(log_weights)]
-        grad_prototypes = torch.zeros_like(prototypes)
+    instances, log_weights, prototypes = map(at_least_float32, (instances, log_weights, prototypes))
+    grad_instances, grad_weights = torch.empty_like(instances), torch.empty_like(log_weights)
+    loss, grad_prototypes = instances.new_zeros(()), torch.zeros_like(prototypes)
+    most = max(instances.shape[1], matches.shape[1])  # rows that a bag takes, as student or target
+    step = max(1, chunk_elements(device, chunk_mib) // (len(prototypes) * most))
+    with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
+        targets = targets.in_float32()
         parts = (tensor.split(step) for tensor in (instances, log_weights, matches, weights))
         for chunk, (e, log_a, match, weight) in enumerate(zip(*parts, strict=True)):
             bags = slice(chunk * step, chunk * step + len(e))
@@ -87,18 +67,13 @@ class _MixtureCrossEntropy(Function):
             share = answered.sum(dim=-1)  # R
             joint.sub_(log_a[..., None]).exp_().mul_(share[..., None]).sub_(answered)
             slope = joint.flatten(0, 1).div_(temperature)  # d loss / d (W e)
-            gradients[0][bags] = torch.mm(slope, prototypes).view_as(e)
-            gradients[1][bags] = -share
+            grad_instances[bags] = torch.mm(slope, prototypes).view_as(e)
+            grad_weights[bags] = -share
             grad_prototypes.addmm_(slope.T, rows)
             del joint, answered, slope  # or the next chunk's stand beside them
-        ctx.gradients = (*gradients, grad_prototypes)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        if ctx.gradients is None:
-            raise RuntimeError("mixture_cross_entropy keeps its gradients for one backward pass")
-        # In place, K x d being large; and so once.
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*(gradient.mul_(grad_loss) for gradient in gradients), *[None] * 5)
+    return with_gradients(
+        loss,
+        (instances, grad_instances),
+        (log_weights, grad_weights),
+        (prototypes, grad_prototypes),
+    )
