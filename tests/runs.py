@@ -1,9 +1,14 @@
 """Small runs inside the test's process, without files; comparing the folders of two runs."""
 
 import json
+import shutil
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,6 +94,22 @@ def batch_of(crops: list[Tensor]) -> Batch:
     return Batch(crops, torch.arange(len(crops[0])), [])
 
 
+def random_crops(batch: int, seed: int, sizes: Sequence[int] = (32, 32, 16, 16)) -> list[Tensor]:
+    """Noise as crops [B, 3, S, S]; by default of small_config's sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 3, size, size, generator=generator) for size in sizes]
+
+
+def crops_for(run: Pretraining, seed: int) -> list[Tensor]:
+    """Noise as crops of a micro-batch of the run: this process's share of those of all."""
+    aug, share = run.cfg.AUG, run.cfg.TRAIN.BATCH_SIZE_PER_GPU
+    sizes = [aug.GLOBAL_CROPS_SIZE] * 2
+    if aug.LOCAL_CROPS_NUMBER:
+        sizes += aug.LOCAL_CROPS_SIZE * aug.LOCAL_CROPS_NUMBER[0]
+    mine = slice(share * run.world.rank, share * (run.world.rank + 1))
+    return [crop[mine] for crop in random_crops(share * run.world.size, seed, sizes)]
+
+
 class Calls(TorchDispatchMode):
     """The names of the operators that run within it."""
 
@@ -126,17 +147,51 @@ def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, centres and optimizer equal bit for bit, and the log's figures too."""
-    states = [load(folder) for folder in (first, second)]
+def assert_same_state(first: dict, second: dict) -> None:
+    """Weights, centres and optimizer of two checkpoints are equal bit for bit."""
     for part in ("student", "teacher", "carried", "optimizer"):
-        left, right = tensors(states[0][part]), tensors(states[1][part])
+        left, right = tensors(first[part]), tensors(second[part])
         assert left.keys() == right.keys()
         for name in left:
             assert torch.equal(left[name], right[name]), f"{part}{name}"
-    rates = [s["optimizer"]["param_groups"] for s in states]
-    assert rates[0] == rates[1]
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """The last checkpoints of two folders are, and so are the log's figures."""
+    assert_same_state(load(first), load(second))
     assert log_of(first) == log_of(second)
+
+
+def copy_of(run: Path, folder: Path, epoch: int | None = None) -> Path:
+    """A copy of a run's folder, to go on in: from the end of an epoch, or from where it ended."""
+    shutil.copytree(run, folder)
+    if epoch is not None:
+        shutil.copy(folder / f"checkpoint{epoch:04d}.pth", folder / "checkpoint.pth")
+    return folder
+
+
+def events_of(folder: Path) -> dict[str, list[int]]:
+    """The steps of each scalar that TensorBoard shows, by its tag; every record must be whole.
+
+    Where a start is logged, TensorBoard forgets all events from its step on.
+    """
+    steps: dict[str, list[int]] = {}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length, sum_of_length) = struct.unpack_from("<QI", data, place)
+            assert masked_crc32c(data[place : place + 8]) == sum_of_length
+            record = data[place + 12 : place + 12 + length]
+            (sum_of_data,) = struct.unpack_from("<I", data, place + 12 + length)
+            assert masked_crc32c(record) == sum_of_data
+            place += 16 + length
+            event = Event.FromString(record)
+            if event.session_log.status == SessionLog.START:
+                steps = {tag: [s for s in old if s < event.step] for tag, old in steps.items()}
+            for scalar in event.summary.value:
+                steps.setdefault(scalar.tag, []).append(event.step)
+    return steps
 
 
 def cfg_of(folder: Path) -> config.Node:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from losses.cross_entropy import Targets, soft_cross_entropy
 from tests.losses.loss_cases import (
+    GOALS,
     TEACHER_TEMP,
     assert_near,
     assert_same_gradients,
@@ -14,7 +15,6 @@ from tests.losses.loss_cases import (
     make,
     plain_objective,
 )
-from tests.losses.test_losses import GOALS
 
 pytestmark = pytest.mark.gpu
 ROWS, WIDTH, PROTOTYPES, STUDENT_TEMP, TARGET_TEMP = 70, 64, 3000, 0.1, 0.04

@@ -24,6 +24,24 @@ LAYOUTS = {
 }
 
 
+def goal_of(name: str, **options) -> Objective:
+    return Objective(name, student_temp=STUDENT_TEMP, **options)
+
+
+GOALS = {
+    "dino": goal_of("dino"),
+    "esvit": goal_of("esvit"),
+    "released 0.1": goal_of("released", lambda1=0.1),
+    "released 1": goal_of("released", lambda1=1.0),
+    "cmd 0.3": goal_of("cmd", lambda1=0.3, lt=True),
+    "cmd 1": goal_of("cmd", lambda1=1.0, lt=True),
+    "cmd 0": goal_of("cmd", lambda1=0.0, lt=True),
+    "cmd, L_S alone": goal_of("cmd"),
+    "cmd, L_T alone": goal_of("cmd", ls=False, lt=True),
+    "cmd, neither": goal_of("cmd", ls=False, lt=False),
+}
+
+
 @dataclass
 class Case:
     """Inputs of one loss; embeddings and prototypes want gradients, of the teacher too."""
@@ -62,12 +80,18 @@ class Case:
         return as_views(self.student, self.layout), as_views(self.teacher, [(2, self.layout[0][1])])
 
 
-def make(layout: str, batch: int, seed: int = 0, prototypes: int = 7) -> Case:
-    """A float64 case whose numbers float32 holds exactly."""
+def make(
+    layout: str | list[tuple[int, int]],
+    batch: int,
+    seed: int = 0,
+    prototypes: int = 7,
+    width: int = 5,
+    features: int = 6,
+) -> Case:
+    """A float64 case whose numbers float32 holds exactly; width: of the embeddings."""
     generator = torch.Generator().manual_seed(1000 * batch + seed)
-    runs = LAYOUTS[layout]
+    runs = LAYOUTS[layout] if isinstance(layout, str) else layout
     counts = [count for views, count in runs for _ in range(views)]
-    width, features = 5, 6
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -79,8 +103,8 @@ def make(layout: str, batch: int, seed: int = 0, prototypes: int = 7) -> Case:
             [normal(batch, count).log_softmax(dim=-1) for count in counts],
             [F.normalize(normal(batch, count, width), dim=-1) for count in counts],
             [normal(batch, count, features) for count in counts],
-            normal(prototypes, width) / 2,
-            normal(prototypes, width) / 2,
+            normal(prototypes, width) / width**0.5,
+            normal(prototypes, width) / width**0.5,
         )
 
     centres = Centres(prototypes, region=True, bag=True)

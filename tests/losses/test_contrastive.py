@@ -15,10 +15,18 @@ from engine.training.health import measure
 from engine.training.shuffling import shuffled, shuffling_seed
 from engine.training.step import Pretraining
 from losses.contrastive import KeyQueue, info_nce
-from losses.objective import Contrastive
 from models.grouped_norm import GroupedBatchNorm, group_batch_norm
 from tests.processes import found_by_each
-from tests.runs import RESNET, SWIN, batch_of, load, log_of, small_config, tensors
+from tests.runs import (
+    RESNET,
+    SWIN,
+    assert_same_run,
+    batch_of,
+    crops_for,
+    log_of,
+    random_crops,
+    small_config,
+)
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 from utils.views import Views
@@ -44,9 +52,8 @@ def unit(count: int, width: int, seed: int, dtype: torch.dtype = torch.float64) 
     return F.normalize(torch.randn(count, width, generator=draw, dtype=dtype), dim=1)
 
 
-def crops_of(seed: int, images: slice = slice(None), batch: int = 4) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, 3, 32, 32, generator=draw)[images] for _ in range(2)]
+def crops_of(seed: int) -> list[Tensor]:
+    return random_crops(4, seed, sizes=(32, 32))
 
 
 def run_of(world: World = ALONE, dtype: torch.dtype = torch.float32, **options) -> Pretraining:
@@ -221,10 +228,11 @@ def test_no_batch_norm_no_shuffling():
 # Whole steps
 
 
-def state_after(run: Pretraining, images: slice, steps: int) -> dict[str, Tensor]:
-    """Weights and queue after some steps on these images of each step's batch."""
+def state_after(world: World, options: dict, steps: int) -> dict[str, Tensor]:
+    """Weights and queue after some steps of 8 images."""
+    run = run_of(world, torch.float64, **options, TRAIN__BATCH_SIZE_PER_GPU=8 // world.size)
     for step in range(steps):
-        crops = [crop.double() for crop in crops_of(step, images, batch=8)]
+        crops = [crop.double() for crop in crops_for(run, step)]
         run.train_step(iter([batch_of(crops)]))
     names = ("running_mean", "running_var", "num_batches_tracked")  # each process has its own
     parts = {"student": run.student, "teacher": run.teacher, "carried": run.carried}
@@ -234,13 +242,6 @@ def state_after(run: Pretraining, images: slice, steps: int) -> dict[str, Tensor
         for name, value in module.state_dict().items()
         if not name.endswith(names)
     }
-
-
-def state_of_half(world: World, options: dict) -> dict[str, Tensor]:
-    half = slice(4 * world.rank, 4 * world.rank + 4)
-    return state_after(
-        run_of(world, torch.float64, **options, TRAIN__BATCH_SIZE_PER_GPU=4), half, steps=2
-    )
 
 
 @pytest.mark.parametrize(
@@ -261,13 +262,8 @@ def test_two_processes_of_half_the_batch_are_one_of_the_whole(objective, network
     options = OBJECTIVES[objective] | network | {"MOCO__BN_IMAGES": 4, "MODEL__DROP_PATH": 0.0}
     # SGD, for the first steps of AdamW are the sign of a gradient, which rounding may turn.
     options |= {"TRAIN__OPTIMIZER": "sgd", "TRAIN__BASE_LR": 0.5, "TRAIN__CLIP_GRAD": 0.0}
-    whole = state_after(
-        run_of(dtype=torch.float64, **options, TRAIN__BATCH_SIZE_PER_GPU=8), slice(None), steps=2
-    )
-    begun = state_after(
-        run_of(dtype=torch.float64, **options, TRAIN__BATCH_SIZE_PER_GPU=8), slice(None), steps=0
-    )
-    halves = found_by_each(2, state_of_half, options)
+    begun, whole = (state_after(ALONE, options, steps) for steps in (0, 2))
+    halves = found_by_each(2, state_after, options, 2)
     for half in halves:
         assert half.keys() == whole.keys()
         for name, value in whole.items():
@@ -315,22 +311,11 @@ def test_a_run_from_the_command_line_resumes_bit_for_bit(pretrain, tmp_path):
     )
     pretrain(tmp_path / "whole", options)
     (tmp_path / "parts").mkdir()
+    shutil.copy(tmp_path / "whole/log.txt", tmp_path / "parts")
     shutil.copy(tmp_path / "whole/checkpoint0002.pth", tmp_path / "parts/checkpoint.pth")
     assert "at step 4" in pretrain(tmp_path / "parts", options).stdout
-    lines = log_of(tmp_path / "whole")
-    assert {"L_C", "L_F", "contrast_accuracy"} <= set(lines[-1])
-    assert lines[-4:] == log_of(tmp_path / "parts")[-4:]
-    states = [load(tmp_path / name) for name in ("whole", "parts")]
-    assert states[0]["step"] == states[1]["step"] == 8
-    for part in ("student", "teacher", "carried", "optimizer"):
-        left, right = (tensors(state[part]) for state in states)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def test_an_unknown_contrast_is_refused():
-    with pytest.raises(ValueError, match=r"LOSS\.OBJECTIVE"):
-        Contrastive("cmd")
+    assert {"L_C", "L_F", "contrast_accuracy"} <= set(log_of(tmp_path / "whole")[-1])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_single_image_has_nothing_to_be_told_from():

@@ -106,11 +106,6 @@ def with_settings(chosen: dict[str, object]) -> Node:
     return cfg
 
 
-def as_text(value: object) -> str:
-    """The word of a command line that means the value."""
-    return str(value)
-
-
 def same(first: object, second: object) -> bool:
     """Equal, of one type, and NaN is NaN."""
     return type(first) is type(second) and repr(first) == repr(second)
@@ -121,7 +116,7 @@ def same(first: object, second: object) -> bool:
 def test_an_option_set_from_its_text_comes_back(pair):
     key, value = pair
     cfg = config.defaults()
-    config.put(cfg, key, as_text(value), "the test")
+    config.put(cfg, key, str(value), "the test")
     assert same(config.get(cfg, key), value)
     assert config.differing(cfg, DEFAULTS) in ([], [key])
 
@@ -144,7 +139,7 @@ def test_options_come_back_from_plain_data_and_from_a_file(tmp_path_factory, cho
 def test_valid_options_pass_and_come_back_from_a_command_line(chosen):
     cfg = with_settings(chosen)
     config.check(cfg)
-    words = [word for key, value in chosen.items() for word in (key, as_text(value))]
+    words = [word for key, value in chosen.items() for word in (key, str(value))]
     assert same(config.to_dict(cli.parse("", words).cfg), config.to_dict(cfg))
 
 
@@ -187,8 +182,8 @@ def test_pairs_beat_flags_beat_the_file_beat_defaults(tmp_path_factory, layers, 
         (tree.setdefault(sections[0], {}) if sections else tree)[name] = value
     path.write_text(yaml.dump(tree, Dumper=config._Writer))
     groups = [["--cfg", str(path)]]
-    groups += [[FLAG_OF[key], as_text(value).split("\n")[0]] for key, value in in_flags.items()]
-    groups += [[key, as_text(value)] for key, value in in_pairs.items()]
+    groups += [[FLAG_OF[key], str(value).split("\n")[0]] for key, value in in_flags.items()]
+    groups += [[key, str(value)] for key, value in in_pairs.items()]
     order.shuffle(groups)
     cfg = cli.parse("", list(itertools.chain(*groups))).cfg
     wanted = in_file | in_flags | in_pairs
