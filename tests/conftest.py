@@ -1,5 +1,6 @@
 """Small images, a network of a few thousand weights, and a run of main_cmd.py with both."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -57,6 +58,15 @@ def own_handlers():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def told(caplog, monkeypatch):
+    """caplog, with all that the log tells people."""
+    log = logging.getLogger("cmd")
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, log.name)
+    return caplog
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """16 images in the class subfolders red and green."""
@@ -106,11 +116,10 @@ def pretrain(command, environment) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, pretrain, images) -> Path:
+def trained(tmp_path_factory, pretrain, knn_options) -> Path:
     """The folder of a run of CMD: 4 epochs of 2 steps, each epoch's checkpoint kept."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    knn = f"EVAL.KNN_EVERY 2 EVAL.KNN_TRAIN {images} EVAL.KNN_VAL {images} EVAL.SIZE 32"
-    pretrain(folder, f"{TRAINED} {knn} EVAL.KNN_K 3")
+    pretrain(folder, f"{TRAINED} {knn_options}")
     return folder
 
 

@@ -93,9 +93,6 @@ class Script:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
     def said(self) -> str:
         """What it has written up to now, stdout before stderr."""
         paths = [self.out] if self.merged else [self.out, self.err]

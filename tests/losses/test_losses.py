@@ -180,7 +180,7 @@ def test_a_matrix_of_a_chunk_has_as_many_mebibytes_as_the_option_says(mib, chunk
     12; L_S takes the targets of its bags, two of 16 instances to 32 rows, eight of 4."""
     run = pretraining(small_config(HEAD__OUT_DIM=2**13, LOSS__CHUNK_MIB=mib, CMD__LT=True))
     with torch.no_grad():
-        student, teacher = run.forward([torch.randn(3, 3, s, s) for s in (32, 32, 16, 16)])
+        student, teacher = run.forward(random_crops(3, seed=0))
         with torch.profiler.profile() as profile:
             run.objective(student, teacher, run.carried, TEACHER_TEMP)
     (found,) = [event for event in profile.key_averages() if event.key == "aten::softmax"]
@@ -196,15 +196,15 @@ def drawn_matches(rows: int, matches: int, targets: int) -> tuple[Tensor, Tensor
     )
 
 
-@pytest.mark.parametrize("trained", ["students", "prototypes", "both"])
-def test_matches_give_a_weighted_sum_of_cross_entropies(trained, monkeypatch):
+@pytest.mark.parametrize("moving", ["students", "prototypes", "both"])
+def test_matches_give_a_weighted_sum_of_cross_entropies(moving, monkeypatch):
     """Students and targets of unlike number, one a chunk, a gradient from above that is not 1."""
     chunks_of(monkeypatch, 1)
     case, (matches, weights) = make("no local crops", 2), drawn_matches(6, 3, targets=8)
     students, rows = unit_rows(6, 5, 0).double(), unit_rows(8, 5, 1).double()
     own, other = case.student.image_prototypes, case.teacher.image_prototypes
-    students.requires_grad_(trained != "prototypes")
-    own.requires_grad_(trained != "students")
+    students.requires_grad_(moving != "prototypes")
+    own.requires_grad_(moving != "students")
     targets = Targets(rows, other, TEACHER_TEMP, case.centres.image)
     q = [plain.softmax((other @ row - case.centres.image) / TEACHER_TEMP).detach() for row in rows]
     wanted = 0

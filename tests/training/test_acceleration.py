@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,22 @@ from engine.training.resume import Found, resume
 from engine.training.step import Pretraining
 from tests import runs
 from tests.processes import found_by_each
-from tests.runs import RESNET, Calls, batch_of, checkpoint_of, pretraining, record_of, small_config
+from tests.runs import (
+    RESNET,
+    Calls,
+    batch_of,
+    checkpoint_of,
+    crops_for,
+    pretraining,
+    record_of,
+    small_config,
+)
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 
-SWIN = {
-    "MODEL__ARCH": "swin_tiny",
+SWIN = runs.SWIN | {
     "MODEL__EMBED_DIM": 24,
     "MODEL__DEPTHS": [2, 2],
-    "MODEL__NUM_HEADS": [2, 4],
-    "MODEL__PATCH_SIZE": 4,
-    "MODEL__WINDOW_SIZE": 4,
     # A map of 12: the second stage's 6 is padded to the window.
     "AUG__GLOBAL_CROPS_SIZE": 48,
     "AUG__LOCAL_CROPS_SIZE": 24,
@@ -41,15 +47,6 @@ OBJECTIVES = {
     "lcr": {"LOSS__OBJECTIVE": "lcr", "AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8},
     "cmd bn": {"HEAD__USE_BN": True},
 }
-
-
-def crops_for(run: Pretraining, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    aug, batch = run.cfg.AUG, run.cfg.TRAIN.BATCH_SIZE_PER_GPU
-    sizes = [aug.GLOBAL_CROPS_SIZE] * 2
-    if aug.LOCAL_CROPS_NUMBER:
-        sizes += aug.LOCAL_CROPS_SIZE * aug.LOCAL_CROPS_NUMBER[0]
-    return [torch.randn(batch, 3, size, size, generator=generator) for size in sizes]
 
 
 def step(run: Pretraining, seed: int = 0, **options) -> dict[str, Tensor]:
@@ -193,12 +190,8 @@ def steps_of(world: World, options: dict, backend: str) -> dict[str, Tensor]:
         for network in networks:
             compile_network(network, backend)
     run = Pretraining.build(cfg, world, *networks, steps_per_epoch=4)
-    share = slice(2 * world.rank, 2 * world.rank + 2) if world.size > 1 else slice(None)
     for seed in range(2):
-        generator = torch.Generator().manual_seed(seed)
-        sizes = [32, 32] + [16, 16] * bool(cfg.AUG.LOCAL_CROPS_NUMBER)
-        crops = [torch.randn(4, 3, s, s, generator=generator)[share] for s in sizes]
-        figures = run.train_step(iter([batch_of(crops)]))[0]
+        figures = step(run, seed)
     assert isinstance(run.wrapped, DistributedDataParallel) == (world.size > 1)
     broken = counters["graph_break"]
     assert not broken, broken
@@ -270,6 +263,11 @@ def calls_of_a_step(**options) -> list[str]:
     return mode.names
 
 
+# Operator calls of one step, measured, with a tenth to spare: a loop over views, pairs of views or
+# parameters where one call did before shows here.
+MOST_CALLS = {("vit", "cmd"): 1560, ("swin", "cmd"): 2870, ("vit", "dino"): 850}
+
+
 @pytest.mark.parametrize(
     ("arch", "objective"),
     [
@@ -277,20 +275,10 @@ def calls_of_a_step(**options) -> list[str]:
         *itertools.product(["swin", "resnet"], ["cmd", "lcr"]),
     ],
 )
-def test_a_step_fetches_nothing_to_the_host(arch, objective):
+def test_a_step_fetches_nothing_to_the_host_and_takes_no_more_calls_than_it_did(arch, objective):
     calls = calls_of_a_step(**ARCHITECTURES[arch], **OBJECTIVES[objective])
     assert not [name for name in calls if name in SYNCS]
-
-
-# Operator calls of one step, measured, with a tenth to spare: a loop over views, pairs of views or
-# parameters where one call did before shows here.
-MOST_CALLS = {("vit", "cmd"): 1560, ("swin", "cmd"): 2870, ("vit", "dino"): 850}
-
-
-@pytest.mark.parametrize(("arch", "objective"), MOST_CALLS)
-def test_a_step_takes_no_more_operator_calls_than_it_did(arch, objective):
-    calls = calls_of_a_step(**ARCHITECTURES[arch], **OBJECTIVES[objective])
-    assert len(calls) <= MOST_CALLS[arch, objective]
+    assert len(calls) <= MOST_CALLS.get((arch, objective), math.inf)
 
 
 def test_calls_do_not_grow_with_the_number_of_crops_of_a_size():

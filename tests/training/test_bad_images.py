@@ -25,7 +25,7 @@ from engine import build
 from engine.training.bad_images import LIST, BadImages
 from tests.conftest import ROOT, save_images
 from tests.processes import found_by_each, run_python
-from tests.runs import assert_same_run, small_config
+from tests.runs import assert_same_run, log_of, small_config
 from tests.training.test_training import assert_refused
 from utils.distributed import ALONE, World
 from utils.errors import InputError
@@ -197,18 +197,15 @@ def test_an_image_is_turned_upright(orientation, suffix, tmp_path):
 # Bad files
 
 
-def cut(name: str) -> Callable[[Path], object]:
-    def write(path: Path) -> None:
-        Image.fromarray(smooth()).save(path, quality=95)
-        path.write_bytes(path.read_bytes()[:-600])
-
-    return write
+def cut(path: Path) -> None:
+    Image.fromarray(smooth()).save(path, quality=95)
+    path.write_bytes(path.read_bytes()[:-600])
 
 
 BAD = {
     "empty.jpg": (lambda path: path.touch(), "the file is empty"),
-    "cut.jpg": (cut("jpg"), "image file is truncated"),
-    "cut.png": (cut("png"), "image file is truncated"),
+    "cut.jpg": (cut, "image file is truncated"),
+    "cut.png": (cut, "image file is truncated"),
     "page.jpg": (
         lambda path: path.write_text("<!DOCTYPE html><html><body>404</body></html>"),
         "it is not an image in a known format",
@@ -469,46 +466,30 @@ def test_a_broken_member_of_a_shard_is_replaced(sets, tmp_path):
 MODES = ["none+device", "ram+workers", "device+workers"]
 
 
-def fed(world: World, mode: str, folder: Path, workers: int, batch: int) -> dict:
-    """What six steps of a run are made of: crops, indices, bad images; and what is known before."""
+def fed(
+    world: World, mode: str, folder: Path, workers: int, batch: int
+) -> tuple[list[Batch], list[BadImage]]:
+    """What six steps of a run are made of, and the bad images that are known before."""
     cache, crops = mode.split("+")
-    cfg = small_config(
-        DATA__CACHE=cache,
-        DATA__CROPS=crops,
-        DATA__CACHE_SIZE=40,
-        DATA__WORKERS=workers,
-        SEED=3,
-    )
+    kept = {"DATA__CACHE": cache, "DATA__CROPS": crops, "DATA__CACHE_SIZE": 40}
+    cfg = small_config(**kept, DATA__WORKERS=workers, SEED=3)
     images = ImageFolder(folder)
     feed = build.feed(cfg, images, world)
     sampler = StepSampler(len(images), batch, world.rank, world.size, 1, 3, 0, 6)
-    batches = list(feed.batches(sampler, workers))
-    return {
-        "crops": [batch.data for batch in batches],
-        "indices": [batch.indices.tolist() for batch in batches],
-        "met": [batch.bad for batch in batches],
-        "before": feed.bad,
-    }
-
-
-def assert_fed_alike(left: dict, right: dict) -> None:
-    assert left["indices"] == right["indices"]
-    assert left["met"] == right["met"]
-    for one, other in zip(left["crops"], right["crops"], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return list(feed.batches(sampler, workers)), feed.bad
 
 
 @pytest.mark.parametrize(("mode", "workers"), [(mode, n) for mode in MODES for n in (0, 2)])
 def test_substitutes_are_the_same_wherever_images_are_kept(mode, workers, spoiled):
-    wanted = fed(ALONE, "none+device", spoiled, 0, 6)
-    found = fed(ALONE, mode, spoiled, workers, 6)
-    assert_fed_alike(found, wanted)
-    assert any(wanted["met"])
-    known = {Path(bad.path).name for bad in found["before"]}
+    wanted, _ = fed(ALONE, "none+device", spoiled, 0, 6)
+    found, before = fed(ALONE, mode, spoiled, workers, 6)
+    assert_equal_batches(found, wanted)
+    assert any(batch.bad for batch in wanted)
+    known = {Path(bad.path).name for bad in before}
     assert known == {"z_loop_of_a_link", *(() if mode == "none+device" else BAD)}
 
 
-def fed_everywhere(world: World, folder: Path) -> dict[str, dict]:
+def fed_everywhere(world: World, folder: Path) -> dict[str, tuple]:
     # What torchrun tells the processes of a single machine.
     os.environ |= {"LOCAL_RANK": str(world.rank), "LOCAL_WORLD_SIZE": str(world.size)}
     return {mode: fed(world, mode, folder, 0, 4) for mode in MODES}
@@ -518,9 +499,10 @@ def test_two_processes_know_the_same_bad_images_and_substitute_alike(spoiled):
     pair = found_by_each(2, fed_everywhere, spoiled)
     for mine in pair:
         for mode in MODES:
-            assert_fed_alike(mine[mode], mine["none+device"])
-            assert mine[mode]["before"] == pair[0][mode]["before"]
-    assert all(len(set(batch)) == 4 for mine in pair for batch in mine["ram+workers"]["indices"])
+            assert_equal_batches(mine[mode][0], mine["none+device"][0])
+            assert mine[mode][1] == pair[0][mode][1]
+    batches = [batch for mine in pair for batch in mine["ram+workers"][0]]
+    assert all(len(batch.indices.unique()) == 4 for batch in batches)
 
 
 # What a run tells
@@ -658,21 +640,15 @@ def two_bad(tmp_path_factory) -> tuple[Path, list[str]]:
     return root, names
 
 
-@pytest.fixture(scope="module")
-def finished(two_bad, pretrain, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    done = pretrain(folder, f"{RUN} DATA.PATH {two_bad[0]} DATA.MAX_BAD 0.02 DATA.WORKERS 2")
+def test_a_run_completes_with_two_bad_images_and_lists_them(two_bad, pretrain, tmp_path):
+    options = f"{RUN} DATA.PATH {two_bad[0]} DATA.MAX_BAD 0.02 DATA.WORKERS 2"
+    done = pretrain(tmp_path, options)
     for name in two_bad[1]:
         assert done.stdout.count(f"warning: {name} cannot be read (") == 1
     assert "Traceback" not in done.stderr
-    return folder
-
-
-def test_a_run_completes_with_two_bad_images_and_lists_them(two_bad, finished):
-    contents = listed(finished)
+    contents, lines = listed(tmp_path), log_of(tmp_path)
     assert [image["path"] for image in contents["bad"]] == two_bad[1]
     assert (contents["count"], contents["images"]) == (2, 200)
-    lines = [json.loads(line) for line in (finished / "log.txt").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 5, 10, 15, 20, 25]
     assert all(np.isfinite(line["loss"]) for line in lines)
 

@@ -16,7 +16,7 @@ from engine.training.step import Pretraining
 from losses.contrastive import KeyQueue
 from losses.targets import Centres
 from tests.processes import found_by_each
-from tests.runs import SWIN, batch_of, small_config
+from tests.runs import SWIN, batch_of, crops_for, small_config
 from utils import distributed
 from utils.distributed import ALONE, World
 from utils.errors import InputError
@@ -68,8 +68,7 @@ def exchanged(world: World, options: dict) -> tuple[list[tuple[str, int]], int]:
     """The collectives of a run's third step, and the numbers in its gradient."""
     cfg = small_config(TRAIN__BATCH_SIZE_PER_GPU=BATCH, **options)
     run = Pretraining.build(cfg, world, *build.networks(cfg), 4)
-    sizes = (32, 32, 16, 16)[: 2 if run.objective.projects else 4]
-    batches = [batch_of([torch.randn(BATCH, 3, s, s) for s in sizes]) for _ in range(2)]
+    batches = [batch_of(crops_for(run, seed)) for seed in range(2)]
     for _ in range(2):
         run.train_step(iter(batches))  # after the first the gradient's buckets are made anew
     with Exchanges() as mode:

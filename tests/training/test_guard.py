@@ -1,7 +1,6 @@
 """A loss or gradient that is not finite: the step leaves nothing behind, on no process."""
 
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -16,21 +15,22 @@ from engine.training.resume import Found, resume
 from engine.training.step import Pretraining
 from losses.objective import Objective
 from tests.processes import found_by_each
-from tests.runs import RESNET, batch_of, pretraining, record_of, small_config
+from tests.runs import (
+    RESNET,
+    batch_of,
+    log_of,
+    pretraining,
+    random_crops,
+    record_of,
+    small_config,
+)
 from utils import checkpoint
 from utils.distributed import World
 from utils.errors import InputError
 
-BATCH = 3
-
-
-def crops_of(seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(BATCH, 3, size, size, generator=generator) for size in (32, 32, 16, 16)]
-
 
 def batch(seed: int, spoilt: bool = False):
-    crops = crops_of(seed)
+    crops = random_crops(3, seed)
     if spoilt:
         crops[0][1, 0, 3, 5] = math.nan
     return batch_of(crops)
@@ -91,19 +91,24 @@ def test_a_run_goes_on_as_if_the_bad_step_had_not_been(options, bad_step):
     assert run.is_finite()
 
 
+def skipped_step(run: Pretraining) -> dict[str, Tensor]:
+    """The figures of a step that must leave everything as it was."""
+    before = everything(run)
+    figures, _, good = run.train_step(iter([batch(0)]))
+    assert not good
+    after = everything(run)
+    assert_same({name: after[name] for name in before}, before)
+    return figures
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_a_gradient_alone_is_enough(value):
     run = pretraining(small_config())
-    before = everything(run)
     weight = run.student.backbone.blocks[0].mlp.fc1.weight
-    handle = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), value))
-    figures, _, good = run.train_step(iter([batch(0)]))
-    handle.remove()
+    weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), value))
+    figures = skipped_step(run)
     assert figures["loss"].isfinite()
-    assert not good
     assert not figures["grad_norm"].isfinite()
-    after = everything(run)
-    assert_same({name: after[name] for name in before}, before)
 
 
 class WithoutLoss(Objective):
@@ -116,12 +121,8 @@ class WithoutLoss(Objective):
 
 def test_a_loss_alone_is_enough_where_gradients_are_finite():
     run = pretraining(small_config())
-    before, run.objective = everything(run), WithoutLoss(**vars(run.objective))
-    figures, _, good = run.train_step(iter([batch(0)]))
-    assert figures["grad_norm"].isfinite()
-    assert not good
-    after = everything(run)
-    assert_same({name: after[name] for name in before}, before)
+    run.objective = WithoutLoss(**vars(run.objective))
+    assert skipped_step(run)["grad_norm"].isfinite()
 
 
 def spoilt_on_one(world: World, spoilt_rank: int) -> dict[str, Tensor]:
@@ -162,18 +163,6 @@ def run_with(folder: Path, bad: set[int], **options) -> Pretraining:
     loader = [batch(step, step in bad) for step in range(run.total_steps)]
     train(run, record_of(), loader, folder)
     return run
-
-
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-@pytest.fixture
-def told(caplog, monkeypatch):
-    """What the log tells people."""
-    monkeypatch.setattr(logging.getLogger("cmd"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="cmd")
-    return caplog
 
 
 def test_lines_of_the_log_are_of_the_good_steps_alone_and_count_the_others(tmp_path, told):

@@ -3,12 +3,14 @@
 import argparse
 import builtins
 import collections
+import functools
 import io
 import os
 import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -53,18 +55,13 @@ def state() -> dict:
     return checkpoint_of(pretraining(small_config()))
 
 
-def zipped(contents) -> bytes:
+def zipped(contents, **how) -> bytes:
     file = io.BytesIO()
-    torch.save(contents, file)
+    torch.save(contents, file, **how)
     return file.getvalue()
 
 
-def legacy(contents) -> bytes:
-    file = io.BytesIO()
-    torch.save(contents, file, _use_new_zipfile_serialization=False)
-    return file.getvalue()
-
-
+legacy = functools.partial(zipped, _use_new_zipfile_serialization=False)
 CONTAINERS = {"zip": zipped, "legacy": legacy, "pickle": pickle.dumps}
 
 
@@ -83,6 +80,30 @@ def assert_refused(error: str, harm: Path) -> None:
 
 
 # Every script
+
+
+@pytest.fixture
+def refusal(capfd, monkeypatch, harm) -> Callable[[ModuleType, str], str]:
+    """The line of a script, inside this process, that must refuse the file."""
+
+    def run(script: ModuleType, words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["script.py", *words.split()])
+        with pytest.raises(SystemExit) as caught:
+            run_script(script.main)
+        assert caught.value.code == 2
+        line = capfd.readouterr().err
+        assert_refused(line, harm)
+        return line
+
+    return run
+
+
+def splits(folder: Path, images: Path) -> Path:
+    """The images as both splits of a data set."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        (folder / split).symlink_to(images)
+    return folder
 
 
 DATA = "--data_path IN/images --output_dir IN/out --device cpu --num_workers 0"
@@ -113,9 +134,7 @@ def folder(tmp_path, images, state, harm) -> Callable[[str], Path]:
             path = tmp_path / "in" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        for split in ("train", "val"):
-            (tmp_path / "in" / "images").mkdir(exist_ok=True)
-            (tmp_path / "in" / "images" / split).symlink_to(images)
+        splits(tmp_path / "in" / "images", images)
         return tmp_path / "in"
 
     return make
@@ -123,14 +142,9 @@ def folder(tmp_path, images, state, harm) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_refuses_it_in_a_line(name, container, folder, harm, capfd, monkeypatch):
+def test_every_script_refuses_it_in_a_line(name, container, folder, harm, refusal):
     script, words = SCRIPTS[name]
-    place = folder(container)
-    monkeypatch.setattr(sys, "argv", ["script.py", *words.replace("IN/", f"{place}/").split()])
-    with pytest.raises(SystemExit) as caught:
-        run_script(script.main)
-    assert caught.value.code == 2
-    assert_refused(capfd.readouterr().err, harm)
+    refusal(script, words.replace("IN/", f"{folder(container)}/"))
     pickle.loads(pickle.dumps(Runs(os.system, f"touch {harm}")))
     assert harm.exists(), "the payload is real"
 
@@ -166,26 +180,16 @@ def test_kept_features_are_never_unpickled(container, tmp_path, state, harm):
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_probe_does_not_go_on_from_it(
-    container, tmp_path, images, state, harm, capfd, monkeypatch
-):
+def test_a_probe_does_not_go_on_from_it(container, tmp_path, images, state, harm, refusal):
     checkpoint.save(state, tmp_path / "weights.pth")
-    for split in ("train", "val"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / split).symlink_to(images)
+    splits(tmp_path / "data", images)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "linear.pth").write_bytes(hostile(state, harm, container))
     words = f"""
         --pretrained_weights {tmp_path}/weights.pth --data_path {tmp_path}/data
         --output_dir {tmp_path}/out --device cpu --num_workers 0 --n_last_blocks 1 --epochs 1
     """
-    monkeypatch.setattr(sys, "argv", ["eval_linear.py", *words.split()])
-    with pytest.raises(SystemExit) as caught:
-        run_script(eval_linear.main)
-    assert caught.value.code == 2
-    error = capfd.readouterr().err
-    assert_refused(error, harm)
-    assert f"{tmp_path}/out/linear.pth is " in error
+    assert f"{tmp_path}/out/linear.pth is " in refusal(eval_linear, words)
 
 
 # What is allowed by name, and what hides behind it

@@ -113,6 +113,13 @@ def test_a_loader_worker_goes_on_after_signals_to_the_whole_job(numbers):
         assert torch.cat(list(loader)).tolist() == list(range(8))
 
 
+def ends_by_its_parents_sigterm(child: int, reading: int) -> bool:
+    """Whether a child that has told that it is alive does."""
+    assert os.read(reading, 5) == b"alive"
+    os.kill(child, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
 def tell_when_taken(writing: int) -> None:
     """In a child: once its own SIGTERM is taken, with which another would be merged; then wait."""
     while signal.SIGTERM in signal.sigpending():
@@ -128,9 +135,7 @@ def test_only_its_parents_sigterm_ends_a_loader_worker():
         outlive_signals(0)
         send(signal.SIGTERM, signal.SIGUSR1)
         tell_when_taken(writing)
-    assert os.read(reading, 5) == b"alive"
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert ends_by_its_parents_sigterm(child, reading)
 
 
 def test_a_signal_at_the_birth_of_a_loader_worker_does_not_hit_it():
@@ -141,9 +146,7 @@ def test_a_signal_at_the_birth_of_a_loader_worker_does_not_hit_it():
             send(signal.SIGTERM, signal.SIGUSR1)
             outlive_signals(0)
             tell_when_taken(writing)
-    assert os.read(reading, 5) == b"alive"
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert ends_by_its_parents_sigterm(child, reading)
     assert signals.received is None
 
 
@@ -156,14 +159,19 @@ def signalled(number: int) -> None:
         send(number)
 
 
-@pytest.mark.parametrize(("number", "code"), CODES)
-def test_at_start_up_a_launchers_sigterm_to_a_group_is_no_preemption(number, code):
+@pytest.mark.parametrize(
+    ("size", "number", "code"),
+    [(1, signal.SIGTERM, EXIT_PREEMPTED), *((2, *signal_and_code) for signal_and_code in CODES)],
+)
+def test_at_start_up_a_launchers_sigterm_to_a_group_is_no_preemption(size, number, code):
     """It may come because another process was refused, and would be for ever."""
-    ended = ended_ranks(2, signalled, number)
-    assert [end.code for end in ended] == [code, code]
+    first, *others = ended_ranks(size, signalled, number)
+    assert {end.code for end in (first, *others)} == {code}
+    (line,) = first.said
     kind = "preempted" if code == EXIT_PREEMPTED else "error"
-    assert [len(end.said) for end in ended] == [1, 0]
-    assert ended[0].said[0].startswith(f"{kind}: stopped by {number.name} before the first step")
+    sentence = f"stopped by {number.name} before the first step: nothing was lost"
+    assert line.startswith(f"{kind}: {sentence}")
+    assert [end.said for end in others] == [[]] * (size - 1)
 
 
 def first_is_signalled(number: int) -> None:
@@ -178,19 +186,6 @@ def first_is_signalled(number: int) -> None:
 def test_before_the_first_step_one_process_ends_at_once_and_the_others_after_it(number, code):
     ended = ended_ranks(2, first_is_signalled, number)
     assert [end.code for end in ended] == [code, 1]
-
-
-def alone() -> None:
-    """A process by itself gets SIGTERM before its first step."""
-    with StopSignals():
-        send(signal.SIGTERM)
-
-
-def test_a_preempted_script_says_one_line_and_ends_with_75():
-    (end,) = ended_ranks(1, alone)
-    assert end.code == EXIT_PREEMPTED == 75
-    (line,) = end.said
-    assert line.startswith("preempted: stopped by SIGTERM before the first step: nothing was lost")
 
 
 def test_a_loader_worker_whose_parent_died_while_it_was_started_ends(environment):

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.processes import PATIENCE, ROOT, run_group
+from tests.runs import load
 from utils import launch
 
 FOLDER = ROOT / "experiments" / "slurm"
@@ -164,11 +164,6 @@ def options(command, folder: Path, epochs: int) -> list[str]:
     return command(folder / "run", some)[1:]
 
 
-def steps_done(job: Job) -> int:
-    path = job.folder / "run" / "checkpoint.pth"
-    return torch.load(path, weights_only=True)["step"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "number"), [("one_node", signal.SIGUSR1), ("several_nodes", signal.SIGTERM)]
@@ -192,9 +187,9 @@ def test_a_preempted_run_is_requeued_and_its_second_start_finishes_it(
     told = [line for line in job.lines() if line.startswith("preempted: ")]
     assert len(told) == (1 if script == "one_node" else 2)  # once for each node
     assert all(number.name in line for line in told)
-    before = steps_done(job)
+    before = load(job.folder / "run")["step"]
     assert before < 24
     again = run_group(2, "main_cmd.py", *words, environment=environment)
-    assert steps_done(job) == 24
+    assert load(job.folder / "run")["step"] == 24
     (resumed,) = [line for line in again.stdout.splitlines() if line.startswith("resuming from")]
     assert f"at step {before}" in resumed

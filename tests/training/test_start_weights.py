@@ -23,17 +23,9 @@ from tests.runs import record_of, small_config
 from utils import checkpoint, config
 from utils.distributed import ALONE
 from utils.errors import InputError
-from utils.logging import logger
 from utils.normalisation import IMAGENET, Normalisation
 
 HALVES = Normalisation((0.5, 0.5, 0.5), (0.5, 0.25, 0.5))
-
-
-@pytest.fixture
-def lines(caplog, monkeypatch):
-    monkeypatch.setattr(logger, "propagate", True)  # as caplog wants it
-    caplog.set_level("INFO")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def timms_folder(path: Path, by: Normalisation = HALVES, **more) -> Path:
@@ -81,21 +73,21 @@ def test_every_way_to_a_network_normalises_alike(tmp_path):
         torch.testing.assert_close(own, HALVES.of_imagenets(imagenets), atol=2e-5, rtol=0)
 
 
-def test_the_normalisation_of_the_weights_is_the_runs_from_then_on(tmp_path, lines):
+def test_the_normalisation_of_the_weights_is_the_runs_from_then_on(tmp_path, told):
     folder = timms_folder(tmp_path / "theirs")
     cfg, run = started(folder)
     assert config.normalisation(cfg) == build.augmentation(cfg).normalisation == HALVES
     file = folder / "model.safetensors"
-    assert f"images are normalised as for {file}: {HALVES}" in lines()
-    assert f"{file}: not read: head.bias, head.weight" in lines()
-    assert f"starting from {folder}: backbone" in lines()
+    assert f"images are normalised as for {file}: {HALVES}" in told.messages
+    assert f"{file}: not read: head.bias, head.weight" in told.messages
+    assert f"starting from {folder}: backbone" in told.messages
 
     # Its checkpoint says so to whoever evaluates it, and to the run that goes on from it.
     path = tmp_path / checkpoint.LAST
     state = run.state() | record_of(12).state() | {"images": "images"}
     checkpoint.save(state, path)
     source = load_source(path)
-    assert not [line for line in lines() if "weights of" in line]  # by names these are DINO's
+    assert not [line for line in told.messages if "weights of" in line]  # by names these are DINO's
     assert Reading.of(config.defaults(), ALONE, source).normalisation == HALVES
     assert Reading.of(cfg, ALONE, load_source(folder)).normalisation == HALVES
     later = small_config(OUTPUT_DIR=str(tmp_path))
@@ -108,11 +100,11 @@ def test_the_normalisation_of_the_weights_is_the_runs_from_then_on(tmp_path, lin
     torch.testing.assert_close(seen, HALVES.of_imagenets(view.pixels))
 
 
-def test_a_normalisation_that_is_given_stays_and_the_difference_is_said(tmp_path, lines):
+def test_a_normalisation_that_is_given_stays_and_the_difference_is_said(tmp_path, told):
     given = {"DATA__MEAN": list(IMAGENET.mean), "DATA__STD": list(IMAGENET.std)}
     cfg, _ = started(timms_folder(tmp_path / "theirs"), **given)
     assert config.normalisation(cfg) == IMAGENET
-    assert any(str(IMAGENET) in line and str(HALVES) in line for line in lines())
+    assert any(str(IMAGENET) in line and str(HALVES) in line for line in told.messages)
     assert started(timms_folder(tmp_path / "plain", IMAGENET))[0].DATA.MEAN == []
 
 

@@ -1,6 +1,5 @@
 """The figures of a run's features: what they say, beside the start's, and what they leave alone."""
 
-import logging
 import math
 from pathlib import Path
 
@@ -19,7 +18,15 @@ from engine.training.standing import Measured, Standing
 from engine.training.step import Pretraining
 from engine.training.validation import Validation, of_copies
 from tests.processes import found_by_each
-from tests.runs import RESNET, load, log_of, pretraining, record_of, small_config, tensors
+from tests.runs import (
+    RESNET,
+    assert_same_state,
+    load,
+    log_of,
+    pretraining,
+    record_of,
+    small_config,
+)
 from utils import checkpoint
 from utils.checkpoint import BEST, LAST
 from utils.distributed import ALONE, World
@@ -34,14 +41,6 @@ OPTIONS = {
     "DATA__CROPS": "workers",
     "PRINT_FREQ": 1,
 }
-
-
-@pytest.fixture
-def told(caplog, monkeypatch):
-    """What the log tells people."""
-    monkeypatch.setattr(logging.getLogger("cmd"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="cmd")
-    return caplog
 
 
 def trained(folder: Path, images: Path, **options) -> Pretraining:
@@ -162,9 +161,7 @@ def test_figures_change_no_bit_of_the_training_and_stand_beside_the_starts(image
     assert "features" not in told.text
     trained(tmp_path / "measured", images, CKPT__KEEP="best")
     states = [load(tmp_path / name) for name in ("plain", "measured")]
-    for part in ("student", "teacher", "carried", "optimizer"):
-        ours, theirs = (tensors(state[part]) for state in states)
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert_same_state(*states)
     logs = [log_of(tmp_path / name) for name in ("plain", "measured")]
     figures = [line for line in logs[1] if "agreement" in line]
     assert [line for line in logs[1] if "loss" in line] == logs[0]

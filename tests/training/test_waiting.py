@@ -4,16 +4,14 @@ import itertools
 import json
 
 import pytest
-import torch
 
 from datasets.ahead import Wait
 from engine.training import waiting
 from engine.training.loop import train
 from engine.training.waiting import STEPS, DataWaits, faster
 from tests.processes import found_by_each
-from tests.runs import batch_of, pretraining, record_of, small_config
+from tests.runs import batch_of, pretraining, random_crops, record_of, small_config
 from utils.distributed import ALONE, World
-from utils.logging import logger
 
 
 def waited(seconds: float) -> Wait:
@@ -80,19 +78,16 @@ def test_only_what_a_run_can_do_is_advised(options, device, cores, named, not_na
     assert [words for words in not_named if words in sentence] == []
 
 
-def test_a_line_says_the_share_and_a_run_is_warned(tmp_path, caplog, monkeypatch):
+def test_a_line_says_the_share_and_a_run_is_warned(tmp_path, told, monkeypatch):
     """The first batch, for which loader processes start, counts for nothing."""
-    monkeypatch.setattr(logger, "propagate", True)  # as caplog wants it
     monkeypatch.setattr(waiting, "STEPS", 2)
     run = pretraining(small_config(PRINT_FREQ=1, TRAIN__EPOCHS=1))
-    crops = [torch.randn(3, 3, size, size) for size in (32, 32, 16, 16)]
     waits = itertools.chain([waited(1e6)], itertools.repeat(waited(0.0), 2), [waited(1e3)])
-    batches = (batch_of(crops)._replace(waited=wait) for wait in waits)
-    with caplog.at_level("INFO", "cmd"):
-        train(run, record_of(3), batches, tmp_path)
+    batches = (batch_of(random_crops(3, 0))._replace(waited=wait) for wait in waits)
+    train(run, record_of(3), batches, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["data_wait"] for line in lines[:3]] == [0.0] * 3
     assert lines[3]["data_wait"] > 100  # of a second or so
-    said = {record.getMessage() for record in caplog.records}
+    said = set(told.messages)
     assert sum("waiting for data 0 %" in message for message in said) == 3
     assert sum("% of the time the cpu waits for data: " in message for message in said) == 1
