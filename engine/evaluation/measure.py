@@ -41,9 +41,11 @@ class KNN:
         )
         scores = {k: knn.accuracy(ranking, test.labels) for k, ranking in ranked.items()}
         gallery = len(train.labels)
+        remarks = {k: [] for k in self.ks}
         for k in self.ks:
             if k > gallery:
-                _warn_once(all_vote(k, gallery))
+                remarks[k] = [f"{k}-NN: the gallery has {gallery} images, and all of them vote"]
+                _warn_once(*remarks[k])
         figures = {
             "protocol": "k-NN",
             "temperature": self.temperature,
@@ -54,17 +56,12 @@ class KNN:
                     "top1": top1,
                     "top5": top5,
                     "neighbours": min(k, gallery),
-                    "remarks": [all_vote(k, gallery)] if k > gallery else [],
+                    "remarks": remarks[k],
                 }
                 for k, (top1, top5) in scores.items()
             },
         }
         return KNNFigures(figures, {k: ranking[:, 0] for k, ranking in ranked.items()})
-
-
-def all_vote(k: int, gallery: int) -> str:
-    """The remark on a k-NN of more neighbours than there are images."""
-    return f"{k}-NN: the gallery has {gallery} images, and all of them vote"
 
 
 @functools.cache  # once for all networks and epochs

@@ -41,11 +41,8 @@ def provenance(cfg: Node, features: SplitFeatures) -> dict:
             "name": splits.name,
             "classes": len(splits.train.classes),
             **{
-                split: {
-                    "root": str(features.images(split).root),
-                    "images": len(features.images(split)),
-                }
-                for split in SPLITS
+                split: {"root": str(images.root), "images": len(images)}
+                for split, images in zip(SPLITS, (splits.train, splits.test), strict=True)
             },
             "notes": splits.notes,
         }

@@ -154,7 +154,7 @@ def sort_rows(keys: Tensor) -> Tensor:
     return keys
 
 
-def divide(split: str, train: int, test: int, every: int = 9) -> tuple[Tensor, Tensor]:
+def divide(split: str, train: int, test: int) -> tuple[Tensor, Tensor]:
     """Gallery and queries, int64 places in train then test.
 
     split: `standard`, all of train and all of test; or `ratio`, of the released CMD code: every
@@ -163,5 +163,5 @@ def divide(split: str, train: int, test: int, every: int = 9) -> tuple[Tensor, T
     places = torch.arange(train + test)
     is_query = places >= train
     if split == "ratio":
-        is_query &= (places - train) % every == 0
+        is_query &= (places - train) % 9 == 0
     return places[~is_query], places[is_query]
