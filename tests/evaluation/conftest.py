@@ -1,15 +1,11 @@
 """A small data set, a checkpoint, and what is made of both once for a file of tests."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.datasets import benchmark_trees as trees
-from tests.evaluation.runs import copy_of, works, write_data
-from tests.runs import pretraining, small_config
-from utils import checkpoint
+from tests.evaluation.runs import copy_of, save_run, works, write_data
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +15,9 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A run of the objective cmd whose student and teacher differ, and with a spread attention."""
+    """A run of the objective cmd."""
     path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
-    run = pretraining(small_config())
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in [*run.student.parameters(), *run.teacher.parameters()]:
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    checkpoint.save(run.state(), path)
+    save_run(path)
     return path
 
 
@@ -62,12 +53,6 @@ def spoilt(tmp_path_factory, data, weights) -> Path:
     backbone = {k: v for k, v in own["student"].items() if k.startswith("backbone.")}
     torch.save({"student": backbone}, folder / "student.pth")
     torch.save({"teacher": {"stem.weight": torch.zeros(2)}}, folder / "unknown.pth")
-    copy_of(data, folder / "no_val")
-    shutil.rmtree(folder / "no_val" / "val")
-    copy_of(data, folder / "stray")
-    trees.save_image(folder / "stray" / "val" / "x.jpg", 0, 0)
-    copy_of(data, folder / "classes")
-    (folder / "classes" / "train" / "class3").rename(folder / "classes" / "train" / "class9")
     copy_of(data, folder / "bad")
     for n in range(4):
         (folder / "bad" / "train" / "class4" / f"{n}.jpg").write_text("no image")

@@ -8,16 +8,28 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 import eval_knn
 import eval_linear
 import eval_retrieval
+import evaluate
 from tests.datasets import benchmark_trees as trees
-from tests.processes import run_python
+from tests.runs import pretraining, small_config
+from utils import checkpoint
 from utils.errors import run_script
 
-SCRIPTS = {"knn": eval_knn, "retrieval": eval_retrieval, "linear": eval_linear}
+SCRIPTS = {
+    "knn": eval_knn,
+    "retrieval": eval_retrieval,
+    "linear": eval_linear,
+    "table": evaluate,
+}
 CLASSES, TRAIN, TEST = 7, 5, 4
 KNN_FIGURES = ("gallery_images", "test_images", "k", "classes", "temperature", "data")
 RETRIEVAL_FIGURES = (
@@ -31,6 +43,52 @@ RETRIEVAL_FIGURES = (
 )
 
 
+def blobs(
+    seed: int, n: int, classes: int = 7, width: int = 12, noise: float = 1.5, spread: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Features float32 [n, width] around the same centres for every seed, and labels [n]."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, classes, n)
+    centres = spread * np.random.default_rng(0).standard_normal((classes, width))
+    values = centres[labels] + noise * draw.standard_normal((n, width))
+    return torch.from_numpy(values).float(), torch.from_numpy(labels)
+
+
+def tied(seed: int, n: int, classes: int = 4) -> tuple[Tensor, Tensor]:
+    """Features [n, 16] whose cosines are exact in float32 and mostly equal, and labels [n]."""
+    draw = np.random.default_rng(seed)
+    values = draw.choice([-1.0, 1.0], (n, 16)).astype(np.float32)
+    return torch.from_numpy(values), torch.from_numpy(draw.integers(0, classes, n))
+
+
+def regression(c: float = 1.0) -> Pipeline:
+    """scikit-learn's logistic regression on standardised features."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
+
+
+def shake(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Weights away from their initialisation, so that a swapped or unread one shows."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return module
+
+
+def save_run(path: Path, **options) -> dict:
+    """A checkpoint of this project whose student and teacher differ everywhere; its contents."""
+    run = pretraining(small_config(**options))
+    shake(run.student, 1)
+    shake(run.teacher, 2)
+    for network in (run.student, run.teacher):
+        if network.pool is not None:  # after so few steps it is nearly even
+            score = network.pool.score.weight.data
+            score.copy_(torch.linspace(-1, 1, score.numel())[None])
+    run.step = 8
+    checkpoint.save(run.state(), path)
+    return torch.load(path, weights_only=True)
+
+
 class Done(NamedTuple):
     code: int
     out: str
@@ -42,7 +100,7 @@ def call(name: str, *words) -> Done:
     line = " ".join(map(str, words)).split()
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv
-    sys.argv = [f"eval_{name}.py", *line, "--num_workers", "0", "--device", "cpu"]
+    sys.argv = [f"{SCRIPTS[name].__name__}.py", *line, "--num_workers", "0", "--device", "cpu"]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             run_script(SCRIPTS[name].main)
@@ -66,12 +124,6 @@ def refusal(name: str, *words) -> str:
     (line,) = done.err.splitlines()
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
-
-
-def process(environment: dict, *words, code: int = 0) -> Done:
-    """Run a script as a process of its own."""
-    done = run_python(*words, environment=environment, code=code)
-    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def results(folder: Path, name: str) -> dict:
@@ -107,7 +159,7 @@ def assert_same_bits(first, second) -> None:
         assert first.keys() == second.keys()
         for name in first:
             assert_same_bits(first[name], second[name])
-    elif isinstance(first, torch.Tensor):
+    elif isinstance(first, Tensor):
         assert torch.equal(first, second)
         assert first.dtype == second.dtype
     else:

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -21,13 +20,14 @@ from engine.evaluation.feature_cache import Features
 from engine.evaluation.features import extract
 from models.registry import BackboneSpec, build_backbone
 from tests.datasets.benchmark_trees import save_image
+from tests.disk import forked
 from tests.evaluation.runs import assert_same_bits
-from tests.processes import PATIENCE, found_by_each
+from tests.processes import found_by_each
 from utils.distributed import ALONE, World
 from utils.errors import InputError
+from utils.files import replacing
 
-ROOT = Path(__file__).parents[2]
-IMAGES, TIMEOUT_SECONDS = 11, 60
+IMAGES = 11
 BROKEN = (0, 4, 10)
 WHOLE = eval_transform(32, 32)
 # (number of images, batch): full and uneven last batches, fewer batches than processes, one image.
@@ -229,29 +229,24 @@ def test_who_may_read_a_file_is_the_users_choice(tmp_path):
     assert (tmp_path / "f").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-WRITE = """
-import sys
-from utils.files import replacing
-with replacing(sys.argv[1]) as temporary:
-    temporary.write_text(sys.argv[2])
-    print("written", flush=True)
-    sys.stdin.readline()
-"""
-
-
 def test_two_evaluations_may_keep_the_same_features_at_once(tmp_path):
     """The one that is done first takes nothing from the other, which replaces its file."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-c", WRITE, str(tmp_path / "f")]
-    writers = [
-        subprocess.Popen([*command, text], cwd=ROOT, text=True, **pipes) for text in ("1", "2")
-    ]
-    for writer in writers:
-        assert writer.stdout.readline() == "written\n"
-    for writer, text in zip(writers, ("1", "2"), strict=True):
-        _, errors = writer.communicate("\n", timeout=PATIENCE)
-        assert writer.returncode == 0, errors
-        assert (tmp_path / "f").read_text() == text
+    reading, writing = os.pipe()
+
+    def keep(told: TextIO) -> None:
+        with replacing(tmp_path / "f") as temporary:
+            temporary.write_text("of the slower")
+            told.write("written\n")
+            os.read(reading, 1)
+        told.write("done\n")
+
+    with forked(keep) as (_, told):
+        assert told.readline() == "written\n"
+        feature_cache.save(kept(), tmp_path / "f")
+        assert_same_bits(vars(feature_cache.load(tmp_path / "f")), vars(kept()))
+        os.write(writing, b"x")
+        assert told.readline() == "done\n"
+    assert (tmp_path / "f").read_text() == "of the slower"
     assert os.listdir(tmp_path) == ["f"]
 
 

@@ -3,45 +3,35 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from engine.evaluation import knn, retrieval, similarity
 from engine.evaluation.features import gallery_and_queries
 from engine.evaluation.similarity import Blocks
+from tests.evaluation.runs import blobs, tied, write_data
 from utils.errors import InputError
-
-
-def features(seed: int, n: int, classes: int = 7, width: int = 12):
-    draw = np.random.default_rng(seed)
-    labels = draw.integers(0, classes, n)
-    centres = np.random.default_rng(0).standard_normal((classes, width))
-    return centres[labels] + 1.5 * draw.standard_normal((n, width)), labels
 
 
 @pytest.mark.parametrize("block", [1, 1000, 2**24])
 def test_top1_is_scikit_learns(block, monkeypatch):
     monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
-    gallery, gallery_labels = features(1, 300)
-    queries, query_labels = features(2, 80)
-    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (gallery, queries)]
+    gallery, gallery_labels = blobs(1, 300)
+    queries, query_labels = blobs(2, 80)
+    unit = [x.double() / x.double().norm(dim=1, keepdim=True) for x in (gallery, queries)]
     for k in (1, 5, 50, 300):
         # On the sphere the squared distance is 2 - 2 cos.
         theirs = KNeighborsClassifier(
             k, algorithm="brute", weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)
         ).fit(unit[0], gallery_labels)
-        inputs = map(torch.from_numpy, (gallery, gallery_labels, queries))
-        ours = knn.rankings(*inputs, [k], 0.07, classes=7)[k]
-        expected = 100 * (theirs.predict(unit[1]) == query_labels).mean()
-        found = knn.accuracy(ours, torch.from_numpy(query_labels))
-        assert found[0] == pytest.approx(expected)
+        ours = knn.rankings(gallery, gallery_labels, queries, [k], 0.07, classes=7)[k]
+        expected = 100 * (theirs.predict(unit[1]) == query_labels.numpy()).mean()
+        assert knn.accuracy(ours, query_labels)[0] == pytest.approx(expected)
 
 
 def test_a_k_above_the_gallery_and_fewer_than_five_classes_work():
-    gallery, labels = features(1, 6, classes=2)
-    inputs = (torch.from_numpy(gallery), torch.from_numpy(labels))
-    ranked = knn.rankings(*inputs, inputs[0], [1, 6, 1000], 0.07, classes=2)
-    assert knn.accuracy(ranked[1], inputs[1]) == (100, 100)
+    gallery, labels = blobs(1, 6, classes=2)
+    ranked = knn.rankings(gallery, labels, gallery, [1, 6, 1000], 0.07, classes=2)
+    assert knn.accuracy(ranked[1], labels) == (100, 100)
     assert torch.equal(ranked[1000], ranked[6])
 
 
@@ -55,22 +45,8 @@ def test_equal_neighbours_come_in_gallery_order():
         assert torch.equal(places, whole.indices[:, :k])
 
 
-def signs(seed: int, n: int, width: int = 16) -> torch.Tensor:
-    """Features whose cosines are exact in float32, and mostly tied."""
-    draw = np.random.default_rng(seed)
-    return torch.from_numpy(draw.choice([-1.0, 1.0], (n, width)).astype(np.float32))
-
-
-def leaning(seed: int, n: int, width: int = 64) -> torch.Tensor:
-    """Classes about a strong common direction, as networks give them."""
-    draw = np.random.default_rng(seed)
-    centres = np.random.default_rng(0).standard_normal((20, width))
-    noise = 0.7 * draw.standard_normal((n, width))
-    return torch.from_numpy(3 + centres[draw.integers(0, 20, n)] + noise).float()
-
-
 def slow_ranking(gallery, labels, queries, k: int, classes: int, temperature: float) -> list:
-    """Five best classes by plain loops; exact for `signs`."""
+    """Five best classes by plain loops; exact for `tied` features."""
     found = []
     for query in queries:
         cosines = [float(query @ image) / 16 for image in gallery]
@@ -92,8 +68,7 @@ def slow_ranking(gallery, labels, queries, k: int, classes: int, temperature: fl
 @pytest.mark.parametrize("classes", [1, 2, 9])
 def test_rankings_of_tied_features_are_those_of_plain_loops(block, room, classes, monkeypatch):
     monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
-    gallery, queries = signs(1, 60), signs(2, 12)
-    labels = torch.from_numpy(np.random.default_rng(3).integers(0, classes, 60))
+    (gallery, labels), (queries, _) = tied(1, 60, classes), tied(2, 12)
     ks = [1, 4, 20, 60, 99]
     assert room is None or Blocks.that_fit(60, 16, knn.EACH, room) == (4, 8)
     ranked = knn.rankings(gallery, labels, queries, ks, 0.5, classes, room=room)
@@ -124,10 +99,8 @@ def test_blocks_fit_into_the_room_of_a_device():
 
 
 def test_a_small_temperature_is_the_nearest_neighbour():
-    gallery, labels = features(1, 300)
-    queries, _ = features(2, 40)
-    gallery, queries = torch.from_numpy(gallery), torch.from_numpy(queries)
-    ranked = knn.rankings(gallery, torch.from_numpy(labels), queries, [1, 200], 1e-3, 7)
+    (gallery, labels), (queries, _) = blobs(1, 300), blobs(2, 40)
+    ranked = knn.rankings(gallery, labels, queries, [1, 200], 1e-3, 7)
     assert torch.equal(ranked[200][:, 0], ranked[1][:, 0])
 
 
@@ -142,6 +115,11 @@ def test_classes_without_a_vote_are_no_answers():
     own = torch.arange(10)
     ranked = knn.rankings(torch.eye(10), own, torch.eye(10), [1], 0.07, classes=10)
     assert knn.accuracy(ranked[1], own.roll(3)) == (0, 0)
+
+
+def leaning(seed: int, n: int) -> torch.Tensor:
+    """Classes about a strong common direction, as networks give them."""
+    return 3 + blobs(seed, n, classes=20, width=64, noise=0.7)[0]
 
 
 def places_found(gallery: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -170,24 +148,11 @@ def test_the_features_given_stay_as_they_are():
     assert torch.equal(queries, before[1])
 
 
-def folder(root, classes):
-    for place, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        Image.new("RGB", (16, 16), (80 * place, 90, 200)).save(root / name / "0.png")
-    return root
-
-
-def test_queries_are_numbered_by_the_gallerys_classes(tmp_path):
-    gallery = folder(tmp_path / "gallery", ["ant", "bee", "cat"])
-    queries = folder(tmp_path / "queries", ["bee", "cat"])
+def test_queries_are_numbered_by_the_gallerys_classes_and_have_no_other(tmp_path):
+    gallery, queries = (write_data(tmp_path, 3, 1, 1) / split for split in ("train", "val"))
+    (queries / "class0" / "1.jpg").unlink()
     splits = gallery_and_queries(gallery, queries)
-    first, second = splits.train, splits.test
-    assert first.labels.tolist() == [0, 1, 2]
-    assert second.labels.tolist() == [1, 2]
-
-
-def test_a_class_that_the_gallery_lacks_is_an_error(tmp_path):
-    gallery = folder(tmp_path / "gallery", ["ant", "bee"])
-    queries = folder(tmp_path / "queries", ["bee", "cat"])
-    with pytest.raises(InputError, match="lacks: cat"):
-        gallery_and_queries(gallery, queries)
+    assert splits.train.labels.tolist() == [0, 1, 2]
+    assert splits.test.labels.tolist() == [1, 2]
+    with pytest.raises(InputError, match="lacks: class0"):
+        gallery_and_queries(queries, gallery)

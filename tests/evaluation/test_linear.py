@@ -7,17 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torchvision import transforms
 
-from datasets.folder import LabelledImages
-from datasets.loader import EpochSampler, augmented
+from datasets.loader import EpochSampler
 from datasets.multicrop import RandomCrop
 from engine.evaluation import linear
 from engine.evaluation.linear import Probe, Recipe
+from tests.evaluation import runs
 from tests.processes import found_by_each
 from utils.distributed import ALONE, World
 from utils.normalisation import IMAGENET
@@ -28,11 +25,7 @@ SWEEP = (0.05, 2.0, 20.0)
 
 def blobs(seed: int, n: int, noise: float = 1.0) -> tuple[Tensor, Tensor]:
     """Features [n, WIDTH] around the centres of CLASSES classes, and labels [n]."""
-    draw = np.random.default_rng(seed)
-    labels = draw.integers(0, CLASSES, n)
-    centres = 2 * np.random.default_rng(0).standard_normal((CLASSES, WIDTH))
-    values = centres[labels] + noise * draw.standard_normal((n, WIDTH))
-    return torch.from_numpy(values).float(), torch.from_numpy(labels)
+    return runs.blobs(seed, n, CLASSES, WIDTH, noise, spread=2)
 
 
 def recipe_of(lrs: tuple[float, ...], **changes) -> Recipe:
@@ -134,37 +127,15 @@ def test_a_probe_is_a_linear_layer_with_sgd_and_a_cosine(n):
     assert len(probe.weights) == 1
 
 
-def test_each_head_of_a_sweep_is_the_probe_of_its_rate_alone():
-    features, labels = blobs(1, 70)
-    sweep, _ = trained_probe(recipe_of(SWEEP), features, labels, every(70, 5))
-    for head, lr in enumerate(SWEEP):
-        alone, _ = trained_probe(recipe_of((lr,)), features, labels)
-        assert torch.allclose(sweep.weights[head], alone.weights[0], rtol=1e-4, atol=1e-5)
-        assert torch.allclose(sweep.biases[head], alone.biases[0], rtol=1e-4, atol=1e-5)
-
-
-def test_twins_are_trained_on_the_rest_of_each_batch():
+def test_a_sweep_has_each_rates_probe_and_its_twin_on_the_rest_of_each_batch():
     features, labels = blobs(1, 70)
     held_out = every(70, 5)
     recipe = recipe_of(SWEEP)
     sweep, _ = trained_probe(recipe, features, labels, held_out)
     for head, lr in enumerate(SWEEP):
-        layer, _ = plain_probe(recipe, lr, features, labels, held_out)
-        assert_is_head(sweep, len(SWEEP) + head, layer)
-
-
-def test_twins_never_see_a_held_out_image():
-    features, labels = blobs(1, 70)
-    held_out = every(70, 5)
-    sweep, _ = trained_probe(recipe_of(SWEEP), features, labels, held_out)
-    changed, others = features.clone(), labels.clone()
-    changed[held_out] += 3
-    others[held_out] = (labels[held_out] + 1) % CLASSES
-    again, _ = trained_probe(recipe_of(SWEEP), changed, others, held_out)
-    for head in range(2 * len(SWEEP)):
-        is_twin = head >= len(SWEEP)
-        assert torch.equal(sweep.weights[head], again.weights[head]) == is_twin
-        assert torch.equal(sweep.biases[head], again.biases[head]) == is_twin
+        assert_is_head(sweep, head, plain_probe(recipe, lr, features, labels)[0])
+        twin, _ = plain_probe(recipe, lr, features, labels, held_out)
+        assert_is_head(sweep, len(SWEEP) + head, twin)
 
 
 def test_a_batch_of_held_out_images_alone_is_no_harm():
@@ -173,17 +144,6 @@ def test_a_batch_of_held_out_images_alone_is_no_harm():
     assert torch.equal(sweep.weights[2], sweep.weights[3])  # never trained
     assert not torch.equal(sweep.weights[0], sweep.weights[1])
     assert all(weight.isfinite().all() for weight in sweep.weights)
-
-
-def test_a_diverging_rate_leaves_the_other_heads_alone():
-    features, labels = blobs(1, 70)
-    sweep, _ = trained_probe(recipe_of((2.0, 1e38, 0.05)), features, labels, every(70, 5))
-    without, _ = trained_probe(recipe_of((2.0, 0.05)), features, labels, every(70, 5))
-    assert not sweep.weights[1].isfinite().all()
-    for here, there in ((0, 0), (2, 1), (3, 2), (5, 3)):
-        assert torch.allclose(sweep.weights[here], without.weights[there], rtol=1e-4, atol=1e-5)
-    top1, _ = sweep.accuracy(features, labels)
-    assert top1[0] == without.accuracy(features, labels)[0][0]
 
 
 @pytest.mark.parametrize("block", [1, 7, 8192])
@@ -207,26 +167,6 @@ def test_with_fewer_than_five_outputs_top5_is_top_all():
     probe, _ = trained_probe(recipe_of((2.0,)), *blobs(1, 70))
     top1, top5 = probe.accuracy(*blobs(2, 53, noise=4.0))
     assert top1[0] < top5[0] == 100
-
-
-def test_a_probe_goes_on_from_its_state():
-    features, labels = blobs(1, 70)
-    recipe, held_out = recipe_of(SWEEP), every(70, 5)
-    whole, _ = trained_probe(recipe, features, labels, held_out)
-    first = Probe(recipe, WIDTH, held_out, ALONE)
-    batches = batches_of(features, labels, recipe)
-    for _ in range(2):
-        first.train_epoch(batches, 5)
-    first.history.append({"epoch": 2})
-    second = Probe(recipe, WIDTH, held_out, ALONE)
-    second.load_state(first.state())
-    for _ in range(3):
-        second.train_epoch(batches, 5)
-    assert second.history == [{"epoch": 2}]
-    assert second.epoch == whole.epoch
-    for name in ("weights", "biases"):
-        for one, other in zip(getattr(second, name), getattr(whole, name), strict=True):
-            assert torch.equal(one, other)
 
 
 # Which images are in which batch.
@@ -260,11 +200,6 @@ def test_every_image_comes_once_an_epoch_in_the_same_batches(n):
         for step in zip(*parts, strict=True):
             lengths = [len(part) for part in step]
             assert max(lengths) - min(lengths) <= 1
-
-
-def test_a_last_batch_of_fewer_images_than_processes_leaves_empty_shares():
-    parts = shares_of(9, 8, 3)
-    assert sorted(len(part[1]) for part in parts) == [0, 0, 1]
 
 
 def test_sampler_lengths_and_a_later_start():
@@ -306,12 +241,6 @@ def test_any_number_of_processes_trains_the_same_heads(size):
 # The training view.
 
 
-def coordinates(side: int = 256) -> Image.Image:
-    """Red is the column, green the row."""
-    column, row = np.meshgrid(np.arange(side), np.arange(side))
-    return Image.fromarray(np.stack([column, row, 0 * row], axis=2).astype(np.uint8))
-
-
 def test_the_training_view_is_torchvisions_of_imagenet_training():
     theirs = transforms.Compose(
         [
@@ -329,52 +258,12 @@ def test_the_training_view_is_torchvisions_of_imagenet_training():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             expected = theirs(image)
+        before = torch.random.get_rng_state()
         ours = RandomCrop(32)(image, seed)
+        assert torch.equal(torch.random.get_rng_state(), before)
         assert ours.shape == (3, 32, 32)
         assert ours.dtype == torch.float32
         assert torch.allclose(ours, expected, atol=1e-5)
-
-
-def test_the_training_view_draws_from_its_seed_alone():
-    image = coordinates()
-    torch.manual_seed(0)
-    state = torch.random.get_rng_state()
-    first = RandomCrop(32)(image, 7)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.rand(5)
-    assert torch.equal(RandomCrop(32)(image, 7), first)
-    assert not torch.equal(RandomCrop(32)(image, 8), first)
-
-
-def test_the_training_view_covers_8_to_100_percent_and_is_flipped_half_of_the_time():
-    image, crop = coordinates(), RandomCrop(32)
-    mean, deviation = (torch.tensor(v)[:, None, None] for v in IMAGENET)
-    areas, flips = [], []
-    for seed in range(300):
-        view = 255 * (crop(image, seed) * deviation + mean)
-        # From the first pixel's centre to the last's, 31 of 32 pixels.
-        across = (view[0, 16, -1] - view[0, 16, 0]).item() * 32 / 31
-        down = (view[1, -1, 16] - view[1, 0, 16]).item() * 32 / 31
-        areas.append(abs(across * down) / 256**2)
-        flips.append(across < 0)
-        assert down > 0
-        assert 0.7 < abs(across) / down < 1.42
-    assert 0.07 < min(areas) < 0.12
-    assert 0.9 < max(areas) < 1.02
-    assert 0.4 < np.mean(areas) < 0.6
-    assert 0.4 < np.mean(flips) < 0.6
-
-
-def test_an_image_is_cropped_differently_in_every_epoch(tmp_path):
-    coordinates().save(tmp_path / "x.png")
-    images = LabelledImages(tmp_path, ["x.png", "x.png"], [0, 1], ["a", "b"])
-    crops = augmented(images, RandomCrop(32), seed=5)
-    views = {key: crops[key][0] for key in ((0, 0), (1, 0), (2, 0), (0, 1))}
-    assert crops[1, 0][1] == 0
-    for key, view in views.items():
-        assert torch.equal(view, crops[key][0])
-        assert sum(torch.equal(view, other) for other in views.values()) == 1
-    assert not torch.equal(augmented(images, RandomCrop(32), 6)[0, 0][0], views[0, 0])
 
 
 # Parts of the labels.
@@ -422,23 +311,31 @@ def test_the_share_of_a_class_depends_on_the_seed_and_on_no_other_class():
     assert torch.equal(alone, chosen[labels[chosen] == 4])
 
 
-def test_held_out_images_are_of_every_class_but_never_its_only_one():
+@pytest.mark.parametrize(
+    ("share", "counts"),
+    [
+        (0.1, [0, 1, 1, 0, 4]),
+        (0.5, [0, 1, 5, 0, 20]),
+        (0.75, [0, 1, 8, 0, 30]),
+        (0.96, [0, 1, 9, 0, 38]),
+        (0.99, [0, 1, 9, 0, 39]),
+    ],
+)
+def test_held_out_images_are_of_every_class_but_never_all_of_it(share, counts):
+    labels = uneven_labels()
+    mask = linear.hold_out(labels, share, seed=1)
+    assert mask.dtype == torch.bool
+    assert labels[mask].bincount(minlength=5).tolist() == counts
+
+
+def test_held_out_images_are_their_seeds():
     labels = uneven_labels()
     mask = linear.hold_out(labels, 0.1, seed=1)
-    assert mask.dtype == torch.bool
-    assert labels[mask].bincount(minlength=5).tolist() == [0, 1, 1, 0, 4]
     assert torch.equal(mask, linear.hold_out(labels, 0.1, seed=1))
     assert not torch.equal(mask, linear.hold_out(labels, 0.1, seed=2))
     # Not the images that a share of the labels takes first.
     first = linear.stratified(labels, 0.1, seed=1)
     assert not torch.equal(mask.nonzero().flatten(), first[labels[first] != 0])
-
-
-@pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
-def test_some_image_of_every_class_is_left_to_learn_from(share):
-    labels = uneven_labels()
-    left = labels[~linear.hold_out(labels, share, seed=1)]
-    assert left.unique().tolist() == labels.unique().tolist()
 
 
 # Logistic regression.
@@ -449,8 +346,7 @@ def test_logistic_regression_is_scikit_learns(c):
     (train, labels), (test, _) = blobs(1, 90, noise=3), blobs(2, 40, noise=3)
     train[:, 0] *= 1000  # matters unless standardised
     test[:, 0] *= 1000
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
-    model.fit(train.numpy(), labels.numpy())
+    model = runs.regression(c).fit(train.numpy(), labels.numpy())
     scores, _ = linear.logistic_scores(train, labels, test, CLASSES, c)
     assert scores.shape == (40, CLASSES)
     assert np.allclose(scores, model.decision_function(test.numpy()), rtol=1e-4, atol=1e-5)
@@ -460,8 +356,7 @@ def test_logistic_regression_is_scikit_learns(c):
 def test_logistic_regression_of_two_classes_is_scikit_learns():
     (train, labels), (test, _) = blobs(1, 90, noise=3), blobs(2, 40, noise=3)
     train, labels = train[labels < 2], 3 * labels[labels < 2]
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    model.fit(train.numpy(), labels.numpy())
+    model = runs.regression().fit(train.numpy(), labels.numpy())
     scores, _ = linear.logistic_scores(train, labels, test, 5, 1.0)
     assert set(model.predict(test.numpy())) == {0, 3}
     assert scores.argmax(1).tolist() == model.predict(test.numpy()).tolist()

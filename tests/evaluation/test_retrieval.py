@@ -9,30 +9,15 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from engine.evaluation import knn, retrieval, similarity
-from tests.evaluation.runs import assert_same_bits
+from tests.evaluation.runs import assert_same_bits, blobs, tied
 from tests.processes import found_by_each, run_python
 from utils.distributed import ALONE, World
 
 FIGURES = ("rank1", "rank5", "map", "map_at_100_released", "queries_without_positives")
 
 
-def features(seed: int, n: int, classes: int = 7, width: int = 12):
-    draw = np.random.default_rng(seed)
-    labels = draw.integers(0, classes, n)
-    centres = np.random.default_rng(0).standard_normal((classes, width))
-    values = centres[labels] + 1.5 * draw.standard_normal((n, width))
-    return torch.from_numpy(values).float(), torch.from_numpy(labels)
-
-
-def tied_features(seed: int, n: int, classes: int = 4):
-    """Cosines are exact in float32 and mostly tied."""
-    draw = np.random.default_rng(seed)
-    values = draw.choice([-1.0, 1.0], (n, 16)).astype(np.float32)
-    return torch.from_numpy(values), torch.from_numpy(draw.integers(0, classes, n))
-
-
 def slow_measure(gallery, gallery_labels, queries, query_labels, first: int = 10) -> dict:
-    """The definitions by plain loops; exact for `tied_features`."""
+    """The definitions by plain loops; exact for `tied` features."""
     rank1, rank5, whole, released, without, places = [], [], [], [], 0, []
     for query, target in zip(queries, query_labels, strict=True):
         cosines = [float(query @ image) for image in gallery]
@@ -66,8 +51,8 @@ def assert_is(ours: retrieval.Ranked, expected: dict) -> None:
 
 
 def test_average_precision_is_scikit_learns():
-    gallery, gallery_labels = features(1, 120)
-    queries, query_labels = features(2, 30)
+    gallery, gallery_labels = blobs(1, 120)
+    queries, query_labels = blobs(2, 30)
     ours = retrieval.retrieve(gallery, gallery_labels, queries, query_labels)
     unit = [x.double() / x.double().norm(dim=1, keepdim=True) for x in (gallery, queries)]
     # No two cosines that float32 could take for each other.
@@ -90,14 +75,14 @@ def test_average_precision_is_scikit_learns():
 def test_tied_features_are_measured_as_by_plain_loops(images, block, room, monkeypatch):
     monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", block)
     monkeypatch.setattr(retrieval, "SORTED_ELEMENTS", max(1, block // 2))
-    gallery, queries = tied_features(1, images), tied_features(2, 20, classes=6)
+    gallery, queries = tied(1, images), tied(2, 20, classes=6)
     ours = retrieval.retrieve(*gallery, *queries, room=room)
     assert ours.queries_without_positives > 0
     assert_is(ours, slow_measure(*gallery, *queries))
 
 
 def test_one_query_of_one_class_in_half_precision():
-    gallery, queries = tied_features(1, 40, classes=1), tied_features(2, 1, classes=1)
+    gallery, queries = tied(1, 40, classes=1), tied(2, 1, classes=1)
     ours = retrieval.retrieve(gallery[0].half(), gallery[1], queries[0].half(), queries[1], first=3)
     assert_is(ours, slow_measure(*gallery, *queries, first=3))
     assert ours.map == 100
@@ -105,7 +90,7 @@ def test_one_query_of_one_class_in_half_precision():
 
 def test_copies_in_the_gallery_come_in_its_order():
     image = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
-    gallery, _ = features(1, 50, width=8)
+    gallery, _ = blobs(1, 50, width=8)
     gallery[[7, 30, 31]] = image
     ours = retrieval.retrieve(gallery, torch.arange(50), 3 * image, torch.tensor([31]), first=3)
     assert ours.first.tolist() == [[7, 30, 31]]
@@ -119,14 +104,6 @@ def test_a_cosine_of_minus_zero_ties_with_zero():
     assert order.tolist() == [[2, 5, 0, 1, 4, 6, 3]]
 
 
-def test_a_query_without_positives_counts_as_zero():
-    gallery, labels = torch.eye(3), torch.tensor([0, 1, 2])
-    ours = retrieval.retrieve(gallery, labels, gallery[:2], torch.tensor([0, 9]))
-    assert ours.queries_without_positives == 1
-    assert ours.average_precision.tolist() == [1, 0]
-    assert [ours.rank1, ours.rank5, ours.map, ours.map_at_100_released] == [50, 50, 50, 50]
-
-
 def test_the_released_figure_leaves_out_what_comes_after_100_places():
     # The query's positives are at ranks 1 and 201.
     angle = torch.linspace(0, 1, 201)
@@ -138,16 +115,10 @@ def test_the_released_figure_leaves_out_what_comes_after_100_places():
     assert ours.map == pytest.approx(100 * (1 + 2 / 201) / 2)
 
 
-def test_the_ratio_split_takes_every_ninth_test_image():
-    gallery, queries = retrieval.divide("ratio", 5, 20)
-    assert queries.tolist() == [5, 14, 23]
-    assert gallery.tolist() == [n for n in range(25) if n not in (5, 14, 23)]
-
-
 def found_by(world: World) -> dict:
     """All results on features in 9 blocks, and on 2 queries, which are one block."""
     similarity.BLOCK_ELEMENTS, before = 700 * 23, similarity.BLOCK_ELEMENTS
-    gallery, queries = features(1, 700, width=96), features(2, 200, width=96)
+    gallery, queries = blobs(1, 700, width=96), blobs(2, 200, width=96)
     found = {}
     try:
         for count in (200, 2):

@@ -1,12 +1,9 @@
 """Someone's weights become the frozen network under evaluation, with the feature asked for."""
 
-import argparse
 import hashlib
 import math
-from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,14 +13,13 @@ from engine.evaluation.source import (
     NO_KEY,
     RANDOM,
     Source,
-    Weights,
     image_size,
     load_source,
     random_like,
 )
 from models.network import Network
 from models.registry import BackboneSpec, build_backbone
-from tests.runs import pretraining, small_config
+from tests.evaluation.runs import save_run, shake
 from utils import checkpoint, cli
 from utils.config import defaults
 from utils.errors import InputError
@@ -31,15 +27,6 @@ from utils.logging import setup
 
 SWIN = BackboneSpec("swin_tiny", 16, (1, 1, 2, 1), (1, 2, 4, 8))
 VIT = BackboneSpec("deit_tiny", 64, (3,), (1,), patch_size=8, img_size=32)
-
-
-def shake(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Weights away from their initialisation, so that a swapped or unread one shows."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    return module
 
 
 def backbone(spec: BackboneSpec, seed: int = 1):
@@ -51,27 +38,6 @@ def images(size: int = 32, count: int = 2) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
-def save_run(path: Path, **options) -> dict:
-    """A checkpoint of this project whose student and teacher differ everywhere; its contents."""
-    run = pretraining(small_config(**options))
-    shake(run.student, 1)
-    shake(run.teacher, 2)
-    for network in (run.student, run.teacher):
-        if network.pool is not None:  # after so few steps it is nearly even
-            score = network.pool.score.weight.data
-            score.copy_(torch.linspace(-1, 1, score.numel())[None])
-    run.step = 8
-    checkpoint.save(run.state(), path)
-    return torch.load(path, weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def cmd_run(tmp_path_factory) -> tuple[Path, dict]:
-    """A checkpoint of the objective cmd, and its contents."""
-    path = tmp_path_factory.mktemp("cmd") / "checkpoint.pth"
-    return path, save_run(path)
-
-
 def load(path, words: str = "") -> tuple[Source, cli.CommandLine]:
     """The network as the scripts read it from a command line."""
     command = cli.parse("", ["--pretrained_weights", str(path), *words.split()], cli.KNN)
@@ -79,9 +45,9 @@ def load(path, words: str = "") -> tuple[Source, cli.CommandLine]:
     return load_source(cfg.INIT.WEIGHTS, cfg.INIT.CHECKPOINT_KEY, cfg, command.typed), command
 
 
-def features(path, words: str = "", size: int = 32, **how) -> Tensor:
+def features(path, words: str = "", size: int = 32) -> Tensor:
     source, command = load(path, words)
-    return Encoder(source, command.cfg.EVAL.POOLING, **how)(images(size))
+    return Encoder(source, command.cfg.EVAL.POOLING)(images(size))
 
 
 def refusal(path, words: str) -> str:
@@ -92,13 +58,13 @@ def refusal(path, words: str) -> str:
     return message
 
 
-def of_state(spec: BackboneSpec, state: dict, prefix: str = "", size: int = 32) -> Tensor:
-    """Image features by weights that were put into a fresh backbone by hand."""
+def of_state(spec: BackboneSpec, state: dict, prefix: str = "") -> tuple[Tensor, Tensor]:
+    """Both features by weights that were put into a fresh backbone by hand."""
     plain = build_backbone(spec).eval()
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     plain.load_state_dict(own)
     with torch.no_grad():
-        return plain(images(size))[0]
+        return plain(images())
 
 
 # Poolings
@@ -114,35 +80,27 @@ def attention_by_hand(state: dict, patches: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("key", ["teacher", "student"])
-def test_poolings_are_the_image_feature_the_mean_and_the_attentions_mean(cmd_run, key):
-    path, stored = cmd_run
-    plain = build_backbone(BackboneSpec.from_dict(stored["model"]["backbone"])).eval()
-    plain.load_state_dict(
-        {
-            k.removeprefix("backbone."): v
-            for k, v in stored[key].items()
-            if k.startswith("backbone.")
-        }
-    )
-    with torch.no_grad():
-        image, patches = plain(images())
+def test_poolings_are_the_image_feature_the_mean_and_the_attentions_mean(weights, key):
+    stored = torch.load(weights, weights_only=True)
+    spec = BackboneSpec.from_dict(stored["model"]["backbone"])
+    image, patches = of_state(spec, stored[key], "backbone.")
     attention = attention_by_hand(stored[key], patches)
     assert attention.std() > 0.1 * attention.mean(), "even attention cannot tell mil from mean"
     words = f"--checkpoint_key {key} --pooling"
-    assert torch.equal(features(path, f"{words} default"), image)
-    torch.testing.assert_close(features(path, f"{words} mean"), patches.mean(dim=1))
+    assert torch.equal(features(weights, f"{words} default"), image)
+    torch.testing.assert_close(features(weights, f"{words} mean"), patches.mean(dim=1))
     weighted = (attention[..., None] * patches).sum(dim=1)
-    torch.testing.assert_close(features(path, f"{words} mil"), weighted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features(weights, f"{words} mil"), weighted, rtol=1e-4, atol=1e-5)
 
 
-def test_mean_and_mil_take_one_block_and_no_mean_of_patches(cmd_run):
+def test_mean_and_mil_take_one_block_and_no_mean_of_patches(weights):
     for pooling in ("mean", "mil"):
         words = f"--pooling {pooling}"
-        source, command = load(cmd_run[0], words)
+        source, command = load(weights, words)
         network = Encoder(source, command.cfg.EVAL.POOLING, blocks=2, avgpool_patchtokens=True)
         assert (network.blocks, network.avgpool_patchtokens) == (1, False)
         assert network.widths(32) == [48]
-        assert torch.equal(network(images()), features(cmd_run[0], words))
+        assert torch.equal(network(images()), features(weights, words))
 
 
 @pytest.mark.parametrize("objective", ["dino", "esvit"])
@@ -155,8 +113,8 @@ def test_mil_is_refused_where_there_is_no_pooling(tmp_path, objective):
 
 
 @pytest.mark.parametrize("pooling", ["default", "mean", "mil"])
-def test_features_are_float32_without_gradient_and_in_eval_mode(cmd_run, pooling):
-    source, command = load(cmd_run[0], f"--pooling {pooling}")
+def test_features_are_float32_without_gradient_and_in_eval_mode(weights, pooling):
+    source, command = load(weights, f"--pooling {pooling}")
     network = Encoder(source, command.cfg.EVAL.POOLING)
     assert not any(module.training for module in source.network.modules())
     assert not any(parameter.requires_grad for parameter in source.network.parameters())
@@ -180,9 +138,8 @@ def test_even_attention_is_the_mean(tmp_path, precision):
 # Blocks
 
 
-def encoder_of(network, spec: BackboneSpec, **how) -> Encoder:
-    weights = Weights("here", "0", "teacher", spec.arch, spec.to_dict())
-    return Encoder(Source(weights, Network(network)), **how)
+def encoder_of(network, **how) -> Encoder:
+    return Encoder(Source(None, Network(network)), **how)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +152,10 @@ def test_blocks_are_the_backbones_last_ones_and_end_in_the_image_feature(spec, s
     with torch.no_grad():
         parts = network.last_blocks(images(size), blocks)
         image = network(images(size))[0]
-    whole = encoder_of(network, spec, blocks=blocks)
+    whole = encoder_of(network, blocks=blocks)
     assert whole.widths(size) == [part.shape[1] for part in parts]
     assert torch.equal(whole(images(size)), torch.cat(parts, dim=1))
-    assert torch.equal(encoder_of(network, spec)(images(size)), image)
+    assert torch.equal(encoder_of(network)(images(size)), image)
     torch.testing.assert_close(parts[-1], image)
     if spec is SWIN:
         assert whole.widths(size) == [16, 32, 64, 64, 128]
@@ -207,8 +164,8 @@ def test_blocks_are_the_backbones_last_ones_and_end_in_the_image_feature(spec, s
 @pytest.mark.parametrize(("spec", "size"), [(VIT, 32), (SWIN, 64)], ids=["vit", "swin"])
 def test_the_patches_mean_is_appended_for_a_vit_alone(spec, size):
     network = backbone(spec)
-    both = encoder_of(network, spec, blocks=2, avgpool_patchtokens=True)
-    without = encoder_of(network, spec, blocks=2)(images(size))
+    both = encoder_of(network, blocks=2, avgpool_patchtokens=True)
+    without = encoder_of(network, blocks=2)(images(size))
     if spec is VIT:
         patches = network(images(size))[1].mean(dim=1)
         torch.testing.assert_close(both(images(size)), torch.cat([without, patches], dim=1))
@@ -220,78 +177,28 @@ def test_the_patches_mean_is_appended_for_a_vit_alone(spec, size):
 
 def test_more_blocks_than_there_are_is_one_sentence():
     with pytest.raises(InputError, match=r"LINEAR\.N_LAST_BLOCKS .*the last 4 .*has 3"):
-        encoder_of(backbone(VIT), VIT, blocks=4).widths(32)
+        encoder_of(backbone(VIT), blocks=4).widths(32)
 
 
 # Files of all kinds
 
 
-def test_a_run_of_ours_tells_its_epoch_options_and_hash(cmd_run):
-    path, stored = cmd_run
-    weights = load(path)[0].weights
-    assert weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (weights.path, weights.key, weights.arch) == (str(path), "teacher", "vit_small")
-    assert (weights.epoch, weights.run_config) == (2, stored["config"])
-    assert weights.backbone == stored["model"]["backbone"]
-
-
-@pytest.mark.parametrize("spec", [SWIN, VIT], ids=["swin", "vit"])
-def test_a_file_of_esvit_loads_by_key(tmp_path, spec):
-    states = {}
-    for seed, key in enumerate(("teacher", "student")):
-        state = {f"module.backbone.{k}": v for k, v in backbone(spec, seed).state_dict().items()}
-        for head in ("head", "head_dense"):
-            for name in ("mlp.0.weight", "mlp.0.bias", "last_layer.weight_g"):
-                state[f"module.{head}.{name}"] = torch.zeros(2)
-        states[key] = state
-    args = argparse.Namespace(arch=spec.arch, opts=["MODEL.NUM_CLASSES", "0"])
-    torch.save({**states, "epoch": 3, "args": args}, tmp_path / "checkpoint.pth")
-    found = {}
-    for key, state in states.items():
-        plain = {k: v for k, v in state.items() if ".backbone." in k}
-        found[key] = features(tmp_path / "checkpoint.pth", f"--checkpoint_key {key}", 64)
-        wanted = of_state(spec, plain, "module.backbone.", 64)
-        # A product's last bit may depend on where in memory its matrices lie.
-        torch.testing.assert_close(
-            found[key], wanted, rtol=0, atol=1e-6 * wanted.abs().max().item()
-        )
-    assert not torch.allclose(found["teacher"], found["student"])
-    weights = load(tmp_path / "checkpoint.pth")[0].weights
-    # Whatever else a foreign file holds, only our own runs have options.
-    assert (weights.run_config, weights.epoch) == (None, None)
-    assert "mil needs" in refusal(tmp_path / "checkpoint.pth", "--pooling mil")
-
-
-@pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_plain_weights_of_timm_load_by_their_own_names(tmp_path, kind):
-    model = shake(
-        timm.models.VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=5
-        ),
-        4,
-    ).eval()
-    path = tmp_path / f"model.{kind}"
-    torch.save(model.state_dict(), path) if kind == "pth" else save_file(model.state_dict(), path)
-    with torch.no_grad():
-        theirs = model.forward_features(images())[:, 0]
-    torch.testing.assert_close(features(path), theirs, rtol=1e-4, atol=1e-4)
-    assert load(path)[0].weights.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_a_key_that_a_file_lacks_is_told_with_those_it_has(tmp_path):
-    torch.save({"student": backbone(VIT).state_dict()}, tmp_path / "half.pth")
-    message = refusal(tmp_path / "half.pth", "--checkpoint_key teacher")
-    assert message == f"{tmp_path}/half.pth has no 'teacher' weights; it has: student."
+def test_a_run_of_ours_tells_its_epoch_options_and_hash(weights):
+    stored, known = torch.load(weights, weights_only=True), load(weights)[0].weights
+    assert known.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (known.path, known.key, known.arch) == (str(weights), "teacher", "vit_small")
+    assert (known.epoch, known.run_config) == (2, stored["config"])
+    assert known.backbone == stored["model"]["backbone"]
 
 
 # MODEL.* typed over what a checkpoint says
 
 
-def test_a_network_of_the_same_shape_may_go_by_another_name(cmd_run):
+def test_a_network_of_the_same_shape_may_go_by_another_name(weights):
     same = "MODEL.EMBED_DIM 48 MODEL.DEPTHS [2] MODEL.NUM_HEADS [3]"
-    source, _ = load(cmd_run[0], f"--arch deit_small {same}")
+    source, _ = load(weights, f"--arch deit_small {same}")
     assert source.weights.arch == "deit_small"
-    assert torch.equal(features(cmd_run[0], f"--arch deit_small {same}"), features(cmd_run[0]))
+    assert torch.equal(features(weights, f"--arch deit_small {same}"), features(weights))
 
 
 def test_a_real_architecture_may_be_named_over_another_of_its_shape(tmp_path):
@@ -300,15 +207,13 @@ def test_a_real_architecture_may_be_named_over_another_of_its_shape(tmp_path):
         source, _ = load(tmp_path / "vit.pth", f"--arch {arch}")
         assert source.weights.arch == arch
         assert source.network.backbone.blocks[0].attn.num_heads == 6
-    message = refusal(tmp_path / "vit.pth", "--arch vit_base")
-    assert "cls_token is [1, 1, 384] in the file, [1, 1, 768] here" in message
 
 
 def test_heads_that_no_shape_tells_can_be_typed(tmp_path):
     spec = BackboneSpec("vit_small", 64, (2,), (4,), patch_size=8, img_size=32)
     state = backbone(spec).state_dict()
     torch.save(state, tmp_path / "vit.pth")
-    wanted = of_state(spec, state)
+    wanted, _ = of_state(spec, state)
     assert not torch.allclose(features(tmp_path / "vit.pth"), wanted, atol=1e-3)
     assert torch.equal(features(tmp_path / "vit.pth", "MODEL.NUM_HEADS [4]"), wanted)
 
@@ -338,17 +243,17 @@ def test_a_window_is_read_off_the_file_and_another_is_refused(tmp_path):
         ("MODEL.NUM_HEADS [5]", "5 heads do not divide the width 48"),
     ],
 )
-def test_options_that_do_not_fit_the_weights_are_told(cmd_run, words, expected):
-    assert expected in refusal(cmd_run[0], words)
+def test_options_that_do_not_fit_the_weights_are_told(weights, words, expected):
+    assert expected in refusal(weights, words)
 
 
 @pytest.mark.parametrize("words", ["--arch vit_small", "--patch_size 8", "MODEL.NUM_CLASSES 0"])
-def test_options_that_repeat_the_checkpoint_change_nothing(cmd_run, words):
-    source, _ = load(cmd_run[0], words)
-    assert source.weights == load(cmd_run[0])[0].weights
+def test_options_that_repeat_the_checkpoint_change_nothing(weights, words):
+    source, _ = load(weights, words)
+    assert source.weights == load(weights)[0].weights
     assert source.network.pool is not None
     torch.testing.assert_close(
-        features(cmd_run[0], f"{words} --pooling mil"), features(cmd_run[0], "--pooling mil")
+        features(weights, f"{words} --pooling mil"), features(weights, "--pooling mil")
     )
 
 
@@ -366,52 +271,26 @@ def test_an_option_that_says_the_architectures_own_figure_keeps_the_pooling(tmp_
     assert identities[0] == identities[1], "kept features would be refused"
 
 
-def test_an_option_of_another_family_changes_nothing(cmd_run):
+def test_an_option_of_another_family_changes_nothing(weights):
     """EsViT's commands name a Swin's YAML for a ViT too; a ViT has no window."""
     words = "MODEL.WINDOW_SIZE 14 --pooling mil"
-    assert torch.equal(features(cmd_run[0], words), features(cmd_run[0], "--pooling mil"))
+    assert torch.equal(features(weights, words), features(weights, "--pooling mil"))
 
 
 # The image size
 
 
-@pytest.mark.parametrize(
-    ("run", "words", "expected"),
-    [
-        ({}, "", 32),
-        ({}, "--size 48", 48),
-        ({"AUG__GLOBAL_CROPS_SIZE": 64}, "", 64),
-    ],
-)
-def test_the_size_is_evals_else_the_runs(tmp_path, run, words, expected):
-    save_run(tmp_path / "run.pth", **run)
+@pytest.mark.parametrize(("crops", "words", "expected"), [(32, "--size 48", 48), (64, "", 64)])
+def test_the_size_is_evals_else_the_runs(tmp_path, crops, words, expected):
+    save_run(tmp_path / "run.pth", AUG__GLOBAL_CROPS_SIZE=crops)
     source, command = load(tmp_path / "run.pth", words)
     assert image_size(source, command.cfg.EVAL.SIZE) == expected
 
 
-def test_the_size_of_a_foreign_file_is_224(tmp_path):
-    torch.save(backbone(VIT).state_dict(), tmp_path / "vit.pth")
-    source, command = load(tmp_path / "vit.pth")
-    assert image_size(source, command.cfg.EVAL.SIZE) == 224
-
-
 @pytest.mark.parametrize("said", ["[64, 64]", "64x64", "", "-64", "6e1", "64"])
-def test_a_size_that_a_foreign_file_says_in_another_way_is_none(tmp_path, said):
+def test_a_size_that_a_foreign_file_says_in_another_way_is_none_so_224(tmp_path, said):
     save_file(backbone(VIT).state_dict(), tmp_path / "vit.safetensors", {"image_size": said})
     assert image_size(load(tmp_path / "vit.safetensors")[0]) == (64 if said == "64" else 224)
-
-
-@pytest.mark.parametrize(("size", "fits"), [(24, True), (30, False)])
-def test_the_size_must_be_a_multiple_of_the_patch(cmd_run, size, fits):
-    source, command = load(cmd_run[0], f"--size {size}")
-    if fits:
-        assert image_size(source, command.cfg.EVAL.SIZE) == size
-        return
-    with pytest.raises(InputError) as caught:
-        image_size(source, command.cfg.EVAL.SIZE)
-    assert str(caught.value) == (
-        "EVAL.SIZE 30 is not a multiple of 8 pixels, the patch size of vit_small."
-    )
 
 
 # The zero of every figure
@@ -435,9 +314,9 @@ def test_a_random_network_has_the_shape_of_its_source(tmp_path, options):
     assert not torch.allclose(found, Encoder(source, command.cfg.EVAL.POOLING)(images()), atol=1e-3)
 
 
-def test_a_random_network_is_its_seeds(cmd_run):
+def test_a_random_network_is_its_seeds(weights):
     def random(seed: int, pooling: str = "default") -> tuple[Source, Tensor]:
-        source, command = load(cmd_run[0], f"--seed {seed} --pooling {pooling}")
+        source, command = load(weights, f"--seed {seed} --pooling {pooling}")
         before = torch.get_rng_state()
         made = random_like(source, command.cfg.SEED)
         assert torch.equal(torch.get_rng_state(), before)
@@ -447,9 +326,8 @@ def test_a_random_network_is_its_seeds(cmd_run):
     assert torch.equal(found, random(1)[1])
     assert torch.equal(random(1, "mil")[1], random(1, "mil")[1])
     assert not torch.allclose(found, random(2)[1], atol=1e-3)
-    weights = first.weights
-    assert (weights.path, weights.sha256, weights.key) == (RANDOM, "seed 1", "none")
-    assert weights.epoch == 0
+    made = first.weights
+    assert (made.path, made.sha256, made.key, made.epoch) == (RANDOM, "seed 1", "none", 0)
 
 
 def test_a_random_network_lacks_a_pooling_where_its_source_does(tmp_path):
@@ -464,37 +342,36 @@ def test_a_random_network_lacks_a_pooling_where_its_source_does(tmp_path):
 # What kept features are compared by
 
 
-def test_identity_differs_for_all_that_decides_the_features(cmd_run, tmp_path):
+def test_identity_differs_for_all_that_decides_the_features(weights, tmp_path):
     save_run(tmp_path / "other.pth", SEED=5)
 
     def identity(path, words: str = "") -> dict[str, str]:
         source, command = load(path, words)
         return source.identity(command.cfg.EVAL.POOLING)
 
-    path = cmd_run[0]
-    own = identity(path)
-    assert own == identity(path, "--arch vit_small --size 48")
+    own = identity(weights)
+    assert own == identity(weights, "--arch vit_small --size 48")
     for name, other in (
         ("weights", identity(tmp_path / "other.pth")),
-        ("checkpoint_key", identity(path, "--checkpoint_key student")),
-        ("pooling", identity(path, "--pooling mean")),
-        ("backbone", identity(path, "MODEL.NUM_HEADS [4]")),
+        ("checkpoint_key", identity(weights, "--checkpoint_key student")),
+        ("pooling", identity(weights, "--pooling mean")),
+        ("backbone", identity(weights, "MODEL.NUM_HEADS [4]")),
     ):
         assert {key for key in own if own[key] != other[key]} == {name}
 
 
-def test_a_random_networks_mil_features_depend_on_its_heads_too(cmd_run, tmp_path):
+def test_a_random_networks_mil_features_depend_on_its_heads_too(weights, tmp_path):
     """Its weights go by the seed alone, so that its shape must say the rest."""
     save_run(tmp_path / "wide.pth", HEAD__HIDDEN_DIM=64)
     for pooling, same in (("mil", False), ("mean", True)):
         found = [
             random_like(source, command.cfg.SEED).identity(pooling)
-            for source, command in map(load, (cmd_run[0], tmp_path / "wide.pth"))
+            for source, command in map(load, (weights, tmp_path / "wide.pth"))
         ]
         assert (found[0] == found[1]) is same
 
 
-def test_a_file_of_one_network_has_no_key_but_may_be_asked_for_one(cmd_run, tmp_path):
+def test_a_file_of_one_network_has_no_key_but_may_be_asked_for_one(tmp_path):
     one = tmp_path / "one.pth"
     torch.save({"ema": backbone(VIT).state_dict(), "notes": "text"}, one)
     assert load(one, "--checkpoint_key ema --arch deit_tiny")[0].weights.key == "ema"
@@ -528,8 +405,8 @@ def test_an_average_beside_the_weights_that_are_taken_is_named(tmp_path, capsys,
         assert (said in capsys.readouterr().out) == ("ema" in entries and not words)
 
 
-def test_a_folder_is_no_checkpoint_but_may_hold_one(cmd_run):
-    folder = cmd_run[0].parent
+def test_a_folder_is_no_checkpoint_but_may_hold_one(weights):
+    folder = weights.parent
     assert refusal(folder, "") == (
         f"{folder} is a folder, not a checkpoint: name a file in it (checkpoint.pth)."
     )

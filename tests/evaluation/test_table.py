@@ -1,7 +1,6 @@
 """evaluate.py: its table against the three evaluation scripts run one by one."""
 
 import hashlib
-import json
 import shutil
 import statistics
 from pathlib import Path
@@ -9,17 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval_knn
-import eval_linear
-import eval_retrieval
-import evaluate
 from models.registry import BackboneSpec, build_backbone
-from tests.datasets import benchmark_trees as trees
-from tests.evaluation.test_probing import Done, run
+from tests.evaluation.runs import contents, copy_of, refusal, results, works, write_data
 from tests.processes import run_group
-from utils.config import defaults
 
-COMMON = "--device cpu --num_workers 0 --batch_size_per_gpu 16"
+COMMON = "--batch_size_per_gpu 16"
 PROBE = "--n_last_blocks 2 --epochs 3 --lr 0.1"
 PROTOCOLS = f"{COMMON} {PROBE} --nb_knn 3 5 --label_shares 0.5 1"
 OPTIONS = f"{PROTOCOLS} --seed 3 --seeds 2"
@@ -38,10 +31,10 @@ KEYS = ["knn_3", "linear_1", "linear_0.5", "rank1", "rank5", "map"]
 class Table:
     """What evaluate.py wrote."""
 
-    def __init__(self, done: Done) -> None:
-        self.done = done
-        self.text = (done.folder / "table.md").read_text()
-        self.results = json.loads((done.folder / "results.json").read_text())
+    def __init__(self, folder: Path, out: str) -> None:
+        self.folder, self.out = folder, out
+        self.text = (folder / "table.md").read_text()
+        self.results = results(folder, "results")
         self.rows = self.results["rows"]
         lines = [line for line in self.text.splitlines() if line.startswith("|")]
         cells = [line.replace("\\|", "PIPE").strip("|").split("|") for line in lines]
@@ -55,14 +48,7 @@ class Table:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Three classes; a third of the images have the hue of the next class."""
-    root = tmp_path_factory.mktemp("data")
-    for label, name in enumerate(("auk", "owl", "wren")):
-        for index in range(15):
-            split = "train" if index < 8 else "val"
-            hue = (label + (index % 3 == 0)) % 3
-            trees.save_image(root / split / name / f"{index}.jpg", hue, 100 * label + index)
-    return root
+    return write_data(tmp_path_factory.mktemp("data"), classes=3, train=8, test=7)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +60,8 @@ def checkpoints(trained, tmp_path_factory) -> list[Path]:
 
 
 def table(folder: Path, checkpoints: list[Path], data: Path, options: str = OPTIONS) -> Table:
-    words = ["--checkpoint", *checkpoints, "--data_path", data, *options.split()]
-    return Table(run(evaluate, folder, *words))
+    words = ["--checkpoint", *checkpoints, "--data_path", data, "--output_dir", folder, options]
+    return Table(folder, works("table", *words))
 
 
 @pytest.fixture(scope="module")
@@ -120,21 +106,21 @@ def test_only_what_a_seed_decides_has_a_deviation(made):
 
 def test_the_scripts_one_by_one_give_the_same_figures(made, checkpoints, data, tmp_path):
     for checkpoint, figures in zip(checkpoints, made.figures, strict=False):
-        words = ["--pretrained_weights", checkpoint, "--data_path", data, *COMMON.split()]
         out = tmp_path / checkpoint.stem
-        run(eval_knn, out, *words, "--nb_knn", 3, 5, "EVAL.PICTURES", "false")
-        knn = json.loads((out / "knn.json").read_text())["k"]
+        words = f"--pretrained_weights {checkpoint} --data_path {data} --output_dir {out} {COMMON}"
+        works("knn", words, "--nb_knn 3 5 EVAL.PICTURES false")
+        knn = results(out, "knn")["k"]
         for k in (3, 5):
             assert figures[f"knn_{k}"]["values"] == [knn[str(k)]["top1"]]
             assert figures[f"knn_{k}_top5"]["values"] == [knn[str(k)]["top5"]]
-        run(eval_retrieval, out, *words, "EVAL.PICTURES", "false")
-        retrieval = json.loads((out / "retrieval.json").read_text())
+        works("retrieval", words, "EVAL.PICTURES false")
+        retrieval = results(out, "retrieval")
         for name in ("rank1", "rank5", "map", "map_at_100_released"):
             assert figures[name]["values"] == [retrieval[name]]
         for place, seed in enumerate((3, 4)):
-            words_of_probe = [*PROBE.split(), "--seed", seed, "--label_shares", "0.5", "1"]
-            done = run(eval_linear, out / str(seed), *words, *words_of_probe)
-            half, whole = done.written["results"]
+            own = f"--output_dir {out}/{seed} --seed {seed} --label_shares 0.5 1"
+            works("linear", words, PROBE, own)
+            half, whole = results(out / str(seed), "linear")["results"]
             assert figures["linear_0.5"]["values"][place] == half["top1"]
             assert figures["linear_1"]["values"][place] == whole["top1"]
 
@@ -164,29 +150,29 @@ def test_the_table_says_what_stands_behind_it(made, checkpoints):
 
 
 def test_the_same_command_takes_up_what_is_there(made, checkpoints, data, tmp_path):
-    folder = Path(shutil.copytree(made.done.folder, tmp_path / "copy"))
+    folder = copy_of(made.folder, tmp_path / "copy")
     kept = sorted([*folder.rglob("*.safetensors"), *folder.rglob("linear.pth")])
     # Two checkpoints and two random networks: two splits, two seeds, two shares.
     assert len(list(folder.rglob("*.safetensors"))) == 2 * 4
     assert len(list(folder.rglob("linear.pth"))) == 2 * 2 * 2 + 2 * 2
     before = [path.stat().st_mtime_ns for path in kept]
     again = table(folder, checkpoints, data)
-    assert again.done.stdout.count("features of the test split: from") == 4
-    assert again.done.stdout.count("features of the train split: from") == 4
-    assert again.done.stdout.count("going on with the probe") == 12
+    assert again.out.count("features of the test split: from") == 4
+    assert again.out.count("features of the train split: from") == 4
+    assert again.out.count("going on with the probe") == 12
     assert again.figures == made.figures
     assert again.cells == made.cells
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
 def test_a_table_with_another_checkpoint_keeps_the_rows_it_has(made, checkpoints, data, tmp_path):
-    folder = Path(shutil.copytree(made.done.folder, tmp_path / "copy"))
+    folder = copy_of(made.folder, tmp_path / "copy")
     other = checkpoints[0].with_name("checkpoint0002.pth")
     longer = table(folder, [other, *checkpoints], data)
     assert longer.figures[1:] == made.figures
     # Its teacher has hardly moved, so its figures may be another's: the file tells.
     assert longer.rows[0]["weights"]["sha256"] == hashlib.sha256(other.read_bytes()).hexdigest()
-    assert longer.done.stdout.count("going on with the probe") == 12
+    assert longer.out.count("going on with the probe") == 12
 
 
 def test_cached_features_and_the_student_and_one_seed(made, checkpoints, data, tmp_path):
@@ -198,10 +184,10 @@ def test_cached_features_and_the_student_and_one_seed(made, checkpoints, data, t
     assert short.figures[0]["map"] != made.figures[0]["map"]
     # The zero of every figure is that of the teacher's table, for the same seed.
     assert short.figures[1]["map"]["values"] == made.figures[2]["map"]["values"][:1]
-    words = ["--pretrained_weights", checkpoints[0], "--data_path", data, "--seed", 3]
-    words += [*f"{COMMON} {PROBE} --features cached --checkpoint_key student".split()]
-    alone = run(eval_linear, tmp_path / "probe", *words)
-    assert short.figures[0]["linear_1"]["values"] == [alone.result["top1"]]
+    words = f"--pretrained_weights {checkpoints[0]} --data_path {data} --output_dir {tmp_path}"
+    works("linear", words, COMMON, PROBE, "--seed 3 --features cached --checkpoint_key student")
+    (alone,) = results(tmp_path, "linear")["results"]
+    assert short.figures[0]["linear_1"]["values"] == [alone["top1"]]
 
 
 def test_other_classifiers_and_splits_say_so(checkpoints, data, tmp_path):
@@ -214,14 +200,15 @@ def test_other_classifiers_and_splits_say_so(checkpoints, data, tmp_path):
         "Rank-5 (ratio split)",
         "mAP (ratio split)",
     ]
-    words = ["--pretrained_weights", checkpoints[0], "--data_path", data, *COMMON.split()]
-    run(eval_retrieval, tmp_path, *words, "--split", "ratio", "EVAL.PICTURES", "false")
-    retrieval = json.loads((tmp_path / "retrieval.json").read_text())
+    words = f"--pretrained_weights {checkpoints[0]} --data_path {data} --output_dir {tmp_path}"
+    works("retrieval", words, "--split ratio EVAL.PICTURES false")
+    retrieval = results(tmp_path, "retrieval")
     assert retrieval["queries"] == 3
     assert other.figures[0]["map"]["values"] == [retrieval["map"]]
-    done = run(eval_linear, tmp_path, *words, "--n_last_blocks", 2, "--classifier", "logistic")
-    assert other.figures[0]["linear_1"]["values"] == [done.result["top1"]]
-    assert f"{done.result['top1']:.2f}" == other.cells[0][2]
+    works("linear", words, COMMON, "--n_last_blocks 2 --classifier logistic")
+    top1 = results(tmp_path, "linear")["results"][0]["top1"]
+    assert other.figures[0]["linear_1"]["values"] == [top1]
+    assert f"{top1:.2f}" == other.cells[0][2]
 
 
 def test_what_qualifies_a_figure_stands_beside_it(data, tmp_path):
@@ -235,43 +222,37 @@ def test_what_qualifies_a_figure_stands_beside_it(data, tmp_path):
     remarks = found.figures[0]["knn_30"]["remarks"]
     assert remarks == ["30-NN: the gallery has 24 images, and all of them vote"]
     assert f"- \\* 30-NN top-1 of {name}: {remarks[0]}" in found.text
-    assert f"  30-NN top-1: {knn[:-3]} %; {remarks[0]}\n" in found.done.stdout
+    assert f"  30-NN top-1: {knn[:-3]} %; {remarks[0]}\n" in found.out
     assert "features of 1 block, not of 2" in found.figures[0]["linear_1"]["remarks"][0]
     # What the file does not say of the network is of all its figures.
     (doubt,) = found.rows[0]["weights"]["doubts"]
     assert "1 attention heads are taken" in doubt
     assert f"; {doubt}" in found.text
-    assert f"warning: {plain}: {doubt}" in found.done.stdout
+    assert f"warning: {plain}: {doubt}" in found.out
     assert "doubts" in found.rows[1]["weights"]
     again = table(tmp_path / "again", [plain], data, f"{options} MODEL.NUM_HEADS [1]")
     assert again.rows[0]["weights"]["doubts"] == []
 
 
-def refused(folder: Path, *words) -> str:
-    """The sentence of a command that must stop before any work."""
-    done = run(evaluate, folder, *words, *OPTIONS.split(), fails=True)
-    assert not (folder / "results.json").exists()
-    assert not (folder / "features").exists()
-    assert not (folder / "probes").exists()
-    return done.stderr
-
-
-def test_a_missing_checkpoint_is_told_before_any_work(checkpoints, data, tmp_path):
-    missing = tmp_path / "missing.pth"
-    words = ["--checkpoint", checkpoints[0], missing, "--data_path", data]
-    assert str(missing) in refused(tmp_path, *words)
-
-
-def test_a_pooling_that_one_network_lacks_is_told_before_any_work(checkpoints, data, tmp_path):
-    plain = plain_network(tmp_path / "plain.pth", depth=2)
-    words = ["--checkpoint", checkpoints[0], plain, "--data_path", data, "--pooling", "mil"]
-    assert str(plain) in refused(tmp_path, *words)
-
-
-def test_a_network_of_too_few_blocks_is_told_before_any_work(checkpoints, data, tmp_path):
-    shallow = plain_network(tmp_path / "shallow.pth", depth=1)
-    words = ["--checkpoint", checkpoints[0], shallow, "--data_path", data, "--size", 32]
-    assert "LINEAR.N_LAST_BLOCKS" in refused(tmp_path, *words)
+@pytest.mark.parametrize(
+    ("depth", "words", "said"),
+    [
+        (0, "", "FILE"),
+        (2, "--pooling mil", "FILE"),
+        (1, "--size 32", "LINEAR.N_LAST_BLOCKS"),
+    ],
+    ids=["no file", "no such pooling", "too few blocks"],
+)
+def test_what_one_network_lacks_is_told_before_any_work(
+    depth, words, said, checkpoints, data, tmp_path
+):
+    file = tmp_path / "second.pth"
+    if depth:
+        plain_network(file, depth)
+    given = f"--checkpoint {checkpoints[0]} {file} --data_path {data} {OPTIONS} {words}"
+    line = refusal("table", given, f"--output_dir {tmp_path}/out")
+    assert said.replace("FILE", str(file)) in line
+    assert contents(tmp_path / "out") == {}
 
 
 def test_rows_of_different_sizes_are_said_to_be_no_comparison(checkpoints, data, tmp_path):
@@ -279,39 +260,33 @@ def test_rows_of_different_sizes_are_said_to_be_no_comparison(checkpoints, data,
     plain = plain_network(tmp_path / "plain.pth", depth=2)
     options = f"{PROTOCOLS} --features cached --epochs 1".replace("--label_shares 0.5 1", "")
     mixed = table(tmp_path / "mixed", [checkpoints[0], plain], data, options)
-    assert "here 32 and 224 pixels" in mixed.done.stdout
+    assert "here 32 and 224 pixels" in mixed.out
     assert [row["image_size"]["crop"] for row in mixed.rows[:2]] == [32, 224]
     alike = table(tmp_path / "alike", [checkpoints[0], plain], data, f"{options} EVAL.SIZE 32")
-    assert "pixels: rows of different sizes" not in alike.done.stdout
+    assert "pixels: rows of different sizes" not in alike.out
 
 
 def plain_network(path: Path, depth: int) -> Path:
     """A file of weights that another project could have written."""
-    spec = BackboneSpec(
-        "vit_small",
-        64,
-        (depth,),
-        (1,),
-        patch_size=8,
-        img_size=32,
-    )
+    spec = BackboneSpec("vit_small", 64, (depth,), (1,), patch_size=8, img_size=32)
     torch.save({"teacher": build_backbone(spec).state_dict()}, path)
     return path
 
 
-def test_what_is_not_given_is_asked_for(checkpoints, data, tmp_path):
-    assert "--checkpoint" in refused(tmp_path, "--data_path", data)
-    assert "--data_path" in refused(tmp_path, "--checkpoint", checkpoints[0])
-    words = ["--checkpoint", checkpoints[0], "--data_path", data]
-    done = run(evaluate, Path(""), *words, "OUTPUT_DIR", defaults().OUTPUT_DIR, fails=True)
-    assert "--output_dir" in done.stderr
+@pytest.mark.parametrize("lacks", ["--checkpoint", "--data_path", "--output_dir"])
+def test_what_is_not_given_is_asked_for(lacks, checkpoints, data, tmp_path):
+    given = {"--checkpoint": checkpoints[0], "--data_path": data, "--output_dir": tmp_path}
+    line = refusal("table", *(f"{flag} {at}" for flag, at in given.items() if flag != lacks))
+    assert f"give {lacks}." in line
+    assert contents(tmp_path) == {}
 
 
 def test_two_processes_make_the_same_table(made, checkpoints, data, tmp_path, environment):
     options = OPTIONS.replace("--batch_size_per_gpu 16", "--batch_size_per_gpu 8")
     words = ["--checkpoint", *checkpoints, "--data_path", data, "--output_dir", tmp_path]
-    done = run_group(2, "evaluate.py", *words, *options.split(), environment=environment)
-    both = Table(Done(0, done.stdout, done.stderr, tmp_path))
+    words += f"{options} --device cpu --num_workers 0".split()
+    done = run_group(2, "evaluate.py", *words, environment=environment)
+    both = Table(tmp_path, done.stdout)
     assert both.results["processes"] == 2
     assert both.cells == made.cells
     assert done.stdout.count(f"{checkpoints[0]}: vit_small, 32 px of 37, teacher, epoch") == 1
