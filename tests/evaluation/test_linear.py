@@ -146,6 +146,17 @@ def test_a_batch_of_held_out_images_alone_is_no_harm():
     assert all(weight.isfinite().all() for weight in sweep.weights)
 
 
+def test_a_diverging_rate_leaves_the_other_heads_alone():
+    features, labels = blobs(1, 70)
+    sweep, _ = trained_probe(recipe_of((2.0, 1e38, 0.05)), features, labels, every(70, 5))
+    without, _ = trained_probe(recipe_of((2.0, 0.05)), features, labels, every(70, 5))
+    assert not sweep.weights[1].isfinite().all()
+    for here, there in ((0, 0), (2, 1), (3, 2), (5, 3)):
+        assert torch.allclose(sweep.weights[here], without.weights[there], rtol=1e-4, atol=1e-5)
+    top1, _ = sweep.accuracy(features, labels)
+    assert top1[0] == without.accuracy(features, labels)[0][0]
+
+
 @pytest.mark.parametrize("block", [1, 7, 8192])
 def test_accuracy_counts_each_row_once(block, monkeypatch):
     monkeypatch.setattr(linear, "BLOCK_ROWS", block)
