@@ -133,6 +133,7 @@ def networks(cfg: Node) -> tuple[Network, Network]:
             goal.needs_region_head,
             goal.needs_pooling,
             cfg.LCR.CHANNELS if goal.needs_rationale else 0,
+            goal.needs_bag_head,
         )
         teacher = Network(build_backbone(spec), heads, goal.needs_region_head, goal.needs_pooling)
     if goal.needs_rationale and not student.backbone.mean_of_patches:
@@ -152,7 +153,7 @@ def networks(cfg: Node) -> tuple[Network, Network]:
         for network in (student, teacher):
             group_batch_norm(network, cfg.MOCO.BN_IMAGES)
     if student.pool is not None:
-        student.embeds_instances, teacher.embeds_instances = goal.ls, goal.lt
+        student.embeds_instances, teacher.embeds_instances = goal.ls, False
         student.pool.requires_grad_(goal.ls)
     return student, make_teacher(student, teacher)
 
@@ -177,4 +178,5 @@ def model_description(cfg: Node) -> dict:
         "region_head": goal.needs_region_head,
         "pooling": goal.needs_pooling,
         "rationale": cfg.LCR.CHANNELS if goal.needs_rationale else 0,
+        "bag_head": goal.needs_bag_head,
     }

@@ -1,8 +1,9 @@
 """Inter-level distillation, between bags of regions and images: L_S and L_T.
 
 A bag is a view's patches, each an instance with the attention a_n; its distribution is the bag
-probability of multiple instance learning, the mixture sum_n a_n p^I_n of what the image head says
-of each patch. So bags and images are distributions over one vocabulary (ours).
+probability of multiple instance learning, the mixture of what a head says of each patch in these
+shares: in L_S the image head, so that bags and images have one vocabulary; in L_T the region head,
+whose vocabulary a head on the image feature learns to use (ours).
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from losses.cross_entropy import soft_cross_entropy
 from losses.intra import paired_rows
 from losses.mixture import mixture_cross_entropy
-from losses.targets import image_targets, instance_targets
+from losses.targets import image_targets, region_targets
 from utils.views import Views
 
 
@@ -44,21 +45,22 @@ def student_loss(
 def teacher_loss(
     student: Views,
     teacher: Views,
-    bag_centre: Tensor,
+    region_centre: Tensor,
     student_temp: float,
     teacher_temp: float,
     chunk_mib: int = 0,
 ) -> Tensor:
-    """L_T = mean over pairs of CE(q^B_i, p^I_v), q^B = sum_m a_m q^I_m.
+    """L_T = mean over pairs of CE(q^B_i, softmax(W_R b_v / tau_s)), q^B = sum_m a_m q_m.
 
-    The student's image predicts the teacher's bag; no gradient reaches the teacher.
+    The student's image predicts the teacher's bag, what its region head says of the patches; b_v
+    is the bag head's embedding. No gradient reaches the teacher.
     """
     (log_attention,) = teacher.log_attention
     return soft_cross_entropy(
-        student.image_embeddings,
-        student.image_prototypes,
+        student.bag_embeddings,
+        student.region_prototypes,
         student_temp,
-        instance_targets(teacher, bag_centre, teacher_temp),
+        region_targets(teacher, region_centre, teacher_temp),
         *paired_rows(student, teacher),
         chunk_mib,
         entropies=False,

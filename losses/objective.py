@@ -71,12 +71,12 @@ class Objective:
         return self.name == "cmd" and (self.ls or self.lt)
 
     @property
-    def needs_bag_centre(self) -> bool:
+    def needs_bag_head(self) -> bool:
         return self.name == "cmd" and self.lt
 
     def make_centres(self, prototypes: int, momentum: float = 0.9) -> Centres:
         """Zero centres of the kinds that this objective reads."""
-        return Centres(prototypes, self.needs_region_head, self.needs_bag_centre, momentum)
+        return Centres(prototypes, self.needs_region_head, momentum)
 
     def __call__(
         self, student: Views, teacher: Views, centres: Centres, teacher_temp: float
@@ -99,7 +99,9 @@ class Objective:
             )
             total = total + self.lambda1 * terms["L_S"]
         if self.name == "cmd" and self.lt:
-            terms["L_T"] = inter.teacher_loss(student, teacher, centres.bag, *temps, self.chunk_mib)
+            terms["L_T"] = inter.teacher_loss(
+                student, teacher, centres.region, *temps, self.chunk_mib
+            )
             total = total + self.lambda1 * terms["L_T"]
         return total, _detached(terms), entropy
 
@@ -126,6 +128,7 @@ class Contrastive:
     projects: ClassVar[bool] = True
     needs_region_head: ClassVar[bool] = False
     needs_pooling: ClassVar[bool] = False
+    needs_bag_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.name not in CONTRASTIVE:

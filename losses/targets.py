@@ -17,12 +17,6 @@ def image_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets
     return Targets(teacher.image_embeddings, teacher.image_prototypes, temperature, centre)
 
 
-def instance_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
-    """q^I of all patches of the image-level views, crop-major: I * B * N rows."""
-    (patches,) = teacher.instance_embeddings
-    return Targets(patches.flatten(0, 1), teacher.image_prototypes, temperature, centre)
-
-
 def region_targets(teacher: Views, centre: Tensor, temperature: float) -> Targets:
     """q of all patches of the image-level views, crop-major: I * B * N rows."""
     (patches,) = teacher.patch_embeddings
@@ -30,23 +24,20 @@ def region_targets(teacher: Views, centre: Tensor, temperature: float) -> Target
 
 
 class Centres(nn.Module):
-    """c_I, c_R and c_B: EMA of the teacher logits' mean over batch and processes [esvit].
+    """c_I and c_R: EMA of the teacher logits' mean over batch and processes [esvit].
 
     One update an optimizer step, after the loss: micro-batches are first collected by
     `collect`, then averaged over processes and applied by `update`, so that gradient
-    accumulation sees the centres of the whole batch. bag: whether c_B is kept.
+    accumulation sees the centres of the whole batch.
     """
 
     image: Tensor
     region: Tensor | None
-    bag: Tensor | None
 
-    def __init__(
-        self, prototypes: int, region: bool = True, bag: bool = False, momentum: float = 0.9
-    ) -> None:
+    def __init__(self, prototypes: int, region: bool = True, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
-        for name, kept in (("image", True), ("region", region), ("bag", bag)):
+        for name, kept in (("image", True), ("region", region)):
             self.register_buffer(name, torch.zeros(prototypes) if kept else None)
         self._collected: list[dict[str, Tensor]] = []
 
@@ -57,9 +48,6 @@ class Centres(nn.Module):
         if self.region is not None:
             (patches,) = teacher.patch_embeddings
             means["region"] = teacher.region_prototypes @ patches.flatten(0, 1).mean(0)
-        if self.bag is not None:
-            (patches,) = teacher.instance_embeddings
-            means["bag"] = teacher.image_prototypes @ patches.flatten(0, 1).mean(0)
         self._collected.append(means)
 
     @torch.no_grad()

@@ -32,7 +32,8 @@ class DINOHead(nn.Module):
     """MLP in_dim -> hidden -> ... -> bottleneck, then the unit sphere; prototypes beside it.
 
     layers: linears in the MLP (3 by default, GELU between). Linears are trunc_normal(0.02)
-    with zero bias; `use_bn` puts a BatchNorm after every linear but the last.
+    with zero bias; `use_bn` puts a BatchNorm after every linear but the last. out_dim: prototypes;
+    0 for none, where the embeddings meet another head's.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class DINOHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
+        if out_dim:
+            self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [..., in_dim] -> embeddings [..., bottleneck] on the unit sphere, float32."""

@@ -12,7 +12,7 @@ from models.mil import GatedAttention
 from models.rationale import RationaleBranch
 from utils.views import Views
 
-STUDENT_ONLY = ("rationale.",)  # parts that the teacher has no average of
+STUDENT_ONLY = ("head_bag.", "rationale.")  # parts that the teacher has no average of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class HeadSpec:
     pool_hidden: int = 128
     projects: bool = False
 
-    def build(self, in_dim: int) -> DINOHead | ProjectionHead:
+    def build(self, in_dim: int, prototypes: bool = True) -> DINOHead | ProjectionHead:
         """A freshly initialised head on features of width `in_dim`."""
         if self.projects:
             return ProjectionHead(
@@ -39,7 +39,7 @@ class HeadSpec:
             )
         return DINOHead(
             in_dim,
-            self.out_dim,
+            self.out_dim if prototypes else 0,
             self.hidden_dim,
             self.bottleneck_dim,
             self.layers,
@@ -49,13 +49,17 @@ class HeadSpec:
 
 
 class Network(nn.Module):
-    """Backbone + image head, and where the objective uses them region head, MIL pooling, or LCR's
-    branch, of so many channels as `rationale` says.
+    """Backbone + image head, and where the objective uses them region head, MIL pooling, bag head,
+    or LCR's branch, of so many channels as `rationale` says.
+
+    The bag head is on the image feature, by which a student predicts what the teacher's region head
+    says of a bag: it has that head's shape and none of its own prototypes.
 
     heads: None for a backbone alone, as files of others hold it: it has features and no
     embeddings, and is not called as a whole. Only what is used may be built: a parameter without
     gradient breaks DDP.
-    State names: backbone.*, head.*, head_dense.* (EsViT's), pool.*, rationale.* (ours).
+    State names: backbone.*, head.*, head_dense.* (EsViT's), pool.*, head_bag.*,
+    rationale.* (ours).
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Network(nn.Module):
         region_head: bool = False,
         pooling: bool = False,
         rationale: int = 0,
+        bag_head: bool = False,
     ) -> None:
         super().__init__()
         if region_head and heads is None:
@@ -76,6 +81,7 @@ class Network(nn.Module):
         self.pool = GatedAttention(width, heads.pool_hidden) if pooling else None
         self.embeds_instances = pooling  # build.networks: only where a term reads them
         self.rationale = RationaleBranch(width, rationale) if rationale else None
+        self.head_bag = heads.build(backbone.num_features, prototypes=False) if bag_head else None
 
     def forward(self, crops: Sequence[Tensor]) -> Views:
         """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.
@@ -103,6 +109,8 @@ class Network(nn.Module):
                 patch_embeddings=_embed_patches(self.head_dense, patch_features),
                 region_prototypes=self.head_dense.prototypes(),
             )
+        if self.head_bag is not None:
+            views = replace(views, bag_embeddings=self.head_bag(features))
         if self.pool is not None:
             attention = [self.pool(patches) for patches in patch_features]
             views = replace(views, log_attention=attention)

@@ -42,7 +42,7 @@ BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
 # Options that shape a backbone.
 SHAPING = ("MODEL.ARCH", "MODEL.WINDOW_SIZE", "MODEL.PATCH_SIZE", "MODEL.IMG_SIZE")
 HEADS = (
-    r"^(model\.)?((head|head_dense|head_dist|fc|classifier|last_linear|pool|rationale|projectors|"
+    r"^(model\.)?((head|head_dense|head_bag|head_dist|fc|classifier|last_linear|pool|rationale|projectors|"
     r"norms|dino_head|ibot_head|decoder_\w+)\.|(mask_token|decoder_pos_embed)$)"
 )
 # By which timm's files name what brings other people's weights to its names.
@@ -212,7 +212,7 @@ def for_backbone(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tens
     if not isinstance(backbone, TimmBackbone) or any(k.startswith("model.") for k in state):
         return state
     # Heads of ours beside the backbone keep their names.
-    heads = ("head.mlp.", "head.last_layer.", "head_dense.", "pool.", "rationale.")
+    heads = ("head.mlp.", "head.last_layer.", "head_dense.", "head_bag.", "pool.", "rationale.")
     found = in_timms_names(backbone.model, backbone.name, state)
     return {k if k.startswith(heads) else f"model.{k}": v for k, v in found.items()}
 
@@ -306,7 +306,7 @@ def load_pretrained(
     _check_unseen(file, spec)
     backbone.normalisation = file.normalisation
     read = ["backbone"]
-    for part in ("head", "head_dense", "pool", "rationale"):
+    for part in ("head", "head_dense", "head_bag", "pool", "rationale"):
         module = getattr(network, part)
         if module is None:
             continue

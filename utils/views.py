@@ -18,6 +18,7 @@ class Views:
 
     batch: B.
     image_features [V*B, D]; image_embeddings [V*B, d]; image_prototypes [K, d].
+    bag_embeddings: image features by the bag head [V*B, d].
     patch_features: [V_g*B, N_g, D]; patch_embeddings: [V_g*B, N_g, d]; region_prototypes [K, d].
     log_attention: [V_g*B, N_g]; instance_embeddings: patches by the image head [V_g*B, N_g, d].
     predicted_map: [V*B, N], LCR's, of crops of one size.
@@ -28,6 +29,7 @@ class Views:
     image_embeddings: Tensor
     image_prototypes: Tensor | None = None
     image_features: Tensor | None = None
+    bag_embeddings: Tensor | None = None
     patch_features: list[Tensor] = field(default_factory=list)
     patch_embeddings: list[Tensor] = field(default_factory=list)
     region_prototypes: Tensor | None = None

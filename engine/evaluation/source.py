@@ -169,12 +169,17 @@ def load_source(
 
 
 def _network(
-    backbone: dict, heads: dict | None, region_head: bool, pooling: bool, rationale: int = 0
+    backbone: dict,
+    heads: dict | None,
+    region_head: bool,
+    pooling: bool,
+    rationale: int = 0,
+    bag_head: bool = False,
 ) -> Network:
     """By what a checkpoint of ours says of its networks; see build.model_description."""
     spec = HeadSpec(**heads) if heads else None
     built = build_backbone(BackboneSpec.from_dict(backbone))
-    return Network(built, spec, region_head, pooling, rationale)
+    return Network(built, spec, region_head, pooling, rationale, bag_head)
 
 
 def random_like(source: Source, seed: int) -> Source:
@@ -186,6 +191,7 @@ def random_like(source: Source, seed: int) -> Source:
         "region_head": network.head_dense is not None,
         "pooling": network.pool is not None,
         "rationale": network.rationale.channels if network.rationale is not None else 0,
+        "bag_head": network.head_bag is not None,
     }
     return _random(described, source.weights, seed, source.normalisation)
 

@@ -71,7 +71,7 @@ def compile_network(network: Network, backend: str = "inductor") -> None:
 
     # A graph for each size of crop, of student and teacher.
     config.recompile_limit = max(64, config.recompile_limit)
-    for part in (network.backbone, network.head, network.head_dense):
+    for part in (network.backbone, network.head, network.head_dense, network.head_bag):
         if part is not None:
             # Its collectives cannot be traced: the graph breaks there, and only there.
             breaks = any(isinstance(module, nn.SyncBatchNorm) for module in part.modules())

@@ -142,8 +142,6 @@ def _networks(cfg: Node) -> dict:
     own = {"backbone": registry.identity(build.backbone_spec(cfg))}
     if cfg.LOSS.OBJECTIVE in CONTRASTIVE:
         own["queue"] = cfg.MOCO.QUEUE
-    else:
-        own["bag_centre"] = build.objective(cfg).needs_bag_centre
     return build.model_description(cfg) | own
 
 
