@@ -62,7 +62,7 @@ class Case:
         self, dtype: torch.dtype, images: slice = slice(None), device: torch.device | str = "cpu"
     ) -> "Case":
         """Fresh leaves of another type, of some images only, on a device."""
-        centres = Centres(len(self.centres.image), region=True, bag=True)
+        centres = Centres(len(self.centres.image), region=True)
         centres.load_state_dict(self.centres.state_dict())
         return replace(
             self,
@@ -105,10 +105,11 @@ def make(
             [normal(batch, count, features) for count in counts],
             normal(prototypes, width) / width**0.5,
             normal(prototypes, width) / width**0.5,
+            [F.normalize(normal(batch, width), dim=-1) for _ in counts],
         )
 
-    centres = Centres(prototypes, region=True, bag=True)
-    for centre in (centres.image, centres.region, centres.bag):
+    centres = Centres(prototypes, region=True)
+    for centre in (centres.image, centres.region):
         centre.copy_(normal(prototypes) / 5)
     case = Case(runs, side(counts), side(counts[:2]), centres)
     return case.to(torch.float64)
@@ -126,6 +127,7 @@ def _leaves_of(side: Side, dtype: torch.dtype, images: slice, device: torch.devi
         [leaf(view[images]) for view in side.features],
         leaf(side.image_prototypes),
         leaf(side.region_prototypes),
+        [leaf(view[images]) for view in side.bags],
     )
 
 
@@ -144,6 +146,7 @@ def as_views(side: Side, layout: list[tuple[int, int]]) -> Views:
         image_embeddings=torch.cat(side.images),
         image_prototypes=side.image_prototypes,
         image_features=torch.cat(side.images),
+        bag_embeddings=torch.cat(side.bags),
         patch_features=by_size(side.features),
         patch_embeddings=by_size(side.patches),
         region_prototypes=side.region_prototypes,
@@ -168,7 +171,7 @@ def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tens
     if goal.name == "cmd" and goal.ls:
         terms["L_S"] = plain.student_term(*sides, centres.image, *temps)
     if goal.name == "cmd" and goal.lt:
-        terms["L_T"] = plain.teacher_term(*sides, centres.bag, *temps)
+        terms["L_T"] = plain.teacher_term(*sides, centres.region, *temps)
     between = [terms[name] for name in ("T", "S", "L_S", "L_T") if name in terms]
     return terms["L_I"] / 2 + terms["L_R"] / 2 + goal.lambda1 * sum(between), terms
 

@@ -17,7 +17,8 @@ class Side:
     """One network's outputs on V views of B images; lists have one entry a view.
 
     images [B, d]; instances and patches [B, N_v, d], by image and region head; attention [B, N_v],
-    logarithms; features [B, N_v, D]; image_prototypes and region_prototypes [K, d].
+    logarithms; features [B, N_v, D]; image_prototypes and region_prototypes [K, d]; bags [B, d],
+    images by the bag head.
     """
 
     images: list[Tensor]
@@ -27,6 +28,7 @@ class Side:
     features: list[Tensor]
     image_prototypes: Tensor
     region_prototypes: Tensor
+    bags: list[Tensor]
 
     @property
     def batch(self) -> int:
@@ -35,7 +37,7 @@ class Side:
     def leaves(self) -> dict[str, Tensor]:
         """Everything a gradient might reach, by name."""
         named = {"W_I": self.image_prototypes, "W_R": self.region_prototypes}
-        for kind in ("images", "instances", "attention", "patches", "features"):
+        for kind in ("images", "instances", "attention", "patches", "features", "bags"):
             for view, tensor in enumerate(getattr(self, kind)):
                 named[f"{kind}[{view}]"] = tensor
         return named
@@ -69,13 +71,10 @@ def image_target(teacher: Side, i: int, b: int, centre: Tensor, temp: float) -> 
 
 
 def bag_target(teacher: Side, i: int, b: int, centre: Tensor, temp: float) -> Tensor:
-    """q^B_i of image b: what the image head says of each patch, in the attention's shares."""
-    says = [
-        softmax((teacher.image_prototypes @ e - centre) / temp) for e in teacher.instances[i][b]
-    ]
-    return sum(
-        log_a.exp() * q for log_a, q in zip(teacher.attention[i][b], says, strict=True)
-    ).detach()
+    """q^B_i of image b: what the region head says of each patch, in the attention's shares."""
+    shares = teacher.attention[i][b].exp()
+    says = [region_target(teacher, i, b, m, centre, temp) for m in range(len(shares))]
+    return sum(a * q for a, q in zip(shares, says, strict=True)).detach()
 
 
 def region_target(teacher: Side, i: int, b: int, m: int, centre: Tensor, temp: float) -> Tensor:
@@ -86,6 +85,11 @@ def region_target(teacher: Side, i: int, b: int, m: int, centre: Tensor, temp: f
 def log_image(student: Side, v: int, b: int, temp: float) -> Tensor:
     """log p^I_v of image b."""
     return log_softmax(student.image_prototypes @ student.images[v][b] / temp)
+
+
+def log_words(student: Side, v: int, b: int, temp: float) -> Tensor:
+    """The log of what image b says of its bag in the regions' vocabulary."""
+    return log_softmax(student.region_prototypes @ student.bags[v][b] / temp)
 
 
 def log_bag(student: Side, v: int, b: int, temp: float) -> Tensor:
@@ -106,9 +110,9 @@ def student_term(student: Side, teacher: Side, centre: Tensor, *temps: float) ->
     return _paired(student, teacher, image_target, log_bag, centre, temps)
 
 
-def teacher_term(student: Side, teacher: Side, bag_centre: Tensor, *temps: float) -> Tensor:
+def teacher_term(student: Side, teacher: Side, region_centre: Tensor, *temps: float) -> Tensor:
     """L_T."""
-    return _paired(student, teacher, bag_target, log_image, bag_centre, temps)
+    return _paired(student, teacher, bag_target, log_words, region_centre, temps)
 
 
 def _paired(student: Side, teacher: Side, target, log_p, centre: Tensor, temps) -> Tensor:
@@ -195,12 +199,9 @@ def released_student_term(student: Side, student_temp: float) -> Tensor:
 
 
 def mean_logits(side: Side) -> dict[str, Tensor]:
-    """The batch's mean logits [K] that the centres follow: image, region and bag."""
+    """The batch's mean logits [K] that the centres follow: image and region."""
     return {
         "image": mean([side.image_prototypes @ row for view in side.images for row in view]),
-        "bag": mean(
-            [side.image_prototypes @ e for view in side.instances for row in view for e in row]
-        ),
         "region": mean(
             [side.region_prototypes @ u for view in side.patches for row in view for u in row]
         ),

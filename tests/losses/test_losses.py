@@ -21,6 +21,7 @@ from losses.mixture import mixture_cross_entropy
 from losses.objective import Contrastive, Objective
 from losses.targets import Centres, image_targets
 from models.mil import GatedAttention
+from models.network import Network
 from tests.losses import plain_losses as plain
 from tests.losses.loss_cases import (
     GOALS,
@@ -58,8 +59,8 @@ TERMS: dict[str, tuple[Ours, Plain]] = {
         lambda case: plain.student_term(case.student, case.teacher, case.centres.image, *TEMPS),
     ),
     "L_T": (
-        lambda s, t, c: inter.teacher_loss(s, t, c.bag, *TEMPS),
-        lambda case: plain.teacher_term(case.student, case.teacher, case.centres.bag, *TEMPS),
+        lambda s, t, c: inter.teacher_loss(s, t, c.region, *TEMPS),
+        lambda case: plain.teacher_term(case.student, case.teacher, case.centres.region, *TEMPS),
     ),
     "T": (
         lambda s, t, c: released.released_terms(s, t, c.image, c.region, *TEMPS)[0],
@@ -122,13 +123,15 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(name, layout, batch):
 
 
 def test_a_bag_of_one_instance_is_an_image():
-    """Then L_S is L_I, value and gradient, and so is L_T against an image's centre."""
+    """Then L_S is L_I, value and gradient, and so is L_T, given one vocabulary and one head."""
     case = make("two local sizes", 2)
     student, teacher = case.views()
     for views in (student, teacher):
         rows = views.image_embeddings[:, None]
         counts = [len(patches) for patches in views.patch_features]
-        views.instance_embeddings = list(rows.split(counts))
+        views.instance_embeddings = views.patch_embeddings = list(rows.split(counts))
+        views.bag_embeddings = views.image_embeddings
+        views.region_prototypes = views.image_prototypes
         views.log_attention = [part.new_zeros(len(part), 1) for part in views.instance_embeddings]
     wanted = intra.image_loss(student, teacher, case.centres.image, *TEMPS)[0]
     leaves = case.leaves("student")
@@ -263,8 +266,9 @@ def trained(steps: int = 4, **options) -> tuple[Pretraining, list[dict[str, Tens
     return run, [run.train_step(batches)[0] for _ in range(steps)]
 
 
-def without_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.startswith("pool.")}
+def without_inter_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """But for the parts that only inter-level terms have."""
+    return {k: value for k, value in state.items() if not k.startswith(("pool.", "head_bag."))}
 
 
 def figures_of(figures: list[dict[str, Tensor]], *terms: str) -> Tensor:
@@ -288,7 +292,7 @@ def test_lambda1_zero_is_esvit(ls, lt, esvit):
     reference, reference_figures = esvit
     run, figures = trained(CMD__LAMBDA1=0.0, CMD__LS=ls, CMD__LT=lt)
     for ours, theirs in ((run.student, reference.student), (run.teacher, reference.teacher)):
-        assert differing(without_pooling(ours.state_dict()), theirs.state_dict()) == []
+        assert differing(without_inter_parts(ours.state_dict()), theirs.state_dict()) == []
     for kind in ("image", "region"):
         assert torch.equal(getattr(run.carried, kind), getattr(reference.carried, kind))
     both = ("loss", "L_I", "L_R")
@@ -300,7 +304,7 @@ def test_lambda1_zero_is_esvit(ls, lt, esvit):
 def test_each_inter_level_term_moves_the_networks(on, esvit):
     """The counterpart of the test above; without L_S the attention stays even."""
     run, _ = trained(**{"CMD__LS": on == "LS", "CMD__LT": on == "LT"})
-    moved = differing(without_pooling(run.student.state_dict()), esvit[0].student.state_dict())
+    moved = differing(without_inter_parts(run.student.state_dict()), esvit[0].student.state_dict())
     assert any(name.startswith("backbone.") for name in moved)
     assert any(name.startswith("head.") for name in moved)
     assert bool(run.student.pool.score.weight.any()) == (on == "LS")
@@ -317,6 +321,15 @@ SETTINGS = {
     "cmd, no L_S": {"CMD__LS": False, "CMD__LT": True},
     "cmd, neither": {"CMD__LS": False, "CMD__LT": False},
     "cmd, lambda1 0": {"CMD__LAMBDA1": 0.0},
+}
+
+
+# Region head, pooling, bag head; all other settings have the first two.
+PARTS = {
+    "dino": (False, False, False),
+    "esvit": (True, False, False),
+    "released": (True, False, False),
+    "cmd, neither": (True, False, False),
 }
 
 
@@ -341,15 +354,16 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_other(name):
     assert all(parameter.grad is None for parameter in run.teacher.parameters())
 
 
-def test_pooling_and_region_head_are_built_only_where_they_are_used():
-    built = {
-        name: {(each.head_dense is not None, each.pool is not None) for each in pair}
-        for name in SETTINGS
-        for pair in [build.networks(small_config(**SETTINGS[name]))]
-    }
-    plain_settings = {"dino": (False, False), "esvit": (True, False), "released": (True, False)}
-    plain_settings["cmd, neither"] = (True, False)
-    assert built == {name: {plain_settings.get(name, (True, True))} for name in SETTINGS}
+def test_parts_are_built_only_where_they_are_used():
+    def parts(network: Network) -> tuple[bool, ...]:
+        own = network.head_dense, network.pool, network.head_bag
+        return tuple(part is not None for part in own)
+
+    for name, settings in SETTINGS.items():
+        wanted = PARTS.get(name, (True, True, settings.get("CMD__LT", False)))
+        student, teacher = build.networks(small_config(**settings))
+        assert parts(student) == wanted
+        assert parts(teacher) == (*wanted[:2], False)
 
 
 def test_dino_is_l_i_alone_with_weight_one(esvit):
@@ -364,9 +378,9 @@ def test_dino_is_l_i_alone_with_weight_one(esvit):
 
 @pytest.mark.parametrize("momentum", [0.9, 0.5])
 def test_centres_follow_the_mean_logits_by_ema(momentum):
-    centres = Centres(7, region=True, bag=True, momentum=momentum)
+    centres = Centres(7, region=True, momentum=momentum)
     centres.double()
-    wanted = {name: torch.zeros(7, dtype=torch.float64) for name in ("image", "region", "bag")}
+    wanted = {name: torch.zeros(7, dtype=torch.float64) for name in ("image", "region")}
     for seed in range(3):
         case = make("no local crops", 3, seed)
         centres.collect(case.views()[1])
@@ -379,14 +393,14 @@ def test_centres_follow_the_mean_logits_by_ema(momentum):
 
 def test_centres_of_micro_batches_are_the_big_batch_s():
     case = make("no local crops", 4)
-    big, small = (Centres(7, region=True, bag=True).double() for _ in range(2))
+    big, small = (Centres(7, region=True).double() for _ in range(2))
     big.collect(case.views()[1])
     for images in (slice(0, 2), slice(2, 4)):
         small.collect(case.to(torch.float64, images).views()[1])
         assert not small.image.any(), "the centres are held until the update"
     big.update()
     small.update()
-    for name in ("image", "region", "bag"):
+    for name in ("image", "region"):
         assert_near(getattr(small, name), getattr(big, name), 1e-12, name)
         assert getattr(big, name).any()
 
@@ -408,8 +422,6 @@ def test_an_update_with_nothing_collected_is_refused():
 def test_centres_are_kept_where_the_objective_reads_them(name):
     centres = GOALS[name].make_centres(7)
     wanted = {"image"} if name == "dino" else {"image", "region"}
-    if GOALS[name].name == "cmd" and GOALS[name].lt:
-        wanted.add("bag")
     assert set(centres.state_dict()) == wanted
     assert not any(value.any() for value in centres.state_dict().values())
 
@@ -426,12 +438,11 @@ def test_a_training_step_updates_the_centres_once_and_after_the_loss():
         kinds = {
             "image": (teacher.image_embeddings, teacher.image_prototypes),
             "region": (teacher.patch_embeddings[0].flatten(0, 1), teacher.region_prototypes),
-            "bag": (teacher.instance_embeddings[0].flatten(0, 1), teacher.image_prototypes),
         }
         means.append({kind: (rows @ w.T).mean(0).detach() for kind, (rows, w) in kinds.items()})
     figures, *_ = run.train_step(iter([batch_of(crops) for crops in micro]))
     assert_near(figures["loss"], torch.stack(losses).mean(), 1e-6, "loss")
-    for kind in ("image", "region", "bag"):
+    for kind in ("image", "region"):
         wanted = 0.1 * (means[0][kind] + means[1][kind]) / 2
         assert_near(getattr(run.carried, kind), wanted, 1e-5, kind)
 

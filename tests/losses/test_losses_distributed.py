@@ -50,7 +50,7 @@ def evaluate(case: Case, goal: Objective) -> dict:
 
 def centres_after_two_updates(dtype: torch.dtype, images: slice, micro: int) -> dict[str, Tensor]:
     """Centres fed with two batches, each in micro-batches of `micro` images."""
-    centres = Centres(7, region=True, bag=True).to(dtype)
+    centres = Centres(7, region=True).to(dtype)
     for seed in (11, 12):
         for first in range(images.start, images.stop, micro):
             case = make("two local sizes", BATCH, seed).to(dtype, slice(first, first + micro))
@@ -162,7 +162,7 @@ def test_two_processes_under_autocast_are_within_a_hundredth_of_one_in_float32(r
 def test_all_processes_keep_the_centres_of_the_whole_batch(ranks, dtype, micro):
     whole = centres_after_two_updates(dtype, slice(0, BATCH), BATCH)
     parts = [found["centres", dtype, micro] for found in ranks]
-    assert set(whole) == {"image", "region", "bag"}
+    assert set(whole) == {"image", "region"}
     for kind, value in whole.items():
         assert torch.equal(parts[0][kind], parts[1][kind])
         assert_near(parts[0][kind], value, TOLERANCE[dtype] / 10, kind)
