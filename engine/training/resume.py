@@ -88,7 +88,12 @@ def find(
     elif was != fingerprint:
         changes.append(("the images in DATA.PATH", _shown(was), _shown(fingerprint)))
     text = ", ".join(f"{name} (was {_said(was)}, now {_said(now)})" for name, was, now in changes)
-    # Weights of another shape, or centres that are not there, cannot go on, even by force.
+    if build.objective(stored).needs_bag_head and not state["model"].get("bag_head"):
+        raise InputError(
+            f"{path} is a run with the L_T of an earlier version, and cannot go on with this one. "
+            f"Use the version of the code that wrote it, or another --output_dir."
+        )
+    # Weights of another shape cannot go on, even by force.
     reshaped = _networks(cfg) != _networks(stored)
     if reshaped or (changes and cfg.RESUME != "force"):
         force = ", or --resume force to go on with the new ones"

@@ -420,7 +420,7 @@ SAME_SHAPES = "SEED 4 MODEL.DROP_PATH 0 MOCO.QUEUE 99 LCR.CHANNELS 8 MODEL.WINDO
         ("TRAIN.BATCH_SIZE_PER_GPU 4", "images per step (was 8, now 4)", True),
         ("HEAD.OUT_DIM 32", "HEAD.OUT_DIM (was 64, now 32)", False),
         ("LOSS.OBJECTIVE dino", "LOSS.OBJECTIVE (was cmd, now dino)", False),
-        ("CMD.LT true", "CMD.LT (was False, now True)", False),  # whose centre was not kept
+        ("CMD.LT true", "CMD.LT (was False, now True)", False),  # whose head the run lacks
     ],
 )
 def test_a_resume_with_other_options_is_refused_by_name(
@@ -576,6 +576,18 @@ def test_a_run_by_an_earlier_attention_is_refused(trained, refuse, tmp_path):
         load_source(path)
     assert refuse(tmp_path, TRAINED).startswith(f"error: {sentence}")
     assert load(tmp_path)["step"] == state["step"]
+
+
+def test_a_run_with_an_earlier_l_t_is_read_and_does_not_go_on(tmp_path):
+    """It has the parts of a run without, and said that L_T was on."""
+    cfg = small_config(OUTPUT_DIR=str(tmp_path))
+    state = checkpoint_of(pretraining(cfg)) | {"images": "images"}
+    del state["model"]["bag_head"]
+    state["config"]["CMD"]["LT"] = cfg.CMD.LT = True
+    checkpoint.save_last(state, tmp_path)
+    with pytest.raises(InputError, match="the L_T of an earlier version"):
+        find(cfg, 12, "images", 3, World(0, 1, torch.device("cpu")))
+    assert load_source(tmp_path / "checkpoint.pth").network.head_bag is None
 
 
 def test_a_run_of_another_objective_by_an_earlier_version_goes_on(tmp_path):
