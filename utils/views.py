@@ -18,10 +18,10 @@ class Views:
 
     batch: B.
     image_features [V*B, D]; image_embeddings [V*B, d]; image_prototypes [K, d].
-    bag_embeddings: image features by the bag head [V*B, d].
     patch_features: [V_g*B, N_g, D]; patch_embeddings: [V_g*B, N_g, d]; region_prototypes [K, d].
     log_attention: [V_g*B, N_g]; instance_embeddings: patches by the image head [V_g*B, N_g, d].
     predicted_map: [V*B, N], LCR's, of crops of one size.
+    bag_embeddings: image features by the bag head [V*B, d].
     What the network was not built for is None or empty.
     """
 
@@ -29,13 +29,13 @@ class Views:
     image_embeddings: Tensor
     image_prototypes: Tensor | None = None
     image_features: Tensor | None = None
-    bag_embeddings: Tensor | None = None
     patch_features: list[Tensor] = field(default_factory=list)
     patch_embeddings: list[Tensor] = field(default_factory=list)
     region_prototypes: Tensor | None = None
     log_attention: list[Tensor] = field(default_factory=list)
     instance_embeddings: list[Tensor] = field(default_factory=list)
     predicted_map: Tensor | None = None
+    bag_embeddings: Tensor | None = None
 
     @property
     def count(self) -> int:
