@@ -287,8 +287,8 @@ def load_pretrained(
     becomes theirs.
 
     spec: what the backbone is built from. It must fit, also in what shapes do not show. A head,
-    region head, pooling or LCR's branch is read too where the file has one of the same shape, and
-    keeps its fresh initialisation otherwise.
+    region head, bag head, pooling or LCR's branch is read too where the file has one of the same
+    shape, and keeps its fresh initialisation otherwise.
     """
     backbone, is_timms = network.backbone, spec.arch.startswith(PREFIX)
     file = WeightsFile.read(path, key, spec if is_timms else None)
