@@ -120,9 +120,9 @@ def feed(cfg: Node, images: StoredImages, world: World, step: int = 0) -> Feed:
 def networks(cfg: Node) -> tuple[Network, Network]:
     """Student and teacher, freshly initialised from SEED, the same on every process.
 
-    Both on the CPU, with equal weights; the teacher out of the gradient, without drop path
-    and without LCR's branch. A BatchNorm of a contrasting objective has
-    groups. Raises InputError for an architecture or a crop size that cannot be.
+    Both on the CPU, with equal weights; the teacher out of the gradient, without drop path,
+    bag head and LCR's branch. A BatchNorm of a contrasting objective has groups. Raises
+    InputError for an architecture or a crop size that cannot be.
     """
     goal, heads, spec = objective(cfg), head_spec(cfg), backbone_spec(cfg)
     with torch.random.fork_rng(devices=[]):
@@ -142,19 +142,19 @@ def networks(cfg: Node) -> tuple[Network, Network]:
             f"mean of the patches; that of {spec.arch} is not. Take resnet50 or a Swin."
         )
     widths = student.backbone.num_features, student.backbone.num_patch_features
-    if goal.needs_pooling and widths[0] != widths[1]:
+    if goal.needs_instances and widths[0] != widths[1]:
         raise InputError(
-            f"LOSS.OBJECTIVE cmd gives patches to the image head, which needs patches as "
-            f"wide as the image feature; those of {spec.arch} have {widths[1]} values, and "
-            f"that has {widths[0]}. Take another --arch, or --objective esvit."
+            f"CMD.LS gives patches to the image head, which needs patches as wide as the image "
+            f"feature; those of {spec.arch} have {widths[1]} values, and that has {widths[0]}. "
+            f"Take another --arch, CMD.LS false, or --objective esvit."
         )
     check_crop_sizes(cfg, student.backbone)
     if goal.projects:
         for network in (student, teacher):
             group_batch_norm(network, cfg.MOCO.BN_IMAGES)
     if student.pool is not None:
-        student.embeds_instances, teacher.embeds_instances = goal.ls, False
-        student.pool.requires_grad_(goal.ls)
+        student.embeds_instances = goal.needs_instances
+        student.pool.requires_grad_(goal.needs_instances)
     return student, make_teacher(student, teacher)
 
 

@@ -71,6 +71,11 @@ class Objective:
         return self.name == "cmd" and (self.ls or self.lt)
 
     @property
+    def needs_instances(self) -> bool:
+        """Whether the student's image head reads patches, by which the attention is trained."""
+        return self.name == "cmd" and self.ls
+
+    @property
     def needs_bag_head(self) -> bool:
         return self.name == "cmd" and self.lt
 
@@ -128,6 +133,7 @@ class Contrastive:
     projects: ClassVar[bool] = True
     needs_region_head: ClassVar[bool] = False
     needs_pooling: ClassVar[bool] = False
+    needs_instances: ClassVar[bool] = False
     needs_bag_head: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -79,7 +79,7 @@ class Network(nn.Module):
         self.head_dense = heads.build(backbone.num_patch_features) if region_head else None
         width = backbone.num_patch_features
         self.pool = GatedAttention(width, heads.pool_hidden) if pooling else None
-        self.embeds_instances = pooling  # build.networks: only where a term reads them
+        self.embeds_instances = False  # build.networks: where L_S reads them
         self.rationale = RationaleBranch(width, rationale) if rationale else None
         self.head_bag = heads.build(backbone.num_features, prototypes=False) if bag_head else None
 
@@ -87,7 +87,7 @@ class Network(nn.Module):
         """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.
 
         One backbone forward per run of equally sized crops; LCR's branch needs exactly one.
-        With a pooling, the attention is added, and patches as instances: by the image head.
+        With a pooling the attention is added; of a student of L_S, patches by the image head.
         """
         sizes = _runs_of_equal_size(crops)
         shared = zip(sizes, self.backbone.shared(len(sizes)), strict=True)

@@ -302,15 +302,19 @@ def test_lcr_wants_an_image_feature_that_is_the_mean_of_the_patches():
         run_of("test_vit2", **options)
 
 
-def test_cmd_wants_patches_as_wide_as_the_image_feature():
+def test_l_s_wants_patches_as_wide_as_the_image_feature_and_l_t_does_not():
     with pytest.raises(InputError) as caught:
         run_of("test_mambaout", LOSS__OBJECTIVE="cmd")
     shapes = measured("test_mambaout", 64).shapes
     assert str(caught.value) == (
-        "LOSS.OBJECTIVE cmd gives patches to the image head, which needs patches as wide as "
-        f"the image feature; those of timm/test_mambaout have {shapes.patches} values, and that "
-        f"has {shapes.features}. Take another --arch, or --objective esvit."
+        "CMD.LS gives patches to the image head, which needs patches as wide as the image "
+        f"feature; those of timm/test_mambaout have {shapes.patches} values, and that has "
+        f"{shapes.features}. Take another --arch, CMD.LS false, or --objective esvit."
     )
+    run = run_of("test_mambaout", LOSS__OBJECTIVE="cmd", CMD__LS=False, CMD__LT=True)
+    before = run.student.head_bag.mlp[0].weight.detach().clone()
+    run.train_step(iter([batch_of(crops_of(run, 0))]))
+    assert not torch.equal(run.student.head_bag.mlp[0].weight, before)
 
 
 def test_stochastic_depth_is_the_students_and_its_lack_is_said(caplog):
