@@ -45,7 +45,7 @@ OBJECTIVES = {
     "released": {"LOSS__OBJECTIVE": "released"},
     "cmd": {},
     "lcr": {"LOSS__OBJECTIVE": "lcr", "AUG__LOCAL_CROPS_NUMBER": [], "MOCO__QUEUE": 8},
-    "cmd bn": {"HEAD__USE_BN": True},
+    "cmd bn": {"HEAD__USE_BN": True, "CMD__LT": True},
 }
 
 
