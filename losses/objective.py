@@ -52,7 +52,7 @@ class Objective:
     name: str = "cmd"
     lambda1: float = 0.3
     ls: bool = True
-    lt: bool = False
+    lt: bool = True
     student_temp: float = 0.1
     chunk_mib: int = 0
 

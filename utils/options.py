@@ -155,7 +155,7 @@ section("CMD", "the inter-level terms; read by the objectives cmd and released (
 option("CMD.LAMBDA1", 0.3, "weight of L_S + L_T", at_least=0, flag="--lambda1")
 option("CMD.LS", True, "whether L_S is on, where the student's bag predicts the teacher's "
        "image; it alone trains the attention")
-option("CMD.LT", False, "whether L_T is on, where the student's image predicts the teacher's "
+option("CMD.LT", True, "whether L_T is on, where the student's image predicts the teacher's "
        "bag; without L_S the shares of its patches stay even")
 option("CMD.ATTENTION_RATE", 10.0, "factor of the learning rate for the MIL attention", at_least=0)
 

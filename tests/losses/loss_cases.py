@@ -33,11 +33,11 @@ GOALS = {
     "esvit": goal_of("esvit"),
     "released 0.1": goal_of("released", lambda1=0.1),
     "released 1": goal_of("released", lambda1=1.0),
-    "cmd 0.3": goal_of("cmd", lambda1=0.3, lt=True),
-    "cmd 1": goal_of("cmd", lambda1=1.0, lt=True),
-    "cmd 0": goal_of("cmd", lambda1=0.0, lt=True),
-    "cmd, L_S alone": goal_of("cmd"),
-    "cmd, L_T alone": goal_of("cmd", ls=False, lt=True),
+    "cmd 0.3": goal_of("cmd", lambda1=0.3),
+    "cmd 1": goal_of("cmd", lambda1=1.0),
+    "cmd 0": goal_of("cmd", lambda1=0.0),
+    "cmd, L_S alone": goal_of("cmd", lt=False),
+    "cmd, L_T alone": goal_of("cmd", ls=False),
     "cmd, neither": goal_of("cmd", ls=False, lt=False),
 }
 

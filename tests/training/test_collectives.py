@@ -34,7 +34,7 @@ STEPS = {
         {"LOSS__OBJECTIVE": "esvit", "TRAIN__ACCUM_STEPS": 2},
         [("allreduce", 2 * CLASSES + 1)],
     ),
-    "cmd": ({"CMD__LT": True}, [("allreduce", 2 * CLASSES + 1)]),
+    "cmd": ({}, [("allreduce", 2 * CLASSES + 1)]),
     # Crops to the groups of BatchNorm, features and embeddings back, keys for the queue.
     "moco_v2": (
         CONTRAST | SWIN | {"HEAD__USE_BN": True},

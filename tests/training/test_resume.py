@@ -420,7 +420,7 @@ SAME_SHAPES = "SEED 4 MODEL.DROP_PATH 0 MOCO.QUEUE 99 LCR.CHANNELS 8 MODEL.WINDO
         ("TRAIN.BATCH_SIZE_PER_GPU 4", "images per step (was 8, now 4)", True),
         ("HEAD.OUT_DIM 32", "HEAD.OUT_DIM (was 64, now 32)", False),
         ("LOSS.OBJECTIVE dino", "LOSS.OBJECTIVE (was cmd, now dino)", False),
-        ("CMD.LT true", "CMD.LT (was False, now True)", False),  # whose head the run lacks
+        ("CMD.LT false", "CMD.LT (was True, now False)", False),  # whose head the run has
     ],
 )
 def test_a_resume_with_other_options_is_refused_by_name(
@@ -583,7 +583,7 @@ def test_a_run_with_an_earlier_l_t_is_read_and_does_not_go_on(tmp_path):
     cfg = small_config(OUTPUT_DIR=str(tmp_path))
     state = checkpoint_of(pretraining(cfg)) | {"images": "images"}
     del state["model"]["bag_head"]
-    state["config"]["CMD"]["LT"] = cfg.CMD.LT = True
+    assert state["config"]["CMD"]["LT"] and cfg.CMD.LT
     checkpoint.save_last(state, tmp_path)
     with pytest.raises(InputError, match="the L_T of an earlier version"):
         find(cfg, 12, "images", 3, World(0, 1, torch.device("cpu")))
