@@ -14,7 +14,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 NETWORKS = {
     "dino": {},
     "esvit": SWIN,
-    "cmd": SWIN | {"CMD__LT": True},
+    "cmd": SWIN,
     "released": {},
     "moco_v2": SWIN,
     "lcr": SWIN,

@@ -311,7 +311,7 @@ def test_l_s_wants_patches_as_wide_as_the_image_feature_and_l_t_does_not():
         f"feature; those of timm/test_mambaout have {shapes.patches} values, and that has "
         f"{shapes.features}. Take another --arch, CMD.LS false, or --objective esvit."
     )
-    run = run_of("test_mambaout", LOSS__OBJECTIVE="cmd", CMD__LS=False, CMD__LT=True)
+    run = run_of("test_mambaout", LOSS__OBJECTIVE="cmd", CMD__LS=False)
     before = run.student.head_bag.mlp[0].weight.detach().clone()
     run.train_step(iter([batch_of(crops_of(run, 0))]))
     assert not torch.equal(run.student.head_bag.mlp[0].weight, before)

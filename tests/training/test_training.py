@@ -39,7 +39,7 @@ from utils.logging import RunLog
 TERMS = {
     "dino": {"L_I"},
     "esvit": {"L_I", "L_R"},
-    "cmd": {"L_I", "L_R", "L_S"},
+    "cmd": {"L_I", "L_R", "L_S", "L_T"},
     "released": {"L_I", "L_R", "T", "S"},
 }
 FIGURES = {
@@ -61,7 +61,7 @@ def test_a_run_of_cmd_writes_every_figure(trained):
     assert [line["epoch"] for line in steps] == [step / 2 for step in range(1, 9)]
     cfg = cfg_of(trained)
     for line in steps:
-        terms = (line["L_I"] + line["L_R"]) / 2 + 0.3 * line["L_S"]
+        terms = (line["L_I"] + line["L_R"]) / 2 + 0.3 * (line["L_S"] + line["L_T"])
         assert line["loss"] == pytest.approx(terms, rel=1e-5)
         assert line["teacher_entropy"] + line["teacher_kl_uniform"] == pytest.approx(math.log(64))
         assert line["teacher_temp"] == cfg.LOSS.TEACHER_TEMP
