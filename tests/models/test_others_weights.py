@@ -171,7 +171,7 @@ def convnext(folder: Path, **facts) -> Path:
 
 def network_of(arch: str, **figures) -> tuple[nn.Module, BackboneSpec]:
     spec, network = BackboneSpec(arch, img_size=64, **figures), nn.Module()
-    network.head = network.head_dense = network.pool = network.rationale = None
+    network.head = network.head_dense = network.head_bag = network.pool = network.rationale = None
     network.backbone = build_backbone(spec)
     return network, spec
 

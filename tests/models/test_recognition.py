@@ -202,7 +202,7 @@ def test_an_unusual_vit_to_start_from_is_refused_or_asked_for(tmp_path):
     path = write(tmp_path / "x.pth", {"state_dict": state})
     spec = BackboneSpec("deit_tiny", 48, (1,), patch_size=8, img_size=32)
     network = torch.nn.Module()
-    network.head = network.head_dense = network.pool = network.rationale = None
+    network.head = network.head_dense = network.head_bag = network.pool = network.rationale = None
     network.backbone = build_backbone(spec)
     with pytest.raises(InputError, match=r"MODEL.NUM_HEADS \[12\]"):
         load_pretrained(network, path, "teacher", spec)
@@ -213,7 +213,7 @@ def test_an_unusual_vit_to_start_from_is_refused_or_asked_for(tmp_path):
 def test_heads_that_no_file_says_are_doubted_at_a_start_until_an_option_says_them(tmp_path, caplog):
     path = write(tmp_path / "x.pth", vit(216, 3))
     network = torch.nn.Module()
-    network.head = network.head_dense = network.pool = network.rationale = None
+    network.head = network.head_dense = network.head_bag = network.pool = network.rationale = None
     for heads, doubt in (
         ((), "72 channels each: the file does not say; MODEL.NUM_HEADS says otherwise\n"),
         ((3,), ""),
@@ -273,7 +273,7 @@ def test_another_layout_than_that_of_the_network_to_train_is_said(tmp_path, capl
     path = write(tmp_path / "x.pth", {"model": swin(448).state_dict()})
     spec = BackboneSpec("swin_tiny", 16, (1, 1, 1, 2), (1, 2, 4, 8), img_size=448)
     network = torch.nn.Module()
-    network.head = network.head_dense = network.pool = network.rationale = None
+    network.head = network.head_dense = network.head_bag = network.pool = network.rationale = None
     network.backbone = build_backbone(spec)
     with caplog.at_level("WARNING"):
         load_pretrained(network, path, "teacher", spec)
