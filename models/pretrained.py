@@ -41,8 +41,10 @@ from utils.normalisation import IMAGENET, Normalisation
 BUFFERS = r"(relative_position_index|attn_mask|num_batches_tracked)$"
 # Options that shape a backbone.
 SHAPING = ("MODEL.ARCH", "MODEL.WINDOW_SIZE", "MODEL.PATCH_SIZE", "MODEL.IMG_SIZE")
+# Parts of a network of ours beside its backbone.
+PARTS = ("head", "head_dense", "head_bag", "pool", "rationale")
 HEADS = (
-    r"^(model\.)?((head|head_dense|head_bag|head_dist|fc|classifier|last_linear|pool|rationale|projectors|"
+    rf"^(model\.)?(({'|'.join(PARTS)}|head_dist|fc|classifier|last_linear|projectors|"
     r"norms|dino_head|ibot_head|decoder_\w+)\.|(mask_token|decoder_pos_embed)$)"
 )
 # By which timm's files name what brings other people's weights to its names.
@@ -211,8 +213,8 @@ def for_backbone(backbone: Backbone, state: dict[str, Tensor]) -> dict[str, Tens
     """
     if not isinstance(backbone, TimmBackbone) or any(k.startswith("model.") for k in state):
         return state
-    # Heads of ours beside the backbone keep their names.
-    heads = ("head.mlp.", "head.last_layer.", "head_dense.", "head_bag.", "pool.", "rationale.")
+    # Parts of ours keep their names; timm's own head is called `head` too.
+    heads = ("head.mlp.", "head.last_layer.", *(f"{part}." for part in PARTS[1:]))
     found = in_timms_names(backbone.model, backbone.name, state)
     return {k if k.startswith(heads) else f"model.{k}": v for k, v in found.items()}
 
@@ -306,7 +308,7 @@ def load_pretrained(
     _check_unseen(file, spec)
     backbone.normalisation = file.normalisation
     read = ["backbone"]
-    for part in ("head", "head_dense", "head_bag", "pool", "rationale"):
+    for part in PARTS:
         module = getattr(network, part)
         if module is None:
             continue

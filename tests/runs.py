@@ -101,13 +101,14 @@ def random_crops(batch: int, seed: int, sizes: Sequence[int] = (32, 32, 16, 16))
 
 
 def crops_for(run: Pretraining, seed: int) -> list[Tensor]:
-    """Noise as crops of a micro-batch of the run: this process's share of those of all."""
+    """Noise as crops of a micro-batch of the run, on its device: this process's share of all's."""
     aug, share = run.cfg.AUG, run.cfg.TRAIN.BATCH_SIZE_PER_GPU
     sizes = [aug.GLOBAL_CROPS_SIZE] * 2
     if aug.LOCAL_CROPS_NUMBER:
         sizes += aug.LOCAL_CROPS_SIZE * aug.LOCAL_CROPS_NUMBER[0]
     mine = slice(share * run.world.rank, share * (run.world.rank + 1))
-    return [crop[mine] for crop in random_crops(share * run.world.size, seed, sizes)]
+    crops = random_crops(share * run.world.size, seed, sizes)
+    return [crop[mine].to(run.world.device) for crop in crops]
 
 
 class Calls(TorchDispatchMode):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.training.step import Pretraining
-from tests.runs import SWIN, batch_of, pretraining, small_config
+from tests.runs import SWIN, batch_of, crops_for, pretraining, small_config
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # A network for each objective, so that every family is there.
@@ -44,17 +44,6 @@ def run_on(device: torch.device, precision: str, **options) -> Pretraining:
         # At the default 2^16 the first steps of so small a network overflow, and are skipped.
         run.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**4)
     return run
-
-
-def crops_for(run: Pretraining, seed: int = 0) -> list[Tensor]:
-    """Normal noise as crops, V float32 [B, 3, S, S] on the run's device, the same on each."""
-    generator = torch.Generator().manual_seed(seed)
-    aug, batch = run.cfg.AUG, run.cfg.TRAIN.BATCH_SIZE_PER_GPU
-    sizes = [aug.GLOBAL_CROPS_SIZE] * 2
-    if aug.LOCAL_CROPS_NUMBER:
-        sizes += aug.LOCAL_CROPS_SIZE * aug.LOCAL_CROPS_NUMBER[0]
-    crops = [torch.randn(batch, 3, size, size, generator=generator) for size in sizes]
-    return [crop.to(run.world.device) for crop in crops]
 
 
 def step(run: Pretraining, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:

@@ -12,13 +12,12 @@ from engine.training.step import Pretraining
 from tests.gpu.steps import (
     NETWORKS,
     PRECISIONS,
-    crops_for,
     options_of,
     run_on,
     step,
     unwaited,
 )
-from tests.runs import batch_of, checkpoint_of, record_of, tensors
+from tests.runs import batch_of, checkpoint_of, crops_for, record_of, tensors
 from tests.training.test_guard import assert_same, everything
 from utils import checkpoint
 
