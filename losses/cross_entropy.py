@@ -13,8 +13,9 @@ tau the student's logits and r_s = sum_m w_sm:
 
 with pulled_s = sum_m w_sm (q W)_t(s,m) and pushed_t = the sum of w_sm e_s over all t(s,m) = t. So
 q enters through q W [T, d] and q^T pushed [K, d] alone, and teachers and students go through
-the prototypes once each, one chunk after the other. Gradients are made in the forward pass, where
-the chunk's matrices exist, and are K x d and rows x d in size.
+the prototypes once each, one chunk after the other; pushed is linear in the students, so L_R and
+L_T, of one teacher and one set of prototypes, share the teacher's pass. Gradients are made in the
+forward pass, where the chunk's matrices exist, and are K x d and rows x d in size.
 """
 
 import contextlib
@@ -65,47 +66,81 @@ class Targets:
         )
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Students, the targets that each is to predict, and what that counts.
+
+    students: embeddings [S, d]; matches: t [S, M], int64, rows of the targets; weights: w [S, M],
+    fixed. shares [T', N]: matches are of T' mixtures of N target rows each, in these shares.
+    scale: what the sum over these pairs is weighted with in the loss.
+    """
+
+    students: Tensor
+    matches: Tensor
+    weights: Tensor
+    shares: Tensor | None = None
+    scale: float = 1.0
+
+    def push(self, pushed: Tensor) -> None:
+        """Add, to each target row's part [T, d] of `pushed`, its students by their weights."""
+        onto = pushed if self.shares is None else torch.zeros_like(pushed[: len(self.shares)])
+        for match, weight in zip(self.matches.unbind(1), self.weights.unbind(1), strict=True):
+            onto.index_add_(0, match, (self.scale * weight)[:, None] * self.students)
+        if self.shares is not None:
+            pushed.view(*self.shares.shape, -1).addcmul_(self.shares[..., None], onto[:, None])
+
+    def pull(self, means: Tensor) -> Tensor:
+        """The sum of its targets' parts of `means` [T, d], by weight, for each student [S, d]."""
+        if self.shares is not None:
+            means = torch.einsum("tn,tnd->td", self.shares, means.unflatten(0, self.shares.shape))
+        pulled = torch.zeros_like(self.students)
+        for match, weight in zip(self.matches.unbind(1), self.weights.unbind(1), strict=True):
+            pulled.addcmul_(weight[:, None], means[match])
+        return pulled
+
+    def in_float32(self) -> "Pairs":
+        """The same in float32 at least; the students as they are, with gradient."""
+        students = at_least_float32(self.students)
+        shares = None if self.shares is None else self.shares.to(students.dtype)
+        weights = self.weights.to(students.dtype)
+        return replace(self, students=students, weights=weights, shares=shares)
+
+
 def soft_cross_entropy(
-    students: Tensor,
+    pairs: dict[str, Pairs],
     prototypes: Tensor,
     temperature: float,
     targets: Targets,
-    matches: Tensor,
-    weights: Tensor,
     chunk_mib: int = 0,
     entropies: bool = True,
-    shares: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """sum_{s,m} w[s,m] CE(q[t[s,m]], softmax(W e[s] / temperature)), and the entropy of q.
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """sum_{s,m} w[s,m] CE(q[t[s,m]], softmax(W e[s] / temperature)) of each term's pairs.
 
-    students: embeddings [S, d]; prototypes: W [K, d]; targets: of T rows; matches: t [S, M],
-    int64, rows of the targets; weights: w [S, M], fixed; chunk_mib: LOSS.CHUNK_MIB. Returns the
-    loss, a scalar with gradient to students and prototypes, and the targets' entropies [T] in
-    nats, without gradient; None in their place where `entropies` is false. shares [T, N], without
-    entropies: the targets are T mixtures, each of N rows in these shares. Values are kept in
-    float32 (or float64 throughout), whatever autocast says: half-precision logits are too coarse
-    at a teacher's temperature. Under autocast the products' inputs may be rounded (see
-    `fast_products`).
+    pairs: by the terms' names; prototypes: W [K, d]; targets: of T rows, gone through once for all
+    terms; chunk_mib: LOSS.CHUNK_MIB. Returns the sum of the terms by their scales, a scalar with
+    gradient to all students and prototypes; each term, unscaled and without gradient; and the
+    targets' entropies [T] in nats, without gradient, None in their place where `entropies` is
+    false. Values are kept in float32 (or float64 throughout), whatever autocast says:
+    half-precision logits are too coarse at a teacher's temperature. Under autocast the products'
+    inputs may be rounded (see `fast_products`).
     """
-    device = students.device.type
-    students, prototypes = at_least_float32(students), at_least_float32(prototypes)
-    grad_students = torch.empty_like(students) if students.requires_grad else None
+    device = prototypes.device.type
+    pairs = {name: each.in_float32() for name, each in pairs.items()}
+    prototypes = at_least_float32(prototypes)
     grad_prototypes = torch.zeros_like(prototypes) if prototypes.requires_grad else None
+    values, moved = {}, []
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
         step = max(LEAST_ROWS, chunk_elements(device, chunk_mib) // len(prototypes))
-        targets, weights, buffers = targets.in_float32(), weights.to(students.dtype), _Buffers()
+        targets, buffers = targets.in_float32(), Buffers()
 
         # The teacher's rows: q W, q^T pushed and the entropies.
         rows = targets.embeddings
         measured = rows.new_empty(len(rows)) if entropies else None
-        scaled, target_means = rows / targets.temperature, torch.empty_like(rows)
+        scaled, means = rows / targets.temperature, torch.empty_like(rows)
+        pushed = torch.zeros_like(rows)
         offset = None if targets.centre is None else targets.centre / targets.temperature
-        pushed = torch.zeros_like(rows if shares is None else rows[: len(shares)])
-        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
-            pushed.index_add_(0, match, weight[:, None] * students)
-        if shares is not None:
-            shares = shares.to(students.dtype)
-            pushed = (shares[..., None] * pushed[:, None]).flatten(0, 1)
+        for each in pairs.values():
+            each.push(pushed)
         for chunk in _chunks(len(rows), step):
             logits = buffers.logits(scaled[chunk], targets.prototypes)
             if offset is not None:
@@ -114,37 +149,33 @@ def soft_cross_entropy(
             if measured is not None:
                 normaliser = _logsumexp(logits, q)
                 measured[chunk] = normaliser - logits.mul_(q).sum(-1)
-            torch.mm(q, prototypes, out=target_means[chunk])
+            torch.mm(q, prototypes, out=means[chunk])
             if grad_prototypes is not None:
                 grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
 
-        if shares is not None:
-            target_means = torch.einsum(
-                "tn,tnd->td", shares, target_means.unflatten(0, shares.shape)
-            )
-
-        # The student's.
-        totals = weights.sum(1)
-        pulled = torch.zeros_like(students)
-        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
-            pulled.addcmul_(weight[:, None], target_means[match])
-        loss = -(pulled * students).sum() / temperature
-        scaled, weighted = students / temperature, totals[:, None] * students
-        for chunk in _chunks(len(students), step):
-            logits = buffers.logits(scaled[chunk], prototypes)
-            p = buffers.softmax(logits)
-            loss += totals[chunk] @ _logsumexp(logits, p)
+        # The students'.
+        for name, each in pairs.items():
+            students, totals, pulled = each.students, each.weights.sum(1), each.pull(means)
+            grad_students = torch.empty_like(students) if students.requires_grad else None
+            value = -(pulled * students).sum() / temperature
+            scaled, weighted = students / temperature, each.scale * totals[:, None] * students
+            for chunk in _chunks(len(students), step):
+                logits = buffers.logits(scaled[chunk], prototypes)
+                p = buffers.softmax(logits)
+                value += totals[chunk] @ _logsumexp(logits, p)
+                if grad_students is not None:
+                    torch.mm(p, prototypes, out=grad_students[chunk])
+                if grad_prototypes is not None:
+                    grad_prototypes.addmm_(p.T, weighted[chunk])
             if grad_students is not None:
-                torch.mm(p, prototypes, out=grad_students[chunk])
-            if grad_prototypes is not None:
-                grad_prototypes.addmm_(p.T, weighted[chunk])
-        if grad_students is not None:
-            grad_students.mul_(totals[:, None]).sub_(pulled).div_(temperature)
+                grad_students.mul_(totals[:, None]).sub_(pulled).mul_(each.scale / temperature)
+            values[name] = value
+            moved.append((students, grad_students))
         if grad_prototypes is not None:
             grad_prototypes.div_(temperature)
+        loss = sum(pairs[name].scale * value for name, value in values.items())
 
-    loss = with_gradients(loss, (students, grad_students), (prototypes, grad_prototypes))
-    return loss, measured
+    return with_gradients(loss, *moved, (prototypes, grad_prototypes)), values, measured
 
 
 def with_gradients(loss: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -212,7 +243,7 @@ def _chunks(rows: int, step: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, rows, step)]
 
 
-class _Buffers:
+class Buffers:
     """The two [rows, K] matrices of a chunk, used again for the next one.
 
     On a CPU fresh memory of this size costs as much as what is computed in it; elsewhere the
@@ -233,9 +264,10 @@ class _Buffers:
         out = self._get("logits", embeddings, len(embeddings), len(prototypes))
         return torch.mm(embeddings, prototypes.T, out=out)
 
-    def softmax(self, logits: Tensor) -> Tensor:
-        """softmax(logits) [r, K]."""
-        return torch.softmax(logits, dim=-1, out=self._get("softmax", logits, *logits.shape))
+    def softmax(self, logits: Tensor, log: bool = False) -> Tensor:
+        """softmax(logits) [r, K], or its logarithm."""
+        function = torch.log_softmax if log else torch.softmax
+        return function(logits, dim=-1, out=self._get("softmax", logits, *logits.shape))
 
 
 def _logsumexp(logits: Tensor, probabilities: Tensor) -> Tensor:

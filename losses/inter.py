@@ -9,10 +9,10 @@ whose vocabulary a head on the image feature learns to use (ours).
 import torch
 from torch import Tensor
 
-from losses.cross_entropy import soft_cross_entropy
+from losses.cross_entropy import Pairs
 from losses.intra import paired_rows
 from losses.mixture import mixture_cross_entropy
-from losses.targets import image_targets, region_targets
+from losses.targets import image_targets
 from utils.views import Views
 
 
@@ -42,27 +42,12 @@ def student_loss(
     return torch.stack(losses).sum()
 
 
-def teacher_loss(
-    student: Views,
-    teacher: Views,
-    region_centre: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-    chunk_mib: int = 0,
-) -> Tensor:
+def bag_pairs(student: Views, teacher: Views, scale: float = 1.0) -> Pairs:
     """L_T = mean over pairs of CE(q^B_i, softmax(W_R b_v / tau_s)), q^B = sum_m a_m q_m.
 
     The student's image predicts the teacher's bag, what its region head says of the patches; b_v
     is the bag head's embedding. No gradient reaches the teacher.
     """
     (log_attention,) = teacher.log_attention
-    return soft_cross_entropy(
-        student.bag_embeddings,
-        student.region_prototypes,
-        student_temp,
-        region_targets(teacher, region_centre, teacher_temp),
-        *paired_rows(student, teacher),
-        chunk_mib,
-        entropies=False,
-        shares=log_attention.exp(),
-    )[0]
+    shares = log_attention.detach().exp()
+    return Pairs(student.bag_embeddings, *paired_rows(student, teacher), shares, scale)

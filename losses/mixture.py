@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from losses.cross_entropy import (
+    Buffers,
     Targets,
     at_least_float32,
     chunk_elements,
     fast_products,
     with_gradients,
 )
+
+# A bag's smallest share is exp of this, or its distribution could be 0 in float32.
+LEAST_LOG_SHARE = -80.0
 
 
 def mixture_cross_entropy(
@@ -47,6 +51,7 @@ def mixture_cross_entropy(
     instances, log_weights, prototypes = map(at_least_float32, (instances, log_weights, prototypes))
     grad_instances, grad_weights = torch.empty_like(instances), torch.empty_like(log_weights)
     loss, grad_prototypes = instances.new_zeros(()), torch.zeros_like(prototypes)
+    buffers = Buffers()
     most = max(instances.shape[1], matches.shape[1])  # rows that a bag takes, as student or target
     step = max(1, chunk_elements(device, chunk_mib) // (len(prototypes) * most))
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
@@ -58,19 +63,21 @@ def mixture_cross_entropy(
             t = torch.einsum("smk,sm->sk", q.unflatten(0, match.shape), weight.to(q.dtype))
             del q
             rows = e.flatten(0, 1)
-            joint = torch.mm(rows / temperature, prototypes.T)  # logits, then log a p
-            joint.sub_(joint.logsumexp(dim=-1, keepdim=True)).add_(log_a.reshape(-1, 1))
-            joint = joint.unflatten(0, log_a.shape)
-            log_p = joint.logsumexp(dim=1)
-            loss -= (t * log_p).sum()
-            answered = torch.sub(joint, log_p[:, None]).exp_().mul_(t[:, None])  # t r
-            share = answered.sum(dim=-1)  # R
-            joint.sub_(log_a[..., None]).exp_().mul_(share[..., None]).sub_(answered)
-            slope = joint.flatten(0, 1).div_(temperature)  # d loss / d (W e)
-            grad_instances[bags] = torch.mm(slope, prototypes).view_as(e)
-            grad_weights[bags] = -share
-            grad_prototypes.addmm_(slope.T, rows)
-            del joint, answered, slope  # or the next chunk's stand beside them
+            a = log_a.clamp(min=LEAST_LOG_SHARE).exp()[:, None]  # [s, 1, N]
+            logits = buffers.logits(rows / temperature, prototypes)
+            p = buffers.softmax(logits, log=True).unflatten(0, log_a.shape)
+            best = p.amax(dim=1, keepdim=True)  # over a bag's instances, of log p
+            p.sub_(best).exp_()  # p / exp(best), which is not 0 for all of them
+            mixed = a @ p  # P / exp(best) [s, 1, K]
+            loss -= (t[:, None] * (best + mixed.log())).sum()
+            answers = t[:, None] / mixed  # t / P exp(best)
+            share = a.mT * (p @ answers.mT)  # R [s, N, 1]
+            slope = logits.view_as(p)  # d loss / d (W e) = p (R - a t / P) / tau
+            torch.mul(share / temperature, best.exp_(), out=slope)
+            slope.addcmul_(a.mT, answers, value=-1 / temperature).mul_(p)
+            torch.mm(logits, prototypes, out=grad_instances[bags].flatten(0, 1))
+            grad_weights[bags] = -share[..., 0]
+            grad_prototypes.addmm_(logits.T, rows)
     return with_gradients(
         loss,
         (instances, grad_instances),

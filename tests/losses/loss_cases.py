@@ -173,7 +173,8 @@ def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tens
     if goal.name == "cmd" and goal.lt:
         terms["L_T"] = plain.teacher_term(*sides, centres.region, *temps)
     between = [terms[name] for name in ("T", "S", "L_S", "L_T") if name in terms]
-    return terms["L_I"] / 2 + terms["L_R"] / 2 + goal.lambda1 * sum(between), terms
+    total = terms["L_I"] / 2 + terms["L_R"] / 2 + goal.lambda1 * sum(between)
+    return total, dict(sorted(terms.items()))
 
 
 def gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
