@@ -240,6 +240,13 @@ def deciding(*what: str) -> list[str]:
     return [name for name, option in OPTIONS.items() if option.decides in what]
 
 
+def unread(*trees: Node) -> set[str]:
+    """Names of the options that the objective of none of these reads."""
+    objectives = {tree.LOSS.OBJECTIVE for tree in trees}
+    owned = {name: option.objectives for name, option in OPTIONS.items() if option.objectives}
+    return {name for name, readers in owned.items() if objectives.isdisjoint(readers)}
+
+
 def differing(a: Node, b: Node, names: Iterable[str] = OPTIONS) -> list[str]:
     """Those of `names` whose values differ."""
     return [name for name in names if get(a, name) != get(b, name)]
@@ -248,7 +255,8 @@ def differing(a: Node, b: Node, names: Iterable[str] = OPTIONS) -> list[str]:
 def changed(cfg: Node) -> str:
     """The options that are not the defaults and decide a figure, as text; "none" where all are."""
     names = [name for name, option in OPTIONS.items() if option.decides != NOTHING]
-    words = [f"{name} {get(cfg, name)}" for name in differing(cfg, defaults(), names)]
+    shown = [name for name in differing(cfg, defaults(), names) if name not in unread(cfg)]
+    words = [f"{name} {get(cfg, name)}" for name in shown]
     return ", ".join(words) or "none"
 
 

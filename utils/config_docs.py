@@ -38,6 +38,8 @@ def page() -> str:
     lines = [_HEAD]
     for section in SECTIONS.values():
         title = f"{section.name or 'General'}: {section.meaning}"
+        if section.objectives:
+            title += f" (LOSS.OBJECTIVE {' or '.join(section.objectives)})"
         lines += [f"## {title}", "", "| option | default | meaning | values | flags |"]
         lines += ["|---|---|---|---|---|"]
         for option in OPTIONS.values():

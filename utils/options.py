@@ -26,13 +26,14 @@ CONTRASTIVE = ("moco_v2", "lcr")
 
 @dataclass(frozen=True)
 class Section:
-    """A section of options: its meaning, and what its options decide and which scripts read them,
-    where an option does not say otherwise."""
+    """A section of options: its meaning, and what its options decide, which scripts and (none: all)
+    which objectives read them, where an option does not say otherwise."""
 
     name: str
     meaning: str
     decides: str
     scripts: tuple[str, ...]
+    objectives: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Option:
     the user's home.
     flags: of the scripts in `scripts`. yes_no: a flag of EsViT's that takes true or false, and the
     values that these mean. decides: see above. resume_may_change: although it decides weights.
+    objectives: that read it; none: all.
     """
 
     name: str
@@ -64,15 +66,22 @@ class Option:
     flags: tuple[str, ...] = ()
     yes_no: tuple[str, str, str] | None = None
     resume_may_change: bool = False
+    objectives: tuple[str, ...] = ()
 
 
 SECTIONS: dict[str, Section] = {}
 OPTIONS: dict[str, Option] = {}
 
 
-def section(name: str, meaning: str, decides: str, scripts: tuple[str, ...]) -> None:
+def section(
+    name: str,
+    meaning: str,
+    decides: str,
+    scripts: tuple[str, ...],
+    objectives: tuple[str, ...] = (),
+) -> None:
     """Begin a section: its options follow."""
-    SECTIONS[name] = Section(name, meaning, decides, scripts)
+    SECTIONS[name] = Section(name, meaning, decides, scripts, objectives)
 
 
 def option(name: str, default: Any, meaning: str, *, flag: str = "", **facts: Any) -> None:
@@ -83,6 +92,7 @@ def option(name: str, default: Any, meaning: str, *, flag: str = "", **facts: An
     own = SECTIONS[name.rpartition(".")[0]]
     facts.setdefault("decides", own.decides)
     facts.setdefault("scripts", own.scripts)
+    facts.setdefault("objectives", own.objectives)
     facts.setdefault("resume_may_change", facts["decides"] in (FIGURES, NOTHING))
     OPTIONS[name] = Option(name, default, meaning, flags=tuple(flag.split()), **facts)
 
@@ -150,24 +160,22 @@ option("LOSS.CENTER_MOMENTUM", 0.9, "of the EMA of the centres", at_least=0, at_
 option("LOSS.CHUNK_MIB", 0, "MiB of a [rows, K] matrix in the cross-entropies, which take rows by "
        "chunks; 0: 32 on a CPU, 256 on a GPU", at_least=0, at_most=2**20, decides=NOTHING)
 
-section("CMD", "the inter-level terms; read by the objectives cmd and released (LAMBDA1)",
-        WEIGHTS, (PRETRAIN,))
-option("CMD.LAMBDA1", 0.3, "weight of L_S + L_T", at_least=0, flag="--lambda1")
+section("CMD", "the inter-level terms", WEIGHTS, (PRETRAIN,), ("cmd",))
+option("CMD.LAMBDA1", 0.3, "weight of L_S + L_T, and of released's terms", at_least=0,
+       flag="--lambda1", objectives=("cmd", "released"))
 option("CMD.LS", True, "whether L_S is on, where the student's bag predicts the teacher's "
        "image; it alone trains the attention")
 option("CMD.LT", True, "whether L_T is on, where the student's image predicts the teacher's "
        "bag; without L_S the shares of its patches stay even")
 option("CMD.ATTENTION_RATE", 10.0, "factor of the learning rate for the MIL attention", at_least=0)
 
-section("MOCO", "contrast with a queue of keys; read by the objectives moco_v2 and lcr",
-        WEIGHTS, (PRETRAIN,))
+section("MOCO", "contrast with a queue of keys", WEIGHTS, (PRETRAIN,), CONTRASTIVE)
 option("MOCO.QUEUE", 65536, "keys of other images that a query is compared with",
        at_least=1, at_most=2**24, decides=SHAPES)
 option("MOCO.BN_IMAGES", 32, "images of a process that share BatchNorm's statistics; keys are "
        "shuffled among such groups", at_least=2)
 
-section("LCR", "the branch that is fitted to GradCAM; read by the objective lcr",
-        WEIGHTS, (PRETRAIN,))
+section("LCR", "the branch that is fitted to GradCAM", WEIGHTS, (PRETRAIN,), ("lcr",))
 option("LCR.CHANNELS", 32, "of its convolution", at_least=1, at_most=2**16, decides=SHAPES)
 option("LCR.WEIGHT", 0.01, "of L_F, a sum over the images of a micro-batch on all processes",
        at_least=0)

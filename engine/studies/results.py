@@ -94,9 +94,10 @@ def misfit(stored: dict, wanted: dict, where: Path, weights_only: bool = False) 
     if "options" in wanted:
         decisive = config.deciding(SHAPES, WEIGHTS, *(() if weights_only else (FIGURES,)))
         was, now = (config.from_dict(tree.get("options"), str(where)) for tree in (stored, wanted))
+        skipped = {*NOT_READ, *config.unread(was, now)}
         differences += [
             f"{name} (was {config.get(was, name)}, now {config.get(now, name)})"
-            for name in config.differing(was, now, set(decisive) - set(NOT_READ))
+            for name in config.differing(was, now, set(decisive) - skipped)
         ]
     return "; ".join(differences)
 

@@ -164,13 +164,13 @@ def _take_crops(cfg: Node, stored: Node, world: World) -> None:
 
 def _must_agree(cfg: Node, stored: Node) -> list[str]:
     """Options in which the run must be as the stored one to be the same run."""
-    names = [name for name, option in OPTIONS.items() if not option.resume_may_change]
+    names = {name for name, option in OPTIONS.items() if not option.resume_may_change}
+    names -= config.unread(cfg, stored)
     on_device = config.crops_on_device(cfg)
     if on_device == config.crops_on_device(stored):
         # Where decoded images are kept changes no crop; how large they are, only those from them.
-        free = ("DATA.CACHE", "DATA.CROPS", *(() if on_device else ("DATA.CACHE_SIZE",)))
-        names = [name for name in names if name not in free]
-    return names
+        names -= {"DATA.CACHE", "DATA.CROPS", *(() if on_device else ("DATA.CACHE_SIZE",))}
+    return [name for name in OPTIONS if name in names]
 
 
 def resume(run: Pretraining, record: Record, found: Found) -> None:

@@ -60,8 +60,8 @@ def test_a_folder_with_a_run_of_other_images_or_of_nobody_knows_what_is_refused(
         other.refuse_other()
     with pytest.raises(InputError, match=r"processes \(was 1, now 2\)"):
         run_of(study, "cmd", 0, PLACES, tmp_path, processes=2).refuse_other()
-    # Judged otherwise, it is the same run.
-    judged = load(study.path, [("LINEAR.C", "3")])
+    # Judged otherwise, or by an option that its objective does not read, it is the same run.
+    judged = load(study.path, [("LINEAR.C", "3"), ("LCR.WEIGHT", "3")])
     run_of(judged, "cmd", 0, PLACES, tmp_path).refuse_other()
     (run.folder / IDENTITY).unlink()
     with pytest.raises(InputError, match=f"holds a run, but no {IDENTITY} that says"):

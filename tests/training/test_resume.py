@@ -413,8 +413,7 @@ SAME_SHAPES = "SEED 4 MODEL.DROP_PATH 0 MOCO.QUEUE 99 LCR.CHANNELS 8 MODEL.WINDO
         (
             SAME_SHAPES,
             "SEED (was 3, now 4), MODEL.WINDOW_SIZE (was 7, now 5), "
-            "MODEL.DROP_PATH (was 0.1, now 0.0), MOCO.QUEUE (was 65536, now 99), "
-            "LCR.CHANNELS (was 32, now 8)",
+            "MODEL.DROP_PATH (was 0.1, now 0.0)",  # cmd reads no queue and no branch
             True,
         ),
         ("TRAIN.BATCH_SIZE_PER_GPU 4", "images per step (was 8, now 4)", True),

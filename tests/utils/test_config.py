@@ -539,7 +539,21 @@ def test_what_differs_from_the_defaults_is_shown_where_it_decides_anything():
     cfg = config.defaults()
     assert config.changed(cfg) == "none"
     cfg.OUTPUT_DIR, cfg.KNN.KS, cfg.SEED = "out", [5], 3
-    assert config.changed(cfg) == "SEED 3, KNN.KS [5]"
+    cfg.CMD.LT, cfg.MOCO.QUEUE = False, 99
+    assert config.changed(cfg) == "SEED 3, CMD.LT False, KNN.KS [5]"
+    cfg.LOSS.OBJECTIVE = "lcr"
+    assert config.changed(cfg) == "SEED 3, LOSS.OBJECTIVE lcr, MOCO.QUEUE 99, KNN.KS [5]"
+
+
+def test_what_no_objective_at_hand_reads_is_unread():
+    cfg, other = config.defaults(), config.defaults()
+    other.LOSS.OBJECTIVE = "released"
+    cmd = {name for name in OPTIONS if name.startswith("CMD.")}
+    contrast = {name for name in OPTIONS if name.startswith(("MOCO.", "LCR."))}
+    assert config.unread(cfg) == config.unread(cfg, other) == contrast
+    assert config.unread(other) == contrast | cmd - {"CMD.LAMBDA1"}
+    other.LOSS.OBJECTIVE = "moco_v2"
+    assert config.unread(other) == cmd | {n for n in OPTIONS if n.startswith("LCR.")}
 
 
 # What contradicts
