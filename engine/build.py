@@ -1,6 +1,6 @@
 """From options to objects: the one place where configuration meets constructors."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from losses.objective import Contrastive, Objective
 from losses.targets import Centres
 from models.backbone import Backbone
 from models.grouped_norm import group_batch_norm
-from models.network import HeadSpec, Network, make_teacher
+from models.network import HeadSpec, Network, Parts, make_teacher
 from models.registry import BackboneSpec, build_backbone
 from utils import seeding
 from utils.config import (
@@ -44,9 +44,10 @@ def backbone_spec(cfg: Node) -> BackboneSpec:
     )
 
 
-def head_spec(cfg: Node) -> HeadSpec:
-    """HEAD.* as the shape of heads and pooling."""
-    return HeadSpec(
+def parts(cfg: Node) -> Parts:
+    """HEAD.*, and what the objective uses of it: a student's parts."""
+    goal = objective(cfg)
+    heads = HeadSpec(
         out_dim=cfg.HEAD.OUT_DIM,
         hidden_dim=cfg.HEAD.HIDDEN_DIM,
         bottleneck_dim=cfg.HEAD.BOTTLENECK_DIM,
@@ -54,7 +55,14 @@ def head_spec(cfg: Node) -> HeadSpec:
         use_bn=cfg.HEAD.USE_BN,
         norm_last_layer=cfg.HEAD.NORM_LAST_LAYER,
         pool_hidden=cfg.HEAD.POOL_HIDDEN,
-        projects=objective(cfg).projects,
+        projects=goal.projects,
+    )
+    return Parts(
+        heads,
+        goal.needs_region_head,
+        goal.needs_pooling,
+        cfg.LCR.CHANNELS if goal.needs_rationale else 0,
+        goal.needs_bag_head,
     )
 
 
@@ -124,18 +132,11 @@ def networks(cfg: Node) -> tuple[Network, Network]:
     bag head and LCR's branch. A BatchNorm of a contrasting objective has groups. Raises
     InputError for an architecture or a crop size that cannot be.
     """
-    goal, heads, spec = objective(cfg), head_spec(cfg), backbone_spec(cfg)
+    goal, own, spec = objective(cfg), parts(cfg), backbone_spec(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.SEED, seeding.INITIALISATION))
-        student = Network(
-            build_backbone(spec, drop_path=cfg.MODEL.DROP_PATH),
-            heads,
-            goal.needs_region_head,
-            goal.needs_pooling,
-            cfg.LCR.CHANNELS if goal.needs_rationale else 0,
-            goal.needs_bag_head,
-        )
-        teacher = Network(build_backbone(spec), heads, goal.needs_region_head, goal.needs_pooling)
+        student = Network(build_backbone(spec, drop_path=cfg.MODEL.DROP_PATH), own)
+        teacher = Network(build_backbone(spec), replace(own, rationale=0, bag_head=False))
     if goal.needs_rationale and not student.backbone.mean_of_patches:
         raise InputError(
             f"LOSS.OBJECTIVE lcr fits a map to GradCAM, which needs an image feature that is the "
@@ -171,12 +172,4 @@ def check_crop_sizes(cfg: Node, backbone: Backbone) -> None:
 
 def model_description(cfg: Node) -> dict:
     """What rebuilds the networks from a checkpoint alone; plain data."""
-    goal = objective(cfg)
-    return {
-        "backbone": backbone_spec(cfg).to_dict(),
-        "heads": asdict(head_spec(cfg)),
-        "region_head": goal.needs_region_head,
-        "pooling": goal.needs_pooling,
-        "rationale": cfg.LCR.CHANNELS if goal.needs_rationale else 0,
-        "bag_head": goal.needs_bag_head,
-    }
+    return {"backbone": backbone_spec(cfg).to_dict(), **asdict(parts(cfg))}

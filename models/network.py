@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,40 +49,51 @@ class HeadSpec:
         )
 
 
-class Network(nn.Module):
-    """Backbone + image head, and where the objective uses them region head, MIL pooling, bag head,
-    or LCR's branch, of so many channels as `rationale` says.
-
-    The bag head is on the image feature, by which a student predicts what the teacher's region head
-    says of a bag: it has that head's shape and none of its own prototypes.
+@dataclass(frozen=True)
+class Parts:
+    """What a network has beside its backbone, by the names by which a checkpoint says it.
 
     heads: None for a backbone alone, as files of others hold it: it has features and no
-    embeddings, and is not called as a whole. Only what is used may be built: a parameter without
-    gradient breaks DDP.
+    embeddings, and is not called as a whole. bag_head: on the image feature, by which a student
+    predicts what the teacher's region head says of a bag; it has that head's shape and no
+    prototypes of its own. rationale: the channels of LCR's branch; 0: none.
+    """
+
+    heads: HeadSpec | None = None
+    region_head: bool = False
+    pooling: bool = False
+    rationale: int = 0
+    bag_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.region_head and self.heads is None:
+            raise ValueError("a region head needs the shape of the heads")
+
+    @classmethod
+    def from_dict(cls, heads: dict | None, **parts: Any) -> "Parts":
+        """Of plain data, as dataclasses.asdict gives it."""
+        return cls(HeadSpec(**heads) if heads else None, **parts)
+
+
+class Network(nn.Module):
+    """Backbone + image head, and where the objective uses them region head, MIL pooling, bag head
+    or LCR's branch, as `parts` says.
+
+    Only what is used may be built: a parameter without gradient breaks DDP.
     State names: backbone.*, head.*, head_dense.* (EsViT's), pool.*, head_bag.*,
     rationale.* (ours).
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        heads: HeadSpec | None = None,
-        region_head: bool = False,
-        pooling: bool = False,
-        rationale: int = 0,
-        bag_head: bool = False,
-    ) -> None:
+    def __init__(self, backbone: Backbone, parts: Parts) -> None:
         super().__init__()
-        if region_head and heads is None:
-            raise ValueError("a region head needs the shape of the heads")
-        self.backbone, self.head_spec = backbone, heads
-        self.head = heads.build(backbone.num_features) if heads else None
-        self.head_dense = heads.build(backbone.num_patch_features) if region_head else None
-        width = backbone.num_patch_features
-        self.pool = GatedAttention(width, heads.pool_hidden) if pooling else None
+        self.backbone, self.parts = backbone, parts
+        heads, wide, width = parts.heads, backbone.num_features, backbone.num_patch_features
+        self.head = heads.build(wide) if heads else None
+        self.head_dense = heads.build(width) if parts.region_head else None
+        self.pool = GatedAttention(width, heads.pool_hidden) if parts.pooling else None
         self.embeds_instances = False  # build.networks: where L_S reads them
-        self.rationale = RationaleBranch(width, rationale) if rationale else None
-        self.head_bag = heads.build(backbone.num_features, prototypes=False) if bag_head else None
+        self.rationale = RationaleBranch(width, parts.rationale) if parts.rationale else None
+        self.head_bag = heads.build(wide, prototypes=False) if parts.bag_head else None
 
     def forward(self, crops: Sequence[Tensor]) -> Views:
         """Crops (V tensors [B, 3, S_v, S_v], crop-major) -> Views.

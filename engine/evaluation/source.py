@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from engine import build
 from engine.evaluation import attention
 from models import registry
 from models.hub import located, named
-from models.network import HeadSpec, Network
+from models.network import Network, Parts
 from models.pretrained import WeightsFile, load_strictly
 from models.recognition import stored_spec
 from models.registry import ARCHITECTURES, BackboneSpec, build_backbone, resolve
@@ -82,9 +83,9 @@ class Source:
             "backbone": repr(registry.identity(BackboneSpec.from_dict(self.weights.backbone))),
             "pooling": pooling,
         }
-        if pooling == "mil" and network.head_spec is not None:
+        if pooling == "mil" and network.parts.heads is not None:
             # Prototypes have no part in a feature.
-            shape["heads"] = repr(replace(network.head_spec, out_dim=0))
+            shape["heads"] = repr(replace(network.parts.heads, out_dim=0))
         if pooling == "lcr" and network.rationale is not None:
             shape["channels"] = str(network.rationale.channels)
         return shape
@@ -158,7 +159,7 @@ def load_source(
         network.backbone.normalisation = file.normalisation
         return Source(weights, network.eval().requires_grad_(False))
     try:
-        return Source(weights, Network(replace(file, spec=spec).backbone()).eval())
+        return Source(weights, Network(replace(file, spec=spec).backbone(), Parts()).eval())
     except InputError as error:
         if spec == file.spec:
             raise
@@ -168,51 +169,31 @@ def load_source(
         ) from None
 
 
-def _network(
-    backbone: dict,
-    heads: dict | None,
-    region_head: bool,
-    pooling: bool,
-    rationale: int = 0,
-    bag_head: bool = False,
-) -> Network:
+def _network(backbone: dict, **parts: Any) -> Network:
     """By what a checkpoint of ours says of its networks; see build.model_description."""
-    spec = HeadSpec(**heads) if heads else None
-    built = build_backbone(BackboneSpec.from_dict(backbone))
-    return Network(built, spec, region_head, pooling, rationale, bag_head)
+    return Network(build_backbone(BackboneSpec.from_dict(backbone)), Parts.from_dict(**parts))
 
 
 def random_like(source: Source, seed: int) -> Source:
     """A freshly initialised network of the same shape, from a seed: the zero of every figure."""
-    network = source.network
-    described = {
-        "backbone": source.weights.backbone,
-        "heads": asdict(network.head_spec) if network.head_spec else None,
-        "region_head": network.head_dense is not None,
-        "pooling": network.pool is not None,
-        "rationale": network.rationale.channels if network.rationale is not None else 0,
-        "bag_head": network.head_bag is not None,
-    }
-    return _random(described, source.weights, seed, source.normalisation)
+    return _random(source.network.parts, source.weights, seed, source.normalisation)
 
 
 def random_from_options(cfg: Node, seed: int) -> Source:
     """A freshly initialised network of the shape that a run of these options has."""
-    described = build.model_description(cfg)
-    weights = Weights(
-        RANDOM, "", NO_KEY, cfg.MODEL.ARCH, described["backbone"], run_config=config.to_dict(cfg)
-    )
-    return _random(described, weights, seed, config.normalisation(cfg))
+    backbone, options = build.backbone_spec(cfg).to_dict(), config.to_dict(cfg)
+    weights = Weights(RANDOM, "", NO_KEY, cfg.MODEL.ARCH, backbone, run_config=options)
+    return _random(build.parts(cfg), weights, seed, config.normalisation(cfg))
 
 
-def _random(described: dict, weights: Weights, seed: int, by: Normalisation) -> Source:
+def _random(parts: Parts, weights: Weights, seed: int, by: Normalisation) -> Source:
     """A network initialised as a run with SEED `seed` would, but for the prototypes."""
-    if described["heads"]:
+    if parts.heads:
         # Prototypes have no part in a feature: the fewest.
-        described = described | {"heads": described["heads"] | {"out_dim": 2}}
+        parts = replace(parts, heads=replace(parts.heads, out_dim=2))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, seeding.INITIALISATION))
-        network = _network(**described)
+        network = Network(build_backbone(BackboneSpec.from_dict(weights.backbone)), parts)
     network.backbone.normalisation = by
     weights = replace(weights, path=RANDOM, sha256=f"seed {seed}", key=NO_KEY, epoch=0)
     return Source(weights, network.eval().requires_grad_(False))

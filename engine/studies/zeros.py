@@ -74,7 +74,7 @@ def _attending(configs: list[Node]) -> dict:
     branched = next((cfg for cfg in configs if build.objective(cfg).needs_rationale), None)
     return {
         # Prototypes have no part in a feature.
-        "pooling": pooled and repr(replace(build.head_spec(pooled), out_dim=0)),
+        "pooling": pooled and repr(replace(build.parts(pooled).heads, out_dim=0)),
         "branch": branched and branched.LCR.CHANNELS,
     }
 
@@ -95,7 +95,7 @@ def untrained_source(study: Study, row: UntrainedRow, seed: int) -> Source:
     network = made.network
     for other in (source.network for source in others):
         if network.pool is None and other.pool is not None:
-            network.head_spec = other.head_spec
+            network.parts = replace(other.parts, rationale=network.parts.rationale)
             network.head_dense, network.pool = other.head_dense, other.pool
         network.rationale = network.rationale or other.rationale
     return made

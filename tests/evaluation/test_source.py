@@ -17,7 +17,7 @@ from engine.evaluation.source import (
     load_source,
     random_like,
 )
-from models.network import Network
+from models.network import Network, Parts
 from models.registry import BackboneSpec, build_backbone
 from tests.evaluation.runs import save_run, shake
 from utils import checkpoint, cli
@@ -139,7 +139,7 @@ def test_even_attention_is_the_mean(tmp_path, precision):
 
 
 def encoder_of(network, **how) -> Encoder:
-    return Encoder(Source(None, Network(network)), **how)
+    return Encoder(Source(None, Network(network, Parts())), **how)
 
 
 @pytest.mark.parametrize(

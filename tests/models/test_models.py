@@ -9,7 +9,7 @@ from engine import build
 from models import ARCHITECTURES, BackboneSpec, build_backbone
 from models.heads import DINOHead
 from models.mil import GatedAttention
-from models.network import HeadSpec, Network, make_teacher
+from models.network import HeadSpec, Network, Parts, make_teacher
 from models.pretrained import count_parameters
 from models.registry import resolve
 from utils import config
@@ -261,7 +261,7 @@ def pair(use_bn: bool = False) -> tuple[Network, Network]:
     heads = HeadSpec(8, 16, 5, use_bn=use_bn, pool_hidden=4)
     backbone = {"img_size": 32, "patch_size": 8}
     student, teacher = (
-        Network(small("deit_small", **backbone), heads, True, pooling=True) for _ in range(2)
+        Network(small("deit_small", **backbone), Parts(heads, True, True)) for _ in range(2)
     )
     student.embeds_instances = True
     return student, make_teacher(student, teacher)
