@@ -11,7 +11,7 @@ its targets and z_n the logits,
 r are the responsibilities of a mixture: attention goes to the instances that answer for the
 target, and these learn to say it. No [rows, K] matrix outlives a chunk of bags, and about two
 are held at once; gradients are made in the forward pass, where the chunk's matrices exist. A
-chunk is one bag at least, whatever LOSS.CHUNK_MIB says.
+chunk is one bag at least, whatever LOSS.CHUNK_MIB says. A share a_n below e^-80 counts as that.
 """
 
 import torch
@@ -26,7 +26,7 @@ from losses.cross_entropy import (
     with_gradients,
 )
 
-# A bag's smallest share is exp of this, or its distribution could be 0 in float32.
+# Of a share: with a smaller one a bag's distribution could be 0 in float32.
 LEAST_LOG_SHARE = -80.0
 
 
@@ -49,8 +49,9 @@ def mixture_cross_entropy(
     """
     device = instances.device.type
     instances, log_weights, prototypes = map(at_least_float32, (instances, log_weights, prototypes))
-    grad_instances, grad_weights = torch.empty_like(instances), torch.empty_like(log_weights)
-    loss, grad_prototypes = instances.new_zeros(()), torch.zeros_like(prototypes)
+    grad_instances = torch.empty_like(instances, memory_format=torch.contiguous_format)
+    grad_weights, grad_prototypes = torch.empty_like(log_weights), torch.zeros_like(prototypes)
+    loss = instances.new_zeros(())
     buffers = Buffers()
     most = max(instances.shape[1], matches.shape[1])  # rows that a bag takes, as student or target
     step = max(1, chunk_elements(device, chunk_mib) // (len(prototypes) * most))
@@ -62,9 +63,9 @@ def mixture_cross_entropy(
             q = targets.logits(targets.embeddings[match.flatten()]).softmax(dim=-1)
             t = torch.einsum("smk,sm->sk", q.unflatten(0, match.shape), weight.to(q.dtype))
             del q
-            rows = e.flatten(0, 1)
+            rows = e.flatten(0, 1) / temperature
             a = log_a.clamp(min=LEAST_LOG_SHARE).exp()[:, None]  # [s, 1, N]
-            logits = buffers.logits(rows / temperature, prototypes)
+            logits = buffers.logits(rows, prototypes)
             p = buffers.softmax(logits, log=True).unflatten(0, log_a.shape)
             best = p.amax(dim=1, keepdim=True)  # over a bag's instances, of log p
             p.sub_(best).exp_()  # p / exp(best), which is not 0 for all of them
@@ -72,12 +73,13 @@ def mixture_cross_entropy(
             loss -= (t[:, None] * (best + mixed.log())).sum()
             answers = t[:, None] / mixed  # t / P exp(best)
             share = a.mT * (p @ answers.mT)  # R [s, N, 1]
-            slope = logits.view_as(p)  # d loss / d (W e) = p (R - a t / P) / tau
-            torch.mul(share / temperature, best.exp_(), out=slope)
-            slope.addcmul_(a.mT, answers, value=-1 / temperature).mul_(p)
+            slope = logits.view_as(p)  # d loss / d z = p (R - a t / P)
+            torch.mul(share, best.exp_(), out=slope)
+            slope.addcmul_(a.mT, answers, value=-1).mul_(p)
             torch.mm(logits, prototypes, out=grad_instances[bags].flatten(0, 1))
             grad_weights[bags] = -share[..., 0]
             grad_prototypes.addmm_(logits.T, rows)
+        grad_instances.div_(temperature)
     return with_gradients(
         loss,
         (instances, grad_instances),
