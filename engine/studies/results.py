@@ -97,7 +97,8 @@ def misfit(stored: dict, wanted: dict, where: Path, weights_only: bool = False) 
         skipped = {*NOT_READ, *config.unread(was, now)}
         differences += [
             f"{name} (was {config.get(was, name)}, now {config.get(now, name)})"
-            for name in config.differing(was, now, set(decisive) - skipped)
+            for name in config.differing(was, now, decisive)
+            if name not in skipped
         ]
     return "; ".join(differences)
 

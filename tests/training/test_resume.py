@@ -28,20 +28,25 @@ from tests.processes import (
     workers_of,
 )
 from tests.runs import (
+    SWIN,
     assert_same_run,
+    batch_of,
     cfg_of,
     checkpoint_of,
     copy_of,
+    crops_for,
     load,
     log_of,
     pretraining,
     record_of,
     small_config,
+    tensors,
 )
-from utils import checkpoint
+from utils import checkpoint, config
 from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import RunLog
+from utils.options import CONTRASTIVE, OPTIONS
 from utils.signals import EXIT_PREEMPTED
 
 # Four steps an epoch of two micro-batches each, and lines of the log that span checkpoints.
@@ -434,6 +439,37 @@ def test_a_resume_with_other_options_is_refused_by_name(
         assert f"is from a run with other options: {named}. Use the old options" in line
         assert line.endswith(f"{way}.")
     assert before == {path: path.read_bytes() for path in trained.glob("c*")}
+
+
+# What only some objectives read, each with another value than its default.
+OWNED = {
+    "CMD.LAMBDA1": 2.0,
+    "CMD.LS": False,
+    "CMD.LT": False,
+    "CMD.ATTENTION_RATE": 1.0,
+    "MOCO.QUEUE": 7,
+    "MOCO.BN_IMAGES": 3,
+    "LCR.CHANNELS": 5,
+    "LCR.WEIGHT": 3.0,
+}
+
+
+@pytest.mark.parametrize("objective", OPTIONS["LOSS.OBJECTIVE"].choices)
+def test_what_an_objective_does_not_read_changes_no_bit_of_a_run(objective):
+    """So a run may go on, and a study's cell count as finished, though it differs."""
+    assert set(OWNED) == {name for name, option in OPTIONS.items() if option.objectives}
+    of = SWIN | {"LOSS__OBJECTIVE": objective}
+    if objective in CONTRASTIVE:
+        of["AUG__LOCAL_CROPS_NUMBER"] = []
+    unread = config.unread(small_config(**of))
+    assert unread
+    states = []
+    for changed in ({}, {name.replace(".", "__"): OWNED[name] for name in unread}):
+        run = pretraining(small_config(**of, **changed))
+        run.train_step(iter([batch_of(crops_for(run, seed=0))]))
+        states.append(tensors(run.state()))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_a_resume_may_change_length_paths_workers_and_print_frequency(
