@@ -476,7 +476,9 @@ def test_cells_side_by_side_by_torchrun_and_one_that_fails(run_here, tmp_path, m
     assert code == 2
     assert "broken-seed0: exit code 1" in out  # torchrun's
     assert "/nowhere.pth" in (tmp_path / "out/runs/broken/seed0" / STDOUT).read_text()
-    assert err.startswith("error: 2 of the study's runs failed: broken-seed0")
+    # And the row of the weights that it starts from.
+    failed = "start-seed0 (there is no checkpoint at /nowhere.pth.); broken-seed0 (exit code 1"
+    assert err.startswith(f"error: 3 of the study's runs failed: {failed}")
     found = figures(tmp_path / "out")
     assert found["cmd-seed0"] != found["cmd-seed1"]
     for seed in (0, 1):
