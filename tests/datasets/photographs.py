@@ -1,6 +1,10 @@
 """Small images of noise, files of them, and what compares crops with them."""
 
+import io
 import random
+import struct
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,24 @@ from PIL import Image
 def noise(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def raw_png(width: int, height: int, bits: int, colour: int, rows: Iterable[bytes]) -> bytes:
+    """A PNG put together by hand, of kinds that PIL does not write; colour 0: grey, 2: RGB."""
+    packer = zlib.compressobj(1)
+    data = b"".join(packer.compress(b"\0" + row) for row in rows) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
 
 
 def save(root: Path, *names: str) -> Path:

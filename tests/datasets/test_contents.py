@@ -1,20 +1,18 @@
 """Whether two sets are the same: by what their files hold, each of which is read once."""
 
-import io
 import json
 import os
 import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from datasets import contents
 from datasets.contents import cache_folder, digests
 from datasets.folder import ImageFolder
 from datasets.shards import ImageShards
+from tests.datasets.photographs import encoded, noise
 from tests.datasets.test_shards import write_tar
 
 
@@ -28,10 +26,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def bitmap(seed: int) -> bytes:
     """A BMP file, as long as any other."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "BMP")
-    return file.getvalue()
+    return encoded(noise(seed, (30, 20)), "BMP")
 
 
 def bitmaps(folder: Path, first: int = 0) -> Path:

@@ -1,7 +1,6 @@
 """Image folders, and how their files become pixels."""
 
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,8 @@ from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
 from datasets import folder as folder_module
-from datasets.fine_grained import build_dataset
 from datasets.folder import SYSTEM_FOLDERS, ImageFolder, UnreadableImage, load_image
-from tests.datasets.photographs import noise, save
+from tests.datasets.photographs import noise, raw_png, save
 from utils.errors import InputError
 from utils.logging import setup
 
@@ -32,15 +30,6 @@ def test_images_without_classes_have_label_minus_one(tmp_path):
     assert folder.paths == ["a.tif", "b.png", "sub/a.bmp"]
     assert folder.classes == []
     assert folder.labels.tolist() == [-1, -1, -1]
-
-
-def test_hidden_entries_and_other_files_are_skipped(tmp_path):
-    save(tmp_path, "a/x.png", "a/.x.png", ".cache/y.png", "a/.thumbs/z.png")
-    (tmp_path / "a" / "notes.txt").write_text("none")
-    (tmp_path / "README").write_text("none")
-    folder = ImageFolder(tmp_path)
-    assert folder.paths == ["a/x.png"]
-    assert folder.classes == ["a"]
 
 
 @pytest.mark.parametrize("name", sorted(SYSTEM_FOLDERS))
@@ -65,23 +54,16 @@ def test_every_suffix_is_found(tmp_path):
 
 def test_files_that_are_passed_over_are_counted_by_their_endings(tmp_path, capsys):
     names = ["a/1.txt", "a/2.TXT", "a/README", "b/clip.mpg", "b/data.h5", "b/c.d/e.xml", "notes.md"]
-    save(tmp_path, "a/x.png", "b/.hidden.txt.png")
+    save(tmp_path, "a/x.png", "b/.hidden.txt.png", "a/.thumbs/z.png")
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("none")
     setup(is_main=True)
     folder = ImageFolder(tmp_path)
-    assert folder.paths == ["a/x.png"]
-    assert folder.passed_over == {
-        "hidden": 1,
-        ".txt": 2,
-        "": 1,
-        ".mpg": 1,
-        ".h5": 1,
-        ".xml": 1,
-        ".md": 1,
-    }
-    line = "2 .txt, 1 without an ending, 1 .h5, 1 .md, 1 .mpg, 2 others"
+    assert (folder.paths, folder.classes) == (["a/x.png"], ["a"])
+    once = dict.fromkeys(("", ".mpg", ".h5", ".xml", ".md"), 1)
+    assert folder.passed_over == {"hidden": 2, ".txt": 2, **once}
+    line = "2 .txt, 2 hidden, 1 without an ending, 1 .h5, 1 .md, 2 others"
     assert capsys.readouterr().out.count(f"not images by their names: {line}\n") == 1
 
 
@@ -90,8 +72,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     save(tmp_path / "root", "a/y.png")
     (tmp_path / "root" / "b").symlink_to(tmp_path / "store")
     (tmp_path / "root" / "a" / "up").symlink_to(tmp_path / "root")
-    assert {"a/y.png", "b/x.png"} <= set(ImageFolder(tmp_path / "root").paths)
-    assert len(ImageFolder(tmp_path / "root")) == 2
+    assert ImageFolder(tmp_path / "root").paths == ["a/y.png", "b/x.png"]
 
 
 def folder_error(root) -> str:
@@ -136,12 +117,6 @@ def test_transparent_palette_becomes_rgb_without_a_warning(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
-    grey = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
-    Image.fromarray(grey).save(tmp_path / "x.png")
-    assert np.asarray(load_image(tmp_path / "x.png"))[0, :, 1].tolist() == [0, 1, 128, 255]
-
-
 def grey(path: Path, values: np.ndarray) -> list[int]:
     """What an image of these values becomes, the same in all three channels."""
     Image.fromarray(values).save(path)
@@ -156,7 +131,6 @@ DEEP = [
     ("x.tif", np.uint16, [0, 255, 4096, 16384], [0, 0, 16, 64], False),
     ("x.tif", np.dtype(">u2"), [0, 256, 65535], [0, 1, 255], False),
     ("x.png", np.uint16, [0, 1, 100, 255], [0, 1, 100, 255], True),
-    ("x.tif", np.uint16, [0, 40, 255], [0, 40, 255], True),
     ("x.tif", np.uint16, [0, 256, 4095], [0, 16, 255], True),
     ("x.tif", np.uint16, [0, 256, 16383], [0, 1, 63], True),
     # 32 bits: mode I, negative and beyond 16 bits.
@@ -166,8 +140,7 @@ DEEP = [
     # Floating point: 0..1, with an overshoot, 0..255, 0..65535, beyond, what is no number.
     ("x.tif", np.float32, [0, 0.5, 200 / 255, 1], [0, 128, 200, 255], True),
     ("x.tif", np.float32, [-0.02, 0.25, 1.03], [0, 64, 255], True),
-    ("x.tif", np.float32, [0, 10.4, 255], [0, 10, 255], True),
-    ("x.tif", np.float32, [0, 10, 261.5], [0, 10, 255], True),
+    ("x.tif", np.float32, [0, 10.4, 261.5], [0, 10, 255], True),
     ("x.tif", np.float32, [0, 256, 65535], [0, 1, 255], False),
     ("x.tif", np.float32, [0, 5e8, 1e9], [0, 128, 255], True),
     ("x.tif", np.float32, [np.nan, -np.inf, 0.5, np.inf, 1], [0, 0, 128, 255, 255], True),
@@ -204,34 +177,18 @@ def test_images_whose_white_is_guessed_are_counted(tmp_path, caplog, monkeypatch
     assert "1 of 3 that were looked at" in sentence
 
 
-def test_deep_colours_have_their_high_bits_or_are_unreadable(tmp_path):
-    """Pillow reads the high byte of 16-bit colours: of 8-bit values nothing is left."""
-    for values, bad in (([0, 256, 65535], False), ([7, 100, 255], True)):
-        pixel = struct.pack(">3H", *values)
-        chunks = [
-            (b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0)),
-            (b"IDAT", zlib.compress(b"\0" + pixel)),
-            (b"IEND", b""),
-        ]
-        data = b"".join(
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-            for kind, body in chunks
-        )
-        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-        if bad:
-            with pytest.raises(UnreadableImage, match="the high 8 are read, and all of them are 0"):
-                load_image(tmp_path / "x.png")
-        else:
-            assert load_image(tmp_path / "x.png").getpixel((0, 0)) == (0, 1, 255)
+def test_colours_of_sixteen_bits_without_high_ones_are_unreadable(tmp_path):
+    """Pillow reads the high byte alone: of 8-bit values nothing is left. An image may be black."""
+    (tmp_path / "x.png").write_bytes(raw_png(1, 1, 16, 2, [struct.pack(">3H", 7, 100, 255)]))
+    with pytest.raises(UnreadableImage, match="the high 8 are read, and all of them are 0"):
+        load_image(tmp_path / "x.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
     assert load_image(tmp_path / "black.png").getbbox() is None
 
 
 def test_exif_orientation_is_applied_beside_a_damaged_tag(tmp_path):
     # Two entries (tag, type, count, value): a width that is a text, and the orientation.
-    entries = struct.pack("<HHI4s", 0x0100, 2, 4, b"wid") + struct.pack(
-        "<HHIHH", 0x0112, 3, 1, 6, 0
-    )
+    entries = struct.pack("<HHI4sHHIHH", 0x0100, 2, 4, b"wid", 0x0112, 3, 1, 6, 0)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (20, 40)
@@ -248,31 +205,3 @@ def test_a_png_with_a_large_text_or_profile_is_read(what, tmp_path):
     path = tmp_path / "x.png"
     Image.new("RGB", (9, 5), (10, 20, 30)).save(path, pnginfo=info, icc_profile=profile)
     assert load_image(path).getpixel((8, 4)) == (10, 20, 30)
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side: turn by 90 degrees clockwise
-    noise(size=(8, 6)).save(tmp_path / "x.png", exif=exif)
-    turned = noise(size=(8, 6)).transpose(Image.Transpose.ROTATE_270)
-    assert np.array_equal(np.asarray(load_image(tmp_path / "x.png")), np.asarray(turned))
-
-
-def test_unreadable_image_tells_path_and_reason(tmp_path):
-    noise(size=(64, 64)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
-    (tmp_path / "text.jpg").write_text("words")
-    reasons = {"cut.png": "truncated", "text.jpg": "known format", "gone.jpg": "No such file"}
-    for name, reason in reasons.items():
-        with pytest.raises(UnreadableImage) as caught:
-            load_image(tmp_path / name)
-        assert caught.value.bad.path == str(tmp_path / name)
-        assert reason in caught.value.bad.reason
-        assert str(tmp_path / name) not in caught.value.bad.reason
-
-
-def test_registry(tmp_path):
-    assert build_dataset("folder", save(tmp_path, "a/x.png")).classes == ["a"]
-    match = r"no data set 'foldr' .did you mean folder.*: use one of .*cars"
-    with pytest.raises(InputError, match=match):
-        build_dataset("foldr", tmp_path)

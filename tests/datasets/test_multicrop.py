@@ -1,7 +1,7 @@
 """The multi-crop augmentation, and the transform of evaluations."""
 
 import colorsys
-import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from datasets.multicrop import (
     Augmentation,
     MultiCrop,
-    derive_seed,
+    default_resize,
     eval_transform,
     normalised,
     sample_seed,
@@ -30,7 +30,7 @@ OFF = {
     "solarise_prob": 0.0,
     "blur_prob": (0.0, 0.0, 0.0),
 }
-DEFAULTS = {n: p.default for n, p in inspect.signature(Augmentation).parameters.items()}
+DEFAULTS = vars(Augmentation())
 
 
 def plain(size: int = 24, **changed) -> MultiCrop:
@@ -39,19 +39,17 @@ def plain(size: int = 24, **changed) -> MultiCrop:
     return MultiCrop(Augmentation(**{**OFF, **sizes, **changed}))
 
 
-def test_shapes_and_order_for_several_local_sizes():
-    crops = Augmentation(32, local_crops_number=(2, 3), local_crops_size=(16, 12))
-    views = MultiCrop(crops)(noise(), 0)
-    assert [tuple(v.shape) for v in views] == [(3, s, s) for s in [32, 32, 16, 16, 12, 12, 12]]
-    assert crops.sizes == [32, 32, 16, 16, 12, 12, 12]
-    assert {(type(v), v.dtype) for v in views} == {(torch.Tensor, torch.uint8)}
-    assert not any(torch.equal(a, b) for a, b in [views[0:2], views[2:4], views[4:6]])
-
-
-@pytest.mark.parametrize(("number", "size"), [((), ()), ((0,), (96,))])
-def test_no_local_crops(number, size):
+@pytest.mark.parametrize(
+    ("number", "size", "local"),
+    [((2, 3), (16, 12), [16, 16, 12, 12, 12]), ((), (), []), ((0,), (96,), [])],
+)
+def test_shapes_and_order_for_any_number_of_local_sizes(number, size, local):
     crops = Augmentation(32, local_crops_number=number, local_crops_size=size)
-    assert [v.shape[-1] for v in MultiCrop(crops)(noise(), 0)] == crops.sizes == [32, 32]
+    views = MultiCrop(crops)(noise(), 0)
+    assert crops.sizes == [32, 32, *local]
+    assert [tuple(v.shape) for v in views] == [(3, s, s) for s in crops.sizes]
+    assert {(type(v), v.dtype) for v in views} == {(torch.Tensor, torch.uint8)}
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(views) if a.shape == b.shape)
 
 
 def test_number_of_local_crops_leaves_the_other_crops_alone():
@@ -75,11 +73,8 @@ def test_seed_decides_the_crops_and_global_rng_is_untouched():
     assert equal_crops(first, crops(noise(), 6)) == [False] * 4
 
 
-def test_sample_seeds_differ_and_stay_the_same_for_ever():
+def test_sample_seeds_stay_the_same_for_ever():
     assert sample_seed(0, 1, 2) == 15897544377361867571
-    keys = [(s, e, i) for s in range(5) for e in range(10) for i in range(40)]
-    assert len({sample_seed(*key) for key in keys}) == len(keys)
-    assert len({derive_seed(1), derive_seed(1, 0), derive_seed(1, 0, 0)}) == 3
 
 
 def test_plain_crop_is_the_bicubic_resize_normalised():
@@ -102,13 +97,6 @@ def test_solarise_is_for_the_second_global_crop_only():
     views = plain(solarise_prob=1.0)(image, 3)
     assert [same(v, solarised) for v in views] == [False, True, False, False]
     assert [same(v, image) for v in views] == [True, False, True, True]
-
-
-def test_blur_probabilities_belong_to_their_crops():
-    image = noise()
-    for on, blurred in [((1, 0, 0), [0]), ((0, 1, 0), [1]), ((0, 0, 1), [2, 3])]:
-        views = plain(blur_prob=on)(image, 1)
-        assert [i for i, v in enumerate(views) if not same(v, image)] == blurred
 
 
 def test_blur_is_pils_with_radii_spread_over_its_range():
@@ -209,7 +197,7 @@ def test_eval_transform(size, resize):
     wide = image.resize((resize * 300 // 200, resize), Image.Resampling.BICUBIC)
     left, top = round((wide.width - size) / 2), round((resize - size) / 2)
     centre = np.asarray(wide.crop((left, top, left + size, top + size)))
-    view = eval_transform(size)(image)
+    view = eval_transform(size, default_resize(size))(image)
     assert (type(view), view.dtype) == (torch.Tensor, torch.float32)
     expected = (centre / 255 - IMAGENET.mean) / IMAGENET.std
     np.testing.assert_allclose(view.permute(1, 2, 0).numpy(), expected, atol=1e-5)

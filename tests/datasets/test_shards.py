@@ -15,27 +15,21 @@ from PIL import Image
 
 from datasets.fine_grained import build_dataset, load_splits
 from datasets.folder import ImageFolder, UnreadableImage
-from datasets.loader import BadImage, StepSampler, augmented, build_loader, epoch_order
-from datasets.multicrop import Augmentation, MultiCrop
+from datasets.loader import epoch_order
 from datasets.shards import (
     INDEX_FOLDER,
     OPEN_SHARDS,
+    WINDOW_IMAGES,
     ImageShards,
     ShardOrder,
     write_shards,
 )
 from tests.conftest import save_images
+from tests.datasets.photographs import encoded, noise
 from tests.processes import found_by_each, run_python
 from tests.runs import assert_same_run
 from utils.errors import InputError
 from utils.logging import setup
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    """The user's cache folder, instead of the real one."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -56,14 +50,11 @@ def shards(folder, tmp_path) -> Path:
 
 
 def picture(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 10, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return noise(seed, (10, 6))
 
 
 def png(seed: int = 0) -> bytes:
-    file = io.BytesIO()
-    picture(seed).save(file, "png")
-    return file.getvalue()
+    return encoded(picture(seed))
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
@@ -81,9 +72,9 @@ def numbered(path: Path, seeds: range) -> Path:
     return write_tar(path, [(f"{seed:04d}.png", png(seed)) for seed in seeds])
 
 
-def seeds_of(images: ImageShards, count: int = 100) -> list[int]:
+def seeds_of(images: ImageShards) -> list[int]:
     """Which `picture` every image is."""
-    known = {picture(seed).tobytes(): seed for seed in range(count)}
+    known = {picture(seed).tobytes(): seed for seed in range(100)}
     return [known[images.load(i).tobytes()] for i in range(len(images))]
 
 
@@ -155,42 +146,22 @@ def test_what_cannot_be_written_is_one_sentence(folder, tmp_path):
         write_shards(folder, tmp_path / "file" / "out")
 
 
-def test_only_image_members_of_a_sample_count(tmp_path):
-    members = [
-        ("./a/1.cls", b"3"),
-        ("./a/1.JPEG", png(1)),
-        ("./a/1.json", b"{}"),
-        ("./a/2.webp", png(2)),
-        ("./a/2.mask.png", png(3)),
-        ("./a/._3.png", b"a hidden file"),
-        ("b/1.png", png(4)),
-        ("n" * 120 + "é/1.png", png(5)),
-    ]
-    write_tar(tmp_path / "in" / "x.tar", members)
-    write_tar(tmp_path / "in" / "y.tar", members, tarfile.GNU_FORMAT)
-    (tmp_path / "in" / "notes.txt").write_text("none")
-    images = ImageShards(tmp_path / "in")
-    assert images.counts == [4, 4]
-    assert seeds_of(images) == [1, 2, 4, 5] * 2
-    assert images.name(3) == f"{tmp_path}/in/x.tar:{'n' * 120}é/1.png"
-
-
-def test_names_with_dots_are_images_where_a_sample_has_no_other(tmp_path, capsys):
-    names = [
-        "bird.1.jpg",
-        "bird.2.jpg",
-        "bird.cls",
-        "v1.0/cat.final.PNG",
-        "dog.png",
-        "dog.mask.png",
-    ]
-    names += ["Dog.mask.png", "dog.v2.json", "plain", "v1.0/._dog.png"]
-    write_tar(tmp_path / "x.tar", [(name, png(i)) for i, name in enumerate(names)])
+def test_only_the_images_of_samples_count(tmp_path, capsys):
+    """Of names with dots those that are no parts of a sample with an image."""
+    names = ["bird.1.jpg", "bird.2.jpg", "bird.cls", "v1.0/cat.final.PNG", "dog.png"]
+    names += ["dog.mask.png", "Dog.mask.png", "dog.v2.json", "plain", "v1.0/._dog.png"]
+    names += ["./a/1.JPEG", "b/1.webp", "n" * 120 + "é/1.png"]
+    members = [(name, png(i)) for i, name in enumerate(names)]
+    write_tar(tmp_path / "x.tar", members)
+    write_tar(tmp_path / "y.tar", members, tarfile.GNU_FORMAT)
+    (tmp_path / "notes.txt").write_text("none")
     setup(is_main=True)
-    for _ in range(2):  # by the tar, and by its index
-        images = ImageShards(tmp_path / "x.tar")
-        assert seeds_of(images) == [0, 1, 3, 4, 6]
-        line = "by their names: 1 without an ending, 1 .cls, 1 .mask.png, 1 .v2.json, 1 hidden\n"
+    for _ in range(2):  # by the tars, and by their index
+        images = ImageShards(tmp_path)
+        assert images.counts == [8, 8]
+        assert seeds_of(images) == [0, 1, 3, 4, 6, 10, 11, 12] * 2
+        assert images.name(7) == f"{tmp_path}/x.tar:{names[-1]}"
+        line = "by their names: 2 without an ending, 2 .cls, 2 .mask.png, 2 .v2.json, 2 hidden\n"
         assert capsys.readouterr().out.count(line) == 1
 
 
@@ -253,7 +224,8 @@ def test_a_damaged_index_is_made_again(text, tmp_path):
     assert index_of(shard).read_text() == whole
 
 
-def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, cache):
+def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shards = [numbered(tmp_path / name / "x.tar", range(i, i + 2)) for i, name in enumerate("ab")]
     for shard in shards:
         # Stands in the way for root too, whom no permission stops.
@@ -261,7 +233,7 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, ca
         shard.parent.chmod(0o555)
     for _ in range(2):
         assert [seeds_of(ImageShards(shard)) for shard in shards] == [[0, 1], [1, 2]]
-        kept = list(cache.rglob("x.tar.json"))
+        kept = list((tmp_path / "cache").rglob("x.tar.json"))
         assert len(kept) == 2
     for path in kept:
         path.unlink()
@@ -312,10 +284,7 @@ def overwrite(path: Path, place: int) -> None:
         (lambda path: path.write_bytes(b""), "{0} cannot be read (empty file): copy or write"),
         (lambda path: path.write_text("words" * 200), "{0} cannot be read ("),
         (lambda path: path.unlink(), "{0} does not exist (1 of 2 shards are missing): complete"),
-        (
-            lambda path: write_tar(path, [("1.cls", b"1")]),
-            "{0} holds no images, but 1 .cls",
-        ),
+        (lambda path: write_tar(path, [("1.cls", b"1")]), "{0} holds no images, but 1 .cls"),
         (lambda path: write_tar(path, []), "{0} holds no images, but nothing: remove"),
         (
             lambda path: write_tar(path, [("1.png", png()), ("2.png", png()), ("1.png", png())]),
@@ -353,20 +322,6 @@ def test_a_bad_pattern_is_named(pattern, words, tmp_path):
     assert words.format(tmp_path) in str(caught.value)
 
 
-def test_a_damaged_image_is_an_unreadable_image(tmp_path):
-    members = [("a/1.png", png()), ("a/2.jpg", b"words"), ("a/3.png", png()[:90])]
-    shard = write_tar(tmp_path / "x.tar", members)
-    images = ImageShards(shard)
-    assert images.load(0).size == (10, 6)
-    for index, member, reason in ((1, "2.jpg", "known format"), (2, "3.png", "truncated")):
-        with pytest.raises(UnreadableImage) as caught:
-            images.load(index)
-        assert caught.value.bad.path == f"{shard}:a/{member}"
-        assert reason in caught.value.bad.reason
-    sample = augmented(images, MultiCrop(Augmentation(8, local_crops_number=(0,))), 0)[0, 1]
-    assert sample == BadImage(f"{shard}:a/2.jpg", "it is not an image in a known format")
-
-
 def read_first(world, images: ImageShards) -> str:
     try:
         return str(images.load(0).size)
@@ -384,23 +339,36 @@ def test_a_shard_that_changes_under_a_run_gives_no_wrong_image(tmp_path):
     assert found_by_each(1, read_first, images) == ["its shard changed after it was indexed"]
 
 
+# The order of an epoch
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [ShardOrder([1, 30, 7], 1, 1, seed)(epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert len(torch.stack(orders).unique(dim=0)) == 3
+
+
+def test_images_are_mixed_within_a_window_of_shards():
+    order = ShardOrder([1000] * 60, 2, 1, 0)
+    assert order.window == WINDOW_IMAGES
+    for span in order.spans(0):
+        shards = span.numpy() // 1000
+        open_at_once = [len(set(shards[i : i + 64])) for i in range(0, len(shards) - 64, 64)]
+        assert max(open_at_once) <= WINDOW_IMAGES // 1000 + 2
+        assert np.median(open_at_once) >= WINDOW_IMAGES // 1000
+        # Neighbours of a shard do not stay neighbours.
+        assert np.mean(np.abs(np.diff(span.numpy())) == 1) < 0.01
+        # Shards follow one another in an order of their own.
+        first = list(dict.fromkeys(shards.tolist()))
+        assert first != sorted(first)
+
+
+def test_the_window_holds_four_large_shards():
+    order = ShardOrder([6000] * 8, 1, 1, 0)
+    assert order.window == 24000
+    assert len(set(order.spans(0)[0][24000:24200].numpy() // 6000)) >= 4
+
+
 # Runs
-
-
-def test_batches_do_not_depend_on_workers(shards):
-    images = ImageShards(shards)
-    data = augmented(images, MultiCrop(Augmentation(16, local_crops_number=(0,))), 3)
-
-    def batches(workers: int, first: int = 0) -> list:
-        sampler = StepSampler(7, 2, 0, 1, 1, 3, first, 6, ShardOrder(images.counts, 1, 2, 3))
-        return list(build_loader(data, sampler, workers, pin_memory=False))
-
-    whole = batches(0)
-    assert sum(len(batch.indices) for batch in whole) == 12
-    for found, expected in ((batches(2), whole), (batches(2, 4), whole[4:])):
-        for left, right in zip(found, expected, strict=True):
-            assert torch.equal(left.indices, right.indices)
-            assert all(torch.equal(a, b) for a, b in zip(left.data, right.data, strict=True))
 
 
 def test_a_run_over_shards_resumes_to_the_same_bits(pretrain, tmp_path):

@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import struct
 import tarfile
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from datasets.substitutes import TRIES, FullBatches, candidates
 from engine import build
 from engine.training.bad_images import LIST, BadImages
 from tests.conftest import ROOT, save_images
+from tests.datasets.photographs import raw_png
 from tests.processes import found_by_each, run_python
 from tests.runs import assert_same_run, log_of, small_config
 from tests.training.test_training import assert_refused
@@ -45,21 +44,9 @@ def tiles(seed: int = 0) -> np.ndarray:
     return draw.integers(0, 256, (4, 3), dtype=np.uint8)[draw.integers(0, 4, (HEIGHT, WIDTH))]
 
 
-def png(width: int, height: int, bits: int, colour: int, rows: Iterator[bytes]) -> bytes:
-    """A PNG put together by hand, of kinds that PIL does not write; colour 0: grey, 2: RGB."""
-    packer = zlib.compressobj(1)
-    data = b"".join(packer.compress(b"\0" + row) for row in rows) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
-    )
-
-
 def black(side: int) -> bytes:
     """A black PNG of one bit a pixel and side x side pixels."""
-    return png(side, side, 1, 0, (bytes(-(-side // 8)) for _ in range(side)))
+    return raw_png(side, side, 1, 0, (bytes(-(-side // 8)) for _ in range(side)))
 
 
 # Odd images that are used
@@ -104,7 +91,7 @@ def grey16(path: Path) -> np.ndarray:
 
 def rgb16(path: Path) -> np.ndarray:
     values = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint16).reshape(HEIGHT, WIDTH, 3) * 7
-    path.write_bytes(png(WIDTH, HEIGHT, 16, 2, (row.astype(">u2").tobytes() for row in values)))
+    path.write_bytes(raw_png(WIDTH, HEIGHT, 16, 2, (row.astype(">u2").tobytes() for row in values)))
     return (values >> 8).astype(np.uint8)
 
 
