@@ -18,9 +18,10 @@ from PIL import Image
 
 from datasets.batched import Images
 from datasets.cache import DecodedImages, available, gather_padded, refuse_no_room
-from datasets.folder import BadImage, ImageFolder, StoredImages, capped_size, load_image
+from datasets.folder import BadImage, ImageFolder, StoredImages, load_image
 from datasets.loader import StepSampler, pad
 from engine import build
+from tests.datasets.photographs import encoded
 from tests.processes import PATIENCE, found_by_each, start_python
 from tests.runs import assert_same_run, small_config
 from utils import config
@@ -79,7 +80,8 @@ def kept_image(batch: Images, place: int) -> np.ndarray:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cap", [CAP, 0])
-def test_a_batch_holds_each_image_decoded_and_reduced(varied, cap, workers):
+def test_a_batch_holds_each_image_decoded_and_reduced(varied, cap, workers, monkeypatch):
+    monkeypatch.setattr("datasets.loader._INDICES_AT_ONCE", 4)  # so few images have workers
     kept = DecodedImages(varied, cap, ALONE, workers)
     order = [*range(len(varied)), 0, 3]
     batch = kept.batch(order)
@@ -106,23 +108,6 @@ def test_a_large_jpeg_is_decoded_reduced_but_looks_the_same(name, varied):
     difference = abs(np.asarray(found, int) - wanted)
     assert difference.mean() < 0.5
     assert difference.max() < 8
-
-
-@pytest.mark.parametrize(
-    ("size", "cap", "wanted"),
-    [
-        ((500, 375), 288, (384, 288)),
-        ((375, 500), 288, (288, 384)),
-        ((200, 100), 288, (200, 100)),
-        ((288, 900), 288, (288, 900)),
-        ((300, 3000), 288, (115, 1152)),
-        ((5000, 2), 288, (1152, 1)),
-        ((1000, 100), 288, (1000, 100)),
-        ((5000, 4000), 0, (5000, 4000)),
-    ],
-)
-def test_the_cap_reduces_the_shorter_side_and_bounds_the_longer(size, cap, wanted):
-    assert capped_size(size, cap) == wanted
 
 
 def test_the_gather_on_a_device_gives_the_same_images(varied):
@@ -154,10 +139,10 @@ class InMemory(StoredImages):
 
 
 def test_images_that_are_no_files_are_kept_too_and_named(varied):
-    encoded = [(varied.root / path).read_bytes() for path in varied.paths]
-    kept, other = (DecodedImages(i, CAP, ALONE, 2) for i in (InMemory(encoded), varied))
+    files = [(varied.root / path).read_bytes() for path in varied.paths]
+    kept, other = (DecodedImages(i, CAP, ALONE) for i in (InMemory(files), varied))
     assert all(torch.equal(kept[i], other[i]) for i in range(len(varied)))
-    cut = DecodedImages(InMemory([encoded[0], encoded[-1][:-200]]), CAP, ALONE)
+    cut = DecodedImages(InMemory([files[0], files[-1][:-200]]), CAP, ALONE)
     assert [(i, bad.path) for i, bad in cut.bad.items()] == [(1, "archive:1")]
     assert "truncated" in cut.bad[1].reason
 
@@ -165,7 +150,7 @@ def test_images_that_are_no_files_are_kept_too_and_named(varied):
 # Crops
 
 
-def feed_config(mode: str, images: Path, **options) -> config.Node:
+def feed_config(mode: str, images: Path) -> config.Node:
     cache, crops = mode.split("+")
     return small_config(
         DATA__CACHE=cache,
@@ -173,42 +158,30 @@ def feed_config(mode: str, images: Path, **options) -> config.Node:
         DATA__CACHE_SIZE=CAP,
         DATA__PATH=str(images),
         SEED=5,
-        **options,
     )
 
 
-def crops_of(cfg: config.Node, world: World, workers: int, batch: int) -> list[torch.Tensor]:
+def crops_of(cfg: config.Node, world: World, batch: int) -> list[torch.Tensor]:
     """Every crop of six steps, one tensor [6 * batch, 3, S, S] for each view."""
     images = ImageFolder(cfg.DATA.PATH)
     feed = build.feed(cfg, images, world)
     sampler = StepSampler(len(images), batch, world.rank, world.size, 1, cfg.SEED, 0, 6)
-    steps = [batch.data for batch in feed.batches(sampler, workers)]
+    steps = [batch.data for batch in feed.batches(sampler, 0)]
     return [torch.cat(views) for views in zip(*steps, strict=True)]
-
-
-@pytest.mark.parametrize("mode", ["ram+workers", "device+device", "none+device"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_crops_depend_neither_on_who_decodes_nor_on_workers(mode, workers, varied):
-    reference = crops_of(feed_config("ram+workers", varied.root, DATA__WORKERS=0), ALONE, 0, 4)
-    cfg = feed_config(mode, varied.root, DATA__WORKERS=workers)
-    found = crops_of(cfg, ALONE, workers, 4)
-    assert [tuple(view.shape) for view in found] == [(24, 3, s, s) for s in (32, 32, 16, 16)]
-    for view, wanted in zip(found, reference, strict=True):
-        assert torch.equal(view, wanted)
 
 
 def test_the_cap_takes_part_in_a_run(varied):
     capped, whole = (feed_config("ram+workers", varied.root) for _ in range(2))
     config.put(whole, "DATA.CACHE_SIZE", 0, "the test")
-    assert not torch.equal(crops_of(capped, ALONE, 0, 4)[0], crops_of(whole, ALONE, 0, 4)[0])
+    assert not torch.equal(crops_of(capped, ALONE, 4)[0], crops_of(whole, ALONE, 4)[0])
 
 
 # Several processes of one machine
 
 
-def kept_by(world: World, folder: Path, workers: int) -> tuple:
+def kept_by(world: World, folder: Path) -> tuple:
     """Mean colours of all images, this process's share of them, and their sizes."""
-    kept = DecodedImages(ImageFolder(folder), CAP, world, workers)
+    kept = DecodedImages(ImageFolder(folder), CAP, world)
     means = [kept[i].float().mean(dim=(0, 1)).tolist() for i in range(len(kept.sizes))]
     return means, list(kept.share), kept.sizes.tolist()
 
@@ -227,15 +200,13 @@ def bad_for(world: World, folder: Path) -> dict[int, BadImage]:
 def found_by_one(world: World, root: Path, varied: Path) -> dict:
     """What one of two processes finds in its own folders, red and green, and in `varied`."""
     own = [("red", "whole", "whole"), ("green", "no image", "cut")][world.rank]
-    found = {"two machines": kept_by(world, root / own[0], 0)}
+    found = {"two machines": kept_by(world, root / own[0])}
     found["bad on a machine"] = [bad_for(world, root / folder) for folder in own[1:]]
     # What torchrun tells the processes of a single machine.
     os.environ |= {"LOCAL_RANK": str(world.rank), "LOCAL_WORLD_SIZE": str(world.size)}
-    for workers in (0, 2):
-        found[f"one machine, workers {workers}"] = kept_by(world, root / own[0], workers)
-    found["bad for a process"] = [bad_for(world, root / folder) for folder in own[1:]]
+    found["one machine"] = kept_by(world, root / own[0])
     for mode in ("ram+workers", "none+device"):
-        found[mode] = crops_of(feed_config(mode, varied), world, 0, 2)
+        found[mode] = crops_of(feed_config(mode, varied), world, 2)
     return found
 
 
@@ -262,9 +233,8 @@ def pair(varied, tmp_path_factory) -> tuple[Path, list[dict]]:
 RED, GREEN = [255.0, 0.0, 0.0], [0.0, 255.0, 0.0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_processes_of_a_machine_decode_each_image_once_into_one_buffer(pair, workers):
-    first, second = (found[f"one machine, workers {workers}"] for found in pair[1])
+def test_processes_of_a_machine_decode_each_image_once_into_one_buffer(pair):
+    first, second = (found["one machine"] for found in pair[1])
     assert first[0] == second[0] == [RED] * 3 + [GREEN] * 4
     assert (first[1], second[1]) == ([0, 1, 2], [3, 4, 5, 6])
     assert first[2] == second[2] == [[30, 20 + i] for i in range(7)]
@@ -275,17 +245,17 @@ def test_processes_of_two_machines_decode_all_images_each(pair):
     assert means == [[RED] * 7, [GREEN] * 7]
 
 
-@pytest.mark.parametrize("where", ["bad for a process", "bad on a machine"])
-def test_an_image_that_one_process_cannot_read_is_bad_for_both(where, pair):
-    root, (first, second) = pair
-    assert first[where] == second[where]
-    for name, bad in zip(("no image", "cut"), first[where], strict=True):
+def test_an_image_that_one_machine_cannot_read_is_bad_for_both(pair):
+    root, found = pair
+    first, second = (each["bad on a machine"] for each in found)
+    assert first == second
+    for name, bad in zip(("no image", "cut"), first, strict=True):
         assert [(i, image.path) for i, image in bad.items()] == [(3, str(root / name / "3.png"))]
 
 
 @pytest.mark.parametrize("mode", ["ram+workers", "none+device"])
 def test_two_processes_see_the_crops_of_one_with_twice_the_batch(mode, pair, varied):
-    whole = crops_of(feed_config(mode, varied.root), ALONE, 0, 4)
+    whole = crops_of(feed_config(mode, varied.root), ALONE, 4)
     halves = [found[mode] for found in pair[1]]
     for left, right, view in zip(*halves, whole, strict=True):
         # Of each step, rank 0 has the first half. 14 images make 3 steps of 4 an epoch.
@@ -336,19 +306,12 @@ def test_a_resume_with_other_crops_is_refused(in_ram, refuse, changed, words):
     assert words in refuse(in_ram, f"{RUN} {changed}")
 
 
-def test_two_processes_with_kept_images_train(pretrain, tmp_path):
-    options = f"{RUN} {MODES['ram']} TRAIN.BATCH_SIZE_PER_GPU 4 DATA.WORKERS 1"
-    done = pretrain(tmp_path, options, processes=2)
-    assert done.stdout.count("16 images, 0.00 GiB, in memory") == 1
-    assert (tmp_path / "checkpoint.pth").exists()
-
-
 # Refusals
 
 
 def header_of_a_large_image(path: Path) -> None:
     """The beginning of a file whose header speaks of 9000 x 9000 pixels; it holds none."""
-    path.write_bytes(png_of(Image.new("1", (9000, 9000)))[:200])
+    path.write_bytes(encoded(Image.new("1", (9000, 9000)))[:200])
 
 
 def test_images_that_do_not_fit_are_refused_by_their_headers(caplog, monkeypatch, tmp_path):
@@ -374,8 +337,7 @@ def test_images_leave_room_for_training_steps(monkeypatch):
         refuse_no_room(2**20, 0, ALONE.device, True, one, 3)
 
 
-@pytest.mark.parametrize("where", ["ram", "device"])
-def test_a_run_whose_steps_have_no_room_beside_its_images_decodes_none(where, refuse, tmp_path):
+def test_a_run_whose_steps_have_no_room_beside_its_images_decodes_none(refuse, tmp_path):
     """About 15 MB of activations an image, by two small forwards, and more images than fit."""
     count = 100 + available() // (12 * 2**20)
     (tmp_path / "images").mkdir()
@@ -383,7 +345,7 @@ def test_a_run_whose_steps_have_no_room_beside_its_images_decodes_none(where, re
     for n in range(1, count):
         (tmp_path / "images" / f"{n}.png").hardlink_to(tmp_path / "images" / "0.png")
     options = f"DATA.PATH {tmp_path}/images TRAIN.BATCH_SIZE_PER_GPU {count} MOCO.QUEUE 8"
-    line = refuse(tmp_path / "run", f"{options} AUG.GLOBAL_CROPS_SIZE 256 DATA.CACHE {where}")
+    line = refuse(tmp_path / "run", f"{options} AUG.GLOBAL_CROPS_SIZE 256 DATA.CACHE ram")
     assert "the decoded images take 0.00 GiB and training steps about" in line
 
 
@@ -411,9 +373,8 @@ def test_memory_that_cannot_be_mapped_is_refused(tmp_path):
 
 def icns(side: int) -> bytes:
     """An icon whose header says 128 x 128 and whose contents are a PNG of another size."""
-    png = io.BytesIO()
-    noise(side, side).save(png, "PNG")
-    block = b"ic07" + (8 + len(png.getvalue())).to_bytes(4, "big") + png.getvalue()
+    png = encoded(noise(side, side))
+    block = b"ic07" + (8 + len(png)).to_bytes(4, "big") + png
     return b"icns" + (8 + len(block)).to_bytes(4, "big") + block
 
 
@@ -422,18 +383,12 @@ class Growing(InMemory):
 
     def source(self, index: int) -> io.BytesIO:
         file = super().source(index)
-        self.encoded[index] = png_of(noise(50, 70))
+        self.encoded[index] = encoded(noise(50, 70))
         return file
 
 
-def png_of(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 def test_a_header_that_lies_is_an_unreadable_image():
-    small = png_of(noise(30, 30))
+    small = encoded(noise(30, 30))
     for cap, told in ((0, "128 x 128"), (CAP, "40 x 40")):
         kept = DecodedImages(InMemory([small, icns(32), small]), cap, ALONE)
         reason = f"by its header it would have {told} pixels, it has 32 x 32"
@@ -444,7 +399,7 @@ def test_a_header_that_lies_is_an_unreadable_image():
 
 
 def test_images_of_which_none_can_be_read_are_refused():
-    for broken in (b"no image", png_of(noise(30, 30))[:-300]):
+    for broken in (b"no image", encoded(noise(30, 30))[:-300]):
         with pytest.raises(InputError, match=r"none of the 3 images .* archive:0 c"):
             DecodedImages(InMemory([broken] * 3), CAP, ALONE)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from datasets.fine_grained import build_dataset, load_splits
+from datasets.fine_grained import load_splits
 from tests.datasets import benchmark_trees as trees
 from tests.datasets.test_benchmarks import error
 
@@ -20,12 +20,6 @@ def test_folder_with_two_splits(name, second, tmp_path):
     assert splits.train.classes == splits.test.classes == ["auk", "owl", "wren"]
     assert splits.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert splits.test.load(5).size == (32, 32)
-
-
-def test_pretraining_on_a_folder_takes_all_that_is_below_it(tmp_path):
-    dataset = build_dataset("folder", trees.folders(tmp_path))
-    assert len(dataset) == 15
-    assert dataset.classes == ["train", "val"]
 
 
 def test_val_goes_before_test(tmp_path):

@@ -98,11 +98,10 @@ def listed(world: World, folder: str, elsewhere: str) -> list[str]:
     splits, images = load_splits("folder", root), build_dataset("folder", f"{root}/train")
     assert (splits.train.paths, splits.train.root) == (images.paths, Path(folder, "train"))
     found = [*splits.train.paths, *splits.test.paths, *splits.test.labels.tolist()]
-    for name in ("empty",):  # refused by the first process
-        try:
-            build_dataset("folder", f"{folder}/{name}")
-        except InputError as error:
-            found.append(str(error))
+    try:
+        build_dataset("folder", f"{folder}/empty")  # refused by the first process
+    except InputError as error:
+        found.append(str(error))
     return found
 
 
