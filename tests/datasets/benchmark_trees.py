@@ -12,6 +12,9 @@ from PIL import Image
 from scipy.io import savemat
 
 HUES = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
+CARS = np.array(
+    [["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo 2012"]], dtype=object
+)
 _UUIDS = "0000139e-21dc-4d0c-bfe1-4cae3c85c829"
 
 
@@ -92,14 +95,12 @@ def cars(root: Path, train: int = 3, test: int = 2) -> Path:
         ("test", False, "cars_test_annos_withlabels.mat"),
     ):
         chosen = [(c, i) for c, i, side in images if side is training]
-        rows = np.empty((1, len(chosen)), dtype=kinds)
-        for n, (c, i) in enumerate(chosen):
-            rows[0, n] = (f"{n + 1:05d}.jpg", c + 1, 7)
-            save_image(folder / f"cars_{split}" / f"{n + 1:05d}.jpg", c, i)
-        savemat(folder / file, {"annotations": rows})
-    names = np.empty((1, 3), dtype=object)
-    names[0] = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo 2012"]
-    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": names})
+        rows = []
+        for n, (c, i) in enumerate(chosen, start=1):
+            save_image(folder / f"cars_{split}" / f"{n:05d}.jpg", c, i)
+            rows.append((f"{n:05d}.jpg", c + 1, 7))
+        savemat(folder / file, {"annotations": np.array([rows], dtype=kinds)})
+    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": CARS})
     return folder
 
 
@@ -107,13 +108,12 @@ def cars_in_one_folder(root: Path, train: int = 3, test: int = 2) -> Path:
     """The first form of the cars: car_ims and cars_annos.mat."""
     images = _images(train, test)
     kinds = [("relative_im_path", object), ("bbox_x1", np.uint8), ("class", np.uint8)]
-    rows = np.empty((1, len(images)), dtype=[*kinds, ("test", np.uint8)])
+    rows = []
     for n, (c, i, training) in enumerate(images, start=1):
-        rows[0, n - 1] = (f"car_ims/{n:06d}.jpg", 7, c + 1, not training)
         save_image(root / f"car_ims/{n:06d}.jpg", c, i)
-    names = np.empty((1, 3), dtype=object)
-    names[0] = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo 2012"]
-    savemat(root / "cars_annos.mat", {"annotations": rows, "class_names": names})
+        rows.append((f"car_ims/{n:06d}.jpg", 7, c + 1, not training))
+    table = np.array([rows], dtype=[*kinds, ("test", np.uint8)])
+    savemat(root / "cars_annos.mat", {"annotations": table, "class_names": CARS})
     return root
 
 
@@ -125,14 +125,8 @@ def aircraft(root: Path, train: int = 3, test: int = 2) -> Path:
     write_lines(data / "variants.txt", variants)
     for name, c, i, _ in images:
         save_image(data / "images" / f"{name}.jpg", c, i)
-    splits = {
-        "train": lambda i: i < train - 1,
-        "val": lambda i: i == train - 1,
-        "trainval": lambda i: i < train,
-        "test": lambda i: i >= train,
-    }
-    for split, belongs in splits.items():
-        lines = [f"{name} {variants[c]}" for name, c, i, _ in images if belongs(i)]
+    for split, training in (("trainval", True), ("test", False)):
+        lines = [f"{name} {variants[c]}" for name, c, _, side in images if side is training]
         write_lines(data / f"images_variant_{split}.txt", lines)
     return folder
 
