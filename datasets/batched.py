@@ -88,14 +88,11 @@ class BatchedMultiCrop:
     """`MultiCrop` for a batch at once."""
 
     def __init__(self, settings: Augmentation) -> None:
-        self.sizes, views = settings.sizes, settings.views
-        self._normalisation = settings.normalisation
+        self._settings, self.sizes, views = settings, settings.sizes, settings.views
         self._places = [view.place for view in views]
         self._scale = np.array([view.scale for view in views], dtype=np.float64)
         self._blur_prob = np.array([view.blur_prob for view in views])
         self._solarise_prob = np.array([view.solarise_prob for view in views])
-        self._flip_prob, self._grey_prob = settings.flip_prob, settings.grey_prob
-        self._jitter_prob = settings.color_jitter_prob
         jitter = v2.ColorJitter(*settings.color_jitter)
         # ColorJitter has None for a range that changes nothing.
         self._strengths = np.array(
@@ -122,11 +119,11 @@ class BatchedMultiCrop:
         crops.top, crops.left, crops.height, crops.width = _random_boxes(
             height, width, self._scale, u
         )
-        crops.flipped = u["flip"] < self._flip_prob
-        crops.jittered = u["jitter"] < self._jitter_prob
+        crops.flipped = u["flip"] < self._settings.flip_prob
+        crops.jittered = u["jitter"] < self._settings.color_jitter_prob
         crops.strengths = _between(self._strengths, u["strengths"])
         crops.order = u["order"].argsort(axis=-1)
-        crops.grey = u["grey"] < self._grey_prob
+        crops.grey = u["grey"] < self._settings.grey_prob
         radius = _between(np.array(BLUR_RADIUS), u["radius"])
         crops.radius = np.where(u["blur"] < self._blur_prob, radius, 0.0)
         crops.solarised = u["solarise"] < self._solarise_prob
@@ -143,7 +140,7 @@ class BatchedMultiCrop:
         for size, group in groupby(self.sizes):
             views = len(list(group))
             of_size = parameters[:, len(crops) : len(crops) + views].T.ravel()
-            made = _crops_of_one_size(images, of_size, size, self._normalisation)
+            made = _crops_of_one_size(images, of_size, size, self._settings.normalisation)
             crops += made.unflatten(0, (views, -1)).unbind()
         return crops
 
@@ -341,9 +338,7 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
         red == high,
         green - blue,
         torch.where(
-            green == high,
-            (blue - red).add_(chroma, alpha=2),
-            (red - green).add_(chroma, alpha=4),
+            green == high, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
         ),
     )
     # A grey pixel has no hue: any will do, as its chroma is 0.

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,29 +138,20 @@ class Benchmark:
         )
 
 
-def _folders(*roots: Path) -> Iterator[Path]:
-    """Each root and the folders below it down to _DEPTH, the least deep first."""
-    for root in roots:
-        level = [root]
-        for _ in range(_DEPTH):
-            yield from level
-            level = [inner for folder in level for inner in _subfolders(folder)]
-        yield from level
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
-        return [folder / name for name in sorted(names) if name not in SYSTEM_FOLDERS]
-    return []
-
-
 def _find(inner: Path, root: Path, name: str) -> Path | None:
     """The first file or folder of this name below `inner`, else `root`, or `root` itself.
 
-    A folder in a folder of the same name, to which some archives unpack, is taken instead.
+    The least deep is first. A folder in a folder of the same name, to which some archives unpack,
+    is taken instead.
     """
-    places = (place for folder in _folders(inner, root) for place in sorted(folder.glob(name)))
+    places = (
+        place
+        for folder in (inner, root)
+        for depth in range(_DEPTH + 1)
+        for place in sorted(folder.glob("*/" * depth + name))
+        for above in [place.relative_to(folder).parts[:-1]]
+        if not any(part[0] == "." or part in SYSTEM_FOLDERS for part in above)
+    )
     place = next(places, root if root.name == name else None)
     while place is not None and (place / name).is_dir():
         place = place / name

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from utils.errors import InputError
-from utils.files import replacing
+from utils.files import write_text
 from utils.logging import progress
 
 FORMAT = 1  # to be raised whenever hashes that were kept no longer say the same
@@ -78,9 +78,7 @@ def digests(folder: Path, names: Sequence[str]) -> list[str]:
     if new:
         with contextlib.suppress(OSError, InputError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"format": FORMAT, "files": known | new})
-            with replacing(place) as temporary:
-                temporary.write_text(text)
+            write_text(place, json.dumps({"format": FORMAT, "files": known | new}))
     return [entry[-1] for entry in found]
 
 

@@ -15,14 +15,7 @@ from datasets.ahead import Wait, now, transferred
 from datasets.batched import BatchedMultiCrop, Images
 from datasets.cache import DecodedImages, channels_first
 from datasets.folder import BadImage, StoredImages, UnreadableImage
-from datasets.loader import (
-    Batch,
-    KeyedDataset,
-    StepSampler,
-    augmented,
-    build_loader,
-    decode,
-)
+from datasets.loader import Batch, KeyedDataset, StepSampler, augmented, build_loader, decode
 from datasets.multicrop import Augmentation, MultiCrop, normalised
 from datasets.shards import ImageShards, ShardOrder
 from datasets.substitutes import FullBatches

@@ -45,15 +45,11 @@ def default_resize(size: int) -> int:
     return round(size * 256 / 224)
 
 
-def eval_transform(
-    size: int = 224, resize: int | None = None, by: Normalisation = IMAGENET
-) -> v2.Compose:
+def eval_transform(size: int, resize: int, by: Normalisation = IMAGENET) -> v2.Compose:
     """PIL RGB image -> float32 [3, size, size], normalised: the centre of the resized image.
 
-    The shorter side becomes `resize` pixels, bicubic; by default `default_resize(size)`.
+    The shorter side becomes `resize` pixels, bicubic.
     """
-    if resize is None:
-        resize = default_resize(size)
     return v2.Compose(
         [
             v2.Resize(resize, interpolation=InterpolationMode.BICUBIC),

@@ -39,7 +39,7 @@ from datasets.folder import (
 from datasets.strings import Strings
 from utils import cli
 from utils.errors import InputError, run_script
-from utils.files import replacing
+from utils.files import replacing, write_text
 from utils.logging import progress, setup
 from utils.seeding import ORDER, derive_seed
 
@@ -93,10 +93,8 @@ class ImageShards(StoredImages):
         self.say_passed_over(shards)
         self.counts = [len(index.names) for index in indices]
         self._stamps = [index.stamp for index in indices]
-        self._offsets, self._sizes = (
-            np.fromiter(itertools.chain.from_iterable(column), np.int64)
-            for column in ([i.offsets for i in indices], [i.sizes for i in indices])
-        )
+        self._offsets = np.concatenate([index.offsets for index in indices])
+        self._sizes = np.concatenate([index.sizes for index in indices])
         self._ends = np.cumsum(self.counts)
         self._members = Strings.of(name for index in indices for name in index.names)
 
@@ -267,8 +265,7 @@ def _index(shard: Path) -> ShardIndex:
     for path in _index_files(shard):
         with contextlib.suppress(OSError, InputError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_text(text)
+            write_text(path, text)
             break
     return index
 

@@ -18,12 +18,11 @@ class Strings(Sequence[str]):
     of files may hold, as Python has them in strings ("surrogateescape").
     """
 
-    def __init__(self, packed: Tensor, ends: Tensor | None = None) -> None:
-        if ends is None:
-            found = np.flatnonzero(packed.numpy() == 0)
-            ends = torch.from_numpy(np.append(found, len(packed)) if len(packed) else found)
+    def __init__(self, packed: Tensor) -> None:
+        ends = np.flatnonzero(packed.numpy() == 0)
         # No view of their memory is kept: it moves when multiprocessing shares a tensor.
-        self.packed, self._ends = packed, ends
+        self.packed = packed
+        self._ends = torch.from_numpy(np.append(ends, len(packed)) if len(packed) else ends)
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> "Strings":
