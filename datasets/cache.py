@@ -177,11 +177,9 @@ def _some_readable(bad: dict[int, BadImage], images: int) -> None:
 
 
 def _machine(world: World) -> World:
-    """This process's place among those of its machine, by torchrun's variables; else alone."""
-    if world.size == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
-        return World(0, 1, world.device)
-    rank, size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    return World(rank, size, world.device)
+    """This process's place among those of its machine, by the launcher's variables; else alone."""
+    size = distributed.processes_here() if world.size > 1 else 1
+    return World(int(os.environ["LOCAL_RANK"]) if size > 1 else 0, size, world.device)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+EXIF_TURNED = Image.Exif()
+EXIF_TURNED[0x0112] = 6  # stored lying on its side: turn by 90 degrees clockwise
+
 
 def noise(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

@@ -21,7 +21,7 @@ from datasets.cache import DecodedImages, available, gather_padded, refuse_no_ro
 from datasets.folder import BadImage, ImageFolder, StoredImages, load_image
 from datasets.loader import StepSampler, pad
 from engine import build
-from tests.datasets.photographs import encoded
+from tests.datasets.photographs import EXIF_TURNED, encoded
 from tests.processes import PATIENCE, found_by_each, start_python
 from tests.runs import assert_same_run, small_config
 from utils import config
@@ -30,8 +30,6 @@ from utils.errors import InputError
 from utils.logging import logger
 
 CAP = 40
-EXIF_TURNED = Image.Exif()
-EXIF_TURNED[0x0112] = 6  # stored lying on its side: turn by 90 degrees clockwise
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

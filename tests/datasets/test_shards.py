@@ -25,7 +25,7 @@ from datasets.shards import (
     write_shards,
 )
 from tests.conftest import save_images
-from tests.datasets.photographs import encoded, noise
+from tests.datasets.photographs import EXIF_TURNED, encoded, noise
 from tests.processes import found_by_each, run_python
 from tests.runs import assert_same_run
 from utils.errors import InputError
@@ -37,9 +37,7 @@ def folder(tmp_path) -> Path:
     """Seven images of two classes, one a JPEG on its side."""
     save_images(tmp_path / "folder" / "wren", 4, 0)
     save_images(tmp_path / "folder" / "auk", 2, 1)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(9).save(tmp_path / "folder" / "auk" / "a.b.JPG", exif=exif)
+    picture(9).save(tmp_path / "folder" / "auk" / "a.b.JPG", exif=EXIF_TURNED)
     return tmp_path / "folder"
 
 
