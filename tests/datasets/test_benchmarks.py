@@ -245,6 +245,8 @@ def test_other_layouts_are_read(name, tmp_path):
     trees.BUILDERS[name](tmp_path / "official")
     trees.BUILDERS[name](tmp_path / "other")
     move(tmp_path / "other", **LAYOUTS[name])
+    for hidden in ("@eaDir", ".cache"):  # nothing in these is looked at
+        (tmp_path / "other" / hidden / "images").mkdir(parents=True)
     expected, found = (load_splits(name, tmp_path / copy, True) for copy in ("official", "other"))
     for split in ("train", "test"):
         theirs, ours = getattr(expected, split), getattr(found, split)

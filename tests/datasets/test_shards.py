@@ -148,7 +148,7 @@ def test_only_the_images_of_samples_count(tmp_path, capsys):
     """Of names with dots those that are no parts of a sample with an image."""
     names = ["bird.1.jpg", "bird.2.jpg", "bird.cls", "v1.0/cat.final.PNG", "dog.png"]
     names += ["dog.mask.png", "Dog.mask.png", "dog.v2.json", "plain", "v1.0/._dog.png"]
-    names += ["./a/1.JPEG", "b/1.webp", "n" * 120 + "é/1.png"]
+    names += ["./a/1.JPEG", "b/1.webp", "a/dog.side.png", "n" * 120 + "é/1.png"]
     members = [(name, png(i)) for i, name in enumerate(names)]
     write_tar(tmp_path / "x.tar", members)
     write_tar(tmp_path / "y.tar", members, tarfile.GNU_FORMAT)
@@ -156,9 +156,9 @@ def test_only_the_images_of_samples_count(tmp_path, capsys):
     setup(is_main=True)
     for _ in range(2):  # by the tars, and by their index
         images = ImageShards(tmp_path)
-        assert images.counts == [8, 8]
-        assert seeds_of(images) == [0, 1, 3, 4, 6, 10, 11, 12] * 2
-        assert images.name(7) == f"{tmp_path}/x.tar:{names[-1]}"
+        assert images.counts == [9, 9]
+        assert seeds_of(images) == [0, 1, 3, 4, 6, 10, 11, 12, 13] * 2
+        assert images.name(8) == f"{tmp_path}/x.tar:{names[-1]}"
         line = "by their names: 2 without an ending, 2 .cls, 2 .mask.png, 2 .v2.json, 2 hidden\n"
         assert capsys.readouterr().out.count(line) == 1
 
