@@ -7,8 +7,7 @@ One axis at a time around a base setting, each point in a process of its own; a 
 panels is written beside the JSON. Along the axis of image size the local crops keep their ratio to
 the global ones. K-sized by nature are, for each head and in float32, weight_v and W [K, d] of
 student and teacher, the student's gradient, and both moments of its weight_v; and of L_S
-beside L_I in the image head, a gradient of its own for each size of crop. The rest of the memory
-should not depend on K.
+beside L_I in the image head, a gradient of its own. The rest of the memory should not depend on K.
 """
 
 import argparse
@@ -144,8 +143,7 @@ def memory_by_prototypes(points: list[dict], base: dict) -> dict:
     cfg = options(base)
     objective = build.objective(cfg)
     heads = 2 if objective.needs_region_head else 1
-    sizes = len(set(build.augmentation(cfg).sizes))
-    matrices = heads * len(K_SIZED) + objective.needs_instances * sizes
+    matrices = heads * len(K_SIZED) + objective.needs_instances
     row = 4 * cfg.HEAD.BOTTLENECK_DIM / GIB  # of one [K, d]
     for point in points:
         point["k_sized_gib"] = matrices * row * point["prototypes"]

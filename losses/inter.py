@@ -6,7 +6,6 @@ shares: in L_S the image head, so that bags and images have one vocabulary; in L
 whose vocabulary a head on the image feature learns to use (ours).
 """
 
-import torch
 from torch import Tensor
 
 from losses.cross_entropy import Pairs
@@ -28,18 +27,14 @@ def student_loss(
 
     The student's bag predicts the teacher's image. It alone trains the attention.
     """
-    targets = image_targets(teacher, centre, teacher_temp)
-    bags = [len(attention) for attention in student.log_attention]
-    rows, weights = (part.split(bags) for part in paired_rows(student, teacher))
-    losses = [
-        mixture_cross_entropy(
-            instances, attention, student.image_prototypes, student_temp, targets, *pairs, chunk_mib
-        )
-        for instances, attention, *pairs in zip(
-            student.instance_embeddings, student.log_attention, rows, weights, strict=True
-        )
-    ]
-    return torch.stack(losses).sum()
+    return mixture_cross_entropy(
+        list(zip(student.instance_embeddings, student.log_attention, strict=True)),
+        student.image_prototypes,
+        student_temp,
+        image_targets(teacher, centre, teacher_temp),
+        *paired_rows(student, teacher),
+        chunk_mib,
+    )
 
 
 def bag_pairs(student: Views, teacher: Views, scale: float = 1.0) -> Pairs:

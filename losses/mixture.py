@@ -14,6 +14,8 @@ are held at once; gradients are made in the forward pass, where the chunk's matr
 chunk is one bag at least, whatever LOSS.CHUNK_MIB says. A share a_n below e^-80 counts as that.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,7 @@ LEAST_LOG_SHARE = -80.0
 
 
 def mixture_cross_entropy(
-    instances: Tensor,
-    log_weights: Tensor,
+    bags: Sequence[tuple[Tensor, Tensor]],
     prototypes: Tensor,
     temperature: float,
     targets: Targets,
@@ -42,47 +43,47 @@ def mixture_cross_entropy(
 ) -> Tensor:
     """sum_{s,m} w[s,m] CE(q[t[s,m]], sum_n a[s,n] softmax(W e[s,n] / temperature)).
 
-    instances: embeddings [S, N, d]; log_weights: log a [S, N]; prototypes: W [K, d]; targets: of T
-    rows; matches: t [S, M], int64; weights: w [S, M], fixed. Returns a scalar with gradient to
-    instances, log_weights and prototypes, in float32 (or float64 throughout), whatever autocast
-    says; see soft_cross_entropy.
+    bags: for each number N of instances their embeddings [S_N, N, d] and log a [S_N, N];
+    prototypes: W [K, d]; targets: of T rows; matches: t [S, M], int64, of all bags in their order;
+    weights: w [S, M], fixed. Returns a scalar with gradient to instances, log a and prototypes, in
+    float32 (or float64 throughout), whatever autocast says; see soft_cross_entropy.
     """
-    device = instances.device.type
-    instances, log_weights, prototypes = map(at_least_float32, (instances, log_weights, prototypes))
-    grad_instances = torch.empty_like(instances, memory_format=torch.contiguous_format)
-    grad_weights, grad_prototypes = torch.empty_like(log_weights), torch.zeros_like(prototypes)
-    loss = instances.new_zeros(())
-    buffers = Buffers()
-    most = max(instances.shape[1], matches.shape[1])  # rows that a bag takes, as student or target
-    step = max(1, chunk_elements(device, chunk_mib) // (len(prototypes) * most))
+    device = prototypes.device.type
+    bags = [tuple(map(at_least_float32, bag)) for bag in bags]
+    prototypes = at_least_float32(prototypes)
+    loss, grad_prototypes = prototypes.new_zeros(()), torch.zeros_like(prototypes)
+    moved, buffers = [], Buffers()
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
         targets = targets.in_float32()
-        parts = (tensor.split(step) for tensor in (instances, log_weights, matches, weights))
-        for chunk, (e, log_a, match, weight) in enumerate(zip(*parts, strict=True)):
-            bags = slice(chunk * step, chunk * step + len(e))
-            q = targets.logits(targets.embeddings[match.flatten()]).softmax(dim=-1)
-            t = torch.einsum("smk,sm->sk", q.unflatten(0, match.shape), weight.to(q.dtype))
-            del q
-            rows = e.flatten(0, 1) / temperature
-            a = log_a.clamp(min=LEAST_LOG_SHARE).exp()[:, None]  # [s, 1, N]
-            logits = buffers.logits(rows, prototypes)
-            p = buffers.softmax(logits, log=True).unflatten(0, log_a.shape)
-            best = p.amax(dim=1, keepdim=True)  # over a bag's instances, of log p
-            p.sub_(best).exp_()  # p / exp(best), which is not 0 for all of them
-            mixed = a @ p  # P / exp(best) [s, 1, K]
-            loss -= (t[:, None] * (best + mixed.log())).sum()
-            answers = t[:, None] / mixed  # t / P exp(best)
-            share = a.mT * (p @ answers.mT)  # R [s, N, 1]
-            slope = logits.view_as(p)  # d loss / d z = p (R - a t / P)
-            torch.mul(share, best.exp_(), out=slope)
-            slope.addcmul_(a.mT, answers, value=-1).mul_(p)
-            torch.mm(logits, prototypes, out=grad_instances[bags].flatten(0, 1))
-            grad_weights[bags] = -share[..., 0]
-            grad_prototypes.addmm_(logits.T, rows)
-        grad_instances.div_(temperature)
-    return with_gradients(
-        loss,
-        (instances, grad_instances),
-        (log_weights, grad_weights),
-        (prototypes, grad_prototypes),
-    )
+        counts = [len(log_weights) for _, log_weights in bags]
+        for (instances, log_weights), *pairs in zip(
+            bags, matches.split(counts), weights.split(counts), strict=True
+        ):
+            grad_instances = torch.empty_like(instances, memory_format=torch.contiguous_format)
+            grad_weights = torch.empty_like(log_weights)
+            most = max(instances.shape[1], matches.shape[1])  # a bag's rows, student's or targets
+            step = max(1, chunk_elements(device, chunk_mib) // (len(prototypes) * most))
+            for first in range(0, len(instances), step):
+                chunk = slice(first, first + step)
+                e, log_a, match, weight = (part[chunk] for part in (instances, log_weights, *pairs))
+                q = targets.logits(targets.embeddings[match.flatten()]).softmax(dim=-1)
+                t = torch.einsum("smk,sm->sk", q.unflatten(0, match.shape), weight.to(q.dtype))
+                del q
+                rows = e.flatten(0, 1) / temperature
+                a = log_a.clamp(min=LEAST_LOG_SHARE).exp()[:, None]  # [s, 1, N]
+                logits = buffers.logits(rows, prototypes)
+                p = buffers.softmax(logits, log=True).unflatten(0, log_a.shape)
+                best = p.amax(dim=1, keepdim=True)  # over a bag's instances, of log p
+                p.sub_(best).exp_()  # p / exp(best), which is not 0 for all of them
+                mixed = a @ p  # P / exp(best) [s, 1, K]
+                loss -= (t[:, None] * (best + mixed.log())).sum()
+                answers = t[:, None] / mixed  # t / P exp(best)
+                share = a.mT * (p @ answers.mT)  # R [s, N, 1]
+                slope = logits.view_as(p)  # d loss / d z = p (R - a t / P)
+                torch.mul(share, best.exp_(), out=slope)
+                slope.addcmul_(a.mT, answers, value=-1).mul_(p)
+                torch.mm(logits, prototypes, out=grad_instances[chunk].flatten(0, 1))
+                grad_weights[chunk] = -share[..., 0]
+                grad_prototypes.addmm_(logits.T, rows)
+            moved += [(instances, grad_instances.div_(temperature)), (log_weights, grad_weights)]
+    return with_gradients(loss, *moved, (prototypes, grad_prototypes))

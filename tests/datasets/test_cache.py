@@ -304,6 +304,13 @@ def test_a_resume_with_other_crops_is_refused(in_ram, refuse, changed, words):
     assert words in refuse(in_ram, f"{RUN} {changed}")
 
 
+def test_two_processes_with_kept_images_train(pretrain, tmp_path):
+    options = f"{RUN} {MODES['ram']} TRAIN.BATCH_SIZE_PER_GPU 4 DATA.WORKERS 1"
+    done = pretrain(tmp_path, options, processes=2)
+    assert done.stdout.count("16 images, 0.00 GiB, in memory") == 1
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
 # Refusals
 
 

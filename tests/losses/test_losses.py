@@ -185,7 +185,8 @@ def test_a_bag_that_all_but_denies_its_target_still_learns(last, says, temperatu
     found = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     match, weight = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     targets = Targets(axes[:1], axes, 1.0)
-    value = mixture_cross_entropy(*found.values(), temperature, targets, match, weight)
+    bag = found["instances"], found["attention"]
+    value = mixture_cross_entropy([bag], found["W"], temperature, targets, match, weight)
     exact = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
     log_p = (exact["instances"] @ exact["W"].T / temperature).log_softmax(-1)
     target = torch.softmax(axes[:1].double() @ axes.double().T, -1)
@@ -207,7 +208,7 @@ def test_a_bags_gradient_does_not_depend_on_how_its_instances_lie_in_memory(dims
     for laid in (instances, instances.transpose(*dims).contiguous().transpose(*dims)):
         leaf = laid.detach().requires_grad_()
         value = mixture_cross_entropy(
-            leaf, attention, student.image_prototypes, STUDENT_TEMP, targets, *pairs
+            [(leaf, attention)], student.image_prototypes, STUDENT_TEMP, targets, *pairs
         )
         found += torch.autograd.grad(value, leaf)
     assert torch.equal(*found)
@@ -642,8 +643,7 @@ def test_targets_of_bags_of_one_instance_take_no_more_than_a_chunk(monkeypatch):
     chunks_of(monkeypatch, 6 * MANY)
     with LargeTensors(6 * MANY) as mode:
         mixture_cross_entropy(
-            bags,
-            torch.zeros_like(bags[..., 0]),
+            [(bags, torch.zeros_like(bags[..., 0]))],
             student.image_prototypes,
             STUDENT_TEMP,
             targets,
