@@ -254,9 +254,9 @@ def differing(a: Node, b: Node, names: Iterable[str] = OPTIONS) -> list[str]:
 
 def changed(cfg: Node) -> str:
     """The options that are not the defaults and decide a figure, as text; "none" where all are."""
-    names = [name for name, option in OPTIONS.items() if option.decides != NOTHING]
-    shown = [name for name in differing(cfg, defaults(), names) if name not in unread(cfg)]
-    words = [f"{name} {get(cfg, name)}" for name in shown]
+    silent = {*deciding(NOTHING), *unread(cfg)}
+    names = [name for name in OPTIONS if name not in silent]
+    words = [f"{name} {get(cfg, name)}" for name in differing(cfg, defaults(), names)]
     return ", ".join(words) or "none"
 
 
