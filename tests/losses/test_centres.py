@@ -1,4 +1,4 @@
-"""The teacher's centres: an EMA of its mean logits, moved once an optimizer step, after the loss."""
+"""The teacher's centres: an EMA of its mean logits, moved once a step, after the loss."""
 
 import pytest
 import torch
