@@ -1,6 +1,6 @@
 """Cross-entropy of students against soft targets over K prototypes, in chunks.
 
-All terms of CMD but L_S (mixture.py) are of this form. The plain computation holds a [rows, K]
+L_I and L_R are of this form. The plain computation holds a [rows, K]
 matrix for each student, each target and each gradient; this one holds two for one chunk of rows
 and never gathers a target, because targets meet students only in inner products. With w_sm the
 weight of the m-th match t(s, m) of student row s, q_t the teacher's distributions, z_s = W e_s /
@@ -13,9 +13,8 @@ tau the student's logits and r_s = sum_m w_sm:
 
 with pulled_s = sum_m w_sm (q W)_t(s,m) and pushed_t = the sum of w_sm e_s over all t(s,m) = t. So
 q enters through q W [T, d] and q^T pushed [K, d] alone, and teachers and students go through
-the prototypes once each, one chunk after the other; pushed is linear in the students, so L_R and
-L_T, of one teacher and one set of prototypes, share the teacher's pass. Gradients are made in the
-forward pass, where the chunk's matrices exist, and are K x d and rows x d in size.
+the prototypes once each, one chunk after the other. Gradients are made in the forward pass, where
+the chunk's matrices exist, and are K x d and rows x d in size.
 """
 
 import contextlib
@@ -66,81 +65,42 @@ class Targets:
         )
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Students, the targets that each is to predict, and what that counts.
-
-    students: embeddings [S, d]; matches: t [S, M], int64, rows of the targets; weights: w [S, M],
-    fixed. shares [T', N]: matches are of T' mixtures of N target rows each, in these shares.
-    scale: what the sum over these pairs is weighted with in the loss.
-    """
-
-    students: Tensor
-    matches: Tensor
-    weights: Tensor
-    shares: Tensor | None = None
-    scale: float = 1.0
-
-    def push(self, pushed: Tensor) -> None:
-        """Add, to each target row's part [T, d] of `pushed`, its students by their weights."""
-        onto = pushed if self.shares is None else torch.zeros_like(pushed[: len(self.shares)])
-        for match, weight in zip(self.matches.unbind(1), self.weights.unbind(1), strict=True):
-            onto.index_add_(0, match, (self.scale * weight)[:, None] * self.students)
-        if self.shares is not None:
-            pushed.view(*self.shares.shape, -1).addcmul_(self.shares[..., None], onto[:, None])
-
-    def pull(self, means: Tensor) -> Tensor:
-        """The sum of its targets' parts of `means` [T, d], by weight, for each student [S, d]."""
-        if self.shares is not None:
-            means = torch.einsum("tn,tnd->td", self.shares, means.unflatten(0, self.shares.shape))
-        pulled = torch.zeros_like(self.students)
-        for match, weight in zip(self.matches.unbind(1), self.weights.unbind(1), strict=True):
-            pulled.addcmul_(weight[:, None], means[match])
-        return pulled
-
-    def in_float32(self) -> "Pairs":
-        """The same in float32 at least; the students as they are, with gradient."""
-        students = at_least_float32(self.students)
-        shares = None if self.shares is None else self.shares.to(students.dtype)
-        weights = self.weights.to(students.dtype)
-        return replace(self, students=students, weights=weights, shares=shares)
-
-
 def soft_cross_entropy(
-    pairs: dict[str, Pairs],
+    students: Tensor,
     prototypes: Tensor,
     temperature: float,
     targets: Targets,
+    matches: Tensor,
+    weights: Tensor,
     chunk_mib: int = 0,
     entropies: bool = True,
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """sum_{s,m} w[s,m] CE(q[t[s,m]], softmax(W e[s] / temperature)) of each term's pairs.
+) -> tuple[Tensor, Tensor | None]:
+    """sum_{s,m} w[s,m] CE(q[t[s,m]], softmax(W e[s] / temperature)), and the entropy of q.
 
-    pairs: by the terms' names; prototypes: W [K, d]; targets: of T rows, gone through once for all
-    terms; chunk_mib: LOSS.CHUNK_MIB. Returns the sum of the terms by their scales, a scalar with
-    gradient to all students and prototypes; each term, unscaled and without gradient; and the
-    targets' entropies [T] in nats, without gradient, None in their place where `entropies` is
-    false. Values are kept in float32 (or float64 throughout), whatever autocast says:
-    half-precision logits are too coarse at a teacher's temperature. Under autocast the products'
-    inputs may be rounded (see `fast_products`).
+    students: embeddings [S, d]; prototypes: W [K, d]; targets: of T rows; matches: t [S, M],
+    int64, rows of the targets; weights: w [S, M], fixed; chunk_mib: LOSS.CHUNK_MIB. Returns the
+    loss, a scalar with gradient to students and prototypes, and the targets' entropies [T] in
+    nats, without gradient; None in their place where `entropies` is false. Values are kept in
+    float32 (or float64 throughout), whatever autocast says: half-precision logits are too coarse
+    at a teacher's temperature. Under autocast the products' inputs may be rounded (see
+    `fast_products`).
     """
-    device = prototypes.device.type
-    pairs = {name: each.in_float32() for name, each in pairs.items()}
-    prototypes = at_least_float32(prototypes)
+    device = students.device.type
+    students, prototypes = at_least_float32(students), at_least_float32(prototypes)
+    grad_students = torch.empty_like(students) if students.requires_grad else None
     grad_prototypes = torch.zeros_like(prototypes) if prototypes.requires_grad else None
-    values, moved = {}, []
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
         step = max(LEAST_ROWS, chunk_elements(device, chunk_mib) // len(prototypes))
-        targets, buffers = targets.in_float32(), Buffers()
+        targets, weights, buffers = targets.in_float32(), weights.to(students.dtype), Buffers()
 
         # The teacher's rows: q W, q^T pushed and the entropies.
         rows = targets.embeddings
         measured = rows.new_empty(len(rows)) if entropies else None
-        scaled, means = rows / targets.temperature, torch.empty_like(rows)
-        pushed = torch.zeros_like(rows)
+        scaled, target_means = rows / targets.temperature, torch.empty_like(rows)
         offset = None if targets.centre is None else targets.centre / targets.temperature
-        for each in pairs.values():
-            each.push(pushed)
+        pushed = torch.zeros_like(rows)
+        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
+            pushed.index_add_(0, match, weight[:, None] * students)
         for chunk in _chunks(len(rows), step):
             logits = buffers.logits(scaled[chunk], targets.prototypes)
             if offset is not None:
@@ -149,33 +109,32 @@ def soft_cross_entropy(
             if measured is not None:
                 normaliser = _logsumexp(logits, q)
                 measured[chunk] = normaliser - logits.mul_(q).sum(-1)
-            torch.mm(q, prototypes, out=means[chunk])
+            torch.mm(q, prototypes, out=target_means[chunk])
             if grad_prototypes is not None:
                 grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
 
-        # The students'.
-        for name, each in pairs.items():
-            students, totals, pulled = each.students, each.weights.sum(1), each.pull(means)
-            grad_students = torch.empty_like(students) if students.requires_grad else None
-            value = -(pulled * students).sum() / temperature
-            scaled, weighted = students / temperature, each.scale * totals[:, None] * students
-            for chunk in _chunks(len(students), step):
-                logits = buffers.logits(scaled[chunk], prototypes)
-                p = buffers.softmax(logits)
-                value += totals[chunk] @ _logsumexp(logits, p)
-                if grad_students is not None:
-                    torch.mm(p, prototypes, out=grad_students[chunk])
-                if grad_prototypes is not None:
-                    grad_prototypes.addmm_(p.T, weighted[chunk])
+        # The student's.
+        totals = weights.sum(1)
+        pulled = torch.zeros_like(students)
+        for match, weight in zip(matches.unbind(1), weights.unbind(1), strict=True):
+            pulled.addcmul_(weight[:, None], target_means[match])
+        loss = -(pulled * students).sum() / temperature
+        scaled, weighted = students / temperature, totals[:, None] * students
+        for chunk in _chunks(len(students), step):
+            logits = buffers.logits(scaled[chunk], prototypes)
+            p = buffers.softmax(logits)
+            loss += totals[chunk] @ _logsumexp(logits, p)
             if grad_students is not None:
-                grad_students.mul_(totals[:, None]).sub_(pulled).mul_(each.scale / temperature)
-            values[name] = value
-            moved.append((students, grad_students))
+                torch.mm(p, prototypes, out=grad_students[chunk])
+            if grad_prototypes is not None:
+                grad_prototypes.addmm_(p.T, weighted[chunk])
+        if grad_students is not None:
+            grad_students.mul_(totals[:, None]).sub_(pulled).div_(temperature)
         if grad_prototypes is not None:
             grad_prototypes.div_(temperature)
-        loss = sum(pairs[name].scale * value for name, value in values.items())
 
-    return with_gradients(loss, *moved, (prototypes, grad_prototypes)), values, measured
+    loss = with_gradients(loss, (students, grad_students), (prototypes, grad_prototypes))
+    return loss, measured
 
 
 def with_gradients(loss: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:

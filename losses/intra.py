@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.cross_entropy import Pairs
+from losses.cross_entropy import soft_cross_entropy
+from losses.targets import image_targets, region_targets
 from utils.views import Views, in_full_precision
 
 
@@ -19,9 +20,27 @@ def pair_weights(teacher_views: int, student_views: int, like: Tensor) -> Tensor
     return weights / weights.sum()
 
 
-def image_pairs(student: Views, teacher: Views, scale: float = 1.0) -> Pairs:
-    """L_I = mean over pairs of CE(q^I_i, p^I_v), p and q by the image head; DINO's loss."""
-    return Pairs(student.image_embeddings, *paired_rows(student, teacher), scale=scale)
+def image_loss(
+    student: Views,
+    teacher: Views,
+    centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    chunk_mib: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """L_I = mean over pairs of CE(q^I_i, p^I_v); DINO's loss.
+
+    Returns the loss (scalar) and the entropy of each q^I [I * B], crop-major, in nats, without
+    gradient.
+    """
+    return soft_cross_entropy(
+        student.image_embeddings,
+        student.image_prototypes,
+        student_temp,
+        image_targets(teacher, centre, teacher_temp),
+        *paired_rows(student, teacher),
+        chunk_mib,
+    )
 
 
 def paired_rows(student: Views, teacher: Views) -> tuple[Tensor, Tensor]:
@@ -38,8 +57,15 @@ def teacher_rows(teacher: Views, student_views: int) -> Tensor:
     return rows.view(teacher.count, teacher.batch).T.expand(student_views, -1, -1)
 
 
-def region_pairs(student: Views, teacher: Views, scale: float = 1.0) -> Pairs:
-    """L_R = mean over pairs of mean_n CE(q_{i,m*(n)}, p_{v,n}) by the region head; EsViT's.
+def region_loss(
+    student: Views,
+    teacher: Views,
+    centre: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    chunk_mib: int = 0,
+) -> Tensor:
+    """L_R = mean over pairs of mean_n CE(q_{i,m*(n)}, p_{v,n}); EsViT's region loss.
 
     m*(n) is the teacher patch of view i of the same image that is most similar, in backbone
     features, to student patch n.
@@ -60,8 +86,17 @@ def region_pairs(student: Views, teacher: Views, scale: float = 1.0) -> Pairs:
         pair = pairs[these].repeat_interleave(student.batch, dim=0)  # [V_g * B, I]
         weights.append((share[..., None] * pair[:, None]).flatten(0, 1))
         first += views
-    students = torch.cat([patches.flatten(0, 1) for patches in student.patch_embeddings])
-    return Pairs(students, torch.cat(matches), torch.cat(weights), scale=scale)
+    loss, _ = soft_cross_entropy(
+        torch.cat([patches.flatten(0, 1) for patches in student.patch_embeddings]),
+        student.region_prototypes,
+        student_temp,
+        region_targets(teacher, centre, teacher_temp),
+        torch.cat(matches),
+        torch.cat(weights),
+        chunk_mib,
+        entropies=False,
+    )
+    return loss
 
 
 @torch.no_grad()

@@ -19,13 +19,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from losses import inter
 from losses.contrastive import KeyQueue, info_nce
-from losses.cross_entropy import soft_cross_entropy
-from losses.inter import bag_pairs, student_loss
-from losses.intra import image_pairs, region_pairs
+from losses.intra import image_loss, region_loss
 from losses.rationale import fitting_loss, gradcam_of
 from losses.released import released_terms
-from losses.targets import Centres, image_targets, region_targets
+from losses.targets import Centres
 from utils import distributed
 from utils.options import CONTRASTIVE, OPTIONS
 from utils.views import Views
@@ -88,35 +87,25 @@ class Objective:
         self, student: Views, teacher: Views, centres: Centres, teacher_temp: float
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         temps = (self.student_temp, teacher_temp)
-        share = 1.0 if self.name == "dino" else 0.5
-        total, terms, entropy = soft_cross_entropy(
-            {"L_I": image_pairs(student, teacher, share)},
-            student.image_prototypes,
-            self.student_temp,
-            image_targets(teacher, centres.image, teacher_temp),
-            self.chunk_mib,
-        )
-        if self.needs_region_head:
-            pairs = {"L_R": region_pairs(student, teacher, share)}
-            if self.needs_bag_head:
-                pairs["L_T"] = bag_pairs(student, teacher, self.lambda1)
-            of_regions, values, _ = soft_cross_entropy(
-                pairs,
-                student.region_prototypes,
-                self.student_temp,
-                region_targets(teacher, centres.region, teacher_temp),
-                self.chunk_mib,
-                entropies=False,
-            )
-            total, terms = total + of_regions, terms | values
-        if self.needs_instances:
-            terms["L_S"] = student_loss(student, teacher, centres.image, *temps, self.chunk_mib)
-            total = total + self.lambda1 * terms["L_S"]
+        terms: dict[str, Tensor] = {}
+        terms["L_I"], entropy = image_loss(student, teacher, centres.image, *temps, self.chunk_mib)
+        if self.name == "dino":
+            return terms["L_I"], _detached(terms), entropy
+        terms["L_R"] = region_loss(student, teacher, centres.region, *temps, self.chunk_mib)
+        total = (terms["L_I"] + terms["L_R"]) / 2
         if self.name == "released":
             terms["T"], terms["S"] = released_terms(
                 student, teacher, centres.image, centres.region, *temps
             )
             total = total + self.lambda1 * (terms["T"] + terms["S"])
+        if self.name == "cmd" and self.ls:
+            terms["L_S"] = inter.student_loss(
+                student, teacher, centres.image, *temps, self.chunk_mib
+            )
+            total = total + self.lambda1 * terms["L_S"]
+        if self.name == "cmd" and self.lt:
+            terms["L_T"] = inter.teacher_loss(student, teacher, self.student_temp)
+            total = total + self.lambda1 * terms["L_T"]
         return total, _detached(terms), entropy
 
 
@@ -175,5 +164,4 @@ class Contrastive:
 
 
 def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the order of their names."""
-    return {name: value.detach() for name, value in sorted(terms.items())}
+    return {name: value.detach() for name, value in terms.items()}

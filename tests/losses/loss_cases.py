@@ -171,10 +171,9 @@ def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tens
     if goal.name == "cmd" and goal.ls:
         terms["L_S"] = plain.student_term(*sides, centres.image, *temps)
     if goal.name == "cmd" and goal.lt:
-        terms["L_T"] = plain.teacher_term(*sides, centres.region, *temps)
+        terms["L_T"] = plain.teacher_term(*sides, STUDENT_TEMP)
     between = [terms[name] for name in ("T", "S", "L_S", "L_T") if name in terms]
-    total = terms["L_I"] / 2 + terms["L_R"] / 2 + goal.lambda1 * sum(between)
-    return total, dict(sorted(terms.items()))
+    return terms["L_I"] / 2 + terms["L_R"] / 2 + goal.lambda1 * sum(between), terms
 
 
 def gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:

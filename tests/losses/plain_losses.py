@@ -70,11 +70,11 @@ def image_target(teacher: Side, i: int, b: int, centre: Tensor, temp: float) -> 
     return softmax((teacher.image_prototypes @ teacher.images[i][b] - centre) / temp).detach()
 
 
-def bag_target(teacher: Side, i: int, b: int, centre: Tensor, temp: float) -> Tensor:
-    """q^B_i of image b: what the region head says of each patch, in the attention's shares."""
-    shares = teacher.attention[i][b].exp()
-    says = [region_target(teacher, i, b, m, centre, temp) for m in range(len(shares))]
-    return sum(a * q for a, q in zip(shares, says, strict=True)).detach()
+def bag_embedding(teacher: Side, i: int, b: int) -> Tensor:
+    """e^B_i of image b: its patches' region embeddings, in the attention's shares."""
+    patches = zip(teacher.attention[i][b], teacher.patches[i][b], strict=True)
+    bag = sum(log_a.exp() * u for log_a, u in patches)
+    return (bag / bag.norm()).detach()
 
 
 def region_target(teacher: Side, i: int, b: int, m: int, centre: Tensor, temp: float) -> Tensor:
@@ -85,11 +85,6 @@ def region_target(teacher: Side, i: int, b: int, m: int, centre: Tensor, temp: f
 def log_image(student: Side, v: int, b: int, temp: float) -> Tensor:
     """log p^I_v of image b."""
     return log_softmax(student.image_prototypes @ student.images[v][b] / temp)
-
-
-def log_words(student: Side, v: int, b: int, temp: float) -> Tensor:
-    """The log of what image b says of its bag in the regions' vocabulary."""
-    return log_softmax(student.region_prototypes @ student.bags[v][b] / temp)
 
 
 def log_bag(student: Side, v: int, b: int, temp: float) -> Tensor:
@@ -110,9 +105,15 @@ def student_term(student: Side, teacher: Side, centre: Tensor, *temps: float) ->
     return _paired(student, teacher, image_target, log_bag, centre, temps)
 
 
-def teacher_term(student: Side, teacher: Side, region_centre: Tensor, *temps: float) -> Tensor:
-    """L_T."""
-    return _paired(student, teacher, bag_target, log_words, region_centre, temps)
+def teacher_term(student: Side, teacher: Side, temp: float) -> Tensor:
+    """L_T: of all images' bags, the view's own is the one to say."""
+    terms = []
+    for i, v in pairs(len(student.images)):
+        bags = [bag_embedding(teacher, i, b) for b in range(teacher.batch)]
+        for own in range(student.batch):
+            scores = torch.stack([student.bags[v][own] @ bag / temp for bag in bags])
+            terms.append(-log_softmax(scores)[own])
+    return mean(terms)
 
 
 def _paired(student: Side, teacher: Side, target, log_p, centre: Tensor, temps) -> Tensor:
