@@ -55,8 +55,7 @@ class Parts:
 
     heads: None for a backbone alone, as files of others hold it: it has features and no
     embeddings, and is not called as a whole. bag_head: on the image feature, by which a student
-    predicts what the teacher's region head says of a bag; it has that head's shape and no
-    prototypes of its own. rationale: the channels of LCR's branch; 0: none.
+    meets the teacher's bags of region embeddings; it has the heads' shape and no prototypes. rationale: the channels of LCR's branch; 0: none.
     """
 
     heads: HeadSpec | None = None
