@@ -22,7 +22,8 @@ values are `true`, `yes`, `on` and `1`, or `false`, `no`, `off` and `0`, in any 
 `null`, `~` and nothing are no value, and tags and aliases are refused.
 
 A run that resumes keeps the options that decide its weights; those marked *resume* may change,
-and so may all that decide no weights (`--resume force` takes others too).
+and so may all that decide no weights and what its objective does not read (`--resume force` takes
+others too).
 
 This page is made by `python -m utils.config_docs`; its source is `utils/options.py`.
 """

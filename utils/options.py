@@ -20,7 +20,8 @@ ONE_NETWORK = (KNN, RETRIEVAL, LINEAR)
 EVALUATIONS = (*ONE_NETWORK, TABLE)
 ALL = (PRETRAIN, *EVALUATIONS)
 
-# Objectives that contrast a pair of crops; the others distil.
+# Objectives that distil, and those that contrast a pair of crops.
+DISTILLING = ("dino", "esvit", "cmd", "released")
 CONTRASTIVE = ("moco_v2", "lcr")
 
 
@@ -136,27 +137,30 @@ option("MODEL.NUM_CLASSES", 0, "always 0: backbones have no classifier (EsViT's 
 section("HEAD", "both DINO heads, and the pooling; the projection of moco_v2 and lcr",
         SHAPES, (PRETRAIN,))
 option("HEAD.OUT_DIM", 65536, "K, prototypes (a projection has none)",
-       at_least=2, at_most=2**24, flag="--out_dim")
+       at_least=2, at_most=2**24, flag="--out_dim", objectives=DISTILLING)
 option("HEAD.HIDDEN_DIM", 2048, "width of the MLP", at_least=1, at_most=2**16)
 option("HEAD.BOTTLENECK_DIM", 256, "d, width of the embeddings", at_least=1, at_most=2**16)
 option("HEAD.LAYERS", 3, "linears in the MLP", at_least=1, at_most=100)
 option("HEAD.USE_BN", False, "BatchNorm in the MLP", flag="--use_bn_in_head")
 option("HEAD.NORM_LAST_LAYER", True, "freeze the prototypes' magnitude at 1",
-       flag="--norm_last_layer")
-option("HEAD.POOL_HIDDEN", 128, "hidden units of the MIL attention", at_least=1, at_most=2**16)
+       flag="--norm_last_layer", objectives=DISTILLING)
+option("HEAD.POOL_HIDDEN", 128, "hidden units of the MIL attention", at_least=1, at_most=2**16,
+       objectives=("cmd",))
 
-section("LOSS", "objective and temperatures", WEIGHTS, (PRETRAIN,))
+section("LOSS", "objective; temperatures and centres of those that distil", WEIGHTS, (PRETRAIN,))
 option("LOSS.OBJECTIVE", "cmd", "dino, esvit, cmd, released, moco_v2 or lcr (losses/objective.py)",
-       choices=("dino", "esvit", "cmd", "released", *CONTRASTIVE), decides=SHAPES,
-       flag="--objective", yes_no=("--use_dense_prediction", "cmd", "dino"))
-option("LOSS.STUDENT_TEMP", 0.1, "temperature of all student distributions", at_least=1e-4)
+       choices=(*DISTILLING, *CONTRASTIVE), decides=SHAPES, flag="--objective",
+       yes_no=("--use_dense_prediction", "cmd", "dino"))
+option("LOSS.STUDENT_TEMP", 0.1, "temperature of all student distributions", at_least=1e-4,
+       objectives=DISTILLING)
 option("LOSS.WARMUP_TEACHER_TEMP", 0.04, "the teacher's temperature at the first epoch",
-       at_least=1e-4, flag="--warmup_teacher_temp")
+       at_least=1e-4, flag="--warmup_teacher_temp", objectives=DISTILLING)
 option("LOSS.TEACHER_TEMP", 0.04, "the teacher's temperature after the warm-up",
-       at_least=1e-4, flag="--teacher_temp")
+       at_least=1e-4, flag="--teacher_temp", objectives=DISTILLING)
 option("LOSS.WARMUP_TEACHER_TEMP_EPOCHS", 0, "epochs of that warm-up, which is linear",
-       at_least=0, flag="--warmup_teacher_temp_epochs")
-option("LOSS.CENTER_MOMENTUM", 0.9, "of the EMA of the centres", at_least=0, at_most=1)
+       at_least=0, flag="--warmup_teacher_temp_epochs", objectives=DISTILLING)
+option("LOSS.CENTER_MOMENTUM", 0.9, "of the EMA of the centres", at_least=0, at_most=1,
+       objectives=DISTILLING)
 option("LOSS.CHUNK_MIB", 0, "MiB of a [rows, K] matrix in the cross-entropies, which take rows by "
        "chunks; 0: 32 on a CPU, 256 on a GPU", at_least=0, at_most=2**20, decides=NOTHING)
 
@@ -248,7 +252,7 @@ option("TRAIN.MOMENTUM_TEACHER_END", 1.0, "and at the end of its cosine", at_lea
 option("TRAIN.CLIP_GRAD", 3.0, "largest norm of each parameter's gradient on its own; 0: no "
        "clipping", at_least=0, flag="--clip_grad")
 option("TRAIN.FREEZE_LAST_LAYER", 1, "epochs in which the prototypes do not move",
-       at_least=0, flag="--freeze_last_layer")
+       at_least=0, flag="--freeze_last_layer", objectives=DISTILLING)
 option("TRAIN.PRECISION", "auto", "auto (bf16 on a GPU that has it, fp16 on another, fp32 on CPU), "
        "fp32, bf16 or fp16", choices=("auto", "fp32", "bf16", "fp16"), flag="--precision",
        yes_no=("--use_fp16", "fp16", "fp32"))

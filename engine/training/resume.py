@@ -19,7 +19,7 @@ from utils.config import Node
 from utils.distributed import World
 from utils.errors import InputError
 from utils.logging import logger
-from utils.options import CONTRASTIVE, OPTIONS
+from utils.options import OPTIONS
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,10 @@ def _other_processes(cfg: Node, state: dict, images_per_step: int, processes: in
 
 def _networks(cfg: Node) -> dict:
     """What decides the shapes of weights and of the objective's state, unread options left out."""
-    own = {"backbone": registry.identity(build.backbone_spec(cfg))}
-    if cfg.LOSS.OBJECTIVE in CONTRASTIVE:
-        own["queue"] = cfg.MOCO.QUEUE
+    cfg = cfg.clone()
+    for name in config.unread(cfg):
+        config.put(cfg, name, OPTIONS[name].default, name)
+    own = {"backbone": registry.identity(build.backbone_spec(cfg)), "queue": cfg.MOCO.QUEUE}
     return build.model_description(cfg) | own
 
 

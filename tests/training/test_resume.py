@@ -443,6 +443,14 @@ def test_a_resume_with_other_options_is_refused_by_name(
 
 # What only some objectives read, each with another value than its default.
 OWNED = {
+    "HEAD.OUT_DIM": 32,
+    "HEAD.NORM_LAST_LAYER": False,
+    "HEAD.POOL_HIDDEN": 8,
+    "LOSS.STUDENT_TEMP": 0.2,
+    "LOSS.WARMUP_TEACHER_TEMP": 0.05,
+    "LOSS.TEACHER_TEMP": 0.06,
+    "LOSS.WARMUP_TEACHER_TEMP_EPOCHS": 1,
+    "LOSS.CENTER_MOMENTUM": 0.5,
     "CMD.LAMBDA1": 2.0,
     "CMD.LS": False,
     "CMD.LT": False,
@@ -451,14 +459,15 @@ OWNED = {
     "MOCO.BN_IMAGES": 3,
     "LCR.CHANNELS": 5,
     "LCR.WEIGHT": 3.0,
+    "TRAIN.FREEZE_LAST_LAYER": 2,
 }
 
 
 @pytest.mark.parametrize("objective", OPTIONS["LOSS.OBJECTIVE"].choices)
-def test_what_an_objective_does_not_read_changes_no_bit_of_a_run(objective):
-    """So a run may go on, and a study's cell count as finished, though it differs."""
+def test_what_an_objective_does_not_read_changes_no_bit_of_a_run(objective, tmp_path):
+    """So a run goes on, and a study's cell counts as finished, though it differs."""
     assert set(OWNED) == {name for name, option in OPTIONS.items() if option.objectives}
-    of = SWIN | {"LOSS__OBJECTIVE": objective}
+    of = SWIN | {"LOSS__OBJECTIVE": objective, "OUTPUT_DIR": str(tmp_path)}
     if objective in CONTRASTIVE:
         of["AUG__LOCAL_CROPS_NUMBER"] = []
     unread = config.unread(small_config(**of))
@@ -470,6 +479,8 @@ def test_what_an_objective_does_not_read_changes_no_bit_of_a_run(objective):
         states.append(tensors(run.state()))
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    checkpoint.save_last(checkpoint_of(run) | {"images": "images"}, tmp_path)
+    assert not find(small_config(**of), 12, "images", 3, run.world).forced
 
 
 def test_a_resume_may_change_length_paths_workers_and_print_frequency(

@@ -548,12 +548,15 @@ def test_what_differs_from_the_defaults_is_shown_where_it_decides_anything():
 def test_what_no_objective_at_hand_reads_is_unread():
     cfg, other = config.defaults(), config.defaults()
     other.LOSS.OBJECTIVE = "released"
-    cmd = {name for name in OPTIONS if name.startswith("CMD.")}
+    cmd = {name for name in OPTIONS if name.startswith("CMD.")} | {"HEAD.POOL_HIDDEN"}
     contrast = {name for name in OPTIONS if name.startswith(("MOCO.", "LCR."))}
     assert config.unread(cfg) == config.unread(cfg, other) == contrast
     assert config.unread(other) == contrast | cmd - {"CMD.LAMBDA1"}
     other.LOSS.OBJECTIVE = "moco_v2"
-    assert config.unread(other) == cmd | {n for n in OPTIONS if n.startswith("LCR.")}
+    lcr = {name for name in OPTIONS if name.startswith("LCR.")}
+    heads = {"HEAD.OUT_DIM", "HEAD.NORM_LAST_LAYER", "TRAIN.FREEZE_LAST_LAYER"}
+    others = {name for name in OPTIONS if name.startswith("LOSS.") and "TEMP" in name}
+    assert config.unread(other) == cmd | lcr | heads | others | {"LOSS.CENTER_MOMENTUM"}
 
 
 # What contradicts
