@@ -64,10 +64,6 @@ class Parts:
     rationale: int = 0
     bag_head: bool = False
 
-    def __post_init__(self) -> None:
-        if self.region_head and self.heads is None:
-            raise ValueError("a region head needs the shape of the heads")
-
     @classmethod
     def from_dict(cls, heads: dict | None, **parts: Any) -> "Parts":
         """Of plain data, as dataclasses.asdict gives it."""

@@ -187,9 +187,10 @@ def random_from_options(cfg: Node, seed: int) -> Source:
 
 
 def _random(parts: Parts, weights: Weights, seed: int, by: Normalisation) -> Source:
-    """A network initialised as a run with SEED `seed` would, but for the prototypes."""
+    """A network whose backbone a run with SEED `seed` would begin with, and fresh other parts."""
     if parts.heads:
-        # Prototypes have no part in a feature: the fewest.
+        # Prototypes have no part in a feature: the fewest. What is drawn after them is another
+        # draw than the run's.
         parts = replace(parts, heads=replace(parts.heads, out_dim=2))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, seeding.INITIALISATION))

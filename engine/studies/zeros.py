@@ -95,7 +95,6 @@ def untrained_source(study: Study, row: UntrainedRow, seed: int) -> Source:
     network = made.network
     for other in (source.network for source in others):
         if network.pool is None and other.pool is not None:
-            network.parts = replace(other.parts, rationale=network.parts.rationale)
-            network.head_dense, network.pool = other.head_dense, other.pool
+            network.parts, network.pool = other.parts, other.pool
         network.rationale = network.rationale or other.rationale
     return made
