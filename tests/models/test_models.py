@@ -295,6 +295,19 @@ def test_runs_of_equal_crops_come_back_crop_major():
         torch.testing.assert_close(found, apart)
 
 
+def test_batch_norm_of_a_head_takes_the_patches_of_all_sizes_of_crop_together():
+    student, _ = pair(use_bn=True)
+    with torch.no_grad():
+        views = student([torch.randn(2, 3, size, size) for size in (32, 32, 16)])
+        rows = torch.cat([part.flatten(0, 1) for part in views.patch_features])
+        for head, parts in (
+            (student.head_dense, views.patch_embeddings),
+            (student.head, views.instance_embeddings),
+        ):
+            found = torch.cat([part.flatten(0, 1) for part in parts])
+            torch.testing.assert_close(found, head(rows))
+
+
 def test_the_same_seed_gives_the_same_networks_and_another_seed_others(network_options):
     def weights(seed):
         return build.networks(tiny_cfg(f"{network_options} SEED {seed}"))[0].state_dict()
