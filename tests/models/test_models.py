@@ -295,6 +295,27 @@ def test_runs_of_equal_crops_come_back_crop_major():
         torch.testing.assert_close(found, apart)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        "image_embeddings",
+        "bag_embeddings",
+        "patch_embeddings",
+        "instance_embeddings",
+        "log_attention",
+    ],
+)
+def test_a_gradient_reaches_the_backbone_by_each_part(part):
+    parts = Parts(HeadSpec(8, 16, 5, pool_hidden=4), region_head=True, pooling=True, bag_head=True)
+    student = Network(small("deit_small", img_size=32, patch_size=8), parts)
+    student.embeds_instances = True
+    nn.init.normal_(student.pool.score.weight)
+    found = getattr(student([torch.randn(2, 3, 32, 32)]), part)
+    found = found[0] if isinstance(found, list) else found
+    (found * torch.randn_like(found)).sum().backward()
+    assert student.backbone.patch_embed.proj.weight.grad.any()
+
+
 def test_batch_norm_of_a_head_takes_the_patches_of_all_sizes_of_crop_together():
     student, _ = pair(use_bn=True)
     with torch.no_grad():
