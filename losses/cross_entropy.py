@@ -91,10 +91,11 @@ def soft_cross_entropy(
     grad_prototypes = torch.zeros_like(prototypes) if prototypes.requires_grad else None
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
         step = max(LEAST_ROWS, chunk_elements(device, chunk_mib) // len(prototypes))
-        targets, weights, buffers = targets.in_float32(), weights.to(students.dtype), Buffers()
+        targets, weights = targets.in_float32(), weights.to(students.dtype)
+        rows = targets.embeddings
+        buffers = Buffers(min(step, max(len(rows), len(students))), prototypes)
 
         # The teacher's rows: q W, q^T pushed and the entropies.
-        rows = targets.embeddings
         measured = rows.new_empty(len(rows)) if entropies else None
         scaled, target_means = rows / targets.temperature, torch.empty_like(rows)
         offset = None if targets.centre is None else targets.centre / targets.temperature
@@ -206,27 +207,23 @@ class Buffers:
     """The two [rows, K] matrices of a chunk, used again for the next one.
 
     On a CPU fresh memory of this size costs as much as what is computed in it; elsewhere the
-    allocator keeps it.
+    allocator keeps it. rows: of the largest chunk. A larger matrix made later would stand beside
+    the one that it replaces.
     """
 
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def _get(self, name: str, like: Tensor, rows: int, columns: int) -> Tensor:
-        kept = self._kept.get(name)
-        if kept is None or len(kept) < rows or kept.shape[1] != columns:
-            kept = self._kept[name] = like.new_empty(rows, columns)
-        return kept[:rows]
+    def __init__(self, rows: int, prototypes: Tensor) -> None:
+        self._logits, self._softmax = (
+            prototypes.new_empty(rows, len(prototypes)) for _ in range(2)
+        )
 
     def logits(self, embeddings: Tensor, prototypes: Tensor) -> Tensor:
         """embeddings [r, d] @ prototypes.T [d, K]."""
-        out = self._get("logits", embeddings, len(embeddings), len(prototypes))
-        return torch.mm(embeddings, prototypes.T, out=out)
+        return torch.mm(embeddings, prototypes.T, out=self._logits[: len(embeddings)])
 
     def softmax(self, logits: Tensor, log: bool = False) -> Tensor:
         """softmax(logits) [r, K], or its logarithm."""
         function = torch.log_softmax if log else torch.softmax
-        return function(logits, dim=-1, out=self._get("softmax", logits, *logits.shape))
+        return function(logits, dim=-1, out=self._softmax[: len(logits)])
 
 
 def _logsumexp(logits: Tensor, probabilities: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ its targets and z_n the logits,
     d loss / d z_n(k) = R_n p_n(k) - t(k) r_n(k),   d loss / d log a_n = -R_n
 
 r are the responsibilities of a mixture: attention goes to the instances that answer for the
-target, and these learn to say it. No [rows, K] matrix outlives a chunk of bags, and about two
-are held at once; gradients are made in the forward pass, where the chunk's matrices exist. A
-chunk is one bag at least, whatever LOSS.CHUNK_MIB says. A share a_n below e^-80 counts as that.
+target, and these learn to say it. About two [rows, K] matrices, of one chunk of bags, are held at
+once; gradients are made in the forward pass, where they exist. A chunk is one bag at least,
+whatever LOSS.CHUNK_MIB says. A share a_n below e^-80 counts as that.
 """
 
 from collections.abc import Sequence
@@ -52,17 +52,19 @@ def mixture_cross_entropy(
     bags = [tuple(map(at_least_float32, bag)) for bag in bags]
     prototypes = at_least_float32(prototypes)
     loss, grad_prototypes = prototypes.new_zeros(()), torch.zeros_like(prototypes)
-    moved, buffers = [], Buffers()
+    rows_of_chunk = chunk_elements(device, chunk_mib) // len(prototypes)
+    shapes, moved = [log_weights.shape for _, log_weights in bags], []
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
         targets = targets.in_float32()
-        counts = [len(log_weights) for _, log_weights in bags]
+        buffers = Buffers(max(max(n, min(rows_of_chunk, s * n)) for s, n in shapes), prototypes)
+        counts = [s for s, _ in shapes]
         for (instances, log_weights), *pairs in zip(
             bags, matches.split(counts), weights.split(counts), strict=True
         ):
             grad_instances = torch.empty_like(instances, memory_format=torch.contiguous_format)
             grad_weights = torch.empty_like(log_weights)
             most = max(instances.shape[1], matches.shape[1])  # a bag's rows, student's or targets
-            step = max(1, chunk_elements(device, chunk_mib) // (len(prototypes) * most))
+            step = max(1, rows_of_chunk // most)
             for first in range(0, len(instances), step):
                 chunk = slice(first, first + step)
                 e, log_a, match, weight = (part[chunk] for part in (instances, log_weights, *pairs))
