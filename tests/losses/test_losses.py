@@ -213,11 +213,14 @@ def test_chunks_change_nothing(term, chunk, monkeypatch):
     assert_same_gradients(gradients(value, case.leaves()), wanted_gradients, tolerance=1e-11)
 
 
-@pytest.mark.parametrize(("mib", "chunks"), [(0, 6), (1, 13)])
-def test_a_matrix_of_a_chunk_has_as_many_mebibytes_as_the_option_says(mib, chunks):
+@pytest.mark.parametrize(
+    ("prototypes", "mib", "chunks"), [(2**13, 0, 6), (2**13, 1, 13), (2**14, 1, 17)]
+)
+def test_a_matrix_of_a_chunk_has_as_many_mebibytes_as_the_option_says(prototypes, mib, chunks):
     """Of K = 2^13, 32 rows to a MiB: L_R has 96 targets and 120 students, L_I 6 and 12; L_S takes
-    its bags' targets, two bags of 16 instances to 32 rows, eight of 4."""
-    run = pretraining(small_config(HEAD__OUT_DIM=2**13, LOSS__CHUNK_MIB=mib))
+    its bags' targets, two bags of 16 instances to 32 rows, eight of 4. Of 2^14 it would be 16 rows:
+    but for L_S's, no chunk has less than 32."""
+    run = pretraining(small_config(HEAD__OUT_DIM=prototypes, LOSS__CHUNK_MIB=mib))
     with torch.no_grad():
         student, teacher = run.forward(random_crops(3, seed=0))
         with torch.profiler.profile() as profile:
@@ -401,6 +404,8 @@ def test_parts_are_built_only_where_they_are_used():
         student, teacher = build.networks(small_config(**settings))
         assert parts(student) == wanted
         assert parts(teacher) == (*wanted[:2], False)
+        assert student.embeds_instances == (wanted[1] and settings.get("CMD__LS", True))
+        assert not teacher.embeds_instances
 
 
 def test_dino_is_l_i_alone_with_weight_one(esvit):
@@ -475,6 +480,31 @@ def test_the_precision_of_other_products_is_as_before_the_loss():
     with pytest.raises(ZeroDivisionError), autocast, fast:
         raise ZeroDivisionError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+class Precisions(TorchDispatchMode):
+    """Notes the precision under which matrices are multiplied on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__.rstrip("_").endswith("mm"):
+            self.seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("temps", "fast"), [((0.1, 0.04), True), ((0.1, 0.01), False), ((0.01, 0.04), False)]
+)
+@pytest.mark.parametrize("loss", [intra.image_loss, inter.student_loss])
+def test_inputs_of_products_are_rounded_only_where_both_temperatures_are_warm(loss, temps, fast):
+    case = make("local crops", 2).to(torch.float32)
+    wanted = "bf16" if fast else torch.backends.mkldnn.matmul.fp32_precision
+    with torch.autocast("cpu", torch.bfloat16), Precisions() as precisions:
+        loss(*case.views(), case.centres.image, *temps)
+    assert precisions.seen == {wanted}
 
 
 def test_under_autocast_attention_stays_float32():

@@ -241,6 +241,7 @@ def attention_of(pool: GatedAttention, patches: torch.Tensor) -> torch.Tensor:
 def test_the_attention_is_its_formula_and_even_at_first():
     """Over patch features; instances are the image head's of each patch."""
     student, _ = pair()
+    assert student.pool.score.in_features == student.parts.heads.pool_hidden
     crops = [torch.randn(2, 3, size, size) for size in (32, 32, 16)]
     with torch.no_grad():
         for log_attention in student(crops).log_attention:
