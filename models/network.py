@@ -55,7 +55,8 @@ class Parts:
 
     heads: None for a backbone alone, as files of others hold it: it has features and no
     embeddings, and is not called as a whole. bag_head: on the image feature, by which a student
-    meets the teacher's bags of region embeddings; it has the heads' shape and no prototypes. rationale: the channels of LCR's branch; 0: none.
+    meets the teacher's bags of region embeddings; it has the heads' shape and no prototypes.
+    rationale: the channels of LCR's branch; 0: none.
     """
 
     heads: HeadSpec | None = None
