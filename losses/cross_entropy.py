@@ -19,7 +19,7 @@ the chunk's matrices exist, and are K x d and rows x d in size.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,14 +56,6 @@ class Targets:
         logits = (embeddings / self.temperature) @ self.prototypes.T
         return logits if self.centre is None else logits.sub_(self.centre / self.temperature)
 
-    def in_float32(self) -> "Targets":
-        """The same in float32 at least."""
-        return replace(
-            self,
-            embeddings=at_least_float32(self.embeddings),
-            prototypes=at_least_float32(self.prototypes),
-        )
-
 
 def soft_cross_entropy(
     students: Tensor,
@@ -80,18 +72,14 @@ def soft_cross_entropy(
     students: embeddings [S, d]; prototypes: W [K, d]; targets: of T rows; matches: t [S, M],
     int64, rows of the targets; weights: w [S, M], fixed; chunk_mib: LOSS.CHUNK_MIB. Returns the
     loss, a scalar with gradient to students and prototypes, and the targets' entropies [T] in
-    nats, without gradient; None in their place where `entropies` is false. Values are kept in
-    float32 (or float64 throughout), whatever autocast says: half-precision logits are too coarse
-    at a teacher's temperature. Under autocast the products' inputs may be rounded (see
-    `fast_products`).
+    nats, without gradient; None in their place where `entropies` is false. All is float32 (or
+    float64 throughout), whatever autocast says: half-precision logits are too coarse at a teacher's
+    temperature. Under autocast the products' inputs may be rounded (see `fast_products`).
     """
     device = students.device.type
-    students, prototypes = at_least_float32(students), at_least_float32(prototypes)
-    grad_students = torch.empty_like(students) if students.requires_grad else None
-    grad_prototypes = torch.zeros_like(prototypes) if prototypes.requires_grad else None
+    grad_students, grad_prototypes = torch.empty_like(students), torch.zeros_like(prototypes)
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
         step = max(LEAST_ROWS, chunk_elements(device, chunk_mib) // len(prototypes))
-        targets, weights = targets.in_float32(), weights.to(students.dtype)
         rows = targets.embeddings
         buffers = Buffers(min(step, max(len(rows), len(students))), prototypes)
 
@@ -111,8 +99,7 @@ def soft_cross_entropy(
                 normaliser = _logsumexp(logits, q)
                 measured[chunk] = normaliser - logits.mul_(q).sum(-1)
             torch.mm(q, prototypes, out=target_means[chunk])
-            if grad_prototypes is not None:
-                grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
+            grad_prototypes.addmm_(q.T, pushed[chunk], alpha=-1)
 
         # The student's.
         totals = weights.sum(1)
@@ -125,24 +112,20 @@ def soft_cross_entropy(
             logits = buffers.logits(scaled[chunk], prototypes)
             p = buffers.softmax(logits)
             loss += totals[chunk] @ _logsumexp(logits, p)
-            if grad_students is not None:
-                torch.mm(p, prototypes, out=grad_students[chunk])
-            if grad_prototypes is not None:
-                grad_prototypes.addmm_(p.T, weighted[chunk])
-        if grad_students is not None:
-            grad_students.mul_(totals[:, None]).sub_(pulled).div_(temperature)
-        if grad_prototypes is not None:
-            grad_prototypes.div_(temperature)
+            torch.mm(p, prototypes, out=grad_students[chunk])
+            grad_prototypes.addmm_(p.T, weighted[chunk])
+        grad_students.mul_(totals[:, None]).sub_(pulled).div_(temperature)
+        grad_prototypes.div_(temperature)
 
     loss = with_gradients(loss, (students, grad_students), (prototypes, grad_prototypes))
     return loss, measured
 
 
-def with_gradients(loss: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
+def with_gradients(loss: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The loss, a scalar, as a function of inputs whose gradients were made with it.
 
-    pairs: an input, and d loss / d input in its shape (None: it wants none). They serve one
-    backward pass, for it scales them in place, K x d being large; another is a RuntimeError.
+    pairs: an input, and d loss / d input in its shape. They serve one backward pass, for it scales
+    them in place, K x d being large; another is a RuntimeError.
     """
     inputs, gradients = zip(*pairs, strict=True)
     return _GivenGradients.apply(loss, gradients, *inputs)
@@ -150,7 +133,7 @@ def with_gradients(loss: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor
 
 class _GivenGradients(Function):
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor) -> Tensor:
+    def forward(ctx, loss: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss
 
@@ -160,11 +143,7 @@ class _GivenGradients(Function):
         if ctx.gradients is None:
             raise RuntimeError("this loss keeps its gradients for one backward pass")
         gradients, ctx.gradients = ctx.gradients, None
-        return None, None, *(None if g is None else g.mul_(grad_loss) for g in gradients)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+        return None, None, *(gradient.mul_(grad_loss) for gradient in gradients)
 
 
 @contextlib.contextmanager

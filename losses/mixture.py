@@ -22,7 +22,6 @@ from torch import Tensor
 from losses.cross_entropy import (
     Buffers,
     Targets,
-    at_least_float32,
     chunk_elements,
     fast_products,
     with_gradients,
@@ -45,17 +44,14 @@ def mixture_cross_entropy(
 
     bags: for each number N of instances their embeddings [S_N, N, d] and log a [S_N, N];
     prototypes: W [K, d]; targets: of T rows; matches: t [S, M], int64, of all bags in their order;
-    weights: w [S, M], fixed. Returns a scalar with gradient to instances, log a and prototypes, in
-    float32 (or float64 throughout), whatever autocast says; see soft_cross_entropy.
+    weights: w [S, M], fixed. Returns a scalar with gradient to instances, log a and prototypes. All
+    is float32 (or float64 throughout), whatever autocast says; see soft_cross_entropy.
     """
     device = prototypes.device.type
-    bags = [tuple(map(at_least_float32, bag)) for bag in bags]
-    prototypes = at_least_float32(prototypes)
     loss, grad_prototypes = prototypes.new_zeros(()), torch.zeros_like(prototypes)
     rows_of_chunk = chunk_elements(device, chunk_mib) // len(prototypes)
     shapes, moved = [log_weights.shape for _, log_weights in bags], []
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
-        targets = targets.in_float32()
         buffers = Buffers(max(max(n, min(rows_of_chunk, s * n)) for s, n in shapes), prototypes)
         counts = [s for s, _ in shapes]
         for (instances, log_weights), *pairs in zip(
@@ -69,7 +65,7 @@ def mixture_cross_entropy(
                 chunk = slice(first, first + step)
                 e, log_a, match, weight = (part[chunk] for part in (instances, log_weights, *pairs))
                 q = targets.logits(targets.embeddings[match.flatten()]).softmax(dim=-1)
-                t = torch.einsum("smk,sm->sk", q.unflatten(0, match.shape), weight.to(q.dtype))
+                t = torch.einsum("smk,sm->sk", q.unflatten(0, match.shape), weight)
                 del q
                 rows = e.flatten(0, 1) / temperature
                 a = log_a.clamp(min=LEAST_LOG_SHARE).exp()[:, None]  # [s, 1, N]

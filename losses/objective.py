@@ -26,7 +26,7 @@ from losses.rationale import fitting_loss, gradcam_of
 from losses.released import released_terms
 from losses.targets import Centres
 from utils import distributed
-from utils.options import CONTRASTIVE, OPTIONS
+from utils.options import CONTRASTIVE, DISTILLING
 from utils.views import Views
 
 EVERY_CROP, GLOBAL_CROPS = slice(None), slice(2)
@@ -57,9 +57,8 @@ class Objective:
     chunk_mib: int = 0
 
     def __post_init__(self) -> None:
-        choices = OPTIONS["LOSS.OBJECTIVE"].choices
-        if self.name not in choices or self.name in CONTRASTIVE:
-            raise ValueError(f"LOSS.OBJECTIVE must be one of {choices}, not {self.name!r}")
+        if self.name not in DISTILLING:
+            raise ValueError(f"LOSS.OBJECTIVE must be one of {DISTILLING}, not {self.name!r}")
 
     @property
     def needs_region_head(self) -> bool:

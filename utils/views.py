@@ -22,7 +22,8 @@ class Views:
     log_attention: [V_g*B, N_g]; instance_embeddings: patches by the image head [V_g*B, N_g, d].
     predicted_map: [V*B, N], LCR's, of crops of one size.
     bag_embeddings: image features by the bag head [V*B, d].
-    What the network was not built for is None or empty.
+    Features are of the backbone's precision under autocast, all else is float32. What the network
+    was not built for is None or empty.
     """
 
     batch: int

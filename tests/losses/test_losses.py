@@ -451,6 +451,7 @@ def test_under_autocast_the_cross_entropy_is_within_a_hundredth_of_float32():
     # Rows between two prototypes: half a hundredth of a logit decides how much each gets.
     teacher = F.normalize(other[:60] + other[60:120], dim=-1)
     matches, weights = drawn_matches(80, 2, targets=60)
+    weights = weights.float()
     results = {}
     for kind in ("exact", "autocast"):
         students = unit_rows(80, 256, 3).requires_grad_()
