@@ -228,6 +228,17 @@ def test_a_window_for_a_network_that_is_none_of_our_swins_is_said(data):
     assert said(**RESNET | own | {"MODEL__WINDOW_SIZE": 14})
 
 
+def test_a_micro_batch_of_one_image_is_no_comparison(data):
+    def said(processes: int, **options) -> bool:
+        cfg = small_config(TRAIN__ACCUM_STEPS=4, **options)
+        found = advice.warnings(cfg, processes, ImageFolder(data))
+        return any("L_T compares the images of a micro-batch" in line for line in found)
+
+    one = {"TRAIN__BATCH_SIZE_PER_GPU": 1}
+    assert [said(1, **one), said(2, **one), said(1, CMD__LT=False, **one)] == [True, False, False]
+    assert not said(1, TRAIN__BATCH_SIZE_PER_GPU=2)
+
+
 def test_a_step_of_a_large_share_of_the_data_is_warned_of(data, check):
     base = f"DATA.PATH {data} DATA.MAX_BAD 0.1"
     assert "a step takes 5 of 18 images" in check(f"{base} TRAIN.BATCH_SIZE_PER_GPU 5")[0]
