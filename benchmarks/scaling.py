@@ -143,7 +143,7 @@ def memory_by_prototypes(points: list[dict], base: dict) -> dict:
     cfg = options(base)
     objective = build.objective(cfg)
     heads = 2 if objective.needs_region_head else 1
-    matrices = heads * len(K_SIZED) + objective.needs_instances
+    matrices = heads * len(K_SIZED)
     row = 4 * cfg.HEAD.BOTTLENECK_DIM / GIB  # of one [K, d]
     for point in points:
         point["k_sized_gib"] = matrices * row * point["prototypes"]

@@ -1,10 +1,10 @@
 """Cross-entropy of students against soft targets over K prototypes, in chunks.
 
-L_I and L_R are of this form. The plain computation holds a [rows, K]
-matrix for each student, each target and each gradient; this one holds two for one chunk of rows
-and never gathers a target, because targets meet students only in inner products. With w_sm the
-weight of the m-th match t(s, m) of student row s, q_t the teacher's distributions, z_s = W e_s /
-tau the student's logits and r_s = sum_m w_sm:
+L_I and L_R are of this form. The plain computation holds a [rows, K] matrix for each student, each
+target and each gradient; this one holds two for one chunk of rows and never gathers a target,
+because targets meet students only in inner products. With w_sm the weight of the m-th match
+t(s, m) of student row s, q_t the teacher's distributions, z_s = W e_s / tau the student's logits
+and r_s = sum_m w_sm:
 
     loss = sum_s r_s logsumexp(z_s) - sum_sm w_sm q_t(s,m) . z_s
          = sum_s r_s logsumexp(z_s) - sum_s pulled_s . e_s / tau
@@ -81,7 +81,7 @@ def soft_cross_entropy(
     with torch.no_grad(), fast_products(device, min(temperature, targets.temperature)):
         step = max(LEAST_ROWS, chunk_elements(device, chunk_mib) // len(prototypes))
         rows = targets.embeddings
-        buffers = Buffers(min(step, max(len(rows), len(students))), prototypes)
+        buffers = _Buffers(min(step, max(len(rows), len(students))), prototypes)
 
         # The teacher's rows: q W, q^T pushed and the entropies.
         measured = rows.new_empty(len(rows)) if entropies else None
@@ -117,21 +117,17 @@ def soft_cross_entropy(
         grad_students.mul_(totals[:, None]).sub_(pulled).div_(temperature)
         grad_prototypes.div_(temperature)
 
-    loss = with_gradients(loss, (students, grad_students), (prototypes, grad_prototypes))
-    return loss, measured
-
-
-def with_gradients(loss: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss, a scalar, as a function of inputs whose gradients were made with it.
-
-    pairs: an input, and d loss / d input in its shape. They serve one backward pass, for it scales
-    them in place, K x d being large; another is a RuntimeError.
-    """
-    inputs, gradients = zip(*pairs, strict=True)
-    return _GivenGradients.apply(loss, gradients, *inputs)
+    gradients = grad_students, grad_prototypes
+    return _GivenGradients.apply(loss, gradients, students, prototypes), measured
 
 
 class _GivenGradients(Function):
+    """The loss, a scalar, as a function of inputs whose gradients were made with it.
+
+    They serve one backward pass, for it scales them in place, K x d being large; another is a
+    RuntimeError.
+    """
+
     @staticmethod
     def forward(ctx, loss: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
         ctx.gradients = gradients
@@ -182,7 +178,7 @@ def _chunks(rows: int, step: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, rows, step)]
 
 
-class Buffers:
+class _Buffers:
     """The two [rows, K] matrices of a chunk, used again for the next one.
 
     On a CPU fresh memory of this size costs as much as what is computed in it; elsewhere the
@@ -199,10 +195,9 @@ class Buffers:
         """embeddings [r, d] @ prototypes.T [d, K]."""
         return torch.mm(embeddings, prototypes.T, out=self._logits[: len(embeddings)])
 
-    def softmax(self, logits: Tensor, log: bool = False) -> Tensor:
-        """softmax(logits) [r, K], or its logarithm."""
-        function = torch.log_softmax if log else torch.softmax
-        return function(logits, dim=-1, out=self._softmax[: len(logits)])
+    def softmax(self, logits: Tensor) -> Tensor:
+        """softmax(logits) [r, K]."""
+        return torch.softmax(logits, dim=-1, out=self._softmax[: len(logits)])
 
 
 def _logsumexp(logits: Tensor, probabilities: Tensor) -> Tensor:

@@ -98,9 +98,7 @@ class Objective:
             )
             total = total + self.lambda1 * (terms["T"] + terms["S"])
         if self.name == "cmd" and self.ls:
-            terms["L_S"] = inter.student_loss(
-                student, teacher, centres.image, *temps, self.chunk_mib
-            )
+            terms["L_S"] = inter.student_loss(student, teacher, self.student_temp)
             total = total + self.lambda1 * terms["L_S"]
         if self.name == "cmd" and self.lt:
             terms["L_T"] = inter.teacher_loss(student, teacher, self.student_temp)

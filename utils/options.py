@@ -167,8 +167,8 @@ option("LOSS.CHUNK_MIB", 0, "MiB of a [rows, K] matrix in the cross-entropies, w
 section("CMD", "the inter-level terms", WEIGHTS, (PRETRAIN,), ("cmd",))
 option("CMD.LAMBDA1", 0.3, "weight of L_S + L_T, and of released's terms", at_least=0,
        flag="--lambda1", objectives=("cmd", "released"))
-option("CMD.LS", True, "whether L_S is on, where the student's bag predicts the teacher's "
-       "image; it alone trains the attention")
+option("CMD.LS", True, "whether L_S is on, where the student's bag recognises the teacher's image "
+       "among those of the micro-batch; it alone trains the attention")
 option("CMD.LT", True, "whether L_T is on, where the student's image recognises the teacher's bag "
        "among those of the micro-batch's images; without L_S the shares of its patches stay even")
 option("CMD.ATTENTION_RATE", 10.0, "factor of the learning rate for the MIL attention", at_least=0)

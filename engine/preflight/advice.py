@@ -111,10 +111,10 @@ def _of_batch(cfg: Node, processes: int, images: int) -> Iterator[str]:
             f"{images // per_step:,}, few for the schedules and the teacher: consider a smaller "
             "batch or more epochs"
         )
-    if goal.needs_bag_head and batch * processes == 1:
+    if goal.needs_pooling and batch * processes == 1:
         yield (
-            "L_T compares the images of a micro-batch, and this has one: it is 0. Take a larger "
-            "TRAIN.BATCH_SIZE_PER_GPU, or CMD.LT false"
+            "L_S and L_T compare the images of a micro-batch, and this has one: they are 0. Take a "
+            "larger TRAIN.BATCH_SIZE_PER_GPU"
         )
     if not goal.projects:
         return

@@ -169,7 +169,7 @@ def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tens
         )
         terms["S"] = plain.released_student_term(case.student, STUDENT_TEMP)
     if goal.name == "cmd" and goal.ls:
-        terms["L_S"] = plain.student_term(*sides, centres.image, *temps)
+        terms["L_S"] = plain.student_term(*sides, STUDENT_TEMP)
     if goal.name == "cmd" and goal.lt:
         terms["L_T"] = plain.teacher_term(*sides, STUDENT_TEMP)
     between = [terms[name] for name in ("T", "S", "L_S", "L_T") if name in terms]

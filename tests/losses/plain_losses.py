@@ -70,11 +70,10 @@ def image_target(teacher: Side, i: int, b: int, centre: Tensor, temp: float) -> 
     return softmax((teacher.image_prototypes @ teacher.images[i][b] - centre) / temp).detach()
 
 
-def bag_embedding(teacher: Side, i: int, b: int) -> Tensor:
-    """e^B_i of image b: its patches' region embeddings, in the attention's shares."""
-    patches = zip(teacher.attention[i][b], teacher.patches[i][b], strict=True)
-    bag = sum(log_a.exp() * u for log_a, u in patches)
-    return (bag / bag.norm()).detach()
+def bag_embedding(log_attention: Tensor, instances: Tensor) -> Tensor:
+    """Of one image: its instances' embeddings, in the attention's shares, on the unit sphere."""
+    bag = sum(log_a.exp() * e for log_a, e in zip(log_attention, instances, strict=True))
+    return bag / bag.norm()
 
 
 def region_target(teacher: Side, i: int, b: int, m: int, centre: Tensor, temp: float) -> Tensor:
@@ -87,31 +86,35 @@ def log_image(student: Side, v: int, b: int, temp: float) -> Tensor:
     return log_softmax(student.image_prototypes @ student.images[v][b] / temp)
 
 
-def log_bag(student: Side, v: int, b: int, temp: float) -> Tensor:
-    """log p^B_v of image b."""
-    says = [softmax(student.image_prototypes @ e / temp) for e in student.instances[v][b]]
-    return sum(
-        log_a.exp() * p for log_a, p in zip(student.attention[v][b], says, strict=True)
-    ).log()
-
-
 def image_term(student: Side, teacher: Side, centre: Tensor, *temps: float) -> Tensor:
     """L_I; temps: the student's, the teacher's."""
     return _paired(student, teacher, image_target, log_image, centre, temps)
 
 
-def student_term(student: Side, teacher: Side, centre: Tensor, *temps: float) -> Tensor:
-    """L_S."""
-    return _paired(student, teacher, image_target, log_bag, centre, temps)
+def student_term(student: Side, teacher: Side, temp: float) -> Tensor:
+    """L_S: of all images, the bag's own is the one to say."""
+    bags = [
+        [bag_embedding(*of_image) for of_image in zip(*view, strict=True)]
+        for view in zip(student.attention, student.instances, strict=True)
+    ]
+    return _recognition(bags, teacher.images, temp)
 
 
 def teacher_term(student: Side, teacher: Side, temp: float) -> Tensor:
     """L_T: of all images' bags, the view's own is the one to say."""
+    bags = [
+        [bag_embedding(*of_image) for of_image in zip(*view, strict=True)]
+        for view in zip(teacher.attention, teacher.patches, strict=True)
+    ]
+    return _recognition(student.bags, bags, temp)
+
+
+def _recognition(queries: list, keys: list, temp: float) -> Tensor:
+    """Lists have one entry a view, and of that one an image."""
     terms = []
-    for i, v in pairs(len(student.images)):
-        bags = [bag_embedding(teacher, i, b) for b in range(teacher.batch)]
-        for own in range(student.batch):
-            scores = torch.stack([student.bags[v][own] @ bag / temp for bag in bags])
+    for i, v in pairs(len(queries)):
+        for own, query in enumerate(queries[v]):
+            scores = torch.stack([query @ key.detach() / temp for key in keys[i]])
             terms.append(-log_softmax(scores)[own])
     return mean(terms)
 

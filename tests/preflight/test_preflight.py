@@ -232,10 +232,11 @@ def test_a_micro_batch_of_one_image_is_no_comparison(data):
     def said(processes: int, **options) -> bool:
         cfg = small_config(TRAIN__ACCUM_STEPS=4, **options)
         found = advice.warnings(cfg, processes, ImageFolder(data))
-        return any("L_T compares the images of a micro-batch" in line for line in found)
+        return any("compare the images of a micro-batch" in line for line in found)
 
     one = {"TRAIN__BATCH_SIZE_PER_GPU": 1}
-    assert [said(1, **one), said(2, **one), said(1, CMD__LT=False, **one)] == [True, False, False]
+    assert [said(1, **one), said(2, **one)] == [True, False]
+    assert not said(1, LOSS__OBJECTIVE="esvit", **one)
     assert not said(1, TRAIN__BATCH_SIZE_PER_GPU=2)
 
 

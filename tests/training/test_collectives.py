@@ -34,9 +34,12 @@ STEPS = {
         {"LOSS__OBJECTIVE": "esvit", "TRAIN__ACCUM_STEPS": 2},
         [("allreduce", 2 * CLASSES + 1)],
     ),
-    # The teacher's bags of both global crops.
-    "cmd": ({}, [("allgather", 2 * BATCH * 32), ("allreduce", 2 * CLASSES + 1)]),
-    "cmd, no L_T": ({"CMD__LT": False}, [("allreduce", 2 * CLASSES + 1)]),
+    # The teacher's images and bags of both global crops.
+    "cmd": ({}, [*[("allgather", 2 * BATCH * 32)] * 2, ("allreduce", 2 * CLASSES + 1)]),
+    "cmd, no L_T": (
+        {"CMD__LT": False},
+        [("allgather", 2 * BATCH * 32), ("allreduce", 2 * CLASSES + 1)],
+    ),
     # Crops to the groups of BatchNorm, features and embeddings back, keys for the queue.
     "moco_v2": (
         CONTRAST | SWIN | {"HEAD__USE_BN": True},
