@@ -6,8 +6,8 @@ r"""How time and peak memory of a step grow with batch, prototypes, local crops 
 One axis at a time around a base setting, each point in a process of its own; a picture of four
 panels is written beside the JSON. Along the axis of image size the local crops keep their ratio to
 the global ones. K-sized by nature are, for each head and in float32, weight_v and W [K, d] of
-student and teacher, the student's gradient, and both moments of its weight_v; and of L_S
-beside L_I in the image head, a gradient of its own. The rest of the memory should not depend on K.
+student and teacher, the student's gradient, and both moments of its weight_v. The rest of the
+memory should not depend on K.
 """
 
 import argparse
