@@ -33,22 +33,16 @@ def image_loss(
     Returns the loss (scalar) and the entropy of each q^I [I * B], crop-major, in nats, without
     gradient.
     """
+    pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
     return soft_cross_entropy(
         student.image_embeddings,
         student.image_prototypes,
         student_temp,
         image_targets(teacher, centre, teacher_temp),
-        *paired_rows(student, teacher),
+        teacher_rows(teacher, student.count).flatten(0, 1),
+        pairs.repeat_interleave(student.batch, dim=0),
         chunk_mib,
     )
-
-
-def paired_rows(student: Views, teacher: Views) -> tuple[Tensor, Tensor]:
-    """For each view of the student's [V * B]: its image's rows in the teacher's views, and the
-    weights of these pairs, both [V * B, I]."""
-    pairs = pair_weights(teacher.count, student.count, student.image_embeddings) / student.batch
-    rows = teacher_rows(teacher, student.count).flatten(0, 1)
-    return rows, pairs.repeat_interleave(student.batch, dim=0)
 
 
 def teacher_rows(teacher: Views, student_views: int) -> Tensor:
