@@ -92,7 +92,7 @@ def image_term(student: Side, teacher: Side, centre: Tensor, *temps: float) -> T
 
 
 def student_term(student: Side, teacher: Side, temp: float) -> Tensor:
-    """L_S: of all images, the bag's own is the one to say."""
+    """L_S: of all images, the bag's own is the one to recognise."""
     bags = [
         [bag_embedding(*of_image) for of_image in zip(*view, strict=True)]
         for view in zip(student.attention, student.instances, strict=True)
@@ -101,7 +101,7 @@ def student_term(student: Side, teacher: Side, temp: float) -> Tensor:
 
 
 def teacher_term(student: Side, teacher: Side, temp: float) -> Tensor:
-    """L_T: of all images' bags, the view's own is the one to say."""
+    """L_T: of all images' bags, the view's own is the one to recognise."""
     bags = [
         [bag_embedding(*of_image) for of_image in zip(*view, strict=True)]
         for view in zip(teacher.attention, teacher.patches, strict=True)

@@ -123,7 +123,8 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(name, layout, batch):
 
 
 def test_attention_goes_to_the_instance_that_only_its_own_image_has():
-    """Of a bag's five, one is its image's prototype, two every image's, two no image's."""
+    """Of a bag's five, one is in the teacher's embedding of its own image alone, two are in every
+    image's, two in none's."""
     axes = torch.eye(6)
     instances = axes[torch.tensor([[2, 3, own, 4, 5] for own in (0, 1, 0, 1)])]
     teacher = Views(2, F.normalize(axes[[0, 1, 0, 1]] + axes[[2]] + axes[[3]], dim=1))
@@ -156,7 +157,7 @@ def chunks_of(monkeypatch, elements: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 330, 870])
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", ["L_I", "L_R"])
 def test_chunks_change_nothing(term, chunk, monkeypatch):
     case, wanted, wanted_gradients = plain_term(term, "two local sizes", 3)
     chunks_of(monkeypatch, chunk)
