@@ -18,7 +18,7 @@ STUDENT_ONLY = ("head_bag.", "rationale.")  # parts that the teacher has no aver
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Shape of both heads and of the pooling; see DINOHead and GatedAttention.
+    """Shape of the heads and of the pooling; see DINOHead and GatedAttention.
 
     projects: a ProjectionHead in the place of DINO's, without prototypes.
     """

@@ -134,7 +134,7 @@ option("MODEL.DROP_PATH", 0.1, "the student's stochastic depth at its last block
 option("MODEL.NUM_CLASSES", 0, "always 0: backbones have no classifier (EsViT's commands set it)",
        at_least=0, at_most=0)
 
-section("HEAD", "both DINO heads, and the pooling; the projection of moco_v2 and lcr",
+section("HEAD", "DINO's heads, and the pooling; the projection of moco_v2 and lcr",
         SHAPES, (PRETRAIN,))
 option("HEAD.OUT_DIM", 65536, "K, prototypes (a projection has none)",
        at_least=2, at_most=2**24, flag="--out_dim", objectives=DISTILLING)
@@ -151,8 +151,8 @@ section("LOSS", "objective; temperatures and centres of those that distil", WEIG
 option("LOSS.OBJECTIVE", "cmd", "dino, esvit, cmd, released, moco_v2 or lcr (losses/objective.py)",
        choices=(*DISTILLING, *CONTRASTIVE), decides=SHAPES, flag="--objective",
        yes_no=("--use_dense_prediction", "cmd", "dino"))
-option("LOSS.STUDENT_TEMP", 0.1, "temperature of all student distributions", at_least=1e-4,
-       objectives=DISTILLING)
+option("LOSS.STUDENT_TEMP", 0.1, "temperature of all student distributions, and of L_S and L_T",
+       at_least=1e-4, objectives=DISTILLING)
 option("LOSS.WARMUP_TEACHER_TEMP", 0.04, "the teacher's temperature at the first epoch",
        at_least=1e-4, flag="--warmup_teacher_temp", objectives=DISTILLING)
 option("LOSS.TEACHER_TEMP", 0.04, "the teacher's temperature after the warm-up",
