@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.cross_entropy import Pairs, Targets, soft_cross_entropy
+from losses.cross_entropy import Targets, soft_cross_entropy
 from tests.losses.loss_cases import (
     GOALS,
     TEACHER_TEMP,
@@ -63,8 +63,9 @@ def test_soft_cross_entropy_is_the_plain_one_in_float64(accelerator, precision, 
     leaves = [there(students).requires_grad_(), there(prototypes).requires_grad_()]
     targets = Targets(there(teachers), there(others), TARGET_TEMP, there(centre))
     with torch.autocast(accelerator.type, precision, enabled=precision is not None):
-        pairs = {"": Pairs(leaves[0], there(matches), there(weights))}
-        loss, _, entropies = soft_cross_entropy(pairs, leaves[1], STUDENT_TEMP, targets)
+        loss, entropies = soft_cross_entropy(
+            *leaves, STUDENT_TEMP, targets, there(matches), there(weights)
+        )
     assert loss.dtype == torch.float32
     tolerance = 1e-5 if precision is None else 1e-2
     assert_near(loss.detach().cpu(), wanted.detach(), tolerance, "loss")
