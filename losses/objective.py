@@ -97,10 +97,10 @@ class Objective:
                 student, teacher, centres.image, centres.region, *temps
             )
             total = total + self.lambda1 * (terms["T"] + terms["S"])
-        if self.name == "cmd" and self.ls:
+        if self.needs_instances:
             terms["L_S"] = inter.student_loss(student, teacher, self.student_temp)
             total = total + self.lambda1 * terms["L_S"]
-        if self.name == "cmd" and self.lt:
+        if self.needs_bag_head:
             terms["L_T"] = inter.teacher_loss(student, teacher, self.student_temp)
             total = total + self.lambda1 * terms["L_T"]
         return total, _detached(terms), entropy

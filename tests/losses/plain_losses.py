@@ -88,25 +88,33 @@ def log_image(student: Side, v: int, b: int, temp: float) -> Tensor:
 
 def image_term(student: Side, teacher: Side, centre: Tensor, *temps: float) -> Tensor:
     """L_I; temps: the student's, the teacher's."""
-    return _paired(student, teacher, image_target, log_image, centre, temps)
+    return mean(
+        [
+            cross_entropy(
+                image_target(teacher, i, b, centre, temps[1]), log_image(student, v, b, temps[0])
+            )
+            for i, v in pairs(len(student.images))
+            for b in range(student.batch)
+        ]
+    )
 
 
 def student_term(student: Side, teacher: Side, temp: float) -> Tensor:
     """L_S: of all images, the bag's own is the one to recognise."""
-    bags = [
-        [bag_embedding(*of_image) for of_image in zip(*view, strict=True)]
-        for view in zip(student.attention, student.instances, strict=True)
-    ]
-    return _recognition(bags, teacher.images, temp)
+    return _recognition(_bags(student.attention, student.instances), teacher.images, temp)
 
 
 def teacher_term(student: Side, teacher: Side, temp: float) -> Tensor:
     """L_T: of all images' bags, the view's own is the one to recognise."""
-    bags = [
+    return _recognition(student.bags, _bags(teacher.attention, teacher.patches), temp)
+
+
+def _bags(attention: list[Tensor], instances: list[Tensor]) -> list[list[Tensor]]:
+    """Of each view, each image's."""
+    return [
         [bag_embedding(*of_image) for of_image in zip(*view, strict=True)]
-        for view in zip(teacher.attention, teacher.patches, strict=True)
+        for view in zip(attention, instances, strict=True)
     ]
-    return _recognition(student.bags, bags, temp)
 
 
 def _recognition(queries: list, keys: list, temp: float) -> Tensor:
@@ -117,17 +125,6 @@ def _recognition(queries: list, keys: list, temp: float) -> Tensor:
             scores = torch.stack([query @ key.detach() / temp for key in keys[i]])
             terms.append(-log_softmax(scores)[own])
     return mean(terms)
-
-
-def _paired(student: Side, teacher: Side, target, log_p, centre: Tensor, temps) -> Tensor:
-    """Mean over pairs and images of CE(q_i, p_v)."""
-    return mean(
-        [
-            cross_entropy(target(teacher, i, b, centre, temps[1]), log_p(student, v, b, temps[0]))
-            for i, v in pairs(len(student.images))
-            for b in range(student.batch)
-        ]
-    )
 
 
 def image_entropies(teacher: Side, centre: Tensor, temp: float) -> Tensor:
