@@ -25,7 +25,7 @@ class StepMemory:
     """Bytes of one process's tensors on its device; `checkpoint` is the size of the file.
 
     activations: what the student's forward of a micro-batch keeps for the backward pass. loss: the
-    logits of one chunk.
+    logits of one chunk, and of each head student's and teacher's prototypes and their gradient.
     """
 
     student: int
@@ -67,6 +67,11 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
             kept.append(kept_by_forward(student, crops[objective.student_crops]))
     (few, more), (kept_of_few, kept_of_more) = SMALL_BATCHES, kept
     kept_of_image = (kept_of_more - kept_of_few) // (more - few)
+    prototypes = sum(
+        rows.nbytes
+        for head in (student.head, student.head_dense)
+        if head is not None and (rows := head.prototypes()) is not None
+    )
     elements = chunk_elements(device.type, cfg.LOSS.CHUNK_MIB)
     return StepMemory(
         **_stored(cfg, student, teacher),
@@ -76,7 +81,7 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
         gradients=_bytes(p for p in student.parameters() if p.requires_grad)
         * (2 if device.type == "cuda" and cfg.TRAIN.CLIP_GRAD else 1),
         # Two matrices [rows, K] of float32; contrast has no prototypes.
-        loss=0 if objective.projects else 2 * 4 * elements,
+        loss=0 if objective.projects else 2 * 4 * elements + 3 * prototypes,
         checkpoint=checkpoint_size(cfg, student, teacher),
     )
 

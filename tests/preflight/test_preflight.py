@@ -417,13 +417,21 @@ def take_steps(cfg, count: int) -> None:
         run.train_step(batches)
 
 
-def test_the_estimate_is_near_a_measured_peak():
+MANY_PROTOTYPES = {
+    "HEAD__OUT_DIM": 2**16,
+    "HEAD__BOTTLENECK_DIM": 256,
+    "TRAIN__BATCH_SIZE_PER_GPU": 2,
+}
+
+
+@pytest.mark.parametrize("options", [SWIN, SWIN | MANY_PROTOTYPES], ids=["crops", "prototypes"])
+def test_the_estimate_is_near_a_measured_peak(options):
     """Near the growth of a whole process, which has the allocator's share in it."""
-    (measured,) = found_by_each(1, memory_of_two_steps, SWIN)
-    cfg = small_config(**SWIN)
+    (measured,) = found_by_each(1, memory_of_two_steps, options)
+    cfg = small_config(**options)
     found = memory.of_step(cfg, ALONE, *build.networks(cfg))
     assert measured > 0.4 * GIB  # so that libraries are a small part of it
-    assert found.peak == pytest.approx(measured, rel=0.3)
+    assert found.peak == pytest.approx(measured, rel=0.2)
 
 
 def estimate(**options) -> memory.StepMemory:
