@@ -1,11 +1,14 @@
 """Random inputs of the losses, as plain lists for plain_losses and as Views for losses/."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses import inter, intra, released
 from losses.objective import Objective
 from losses.targets import Centres
 from tests.losses import plain_losses as plain
@@ -14,6 +17,7 @@ from utils.views import Views
 
 # Not the defaults, so that a constant in the wrong place shows.
 STUDENT_TEMP, TEACHER_TEMP = 0.12, 0.05
+TEMPS = (STUDENT_TEMP, TEACHER_TEMP)
 
 # Runs of equally sized crops, as the student sees them: (views, patches a view).
 LAYOUTS = {
@@ -157,7 +161,7 @@ def as_views(side: Side, layout: list[tuple[int, int]]) -> Views:
 
 def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tensor]]:
     """Total and terms of the objective, by plain_losses."""
-    sides, centres, temps = (case.student, case.teacher), case.centres, (STUDENT_TEMP, TEACHER_TEMP)
+    sides, centres, temps = (case.student, case.teacher), case.centres, TEMPS
     terms = {"L_I": plain.image_term(*sides, centres.image, *temps)}
     if goal.name == "dino":
         return terms["L_I"], terms
@@ -174,6 +178,12 @@ def plain_objective(case: Case, goal: Objective) -> tuple[Tensor, dict[str, Tens
         terms["L_T"] = plain.teacher_term(*sides, STUDENT_TEMP)
     between = [terms[name] for name in ("T", "S", "L_S", "L_T") if name in terms]
     return terms["L_I"] / 2 + terms["L_R"] / 2 + goal.lambda1 * sum(between), terms
+
+
+def wide_case() -> Case:
+    """In float32 and wide enough that bfloat16 would change matches and logits."""
+    layout = [(2, 49), (2, 9)]
+    return make(layout, 4, prototypes=100, width=32, features=48).to(torch.float32)
 
 
 def gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -208,3 +218,49 @@ def assert_same_gradients(
         else:
             scale = largest if ours[name].dtype == torch.float32 else largest / 100
             assert_near(ours[name], gradient, tolerance, f"d/d {name}", scale)
+
+
+Ours = Callable[[Views, Views, Centres], Tensor]
+Plain = Callable[[Case], Tensor]
+
+TERMS: dict[str, tuple[Ours, Plain]] = {
+    "L_I": (
+        lambda s, t, c: intra.image_loss(s, t, c.image, *TEMPS)[0],
+        lambda case: plain.image_term(case.student, case.teacher, case.centres.image, *TEMPS),
+    ),
+    "L_R": (
+        lambda s, t, c: intra.region_loss(s, t, c.region, *TEMPS),
+        lambda case: plain.region_term(case.student, case.teacher, case.centres.region, *TEMPS),
+    ),
+    "L_S": (
+        lambda s, t, c: inter.student_loss(s, t, STUDENT_TEMP),
+        lambda case: plain.student_term(case.student, case.teacher, STUDENT_TEMP),
+    ),
+    "L_T": (
+        lambda s, t, c: inter.teacher_loss(s, t, STUDENT_TEMP),
+        lambda case: plain.teacher_term(case.student, case.teacher, STUDENT_TEMP),
+    ),
+    "T": (
+        lambda s, t, c: released.released_terms(s, t, c.image, c.region, *TEMPS)[0],
+        lambda case: plain.released_teacher_term(
+            case.teacher,
+            len(case.student.images),
+            case.centres.image,
+            case.centres.region,
+            TEACHER_TEMP,
+        ),
+    ),
+    "S": (
+        lambda s, t, c: released.released_terms(s, t, c.image, c.region, *TEMPS)[1],
+        lambda case: plain.released_student_term(case.student, STUDENT_TEMP),
+    ),
+}
+
+
+@functools.lru_cache
+def plain_term(term: str, layout: str, batch: int) -> tuple[Case, Tensor, dict]:
+    """A case with the term's value and gradients by plain_losses, in float64; none reaches the
+    teacher."""
+    case = make(layout, batch)
+    value = TERMS[term][1](case)
+    return case, value, gradients(value, case.leaves())

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from engine import build
 from models import ARCHITECTURES, BackboneSpec, build_backbone
@@ -256,6 +257,28 @@ def test_the_attention_is_its_formula_and_even_at_first():
             torch.testing.assert_close(log_attention.exp(), wanted)
             assert wanted.std() > 0.1 * wanted.mean()
             torch.testing.assert_close(instances, student.head(features))
+
+
+def test_gradcheck_of_the_attention():
+    torch.manual_seed(0)
+    pool = GatedAttention(7, hidden=4).double()
+    nn.init.normal_(pool.score.weight)
+    patches = torch.randn(4, 6, 7, dtype=torch.float64, requires_grad=True)
+
+    def attention(patches: Tensor, *parameters: Tensor) -> Tensor:
+        named = dict(zip(dict(pool.named_parameters()), parameters, strict=True))
+        return functional_call(pool, named, (patches,))
+
+    assert torch.autograd.gradcheck(attention, (patches, *pool.parameters()))
+
+
+def test_under_autocast_attention_stays_float32():
+    torch.manual_seed(0)
+    pool, patches = GatedAttention(32, 16), F.normalize(torch.randn(4, 9, 32), dim=-1)
+    nn.init.normal_(pool.score.weight)
+    wanted = pool(patches)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pool(patches), wanted)
 
 
 def pair(use_bn: bool = False) -> tuple[Network, Network]:
