@@ -62,7 +62,10 @@ def drawn_batches(run: Pretraining) -> Iterator[Batch]:
 
 
 def count_flops(settings: dict) -> int:
-    """Floating-point operations of one plain step (2 for a multiply-add), by torch's counter."""
+    """Floating-point operations of one step (2 for a multiply-add), by torch's counter.
+
+    Without TRAIN.COMPILE, whose graphs hide them, and TRAIN.CHECKPOINTING, which adds to them.
+    """
     plain = {"TRAIN.COMPILE": False, "TRAIN.CHECKPOINTING": False}
     run = pretraining(settings | {"options": settings["options"] | plain})
     with FlopCounterMode(display=False) as counter:

@@ -68,9 +68,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
             "all_milliseconds": [1e3 * s for s in contestant.seconds],
             **operators,
         }
-    # Without TRAIN.COMPILE, whose graphs hide the arithmetic, and TRAIN.CHECKPOINTING, which adds.
-    flops = count_flops(common.settings_of(args, "fp32"))
     for name in args.contestants:
+        flops = count_flops(common.settings_of(args, name))
         peak = common.matmul_peak(common.device(), name.split("+")[0], args.threads)
         figures[name] |= {
             "gflop_per_image": flops / args.batch / 1e9,

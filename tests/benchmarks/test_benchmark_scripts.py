@@ -49,9 +49,10 @@ def measured(tmp_path, environment):
 
 
 def test_step(measured):
-    words = "--contestants fp32 --warm_up 1 --steps 2"
+    words = "--contestants fp32 fp32+CMD.LS=false --warm_up 1 --steps 2"
     report, said = measured("step", f"{words} {NETWORK} {SMALL}")
-    found = report["figures"]["fp32"]
+    found, without = report["figures"].values()
+    assert without["gflop_per_image"] < found["gflop_per_image"]
     assert len(found["all_milliseconds"]) == 2
     assert found["milliseconds"] == statistics.median(found["all_milliseconds"])
     assert found["images_per_second"] == pytest.approx(2 / found["milliseconds"] * 1e3)
