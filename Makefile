@@ -16,6 +16,8 @@ DATA :=
 REFERENCE :=
 OUT :=
 ARCHIVE :=
+WHEELS :=
+PY :=
 HERE = $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 CARRIED := $(if $(DATA),--data $(DATA)) $(if $(REFERENCE),--reference $(REFERENCE))
 

@@ -203,7 +203,7 @@ def main() -> None:
     device = common.device_name(base["device"], args.threads)
     what = f"a step around {args.contestant}, {common.network_in_words(args)}"
     report = {"what": what, "device": device, "figures": figures}
-    if len(along_k) > 1:
+    if len(along_k) > 1 and not build.objective(options(base)).projects:
         found = report["memory_by_prototypes"] = memory_by_prototypes(along_k, base)
         print(
             f"memory less what is K-sized: {along_k[0]['rest_gib']:.3f} to "

@@ -32,7 +32,6 @@ TIMM_NAMES = {
     "vit_base": "deit_base_patch16_224",
     "resnet50": "resnet50",
 }
-BATCH_NORM_EPS = torch.nn.BatchNorm1d(1).eps
 # torch.onnx.export works through both.
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
@@ -133,9 +132,15 @@ def unpadded_multiple(backbone: Backbone) -> int:
 
 
 def esvit_caveat(backbone: Backbone, spec: BackboneSpec) -> str:
-    """What names and shapes alone do not say of `backbone`; "" where they say all."""
+    """What names and shapes alone do not say of `backbone`; "" where they say all.
+
+    Raises InputError for a model of timm's, whose weights have no such names.
+    """
+    if isinstance(backbone, TimmBackbone):
+        raise InputError(f"EsViT has no names for the weights of {spec.arch}: take --format timm.")
     wanted = timm_arguments(spec)
-    found = timm_arguments(infer_spec(backbone.state_dict(), "the export")[0])
+    nowhere = "the export/of the weights"  # a folder without a config.json, which would be believed
+    found = timm_arguments(infer_spec(backbone.state_dict(), nowhere)[0])
     lost = {name: value for name, value in wanted.items() if found.get(name) != value}
     if not lost:
         return ""

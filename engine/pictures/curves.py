@@ -52,14 +52,15 @@ def plot_curves(lines: list[dict]) -> Figure:
     epochs = [line["epoch"] for line in steps]
     figure = Figure(figsize=(13, 6.5), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(2, 3)
-    terms = [name for name in steps[0] if name[0].isupper()]
+    known = dict.fromkeys(name for line in steps for name in line)
+    terms = [name for name in known if name[0].isupper()]
     for title, names in CURVES.items():
-        logged = [name for name in (*names, *terms * (title == "loss")) if name in steps[0]]
+        logged = [name for name in (*names, *terms * (title == "loss")) if name in known]
         if not logged:
             continue
         axis = figure.add_subplot(grid[len(figure.axes)])
         for name in logged:
-            axis.plot(epochs, [line[name] for line in steps], label=name)
+            axis.plot(epochs, [line.get(name) for line in steps], label=name)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         if logged == ["attention_entropy"]:

@@ -69,7 +69,7 @@ def _shape(cfg: Node) -> dict:
 
 
 def _attending(configs: list[Node]) -> dict:
-    """The shapes of the pooling and the branch that `random_source` adds; None for no such."""
+    """The shapes of the pooling and the branch that `untrained_source` adds; None for no such."""
     pooled = next((cfg for cfg in configs if build.objective(cfg).needs_pooling), None)
     branched = next((cfg for cfg in configs if build.objective(cfg).needs_rationale), None)
     return {

@@ -93,9 +93,12 @@ class CollapseWatch:
 
     def _follow(self, information: float, temperature: float) -> None:
         """Targets of another temperature say more or less for that reason: they start anew."""
+        if self._information.get("temperature") != temperature:
+            start = {"lines": 0, "mean": 0.0, "most": 0.0, "temperature": temperature}
+            self._information = start
+        if not math.isfinite(information):  # of a step that is skipped
+            return
         known = self._information
-        if known.get("temperature") != temperature:
-            known = {"lines": 0, "mean": 0.0, "most": 0.0}
         lines = min(known["lines"] + 1, AVERAGED)
         mean = known["mean"] + (information - known["mean"]) / lines
         most = max(known["most"], mean) if lines == AVERAGED else 0.0

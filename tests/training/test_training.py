@@ -445,6 +445,10 @@ def test_targets_that_fade_are_told_long_before_they_are_equal():
     # A rough figure, one that rises, and one that a warmer teacher lowers are no reason.
     for values in ([1.5, 0.5] * 100, [0.5 + 0.01 * line for line in range(150)]):
         assert told(CollapseWatch(), values) == []
+    # A step that is skipped ends no watch.
+    watch = CollapseWatch()
+    assert told(watch, [float("nan")]) == []
+    assert len(told(watch, [*fading[:20], float("nan"), *fading[20:]])) == 1
     watch = CollapseWatch()
     for epoch in range(30):
         assert told(watch, [1.5 * 0.97**epoch] * 8, 0.04 + 0.001 * epoch) == []

@@ -83,6 +83,18 @@ def test_a_flags_upper_case_value_is_no_pair():
     assert value("OUTPUT_DIR", "--output_dir", "OUT", "SEED", "1") == "OUT"
 
 
+def test_a_file_is_no_pair(tmp_path, monkeypatch):
+    """A section's name in small letters may begin a file's, and so may capitals where it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HEAD.PTH").touch()
+    names = ["a.pth", "cmd.pth", "moco.pth", "model.safetensors", "HEAD.PTH"]
+    rest, pairs = cli.split_pairs(["--checkpoint", *names, "SEED", "1"], ())
+    assert rest == ["--checkpoint", *names]
+    assert pairs == [("SEED", "1")]
+    with pytest.raises(InputError, match=r"no option 'train\.epochs'\. Did you mean TRAIN\.EPOCHS"):
+        parse("train.epochs", "5")
+
+
 def test_a_path_keeps_its_dots_digits_and_signs():
     assert value("DATA.PATH", "DATA.PATH", "123") == "123"
     assert value("DATA.PATH", "--data_path", "a=b/1e-4") == "a=b/1e-4"
