@@ -88,7 +88,7 @@ def carried(cfg: Node, goal: Objective | Contrastive) -> Centres | KeyQueue:
     """What the objective carries from one optimizer step to the next, at its beginning."""
     if isinstance(goal, Contrastive):
         seed = derive_seed(cfg.SEED, seeding.QUEUE)
-        return goal.make_queue(cfg.HEAD.BOTTLENECK_DIM, seed)
+        return KeyQueue(goal.queue, cfg.HEAD.BOTTLENECK_DIM, seed)
     return goal.make_centres(cfg.HEAD.OUT_DIM, cfg.LOSS.CENTER_MOMENTUM)
 
 

@@ -139,10 +139,6 @@ class Contrastive:
     def needs_rationale(self) -> bool:
         return self.name == "lcr"
 
-    def make_queue(self, dim: int, seed: int) -> KeyQueue:
-        """A queue of random keys of width `dim`."""
-        return KeyQueue(self.queue, dim, seed)
-
     def __call__(
         self, student: Views, teacher: Views, queue: KeyQueue, teacher_temp: float
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor, nn
 
 from utils.normalisation import IMAGENET, Normalisation
@@ -114,8 +113,3 @@ def init_transformer(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Stochastic depth rises linearly from 0 at the first block to `rate` at the last."""
-    return torch.linspace(0, rate, depth, device="cpu").tolist()

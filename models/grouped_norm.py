@@ -33,13 +33,11 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
-def group_batch_norm(module: nn.Module, images: int) -> bool:
-    """Make every BatchNorm in `module` a grouped one, in place; whether there was any.
+def group_batch_norm(module: nn.Module, images: int) -> None:
+    """Make every BatchNorm in `module` a grouped one, in place.
 
     Parameters, buffers and their names stay.
     """
-    found = batch_norms(module)
-    for norm in found:
+    for norm in batch_norms(module):
         norm.__class__ = _grouped(type(norm))
         norm.images = images
-    return bool(found)

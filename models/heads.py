@@ -4,6 +4,8 @@ DINO's gives embeddings and prototypes apart: a caller that needs logits multipl
 loss that can do without never holds them.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ class DINOHead(nn.Module):
 
     layers: linears in the MLP (3 by default, GELU between). Linears are trunc_normal(0.02)
     with zero bias; `use_bn` puts a BatchNorm after every linear but the last. out_dim: prototypes;
-    0 for none, where the embeddings meet another head's.
+    0 for none, where the embeddings meet another head's. projects: MoCo v2's projection (2 linears
+    there), with ReLU, PyTorch's initialisation and no prototypes.
     """
 
     def __init__(
@@ -45,66 +48,30 @@ class DINOHead(nn.Module):
         layers: int = 3,
         use_bn: bool = False,
         norm_last_layer: bool = True,
+        projects: bool = False,
     ) -> None:
         super().__init__()
-        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, layers, use_bn, nn.GELU)
-        for module in self.mlp:
+        widths = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
+        modules: list[nn.Module] = []
+        for index, (narrow, wide) in enumerate(itertools.pairwise(widths)):
+            modules.append(nn.Linear(narrow, wide))
+            if index < layers - 1:
+                modules += [nn.BatchNorm1d(hidden_dim)] if use_bn else []
+                modules.append(nn.ReLU() if projects else nn.GELU())
+        self.mlp = nn.Sequential(*modules)
+        for module in () if projects else modules:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        if out_dim:
-            self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
+        count = 0 if projects else out_dim
+        self.last_layer = Prototypes(bottleneck_dim, count, norm_last_layer) if count else None
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [..., in_dim] -> embeddings [..., bottleneck] on the unit sphere, float32."""
-        return _on_the_sphere(self.mlp, features)
+        shape = features.shape[:-1]
+        embeddings = self.mlp(features.flatten(0, -2))
+        return F.normalize(embeddings.float(), dim=-1).unflatten(0, shape)
 
-    def prototypes(self) -> Tensor:
-        """W [K, bottleneck], float32; logits are embeddings @ W.T."""
-        return self.last_layer()
-
-
-class ProjectionHead(nn.Module):
-    """MLP in_dim -> hidden -> ... -> out_dim with ReLU, then the unit sphere [MoCo v2].
-
-    layers: linears in the MLP (2 in MoCo v2), with PyTorch's default initialisation; `use_bn` as
-    in DINOHead.
-    """
-
-    def __init__(
-        self, in_dim: int, out_dim: int, hidden_dim: int, layers: int, use_bn: bool = False
-    ) -> None:
-        super().__init__()
-        self.mlp = _mlp(in_dim, hidden_dim, out_dim, layers, use_bn, nn.ReLU)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [..., in_dim] -> embeddings [..., out_dim] on the unit sphere, float32."""
-        return _on_the_sphere(self.mlp, features)
-
-    def prototypes(self) -> None:
-        """It has none."""
-
-
-def _mlp(
-    in_dim: int,
-    hidden_dim: int,
-    out_dim: int,
-    layers: int,
-    use_bn: bool,
-    activation: type[nn.Module],
-) -> nn.Sequential:
-    widths = [in_dim] + [hidden_dim] * (layers - 1) + [out_dim]
-    modules: list[nn.Module] = []
-    for index in range(layers):
-        modules.append(nn.Linear(widths[index], widths[index + 1]))
-        if index < layers - 1:
-            if use_bn:
-                modules.append(nn.BatchNorm1d(hidden_dim))
-            modules.append(activation())
-    return nn.Sequential(*modules)
-
-
-def _on_the_sphere(mlp: nn.Module, features: Tensor) -> Tensor:
-    shape = features.shape[:-1]
-    embeddings = mlp(features.flatten(0, -2))
-    return F.normalize(embeddings.float(), dim=-1).unflatten(0, shape)
+    def prototypes(self) -> Tensor | None:
+        """W [K, bottleneck], float32; logits are embeddings @ W.T. None where there are none."""
+        return None if self.last_layer is None else self.last_layer()

@@ -1,14 +1,15 @@
 """A network: backbone, heads and pooling over a list of crops."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.heads import DINOHead, ProjectionHead
+from models.heads import DINOHead
 from models.mil import GatedAttention
 from models.rationale import RationaleBranch
 from utils.views import Views
@@ -20,7 +21,7 @@ STUDENT_ONLY = ("head_bag.", "rationale.")  # parts that the teacher has no aver
 class HeadSpec:
     """Shape of the heads and of the pooling; see DINOHead and GatedAttention.
 
-    projects: a ProjectionHead in the place of DINO's, without prototypes.
+    projects: MoCo v2's projection in the place of DINO's head, without prototypes.
     """
 
     out_dim: int = 65536
@@ -32,12 +33,8 @@ class HeadSpec:
     pool_hidden: int = 128
     projects: bool = False
 
-    def build(self, in_dim: int, prototypes: bool = True) -> DINOHead | ProjectionHead:
+    def build(self, in_dim: int, prototypes: bool = True) -> DINOHead:
         """A freshly initialised head on features of width `in_dim`."""
-        if self.projects:
-            return ProjectionHead(
-                in_dim, self.bottleneck_dim, self.hidden_dim, self.layers, self.use_bn
-            )
         return DINOHead(
             in_dim,
             self.out_dim if prototypes else 0,
@@ -46,6 +43,7 @@ class HeadSpec:
             self.layers,
             self.use_bn,
             self.norm_last_layer,
+            self.projects,
         )
 
 
@@ -97,7 +95,7 @@ class Network(nn.Module):
         One backbone forward per run of equally sized crops; LCR's branch needs exactly one.
         With a pooling the attention is added; of a student of L_S, patches by the image head.
         """
-        sizes = _runs_of_equal_size(crops)
+        sizes = [list(run) for _, run in groupby(crops, key=lambda crop: crop.shape)]
         shared = zip(sizes, self.backbone.shared(len(sizes)), strict=True)
         outputs = [self.backbone(torch.cat(size), *arguments) for size, arguments in shared]
         image_features, patch_features = map(list, zip(*outputs, strict=True))
@@ -112,22 +110,17 @@ class Network(nn.Module):
             patch_features=patch_features,
         )
         if self.head_dense is not None:
-            views = replace(
-                views,
-                patch_embeddings=_embed_patches(self.head_dense, patch_features),
-                region_prototypes=self.head_dense.prototypes(),
-            )
+            views.patch_embeddings = _embed_patches(self.head_dense, patch_features)
+            views.region_prototypes = self.head_dense.prototypes()
         if self.head_bag is not None:
-            views = replace(views, bag_embeddings=self.head_bag(features))
+            views.bag_embeddings = self.head_bag(features)
         if self.pool is not None:
-            attention = [self.pool(patches) for patches in patch_features]
-            views = replace(views, log_attention=attention)
+            views.log_attention = [self.pool(patches) for patches in patch_features]
         if self.embeds_instances:
-            instances = _embed_patches(self.head, patch_features)
-            views = replace(views, instance_embeddings=instances)
+            views.instance_embeddings = _embed_patches(self.head, patch_features)
         if self.rationale is not None:
             (patches,) = patch_features
-            views = replace(views, predicted_map=self.rationale(patches))
+            views.predicted_map = self.rationale(patches)
         return views
 
 
@@ -142,17 +135,6 @@ def _embed_patches(head: DINOHead, patch_features: list[Tensor]) -> list[Tensor]
         part.unflatten(0, patches.shape[:2])
         for part, patches in zip(embedded, patch_features, strict=True)
     ]
-
-
-def _runs_of_equal_size(crops: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Consecutive crops of one size, grouped."""
-    runs: list[list[Tensor]] = []
-    for crop in crops:
-        if runs and runs[-1][0].shape == crop.shape:
-            runs[-1].append(crop)
-        else:
-            runs.append([crop])
-    return runs
 
 
 def make_teacher(student: Network, teacher: Network) -> Network:

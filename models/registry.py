@@ -42,36 +42,23 @@ class BackboneSpec:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _swin(embed_dim: int, depths: tuple, num_heads: tuple) -> dict:
-    return {
-        "family": "swin",
-        "embed_dim": embed_dim,
-        "depths": depths,
-        "num_heads": num_heads,
-        "patch_size": 4,
-    }
+FIGURES = ("embed_dim", "depths", "num_heads", "patch_size")
 
 
-def _vit(embed_dim: int, num_heads: int) -> dict:
-    return {
-        "family": "vit",
-        "embed_dim": embed_dim,
-        "depths": (12,),
-        "num_heads": (num_heads,),
-        "patch_size": 16,
-    }
+def _of(family: str, *figures: int | tuple[int, ...]) -> dict:
+    return {"family": family, **dict(zip(FIGURES, figures, strict=False))}
 
 
 ARCHITECTURES = {
-    "swin_tiny": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "swin_small": _swin(96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "swin_base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32)),
-    "swin_large": _swin(192, (2, 2, 18, 2), (6, 12, 24, 48)),
-    "deit_tiny": _vit(192, 3),
-    "deit_small": _vit(384, 6),
-    "vit_small": _vit(384, 6),
-    "vit_base": _vit(768, 12),
-    "resnet50": {"family": "resnet"},
+    "swin_tiny": _of("swin", 96, (2, 2, 6, 2), (3, 6, 12, 24), 4),
+    "swin_small": _of("swin", 96, (2, 2, 18, 2), (3, 6, 12, 24), 4),
+    "swin_base": _of("swin", 128, (2, 2, 18, 2), (4, 8, 16, 32), 4),
+    "swin_large": _of("swin", 192, (2, 2, 18, 2), (6, 12, 24, 48), 4),
+    "deit_tiny": _of("vit", 192, (12,), (3,), 16),
+    "deit_small": _of("vit", 384, (12,), (6,), 16),
+    "vit_small": _of("vit", 384, (12,), (6,), 16),
+    "vit_base": _of("vit", 768, (12,), (12,), 16),
+    "resnet50": _of("resnet"),
 }
 
 
@@ -89,11 +76,7 @@ def resolve(spec: BackboneSpec) -> dict:
         )
     else:
         figures = dict(ARCHITECTURES[spec.arch])
-    own = {
-        name: getattr(spec, name)
-        for name in ("embed_dim", "depths", "num_heads", "patch_size")
-        if getattr(spec, name)
-    }
+    own = {name: getattr(spec, name) for name in FIGURES if getattr(spec, name)}
     if figures["family"] in ("resnet", "timm"):
         if own:
             options = ", ".join(f"MODEL.{name.upper()}" for name in own)

@@ -27,10 +27,6 @@ class ResNet(Backbone):
         # Channels last: a fifth faster, measured on a CPU; what convolutions on GPUs want too.
         self.to(memory_format=torch.channels_last)
 
-    @property
-    def _stages(self) -> list[nn.Sequential]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
-
     def _block_outputs(self, images: Tensor):
         """Yield the map [B, C, H, W] after every residual block."""
         images = images.contiguous(memory_format=torch.channels_last)
@@ -40,7 +36,7 @@ class ResNet(Backbone):
             yield x
 
     def all_blocks(self) -> list[nn.Module]:
-        return [block for stage in self._stages for block in stage]
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         for x in self._block_outputs(images):  # noqa: B007 - the last one is wanted

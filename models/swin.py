@@ -13,12 +13,12 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, calculate_drop_path_rates
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.backbone import Backbone, check_depth, drop_path_rates, init_transformer
+from models.backbone import Backbone, check_depth, init_transformer
 
 LAYER_NORM_EPS = 1e-5
 # Map sizes whose shift mask is kept; images of every size would fill the memory.
@@ -220,7 +220,7 @@ class Swin(Backbone):
             output_fmt="NHWC",
             strict_img_size=False,
         )
-        rates = drop_path_rates(drop_path, sum(depths))
+        rates = calculate_drop_path_rates(drop_path, sum(depths))
         resolution = img_size // patch_size
         self.layers = nn.ModuleList()
         for stage, depth in enumerate(depths):

@@ -7,12 +7,11 @@ resized bicubically without antialiasing, as in DINO and EsViT (timm antialiases
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from models.backbone import Backbone, check_depth, drop_path_rates, init_transformer
+from models.backbone import Backbone, check_depth, init_transformer
 
 LAYER_NORM_EPS = 1e-6
 
@@ -45,7 +44,7 @@ class ViT(Backbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, qkv_bias=True, drop_path=rate, norm_layer=norm_layer)
-            for rate in drop_path_rates(drop_path, depth)
+            for rate in calculate_drop_path_rates(drop_path, depth)
         )
         self.norm = norm_layer(embed_dim)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -55,14 +54,9 @@ class ViT(Backbone):
     def _position_embeddings(self, rows: int, columns: int) -> Tensor:
         """[1, 1 + rows * columns, D], resized from the stored grid where the size differs."""
         stored = self.patch_embed.grid_size
-        if (rows, columns) == stored:
+        if (rows, columns) == stored:  # timm would resize all the same while it exports
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, stored).permute(0, 3, 1, 2)
-        # In float32 under autocast: bicubic weights are too coarse in half precision.
-        grid = F.interpolate(
-            grid.float(), size=(rows, columns), mode="bicubic", align_corners=False, antialias=False
-        ).to(self.pos_embed.dtype)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return resample_abs_pos_embed(self.pos_embed, (rows, columns), stored, antialias=False)
 
     def _tokens(self, images: Tensor) -> Tensor:
         """The tokens [B, 1 + N, D] that enter the first block."""

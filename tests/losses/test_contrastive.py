@@ -152,8 +152,7 @@ def test_groups_have_statistics_of_their_own(count):
         norm.bias.uniform_(-1, 1)
     names = list(norm.state_dict())
     module = nn.Sequential(norm)
-    assert group_batch_norm(module, 3)
-    assert not group_batch_norm(nn.Sequential(nn.Linear(2, 2)), 3)
+    group_batch_norm(module, 3)
     assert list(norm.state_dict()) == names
     batch = torch.randn(count, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     groups = {3: [3], 6: [3, 3], 7: [3, 2, 2]}[count]
