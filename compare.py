@@ -28,6 +28,7 @@ from engine.evaluation.features import Reading
 from engine.evaluation.provenance import provenance
 from engine.evaluation.source import Source, load_source
 from engine.pictures.curves import read_log
+from engine.pictures.drawing import evenly
 from engine.studies import tables
 from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
@@ -202,6 +203,7 @@ def trained(run: Run, cfg: Node) -> tuple[Source, dict]:
     path = run.folder / checkpoint.LAST
     source, state = load_source(path, cfg.INIT.CHECKPOINT_KEY), checkpoint.load_own(path)
     log = read_log(run.folder / "log.txt")
+    logged = [line for line in log if "loss" in line]
     pretraining = {
         "command": run.written,
         "steps": state["step"],
@@ -212,7 +214,7 @@ def trained(run: Run, cfg: Node) -> tuple[Source, dict]:
     }
     return source, {
         "pretraining": pretraining,
-        "curve": few([line for line in log if "loss" in line]),
+        "curve": [logged[place] for place in evenly(len(logged), CURVE_LINES)],
         "checkpoint_sha256": source.weights.sha256,
     }
 
@@ -233,13 +235,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def few(lines: list[dict]) -> list[dict]:
-    """CURVE_LINES of them, the first and the last among these."""
-    last = len(lines) - 1
-    places = {round(last * part / (CURVE_LINES - 1)) for part in range(CURVE_LINES)}
-    return [lines[place] for place in sorted(places)]
 
 
 def seconds_of_steps(lines: list[dict], images_per_step: int) -> float:

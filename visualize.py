@@ -14,12 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from datasets.folder import LabelledImages, refuse_among_images
-from datasets.multicrop import eval_transform
 from engine.evaluation import attention
-from engine.evaluation.features import extract
+from engine.evaluation.features import Reading
 from engine.evaluation.source import Source
 from engine.pictures import maps, matches, page, shown, steadiness, views
-from engine.pictures.drawing import Picture
+from engine.pictures.drawing import Picture, evenly
 from engine.pictures.tsne import plot_tsne, stratified_subset
 from utils import distributed, logging
 from utils.cli import Parser, at_least
@@ -58,7 +57,7 @@ def main() -> None:
     crops = [[view, *of_image] for view, of_image in zip(whole, crops, strict=False)]
     pairs = views.seeded_views(images.squares, size, local_size, 0, seed, plain=False)
     # One image at a time: so many photographs as they are would take gigabytes.
-    chosen = [paths[index] for index in shown.spread(paths, arguments.pairs)]
+    chosen = [paths[index] for index in evenly(len(paths), arguments.pairs)]
     squares = shown.readable_squares(chosen)
     judged = views.seeded_views(squares, size, local_size, 0, seed, plain=False)
 
@@ -169,8 +168,8 @@ def tsne_picture(
 ) -> Picture | None:
     """t-SNE of the image features of at most `most` images; None of fewer than 3."""
     chosen = stratified_subset(images.labels, most, seed).tolist()
-    subset, whole = images.subset(chosen), eval_transform(size, size, source.normalisation)
-    found = extract(lambda batch: source.network.backbone(batch)[0], subset, whole, world)
+    whole = Reading(world, size, size, normalisation=source.normalisation)
+    found = whole.extract(lambda batch: source.network.backbone(batch)[0], images.subset(chosen))
     figure = plot_tsne(found.values, found.labels, images.classes, seed, most)
     return figure and Picture(f"t-SNE of {letter}", figure, TSNE_CAPTION, columns=6)
 

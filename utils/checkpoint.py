@@ -185,14 +185,11 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors; nothing for others."""
+    """What a safetensors file, which `load_file` takes, says beside its tensors; of others {}."""
     if Path(path).suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def sha256(path: str | Path) -> str:

@@ -34,7 +34,7 @@ class Section:
     meaning: str
     decides: str
     scripts: tuple[str, ...]
-    objectives: tuple[str, ...]
+    objectives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,9 @@ SECTIONS: dict[str, Section] = {}
 OPTIONS: dict[str, Option] = {}
 
 
-def section(
-    name: str,
-    meaning: str,
-    decides: str,
-    scripts: tuple[str, ...],
-    objectives: tuple[str, ...] = (),
-) -> None:
-    """Begin a section: its options follow."""
-    SECTIONS[name] = Section(name, meaning, decides, scripts, objectives)
+def section(name: str, *facts: Any) -> None:
+    """Begin a section, of these fields of Section: its options follow."""
+    SECTIONS[name] = Section(name, *facts)
 
 
 def option(name: str, default: Any, meaning: str, *, flag: str = "", **facts: Any) -> None:

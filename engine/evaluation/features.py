@@ -130,21 +130,21 @@ class Reading:
         return in_precision
 
     def extract(self, function: Callable[[Tensor], Tensor], images: LabelledImages) -> "Extracted":
-        """`function` of these images' centre crops, in `precision`; see `extract` below."""
-        return extract(
-            self.cast(function),
-            images,
-            eval_transform(self.size, self.resize, self.normalisation),
-            self.world,
-            self.batch,
-            self.workers,
-            self.max_bad,
+        """`function` over the images' centre crops [b, 3, S, S], in `precision` and in order.
+
+        See `extract_values`.
+        """
+        transform = eval_transform(self.size, self.resize, self.normalisation)
+        dataset = KeyedDataset(len(images), 0, partial(_transformed, images, transform))
+        values, places, bad = extract_values(
+            self.cast(function), dataset, self.world, self.batch, self.workers, self.max_bad
         )
+        return Extracted(values, images.labels[places], places, bad)
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What `extract` gives, the same on every process, on the CPU.
+    """What `Reading.extract` gives, the same on every process, on the CPU.
 
     values [n, ...] float32; labels [n] int64; places: int64 [n], the images' indices in the data
     set, rising; bad: the images that could not be read and are in none of the others.
@@ -154,21 +154,6 @@ class Extracted:
     labels: Tensor
     places: Tensor
     bad: list[BadImage]
-
-
-def extract(
-    function: Callable[[Tensor], Tensor],
-    images: LabelledImages,
-    transform: Callable[[Image.Image], Tensor],
-    world: World,
-    batch: int = 64,
-    workers: int = 0,
-    max_bad: float = 0.0,
-) -> Extracted:
-    """`function` over all images [b, 3, S, S], by `transform`, in order; see `extract_values`."""
-    dataset = KeyedDataset(len(images), 0, partial(_transformed, images, transform))
-    values, places, bad = extract_values(function, dataset, world, batch, workers, max_bad)
-    return Extracted(values, images.labels[places], places, bad)
 
 
 @torch.inference_mode()

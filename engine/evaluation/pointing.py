@@ -4,17 +4,15 @@ Pointing accuracy: the share of images whose most attended patch touches the par
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from datasets import synthetic
-from datasets.multicrop import eval_transform
 from engine.evaluation import attention
 from engine.evaluation.feature_cache import Found, SplitFeatures
-from engine.evaluation.features import extract
 from utils.errors import InputError
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels; x1, y1 exclusive
@@ -77,8 +75,8 @@ class Pointing:
         def look(batch: Tensor) -> Tensor:
             return torch.stack([attention.attention_map(network, batch, k) for k in kinds], dim=1)
 
-        whole = eval_transform(reading.size, reading.size, reading.normalisation)
-        found = extract(look, images, whole, reading.world, reading.batch, reading.workers).values
+        whole = replace(reading, resize=reading.size, precision="fp32", max_bad=0.0)
+        found = whole.extract(look, images).values
         return Found({kind: figures(found[:, i], touching) for i, kind in enumerate(kinds)})
 
 

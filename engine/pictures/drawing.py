@@ -70,6 +70,12 @@ def sheet(
     return figure, axes
 
 
+def evenly(total: int, most: int) -> list[int]:
+    """Which of `total` things are shown, at most `most` of them, spread evenly."""
+    places = np.linspace(0, total - 1, min(most, total)).round()
+    return places.astype(int).tolist()
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG; InputError where it cannot be written."""
     width, height = (round(inches * DPI) for inches in figure.get_size_inches())

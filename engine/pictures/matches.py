@@ -9,7 +9,7 @@ from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from engine.pictures.drawing import LOOK, RIGHT, WRONG, Picture, sheet
+from engine.pictures.drawing import LOOK, RIGHT, WRONG, Picture, evenly, sheet
 from engine.pictures.views import BATCH, Place, PlacedView, in_batches
 from losses.intra import match_patches
 from models.network import Network
@@ -153,9 +153,8 @@ def _draw_matches(axis: Axes, pair: Pair, found: Correspondence, queries: int) -
     for view, left in zip(pair, (0, start), strict=True):
         axis.imshow(view.picture().numpy(), extent=(left, left + 1, 1, 0))
     visible = found.visible.nonzero().flatten()
-    places = torch.linspace(0, max(len(visible) - 1, 0), min(queries, len(visible)))
     halo = [withStroke(linewidth=3, foreground="white")]
-    for patch in visible[places.round().long()].tolist():
+    for patch in visible[evenly(len(visible), queries)].tolist():
         right = bool(found.right[patch])
         color, style = (RIGHT, "-") if right else (WRONG, "--")
         (x0, y0), (x1, y1) = found.centre[patch].tolist(), found.matched[patch].tolist()

@@ -14,6 +14,7 @@ from datasets import synthetic
 from datasets.folder import ImageFolder, LabelledImages, load_image
 from engine.evaluation import pointing
 from engine.evaluation.source import Source, image_size, load_source
+from engine.pictures.drawing import evenly
 from utils.errors import InputError
 from utils.logging import logger
 
@@ -73,12 +74,6 @@ class ShownImages:
         return ShownImages(self.names[:count], self.squares[:count], self.boxes[:count])
 
 
-def spread(paths: Sequence[Path], count: int) -> list[int]:
-    """Which of some files, at most `count` of them, spread evenly."""
-    places = torch.linspace(0, len(paths) - 1, min(count, len(paths)), dtype=torch.float64)
-    return places.round().long().tolist()
-
-
 def square(path: Path) -> Image.Image:
     """An image's centre square; InputError where it is unreadable."""
     image = load_image(path)
@@ -96,7 +91,7 @@ def readable_squares(paths: Sequence[Path]) -> Iterator[Image.Image]:
 
 def show_images(paths: Sequence[Path], names: Sequence[str], count: int) -> ShownImages:
     """At most `count` images, spread evenly over some files; InputError where one is unreadable."""
-    chosen = spread(paths, count)
+    chosen = evenly(len(paths), count)
     squares = [square(paths[index]) for index in chosen]
     boxes, _ = pointing.part_boxes([paths[index] for index in chosen])
     return ShownImages([names[index] for index in chosen], squares, boxes)

@@ -23,7 +23,7 @@ def checkpoint_blocks(network: Network) -> None:
     The same numbers, drop path included, for one more forward pass. Raises InputError for a
     backbone with BatchNorm in training mode, whose statistics would count every batch twice.
     """
-    if not can_recompute(network):
+    if any(norm.training for norm in batch_norms(network.backbone)):
         raise InputError(
             "TRAIN.CHECKPOINTING: this backbone has BatchNorm, whose running statistics would "
             "count every batch twice; leave it off, or start from weights with INIT.BATCH_NORM "
@@ -44,11 +44,6 @@ def _recomputed(
     if not block.training:
         return forward(*inputs, **more)
     return checkpoint(forward, *inputs, use_reentrant=False, **more)
-
-
-def can_recompute(network: Network) -> bool:
-    """Whether `checkpoint_blocks` takes it: no BatchNorm takes the batch's statistics."""
-    return not any(norm.training for norm in batch_norms(network.backbone))
 
 
 def compile_network(network: Network, backend: str = "inductor") -> None:

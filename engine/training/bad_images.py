@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.folder import BadImage, UnreadableImage, load_image
-from datasets.loader import Batch
 from utils import distributed
 from utils.errors import InputError
 from utils.files import write_json
@@ -37,11 +36,6 @@ class BadImages:
         for image in bad:
             if image.path not in self.known:
                 self._new.setdefault(image.path, image.reason)
-
-    def noted(self, batch: Batch) -> Batch:
-        """The batch as it is, after its bad images were noted."""
-        self.note(batch.bad)
-        return batch
 
     def forget_repaired(self) -> None:
         """All processes, when a run goes on: forget images that were repaired or removed since."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.grouped_norm import batch_norms
 from utils import distributed
 from utils.errors import InputError
 from utils.files import write_json
@@ -119,12 +120,7 @@ class RunningStatistics:
     """BatchNorm's buffers in networks: they can be put back to what they were before a step."""
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        norms = [
-            module
-            for network in networks
-            for module in network.modules()
-            if getattr(module, "running_mean", None) is not None
-        ]
+        norms = [norm for network in networks for norm in batch_norms(network)]
         self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
 
     def copy(self) -> list[Tensor]:

@@ -78,8 +78,7 @@ def effective_rank(features: Tensor) -> Tensor:
 class CollapseWatch:
     """Warns, once for each cause, when a figure has been bad for PATIENCE lines in a row."""
 
-    def __init__(self, patience: int = PATIENCE) -> None:
-        self.patience = patience
+    def __init__(self) -> None:
         self._bad: dict[str, int] = {}
         self._information: dict[str, float] = {}  # a running mean, and the most that it was
 
@@ -111,7 +110,7 @@ class CollapseWatch:
             self._follow(figures["teacher_information"], figures.get("teacher_temp", 0.0))
         for cause, (bad, text) in self._judge(figures, images).items():
             self._bad[cause] = self._bad.get(cause, 0) + 1 if bad else 0
-            if self._bad[cause] == self.patience:
+            if self._bad[cause] == PATIENCE:
                 warnings.append(text)
         return warnings
 

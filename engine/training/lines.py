@@ -74,10 +74,11 @@ class Lines:
         return by_number or step % self._run.steps_per_epoch == 0
 
     def noted(self, batch: Batch) -> Batch:
-        """The batch as it is, after its waiting was noted.
+        """The batch as it is, after its bad images and its waiting were noted.
 
         Time counts from the first batch on, for which the loader's processes have to start.
         """
+        self._record.bad_images.note(batch.bad)
         if not self._begun:
             self._begun, self._since = True, time.perf_counter()
         elif batch.waited is not None:

@@ -42,7 +42,7 @@ def train(
         checkpoints = Checkpoints(run, record, folder, log)
         at_end.callback(checkpoints.close)
         ballot = Ballot()
-        batches = map(lines.noted, map(record.bad_images.noted, batches))
+        batches = map(lines.noted, batches)
         if validation and run.step == 0 and record.standing.start is None:
             lines.write_measured(validation.measure(run))
             if checkpoints.kept_as():

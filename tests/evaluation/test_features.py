@@ -17,7 +17,7 @@ from datasets.folder import LabelledImages
 from datasets.multicrop import eval_transform
 from engine.evaluation import feature_cache
 from engine.evaluation.feature_cache import Features
-from engine.evaluation.features import extract
+from engine.evaluation.features import Reading
 from models.registry import BackboneSpec, build_backbone
 from tests.datasets.benchmark_trees import save_image
 from tests.disk import forked
@@ -57,9 +57,9 @@ def network() -> Callable[[Tensor], Tensor]:
 
 
 def run(dataset: LabelledImages, world: World, batch: int, **how) -> dict | str:
-    """What `extract` finds, or the words of its refusal."""
+    """What `Reading.extract` finds, or the words of its refusal."""
     try:
-        return vars(extract(network(), dataset, WHOLE, world, batch, **how))
+        return vars(Reading(world, 32, 32, batch=batch, **how).extract(network(), dataset))
     except InputError as error:
         return str(error)
 
@@ -72,7 +72,8 @@ def found_by(world: World, folder: Path) -> dict:
     found["whole batches left out"] = run(broken, world, 1, max_bad=0.3)
     found["a share too many"] = run(broken, world, 2, max_bad=0.25)
     found["all"] = run(broken.subset(BROKEN), world, 2, max_bad=1.0)
-    found["several values"] = vars(extract(lambda x: x[:, :2, :3, :1], whole, WHOLE, world, 4))
+    reading = Reading(world, 32, 32, batch=4)
+    found["several values"] = vars(reading.extract(lambda x: x[:, :2, :3, :1], whole))
     return found
 
 
