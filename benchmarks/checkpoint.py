@@ -114,7 +114,6 @@ def figures(turns: list[dict[str, dict[str, float]]], size: int) -> dict[str, di
 
 def main() -> None:
     args = parse()
-    began = time.perf_counter()
     found = measure(args)
     for name in (IN_THE_LOOP, BY_A_THREAD):
         way = found[name]
@@ -123,20 +122,14 @@ def main() -> None:
             f"training, 1 % at one in {way['minutes_between_for_1_percent']:.1f} minutes; the call "
             f"{way['seconds_of_the_call']:.2f} s"
         )
-    report = {
-        "what": f"the cost of checkpoints, {args.contestant}, {common.network_in_words(args)}",
-        "device": common.device_name(common.device(), args.threads),
-        "seconds": round(time.perf_counter() - began, 1),
-        "figures": found,
-        "remarks": [
-            f"Medians of {args.turns} turns, each beside its own step without a checkpoint.",
-            "Where the training is on a CPU, the thread that writes takes part of its cores; on a "
-            "GPU it takes cores that the training leaves free.",
-            "The disk's own cache takes part: each file is flushed to the disk before it is "
-            "renamed.",
-        ],
-    }
-    common.write_report(args.output, "checkpoint", args.threads, report)
+    what = f"the cost of checkpoints, {args.contestant}, {common.network_in_words(args)}"
+    remarks = [
+        f"Medians of {args.turns} turns, each beside its own step without a checkpoint.",
+        "Where the training is on a CPU, the thread that writes takes part of its cores; on a "
+        "GPU it takes cores that the training leaves free.",
+        "The disk's own cache takes part: each file is flushed to the disk before it is renamed.",
+    ]
+    common.write_report(args, what, found, remarks)
 
 
 if __name__ == "__main__":

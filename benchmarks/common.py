@@ -33,12 +33,17 @@ _NETWORK = ("objective", "arch", "prototypes")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose errors are InputErrors; the description is printed as it stands."""
-    return Parser(
+    """A parser whose errors are InputErrors; the description is printed as it stands.
+
+    What it parses has `began`, the time, for `write_report`.
+    """
+    made = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    made.set_defaults(began=time.perf_counter())
+    return made
 
 
 def _writable(text: str) -> Path:
@@ -165,19 +170,26 @@ def matmul_peak(device: str, precision: str, threads: int) -> float:
 # The report
 
 
-def write_report(path: Path | None, module: str, threads: int, report: dict) -> None:
-    """Write a measurement as JSON, with what benchmarks/README.md asks of each; None: nowhere.
+def write_report(
+    args: argparse.Namespace, what: str, figures: dict, remarks: list[str], **more: object
+) -> None:
+    """Write a measurement to args.output as JSON, with what benchmarks/README.md asks of each.
 
-    report: "what", "device", "seconds", "figures" and "remarks", perhaps further "versions".
+    args: as `parser` gives them; without an output nothing is written. more: further entries, or
+    others in the place of these.
     """
-    if path is None:
+    if args.output is None:
         return
-    command = shlex.join(sys.argv[1:])
-    head = {
-        "what": report.pop("what"),
+    module, command = Path(sys.argv[0]).stem, shlex.join(sys.argv[1:])
+    command = f"OMP_NUM_THREADS={args.threads} python -m benchmarks.{module} {command}".rstrip()
+    report = {
+        "what": what,
         "date": datetime.date.today().isoformat(),
-        "device": report.pop("device"),
-        "versions": versions() | report.pop("versions", {}),
-        "commands": [f"OMP_NUM_THREADS={threads} python -m benchmarks.{module} {command}".rstrip()],
+        "device": device_name(device(), args.threads),
+        "versions": versions(),
+        "commands": [command],
+        "seconds": round(time.perf_counter() - args.began, 1),
+        "figures": figures,
+        "remarks": remarks,
     }
-    write_json(path, head | report, "report")
+    write_json(args.output, report | more, "report")

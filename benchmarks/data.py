@@ -11,7 +11,6 @@ loader's, and on a GPU includes waiting for it at a window's end.
 
 import argparse
 import statistics
-import time
 
 import torch
 
@@ -87,22 +86,16 @@ def line(way: str, found: dict) -> str:
 
 def main() -> None:
     args = parse()
-    began = time.perf_counter()
     found = measure(args)
     for way in args.ways:
         print(line(way, found[way]))
-    report = {
-        "what": f"images as crops on the device, {described(args)}, {common.in_words(args)}",
-        "device": common.device_name(common.device(), args.threads),
-        "seconds": round(time.perf_counter() - began, 1),
-        "figures": found,
-        "remarks": [
-            f"Medians of {args.turns} windows of a fresh loader each; the ways take turns.",
-            "The files lie in the system's cache of the disk after the first turn.",
-            "Kept: the decoded pixels' bytes. On a CPU `device` is `ram`.",
-        ],
-    }
-    common.write_report(args.output, "data", args.threads, report)
+    what = f"images as crops on the device, {described(args)}, {common.in_words(args)}"
+    remarks = [
+        f"Medians of {args.turns} windows of a fresh loader each; the ways take turns.",
+        "The files lie in the system's cache of the disk after the first turn.",
+        "Kept: the decoded pixels' bytes. On a CPU `device` is `ram`.",
+    ]
+    common.write_report(args, what, found, remarks)
 
 
 if __name__ == "__main__":

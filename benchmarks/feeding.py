@@ -23,7 +23,6 @@ from benchmarks import common, own_step
 from benchmarks.turns import synchronize
 from datasets.feed import step_sampler
 from datasets.fine_grained import build_dataset
-from datasets.folder import capped_size
 from datasets.loader import Batch, usable_workers
 from datasets.shards import write_shards
 from engine import build
@@ -117,14 +116,8 @@ class Feeding:
         if self.cfg.DATA.CACHE != "none":
             self.figures |= {
                 "fill_seconds": time.perf_counter() - began,
-                "kept_gib": self._decoded_bytes() / 2**30,
+                "kept_gib": self.feed.kept.bytes / 2**30,
             }
-
-    def _decoded_bytes(self) -> int:
-        """What all images take decoded, by their headers; DecodedImages checks that they do."""
-        sizes = (self.images.header_size(index) for index in range(len(self.images)))
-        reduced = (capped_size(size, self.cfg.DATA.CACHE_SIZE) for size in sizes)
-        return sum(3 * height * width for height, width in reduced)
 
     def batches(self) -> Iterator[Batch]:
         """Crops on the device, from the run's first step on.

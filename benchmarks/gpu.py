@@ -112,9 +112,7 @@ def stages(args: Namespace, work: Path) -> list[Stage]:
     measure("train", f"train --objective cmd --contestant bf16 {feeding}", 90, 240)
     for folder in args.data:
         name = f"study-{_slug(folder.name)}"
-        words = (
-            f"compare.py --study experiments/studies/photographs.yaml --data_path {quote(folder)}"
-        )
+        words = f"compare.py --study {STUDY} --data_path {quote(folder)}"
         images = sum(path.is_file() for path in folder.glob("train/*/*"))
         size = TOY_STUDY if toy else f"TRAIN.EPOCHS {max(12, STEPS * BATCH // max(1, images))}"
         add(name, f"{words} --output_dir {quote(work / name)} {size}", 60, float("inf"))

@@ -9,7 +9,6 @@ the rival. Both get unit float32 vectors and give places and distances of the k 
 --alone there is no rival, and the process's peak memory is ours.
 """
 
-import argparse
 import resource
 import sys
 import time
@@ -23,7 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from benchmarks.common import device_name, write_report
+from benchmarks import common
 from engine.evaluation import knn, retrieval
 from engine.evaluation.similarity import Blocks, Gallery, over_blocks, unit
 from utils.distributed import ALONE
@@ -42,8 +41,8 @@ def draw_features(kind: str, images: int, width: int, seed: int) -> tuple[Tensor
     values = torch.randn(images, width, generator=own)
     if kind == "classes":
         centres = torch.randn(CLASSES, width, generator=shared)
-        common = 2 * torch.randn(width, generator=shared)
-        values = (values + centres[labels] + common) * torch.arange(1.0, width + 1) ** -0.5
+        direction = 2 * torch.randn(width, generator=shared)
+        values = (values + centres[labels] + direction) * torch.arange(1.0, width + 1) ** -0.5
     return unit(values, CPU), labels
 
 
@@ -80,9 +79,7 @@ def compare(gallery: Tensor, queries: Tensor, ours: Tensor, theirs: Tensor) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--gallery", type=int, default=20000, help="images in the gallery")
     parser.add_argument("--queries", type=int, default=20000, help="query images")
     parser.add_argument("--width", type=int, default=768, help="features of an image")
@@ -94,7 +91,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
-    began = time.perf_counter()
     torch.set_num_threads(args.threads)
     gallery, labels = draw_features(args.features, args.gallery, args.width, 1)
     queries, query_labels = draw_features(args.features, args.queries, args.width, 2)
@@ -145,20 +141,18 @@ def main() -> None:
         if not same["same_but_for_rounding"]:
             sys.exit("error: the neighbours are not the same.")
     print(line)
-    report = {
-        "what": f"exact k-NN, {args.queries} queries in a gallery of {args.gallery} images, "
-        f"{args.width}-d float32, k = {args.k}, features: {args.features}",
-        "device": device_name("cpu", args.threads),
-        "versions": {"scikit-learn": sklearn.__version__, "numpy": np.__version__},
-        "seconds": round(time.perf_counter() - began, 1),
-        "figures": figures,
-        "remarks": [
-            "The best of several turns of each; a turn runs all contestants one after the other.",
-            "Places may differ where two cosines are equal but for float32 rounding: "
-            "scikit-learn sums in another order.",
-        ],
-    }
-    write_report(args.output, "knn", args.threads, report)
+    what = (
+        f"exact k-NN, {args.queries} queries in a gallery of {args.gallery} images, "
+        f"{args.width}-d float32, k = {args.k}, features: {args.features}"
+    )
+    remarks = [
+        "The best of several turns of each; a turn runs all contestants one after the other.",
+        "Places may differ where two cosines are equal but for float32 rounding: "
+        "scikit-learn sums in another order.",
+    ]
+    others = {"scikit-learn": sklearn.__version__, "numpy": np.__version__}
+    device, versions = common.device_name("cpu", args.threads), common.versions() | others
+    common.write_report(args, what, figures, remarks, device=device, versions=versions)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ memory should not depend on K.
 import argparse
 import itertools
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,30 +195,28 @@ def plot(axes: Axes, x: list[int], y: list[float], label: str, colour: str, styl
 
 def main() -> None:
     args = parse()
-    began = time.perf_counter()
     base = common.settings_of(args, args.contestant)
     figures = measure(args, base)
     along_k = [point for point in figures["prototypes"] if "failed" not in point]
     device = common.device_name(base["device"], args.threads)
     what = f"a step around {args.contestant}, {common.network_in_words(args)}"
-    report = {"what": what, "device": device, "figures": figures}
+    more = {}
     if len(along_k) > 1 and not build.objective(options(base)).projects:
-        found = report["memory_by_prototypes"] = memory_by_prototypes(along_k, base)
+        found = more["memory_by_prototypes"] = memory_by_prototypes(along_k, base)
         print(
             f"memory less what is K-sized: {along_k[0]['rest_gib']:.3f} to "
             f"{along_k[-1]['rest_gib']:.3f} GiB, {found['rest_differs_percent']:+.1f} %; all "
             f"grows as {found['matrices_of_growth']:.1f} float32 [K, d], listed are "
             f"{found['k_sized_matrices']}"
         )
-    report["seconds"] = round(time.perf_counter() - began, 1)
-    report["remarks"] = [
+    remarks = [
         "Medians; each point has a process of its own; drawn crops, no loading of data.",
         "Peak memory: of the whole process with its libraries after the warm-up on a CPU, "
         "allocated on a GPU.",
         "The local crops of the axis global_size keep their ratio to the global ones, to "
         f"{LOCAL_STEP} pixels.",
     ]
-    common.write_report(args.output, "scaling", args.threads, report)
+    common.write_report(args, what, figures, remarks, **more)
     if args.output:
         draw(args.output.with_suffix(".png"), f"{what}\n{device}", figures)
 

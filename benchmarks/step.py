@@ -13,7 +13,6 @@ that precision does on the same device in the same time.
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from benchmarks import common
@@ -106,26 +105,20 @@ def line(name: str, figures: dict) -> str:
 
 def main() -> None:
     args = parse()
-    began = time.perf_counter()
     figures = measure(args)
     for name, found in figures.items():
         print(line(name, found))
         for operator in found.get("operators", []):
             print("  {operator:45.45} {milliseconds:8.1f} ms {calls:6d} calls".format(**operator))
-    report = {
-        "what": f"one training step, {common.network_in_words(args)}",
-        "device": common.device_name(common.device(), args.threads),
-        "seconds": round(time.perf_counter() - began, 1),
-        "figures": figures,
-        "remarks": [
-            "Medians. Contestants have a process each and take steps in turn; drawn crops, no "
-            "loading of data.",
-            "Peak memory: of the whole process after the warm-up on a CPU, allocated on a GPU.",
-        ],
-    }
+    remarks = [
+        "Medians. Contestants have a process each and take steps in turn; drawn crops, no "
+        "loading of data.",
+        "Peak memory: of the whole process after the warm-up on a CPU, allocated on a GPU.",
+    ]
     if args.reference:
-        report["remarks"].append("The reference is a public checkout, as it is.")
-    common.write_report(args.output, "step", args.threads, report)
+        remarks.append("The reference is a public checkout, as it is.")
+    what = f"one training step, {common.network_in_words(args)}"
+    common.write_report(args, what, figures, remarks)
 
 
 if __name__ == "__main__":

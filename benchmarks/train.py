@@ -11,7 +11,6 @@ median over the turns counts. The share is a way's images a second over those of
 
 import argparse
 import statistics
-import time
 
 from benchmarks import common, own_step
 from benchmarks.feeding import (
@@ -81,24 +80,17 @@ def line(name: str, found: dict) -> str:
 
 def main() -> None:
     args = parse()
-    began = time.perf_counter()
     found = measure(args)
     for name in found:
         print(line(name, found[name]))
-    report = {
-        "what": f"training from images to steps, {args.contestant}, {described(args)}, "
-        f"{common.network_in_words(args)}",
-        "device": common.device_name(common.device(), args.threads),
-        "seconds": round(time.perf_counter() - began, 1),
-        "figures": found,
-        "remarks": [
-            f"Medians of {args.turns} windows; the step alone and the ways take turns.",
-            "The files lie in the system's cache of the disk after the first turn.",
-            "Where loader and step share the cores of a CPU, the share also says what the loader "
-            "takes from the step.",
-        ],
-    }
-    common.write_report(args.output, "train", args.threads, report)
+    what = f"training from images to steps, {args.contestant}, {described(args)}, "
+    remarks = [
+        f"Medians of {args.turns} windows; the step alone and the ways take turns.",
+        "The files lie in the system's cache of the disk after the first turn.",
+        "Where loader and step share the cores of a CPU, the share also says what the loader "
+        "takes from the step.",
+    ]
+    common.write_report(args, what + common.network_in_words(args), found, remarks)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class DeviceCrops(Feed):
         shorter_side: int,
         kept: DecodedImages | None = None,
     ) -> None:
-        self._multicrop, self._kept = BatchedMultiCrop(augmentation), kept
+        self._multicrop, self.kept = BatchedMultiCrop(augmentation), kept
         draw, bad, place = self._multicrop.draw, [*images.unlisted], "decoded by the loader"
         if kept is None:
             make = partial(_decoded, images, shorter_side, draw)
@@ -125,8 +125,8 @@ class DeviceCrops(Feed):
         super().__init__(KeyedDataset(len(images), seed, make), world, bad, description)
 
     def moved(self, batch: Batch) -> tuple[Images, Tensor]:
-        if self._kept is not None:
-            return self._kept.batch(batch.indices.tolist()), batch.data
+        if self.kept is not None:
+            return self.kept.batch(batch.indices.tolist()), batch.data
         pixels, sizes, draws = batch.data
         pixels = pixels.to(self.device, non_blocking=True)
         return channels_first(pixels, sizes.tolist()), draws

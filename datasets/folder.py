@@ -191,7 +191,7 @@ class StoredImages(ABC):
 
     unlisted: folders that could not be listed; the images below them are not among these.
     passed_over: numbers of other files, by their endings. fingerprint: see `LabelledImages`.
-    `load` and `header_size` raise `UnreadableImage`.
+    `load` raises `UnreadableImage`.
     """
 
     unlisted: Sequence[BadImage] = ()
@@ -219,15 +219,12 @@ class StoredImages(ABC):
         """Image `index` through `load_image` and nothing else."""
         return load_image(self.source(index), shorter_side, self.name(index))
 
-    def header_size(self, index: int) -> tuple[int, int]:
-        """The two sides of image `index` in pixels, by its header alone, so perhaps turned."""
-        with _opened(self.source(index), self.name(index)) as image:
-            return image.size
-
     def size_or_bad(self, index: int) -> tuple[int, int] | BadImage:
-        """The same; a marker where it cannot be read."""
+        """The two sides of image `index` in pixels, by its header alone, so perhaps turned; a
+        marker where it cannot be read."""
         try:
-            return self.header_size(index)
+            with _opened(self.source(index), self.name(index)) as image:
+                return image.size
         except UnreadableImage as error:
             return error.bad
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from datasets.ahead import Wait
 from datasets.folder import BadImage, StoredImages, UnreadableImage
@@ -239,14 +239,8 @@ def build_loader(
     )
 
 
-class _Results(Dataset):
-    """function(i) as item i."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.function(index)
+def _each(function: Callable[[Any], Any], items: list) -> list:
+    return [function(item) for item in items]
 
 
 def for_each(function: Callable[[Any], Any], indices: Sequence, workers: int, what: str) -> list:
@@ -255,10 +249,10 @@ def for_each(function: Callable[[Any], Any], indices: Sequence, workers: int, wh
     A worker is started for every _INDICES_AT_ONCE indices at most.
     """
     loader = DataLoader(
-        _Results(function),
-        batch_sampler=BatchSampler(indices, _INDICES_AT_ONCE, drop_last=False),
+        indices,
+        batch_size=_INDICES_AT_ONCE,
         num_workers=min(workers, len(indices) // _INDICES_AT_ONCE),
-        collate_fn=list,
+        collate_fn=partial(_each, function),  # in the loader's processes
         worker_init_fn=end_if_orphaned,
         generator=torch.Generator(),  # the global one is left alone
     )

@@ -349,8 +349,6 @@ def write_shards(
     Returns (images, shards). Raises `InputError`, also where `output` holds anything.
     """
     images, output = ImageFolder(folder), Path(output).expanduser().absolute()
-    if images_per_shard < 1:
-        raise InputError(f"--images_per_shard {images_per_shard} is too small: give 1 or more")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"--output {output} already exists: choose another folder or delete it")
     generator = torch.Generator().manual_seed(derive_seed(0, ORDER))
