@@ -16,12 +16,11 @@ def per_class_accuracy(
 ) -> dict[str, dict[str, float | int]]:
     """Accuracy of each class, percent of its images, in the order of `classes`, for JSON.
 
-    predicted, labels: int64 [m], indices into `classes`; images labelled -1 do not count.
+    predicted, labels: int64 [m], indices into `classes`.
     Returns name -> {"accuracy": percent, "images": how many}; classes without images are absent.
     """
-    known = labels >= 0
-    images = torch.bincount(labels[known], minlength=len(classes)).tolist()
-    right = torch.bincount(labels[known & (predicted == labels)], minlength=len(classes)).tolist()
+    images = torch.bincount(labels, minlength=len(classes)).tolist()
+    right = torch.bincount(labels[predicted == labels], minlength=len(classes)).tolist()
     return {
         name: {"accuracy": 100 * hits / count, "images": count}
         for name, hits, count in zip(classes, right, images, strict=True)
@@ -34,14 +33,14 @@ def most_confused(
 ) -> list[dict[str, str | float | int]]:
     """The pairs of classes with the most wrong predictions, for JSON.
 
-    predicted, labels: int64 [m], indices into `classes`; images labelled -1 do not count.
+    predicted, labels: int64 [m], indices into `classes`.
     Returns at most `count` of {"true": name, "predicted": name, "images": how many, "percent":
     their share of the true class's images}, by images descending, then by names.
     """
-    wrong = (labels >= 0) & (predicted != labels)
+    wrong = predicted != labels
     pairs = torch.stack([labels[wrong], predicted[wrong]], dim=1)
     pairs, images = pairs.unique(dim=0, return_counts=True)
-    totals = torch.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
+    totals = torch.bincount(labels, minlength=len(classes)).tolist()
     confused = [
         {
             "true": classes[true],
@@ -100,9 +99,6 @@ def _plot_sorted(axis: Axes, accuracies: list[float]) -> None:
 def _plot_named(axis: Axes, ranking: list[tuple[str, dict]], many: bool) -> None:
     """Bars by name, the best at the top; of many classes the best and the worst."""
     title = "accuracy by class"
-    if not ranking:
-        _say(axis, title, "no image has a class")
-        return
     bars = [
         (short(name, 30), entry["accuracy"], f"{entry['accuracy']:.1f} % of {entry['images']}")
         for name, entry in ranking
@@ -122,7 +118,9 @@ def _plot_named(axis: Axes, ranking: list[tuple[str, dict]], many: bool) -> None
 def _plot_confused(axis: Axes, confused: list[dict]) -> None:
     title = "most confused: true → predicted"
     if not confused:
-        _say(axis, title, "no image was taken for another class")
+        axis.set(title=title, xticks=[], yticks=[])
+        words = "no image was taken for another class"
+        axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center")
         return
     bars = [
         (
@@ -151,8 +149,3 @@ def _bars(axis: Axes, bars: list[tuple[str, float, str]], color: str) -> None:
     axis.set_ylim(len(bars) - 0.3, -0.7)
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
-
-
-def _say(axis: Axes, title: str, text: str) -> None:
-    axis.set(title=title, xticks=[], yticks=[])
-    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center")

@@ -18,7 +18,7 @@ from utils.files import replacing
 
 DPI = 100
 LARGEST = 60_000  # pixels a side; matplotlib draws fewer than 2^16, margins among them
-RIGHT, WRONG, UNKNOWN = "#1a9641", "#d7191c", "#888888"
+RIGHT, WRONG = "#1a9641", "#d7191c"
 # DejaVu, matplotlib's own font, has no Chinese, Japanese or Korean.
 _FALLBACK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei")
 _INSTALLED = {font.name for font in fontManager.ttflist}

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -10,8 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from datasets.folder import LabelledImages, UnreadableImage
-from engine.pictures.drawing import DPI, LOOK, RIGHT, UNKNOWN, WRONG, readable, sheet, wrapped
-from utils.errors import InputError
+from engine.pictures.drawing import DPI, LOOK, RIGHT, WRONG, evenly, readable, sheet, wrapped
 
 # Photographs in PNG take some 2.5 bytes a pixel: all thumbnails together stay near 1.6 MB.
 _PIXELS_OF_THUMBNAILS = 650_000
@@ -22,17 +20,11 @@ _FRAME = 2  # points
 def choose_queries(average_precision: Tensor, count: int = 8) -> list[int]:
     """Queries to show: evenly spaced by rank from the best average precision to the worst.
 
-    average_precision: [m] float; NaN marks queries that have none, which are not chosen.
-    Returns min(count, m) indices, the best first; of equals the earlier counts as better.
-    A single one is the median.
+    average_precision: [m] float. Returns min(count, m) indices, the best first; of equals the
+    earlier counts as better.
     """
-    known = (~average_precision.isnan()).nonzero().flatten()
-    ranking = known[average_precision[known].sort(descending=True, stable=True).indices]
-    count = min(count, len(ranking))
-    if count == 1:
-        return [int(ranking[(len(ranking) - 1) // 2])]
-    places = torch.linspace(0, len(ranking) - 1, count, dtype=torch.float64).round().long()
-    return ranking[places.to(ranking.device)].tolist()
+    ranking = average_precision.argsort(descending=True, stable=True)
+    return ranking[evenly(len(ranking), count)].tolist()
 
 
 @LOOK
@@ -45,14 +37,11 @@ def plot_retrieved(
 ) -> Figure:
     """One row a chosen query: the query, then its first hits, right and wrong ones marked.
 
-    queries, gallery: labels of both number the gallery's classes; -1 is neither right nor wrong.
-    The files are shown as they are, cropped to the centre square.
+    queries, gallery: labels of both number the gallery's classes. The files are shown as they are,
+    cropped to the centre square.
     places: int64 [q, h], the gallery's places of the h first hits of each of the q `chosen`
-    queries. Files that cannot be read are shown as empty boxes. Raises InputError where no query
-    is chosen.
+    queries, of which there is one at least. Files that cannot be read are shown as empty boxes.
     """
-    if not chosen:
-        raise InputError("there is no query to show: give at least one.")
     hits = places.shape[1]
     side = int((_PIXELS_OF_THUMBNAILS / (len(chosen) * (hits + 1))) ** 0.5)
     side = min(max(side, _SMALLEST_SIDE), _LARGEST_SIDE)
@@ -78,8 +67,6 @@ def plot_retrieved(
 
 def _frame(query_label: int, label: int) -> tuple[str, str]:
     """The colour and the line of a hit's frame."""
-    if min(query_label, label) < 0:
-        return UNKNOWN, "dotted"
     return (RIGHT, "solid") if query_label == label else (WRONG, "dashed")
 
 
@@ -93,6 +80,5 @@ def _draw_image(
         square = Image.new("RGB", (side, side), "white")
         axis.text(side / 2, side / 2, "unreadable", ha="center", va="center", fontsize=8)
     axis.imshow(square)
-    label = images.labels[index]
-    name = readable(classes[label]) if label >= 0 else "unknown class"
+    name = readable(classes[images.labels[index]])
     axis.set_xlabel(wrapped(name, side // 6 + 1, 2), fontsize=7)

@@ -37,7 +37,7 @@ def plot_tsne(
 ) -> Figure | None:
     """t-SNE of L2-normalised features by scikit-learn; None where there are fewer than 3 images.
 
-    features: float [n, D]; labels: int64 [n], indices into `classes` or -1. At most `most`
+    features: float [n, D]; labels: int64 [n], indices into `classes`. At most `most`
     images are drawn, by `stratified_subset`; the start is the PCA, the perplexity
     (n - 1) / 3 but within 1 and 30. Raises InputError where features are not finite.
     """
@@ -76,7 +76,7 @@ def _scatter(axis: Axes, points: np.ndarray, labels: Tensor, classes: list[str])
         return
     colors = matplotlib.colormaps["tab10"].colors
     for place, label in enumerate(present):
-        name = short(classes[label], 30) if label >= 0 else "unknown class"
+        name = short(classes[label], 30)
         color, marker = colors[place % 10], "o^"[place // 10]
         axis.scatter(*points[labels == label].T, color=color, marker=marker, label=name, **look)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, markerscale=1.5)

@@ -13,7 +13,7 @@ from PIL import Image
 from datasets.folder import LabelledImages
 from engine.pictures.classes import most_confused, per_class_accuracy, plot_classes
 from engine.pictures.curves import plot_curves, read_log
-from engine.pictures.drawing import RIGHT, UNKNOWN, WRONG, save
+from engine.pictures.drawing import RIGHT, WRONG, save
 from engine.pictures.retrieved import choose_queries, plot_retrieved
 from engine.pictures.tsne import plot_tsne, stratified_subset
 from utils.errors import InputError
@@ -37,13 +37,13 @@ def read(path) -> np.ndarray:
 
 @pytest.fixture
 def grey(tmp_path) -> LabelledImages:
-    """Four grey images of classes 0, 0, 1 and unknown, and a broken one of class 0."""
+    """Four grey images of classes 0, 0, 1 and 1, and a broken one of class 0."""
     for index in range(4):
         Image.new("RGB", (50, 40), (40 + 40 * index,) * 3).save(tmp_path / f"{index}.png")
     (tmp_path / "4.png").write_bytes(b"broken")
 
     paths = [f"{i}.png" for i in range(5)]
-    return LabelledImages(tmp_path, paths, [0, 0, 1, -1, 0], ["a_bird", "002.other"])
+    return LabelledImages(tmp_path, paths, [0, 0, 1, 1, 0], ["a_bird", "002.other"])
 
 
 def frame(axis: Axes) -> tuple[str, str]:
@@ -66,14 +66,13 @@ def test_a_row_is_the_query_and_its_hits_with_their_names_and_frames(grey):
         [120, 40, 120, 160, 80],
     ]
     assert [text.get_text() for axis in rows.flat for text in axis.texts] == ["unreadable"]
-    assert [axis.get_xlabel() for axis in rows[0]] == [
-        *("a bird", "a bird", "other", "unknown class", "a bird")
-    ]
-    right, wrong, unknown = (RIGHT, "-"), (WRONG, "--"), (UNKNOWN, ":")
-    names = {"solid": "-", "dashed": "--", "dotted": ":"}
+    names = [axis.get_xlabel() for axis in rows[0]]
+    assert names == ["a bird", "a bird", "other", "other", "a bird"]
+    right, wrong = (RIGHT, "-"), (WRONG, "--")
+    names = {"solid": "-", "dashed": "--"}
     frames = [[frame(axis) for axis in row[1:]] for row in rows]
     frames = [[(color, names.get(line, line)) for color, line in row] for row in frames]
-    assert frames == [[right, wrong, unknown, right], [wrong, right, unknown, wrong]]
+    assert frames == [[right, wrong, wrong, right], [wrong, right, right, wrong]]
     assert figure.get_suptitle() == "some title"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "same class as the query",
@@ -81,9 +80,7 @@ def test_a_row_is_the_query_and_its_hits_with_their_names_and_frames(grey):
     ]
 
 
-def test_no_query_is_one_sentence_and_many_hits_have_smaller_pictures(grey):
-    with pytest.raises(InputError, match="no query"):
-        plot_retrieved(grey, grey, torch.zeros(0, 3).long(), [], "title")
+def test_many_hits_have_smaller_pictures(grey):
     figure = plot_retrieved(grey, grey, torch.zeros(4, 10).long(), [0] * 4, "title")
     assert figure.axes[0].images[0].get_array().shape == (121, 121, 3)
 
@@ -109,19 +106,17 @@ def test_names_of_every_kind_can_be_drawn(grey, tmp_path):
 
 
 def test_queries_are_spread_from_the_best_to_the_worst():
-    precision = torch.tensor([0.1, 0.9, float("nan"), 0.5, 0.7, 0.3, 0.9])
-    assert choose_queries(precision, 6) == [1, 6, 4, 3, 5, 0]
-    assert choose_queries(precision, 20) == [1, 6, 4, 3, 5, 0]
-    assert choose_queries(precision, 2) == [1, 0]
-    assert choose_queries(precision, 1) == [4]
-    assert choose_queries(torch.full((3,), float("nan"))) == []
+    precision = torch.tensor([0.1, 0.9, 0.0, 0.5, 0.7, 0.3, 0.9])
+    assert choose_queries(precision, 7) == [1, 6, 4, 3, 5, 0, 2]
+    assert choose_queries(precision, 20) == [1, 6, 4, 3, 5, 0, 2]
+    assert choose_queries(precision, 2) == [1, 2]
     assert choose_queries(torch.arange(100.0), 4) == [99, 66, 33, 0]
 
 
 def test_class_figures_on_known_predictions():
     classes = ["c", "b", "a", "empty"]
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, -1])
-    predicted = torch.tensor([0, 1, 1, 2, 1, 0, 3, 1, 0])
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    predicted = torch.tensor([0, 1, 1, 2, 1, 0, 3, 1])
     accuracy = per_class_accuracy(predicted, labels, classes)
     assert accuracy == {
         "c": {"accuracy": 25, "images": 4},
@@ -167,11 +162,8 @@ def test_bars_show_the_accuracies(classes):
 
 
 def test_nothing_to_show_is_said():
-    figure = plot_classes({}, [], "10-NN")
-    assert [axis.texts[0].get_text() for axis in figure.axes] == [
-        "no image has a class",
-        "no image was taken for another class",
-    ]
+    *_, pairs = plot_classes({"a": {"accuracy": 100.0, "images": 9}}, [], "10-NN").axes
+    assert pairs.texts[0].get_text() == "no image was taken for another class"
 
 
 def points(figure: Figure) -> dict[str, np.ndarray]:
@@ -196,13 +188,13 @@ def test_tsne_puts_images_of_a_class_together():
 @pytest.mark.parametrize("n", [0, 2, 3, 6])
 def test_tsne_of_few_or_equal_images(n):
     features = torch.randn(n, 4, generator=torch.Generator().manual_seed(n))
-    for number, shown in enumerate((features, features[:, :1], torch.ones(n, 4))):
-        figure = plot_tsne(shown, torch.full((n,), -(number % 2)), ["a"], 0)
+    for shown in (features, features[:, :1], torch.ones(n, 4)):
+        figure = plot_tsne(shown, torch.zeros(n).long(), ["a"], 0)
         if n < 3:
             assert figure is None
         else:
             ((name, dots),) = points(figure).items()
-            assert (name, len(dots)) == (("a", "unknown class")[number % 2], n)
+            assert (name, len(dots)) == ("a", n)
             assert np.isfinite(dots).all()
 
 
