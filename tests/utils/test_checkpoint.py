@@ -17,61 +17,10 @@ import torch
 from PIL import Image
 
 from tests.disk import forked, full_disk
-from tests.processes import PATIENCE, run_python
 from tests.runs import checkpoint_of, pretraining, small_config
 from utils import checkpoint, config
 from utils.checkpoint import BEST, LAST, PREVIOUS, NotIntact
 from utils.errors import InputError
-
-
-def size_of(path: Path) -> int:
-    """Bytes, 0 for no file; in one call, for the file may be renamed between two."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def test_a_writer_killed_at_any_time_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-
-    def save_forever(told: TextIO) -> None:
-        for number in range(1, 10**6):
-            state = {"number": number, "w": torch.full((4_000_000,), float(number))}
-            checkpoint.save(state, path)
-            print(number, file=told)
-
-    with forked(save_forever) as (child, told):
-        done = int(told.readline())
-        # Kill while the next file is being written: its temporary name stands beside the old one.
-        deadline = time.monotonic() + PATIENCE
-        partial = f".{path.name}.*.{child}.tmp"
-        while not any(0 < size_of(file) < 12_000_000 for file in tmp_path.glob(partial)):
-            assert time.monotonic() < deadline
-        os.kill(child, signal.SIGKILL)
-        done += len(told.read().split())
-    state = checkpoint.load_file(path)
-    assert state["number"] in (done, done + 1)
-    assert (state["w"] == state["number"]).all()
-
-
-SAVE_ON_A_FULL_DISK = """
-import resource, sys, torch
-from utils import checkpoint
-from utils.errors import run_script
-resource.setrlimit(resource.RLIMIT_FSIZE, (3_999_000, 3_999_000))
-run_script(lambda: checkpoint.save({"w": torch.zeros(1_000_000)}, sys.argv[1]))
-"""
-
-
-def test_a_full_disk_is_one_line_of_a_process_and_leaves_the_old_file(tmp_path, environment):
-    path = tmp_path / "checkpoint.pth"
-    checkpoint.save({"number": 1}, path)
-    done = run_python("-c", SAVE_ON_A_FULL_DISK, path, environment=environment, code=2)
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: the checkpoint {path} could not be written: ")
-    assert checkpoint.load_file(path) == {"number": 1}
-    assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
 
 @pytest.mark.parametrize("missing", [1, 30, 2000, 3_000_000, 4_000_000, None])
