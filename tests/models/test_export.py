@@ -21,7 +21,7 @@ from engine.evaluation.source import load_source
 from export import export_backbone
 from models import ARCHITECTURES, BackboneSpec, build_backbone, load_backbone
 from models.export import TIMM_NAMES, timm_arguments, unpadded_multiple
-from models.pretrained import backbone_state, timm_state
+from models.pretrained import backbone_state
 from models.recognition import infer_spec
 from tests.processes import ROOT, run_python
 from tests.runs import pretraining, small_config
@@ -213,14 +213,6 @@ def test_every_architecture_has_a_timm_name_with_its_figures(arch):
         state["pos_embed"] = torch.ones(state["pos_embed"].shape)
     spec, _ = infer_spec(state, "timm")
     assert timm_arguments(spec) == timm_arguments(BackboneSpec(arch))
-
-
-def test_timms_names_and_esvits_are_inverse():
-    state = build_backbone(SWIN).state_dict()
-    renamed = timm_state(state)
-    assert "layers.1.downsample.reduction.weight" in renamed
-    assert "layers.0.downsample.reduction.weight" in state
-    assert list(backbone_state(renamed)) == list(state)
 
 
 def test_timms_own_file_comes_back_as_it_was(tmp_path):
