@@ -15,11 +15,9 @@ from datasets.loader import (
     augmented,
     build_loader,
     collate,
-    steps_per_epoch,
 )
 from datasets.multicrop import Augmentation, MultiCrop
 from tests.datasets.photographs import equal_crops, rng_states, save
-from utils.errors import InputError
 
 
 def sampler(first: int, last: int, length: int = 25, seed: int = 0) -> StepSampler:
@@ -34,11 +32,6 @@ def test_an_epoch_is_a_shuffle_without_repeats():
         assert len(set(order)) == 24
         assert order != sorted(order)
     assert len({*map(tuple, orders)}) == 3
-
-
-def test_too_few_images_are_refused_with_the_division_of_a_step():
-    with pytest.raises(InputError, match=r"24 \(batch 2 x 3 processes x 4 accumulated\): lower"):
-        steps_per_epoch(23, 2, 3, 4)
 
 
 def test_batches_do_not_depend_on_workers_nor_on_the_first_step(tmp_path):

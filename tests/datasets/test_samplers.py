@@ -1,6 +1,7 @@
 """Any division of a step and any shards: each epoch takes each image once (by hypothesis)."""
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -85,7 +86,9 @@ def test_too_few_images_for_a_step_are_refused(length, batch, world, accumulatio
     if length >= images:
         assert steps_per_epoch(length, batch, world, accumulation) == length // images
     else:
-        with pytest.raises(InputError, match=f"{length} images but one step takes {images}"):
+        division = f"batch {batch} x {world} processes x {accumulation} accumulated"
+        words = f"{length} images but one step takes {images} ({division}): lower"
+        with pytest.raises(InputError, match=re.escape(words)):
             steps_per_epoch(length, batch, world, accumulation)
 
 
