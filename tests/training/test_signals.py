@@ -5,9 +5,7 @@ import signal
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
 
 from tests.processes import ended_ranks, launch_python
 from utils import distributed
@@ -89,28 +87,6 @@ def test_a_forked_child_takes_sigterm_as_the_end_and_sigusr1_as_nothing(numbers,
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
         assert signals.received is None
-
-
-class Signalled(Dataset):
-    """Items 0 .. 7; each in a process to which its numbers were sent."""
-
-    def __init__(self, numbers: list[int]) -> None:
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> int:
-        if index == 2:
-            send(*self.numbers)
-        return index
-
-
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 3, [signal.SIGUSR1, signal.SIGUSR1]])
-def test_a_loader_worker_goes_on_after_signals_to_the_whole_job(numbers):
-    with StopSignals():
-        loader = DataLoader(Signalled(numbers), num_workers=1, worker_init_fn=outlive_signals)
-        assert torch.cat(list(loader)).tolist() == list(range(8))
 
 
 def ends_by_its_parents_sigterm(child: int, reading: int) -> bool:
