@@ -39,15 +39,6 @@ def yaml_file(tmp_path):
 # Precedence
 
 
-def test_key_value_beats_flag_beats_yaml_beats_default(yaml_file):
-    cfg = ["--cfg", yaml_file("TRAIN:\n  EPOCHS: 50\n  MIN_LR: 2e-6\n")]
-    assert value("TRAIN.EPOCHS") == 100
-    assert value("TRAIN.EPOCHS", *cfg) == 50
-    assert value("TRAIN.EPOCHS", *cfg, "--epochs", "60") == 60
-    assert value("TRAIN.EPOCHS", *cfg, "--epochs", "60", "TRAIN.EPOCHS", "70") == 70
-    assert value("TRAIN.MIN_LR", *cfg, "--epochs", "60") == 2e-6
-
-
 def test_a_flag_that_was_not_typed_overrides_nothing(yaml_file):
     tree = config.to_dict(config.defaults())
     tree["TRAIN"] |= {"EPOCHS": 33, "BASE_LR": 0.125, "PRECISION": "bf16", "WARMUP_EPOCHS": 3}
@@ -57,11 +48,6 @@ def test_a_flag_that_was_not_typed_overrides_nothing(yaml_file):
     command = parse("--cfg", yaml_file(yaml.safe_dump(tree)))
     assert config.to_dict(command.cfg) == tree
     assert command.notes == []
-
-
-def test_the_order_of_flags_and_the_place_of_cfg_do_not_matter(yaml_file):
-    path = yaml_file("TRAIN:\n  EPOCHS: 50\n")
-    assert value("TRAIN.EPOCHS", "--epochs", "60", "--cfg", path) == 60
 
 
 @pytest.mark.parametrize(
@@ -144,7 +130,9 @@ def test_what_is_not_plainly_a_number_is_refused(text, yaml_file):
         assert "TRAIN.BASE_LR must be a number" in refusal(*words)
 
 
-@pytest.mark.parametrize("text", ["08", "010", "1e-4", "1:30", "on", "~", "null", "1_0", "0x1"])
+@pytest.mark.parametrize(
+    "text", ["08", "010", "123", "1e-4", "1:30", "on", "true", "~", "null", "1_0", "0x1"]
+)
 def test_a_text_that_looks_like_a_number_is_written_so_that_all_read_a_text(text, tmp_path):
     cfg = config.defaults()
     cfg.INIT.CHECKPOINT_KEY = text
@@ -599,19 +587,6 @@ def test_no_local_crops_may_be_asked_for():
 # Files
 
 
-def test_written_options_read_back_the_same(tmp_path):
-    cfg = parse(
-        *("--lr", "3e-5", "--data_path", "123", "--min_lr", "1e-7", "--norm_last_layer", "false"),
-        *("AUG.LOCAL_CROPS_NUMBER", "[4, 2]", "AUG.LOCAL_CROPS_SIZE", "[96, 64]"),
-        *("OUTPUT_DIR", "true", "MODEL.DEPTHS", "[1,2]", "MODEL.NUM_HEADS", "[1,2]"),
-    ).cfg
-    config.write(cfg, tmp_path / "config.yaml")
-    again = parse("--cfg", str(tmp_path / "config.yaml")).cfg
-    assert config.to_dict(again) == config.to_dict(cfg)
-    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert config.to_dict(config.from_dict(tree)) == config.to_dict(cfg)
-
-
 def test_plain_data_makes_the_same_options_and_lost_ones_are_ignored_in_a_line(caplog):
     cfg = config.defaults()
     cfg.TRAIN.EPOCHS = 3
@@ -654,11 +629,6 @@ def test_dense_prediction_may_not_contradict_the_file(tmp_path):
     assert cli.parse("", [*words, "true"]).cfg.LOSS.OBJECTIVE == "esvit"
     with pytest.raises(InputError, match=r"contradicts LOSS\.OBJECTIVE esvit in"):
         cli.parse("", [*words, "false"])
-
-
-def test_infinity_is_no_value():
-    with pytest.raises(InputError, match="BASE_LR must be a finite number"):
-        cli.parse("", ["TRAIN.BASE_LR", "1e400"])
 
 
 def test_a_home_folder_is_found(monkeypatch):
