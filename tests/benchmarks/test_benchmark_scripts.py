@@ -3,6 +3,7 @@
 import datetime
 import importlib
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -107,6 +108,24 @@ def test_train_on_drawn_images(measured):
     assert figures["decode"]["share_of_step_alone"] < 0.9
     assert figures["ram"]["kept_gib"] == 6 * 375 * 500 * 3 / GIB
     assert "6 drawn JPEGs of 500 x 375 pixels" in report["what"]
+
+
+def test_checkpoints(measured, tmp_path):
+    report, said = measured("checkpoint", f"--folder {tmp_path} --turns 3 {NETWORK} {SMALL}")
+    figures = report["figures"]
+    assert list(figures) == ["none", "in the loop", "by a thread"]
+    for name in ("in the loop", "by a thread"):
+        found = figures[name]
+        parts = (found[f"all_seconds_of_{part}"] for part in ("the_call", "steps_beyond"))
+        taken = [sum(pair) for pair in zip(*parts, strict=True)]
+        assert len(taken) == 3
+        assert found["seconds_taken"] == pytest.approx(statistics.median(taken))
+        minutes = max(0, found["seconds_taken"]) * 100 / 60
+        assert found["minutes_between_for_1_percent"] == pytest.approx(minutes)
+        assert 1e5 < found["gib"] * GIB < 1e7
+        assert f"{name}: a checkpoint of {found['gib']:.2f} GiB takes" in said
+    # The measurement leaves nothing behind.
+    assert os.listdir(tmp_path) == ["report.json"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import signal
-import statistics
 import time
 from pathlib import Path
 from typing import TextIO
@@ -241,31 +240,3 @@ def test_every_line_and_event_is_with_the_system_when_write_returns(tmp_path):
     with forked(work) as (_, told):
         assert told.read() == ""
     assert lines_of(tmp_path) == events_of(tmp_path)["loss"] == [1, 2, 3, 4, 5]
-
-
-# Their cost
-
-
-def test_the_measurement_of_checkpoints_cost_fits_together(tmp_path, environment):
-    words = f"""
-        --output {tmp_path}/report.json --folder {tmp_path} --batch 2 --global_size 32
-        --local_crops 2 --local_size 16 --threads 1 --arch vit_small --prototypes 64 --turns 3
-        MODEL.EMBED_DIM 32 MODEL.DEPTHS [2] MODEL.NUM_HEADS [2] MODEL.PATCH_SIZE 8
-        MODEL.IMG_SIZE 32 HEAD.HIDDEN_DIM 48 HEAD.BOTTLENECK_DIM 32 HEAD.POOL_HIDDEN 8
-    """
-    done = run_python("-m", "benchmarks.checkpoint", *words.split(), environment=environment)
-    report = json.loads((tmp_path / "report.json").read_text())
-    figures = report["figures"]
-    assert list(figures) == ["none", "in the loop", "by a thread"]
-    for name in ("in the loop", "by a thread"):
-        found = figures[name]
-        parts = (found[f"all_seconds_of_{part}"] for part in ("the_call", "steps_beyond"))
-        taken = [sum(pair) for pair in zip(*parts, strict=True)]
-        assert len(taken) == 3
-        assert found["seconds_taken"] == pytest.approx(statistics.median(taken))
-        minutes = max(0, found["seconds_taken"]) * 100 / 60
-        assert found["minutes_between_for_1_percent"] == pytest.approx(minutes)
-        assert 1e5 < found["gib"] * 2**30 < 1e7
-        assert f"{name}: a checkpoint of {found['gib']:.2f} GiB takes" in done.stdout
-    # The measurement leaves nothing behind.
-    assert os.listdir(tmp_path) == ["report.json"]
