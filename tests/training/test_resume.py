@@ -297,21 +297,20 @@ def test_checkpoints_come_by_the_clock_and_at_the_end(pretrain, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_in_a_line_and_keeps_the_one_before(
-    command, environment, tmp_path
+    whole, command, environment, options, tmp_path
 ):
-    tiny = f"{OFTEN} {ALONE} CKPT.KEEP_EVERY 0 PRINT_FREQ 1 TRAIN.EPOCHS"
-    run_python(*command(tmp_path, f"{tiny} 1 CKPT.EVERY_MINUTES 60"), environment=environment)
-    before = (tmp_path / "checkpoint.pth").read_bytes()
+    folder = copy_of(whole(1), tmp_path / "run", epoch=2)
+    before = (folder / "checkpoint.pth").read_bytes()
     # The log fits, a checkpoint does not.
     limits = {resource.RLIMIT_FSIZE: len(before) // 2}
-    words = command(tmp_path, f"{tiny} 2")
+    words = command(folder, f"{options(1, 3)} PRINT_FREQ 1")
     done = run_python(*words, environment=environment, limits=limits, code=2)
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: the checkpoint {tmp_path}/checkpoint.pth could not be written")
+    assert line.startswith(f"error: the checkpoint {folder}/checkpoint.pth could not be written")
     assert "File too large" in line
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
-    steps = [entry["step"] for entry in log_of(tmp_path) if "loss" in entry]
-    assert steps[-1] < 8
+    assert (folder / "checkpoint.pth").read_bytes() == before
+    steps = [entry["step"] for entry in log_of(folder) if "loss" in entry]
+    assert steps[-1] < 12
 
 
 # Damage
@@ -396,16 +395,6 @@ def test_a_run_of_two_goes_on_as_one_and_says_what_changes(
 
 
 # Repeating
-
-
-def test_a_log_line_after_the_checkpoint_is_cut_and_one_at_it_kept(
-    trained, pretrain, knn_options, tmp_path
-):
-    folder = copy_of(trained, tmp_path / "run", epoch=2)
-    with (folder / "log.txt").open("a") as file:
-        file.write('{"step": 9, "los')
-    pretrain(folder, f"{TRAINED} {knn_options}")
-    assert log_of(folder) == log_of(trained)
 
 
 SAME_SHAPES = "SEED 4 MODEL.DROP_PATH 0 MOCO.QUEUE 99 LCR.CHANNELS 8 MODEL.WINDOW_SIZE 5"
@@ -510,11 +499,15 @@ def test_a_resume_may_change_length_paths_workers_and_print_frequency(
 
 def test_a_forced_resume_goes_on_with_the_new_options_and_says_so(trained, pretrain, tmp_path):
     folder = copy_of(trained, tmp_path / "run", epoch=3)
-    done = pretrain(folder, f"{TRAINED} LOSS.TEACHER_TEMP 0.07", flags=["--resume", "force"])
+    changed = "LOSS.TEACHER_TEMP 0.07 TRAIN.OPTIMIZER sgd"
+    done = pretrain(folder, f"{TRAINED} {changed}", flags=["--resume", "force"])
     assert "warning: resuming with other options: LOSS.TEACHER_TEMP (was 0.04, now" in done.stdout
     assert "at step 6" in done.stdout
     assert log_of(folder)[-1]["teacher_temp"] == 0.07
     assert cfg_of(folder).LOSS.TEACHER_TEMP == 0.07
+    assert "the optimizer starts without its moments" in done.stdout
+    groups = load(folder)["optimizer"]["param_groups"]
+    assert all(group["momentum"] == 0.9 for group in groups)
 
 
 def test_a_finished_run_says_so_and_touches_nothing(trained, pretrain, knn_options):
@@ -564,21 +557,9 @@ def one_byte(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-OTHER_IMAGES = {
-    "added": lambda red: shutil.copy(red / "00.png", red / "zz.png"),
-    "removed": lambda red: (red / "08.png").unlink(),
-    "renamed": lambda red: (red / "08.png").rename(red / "zz.png"),
-    "replaced": lambda red: shutil.copy(red / "01.png", red / "02.png"),
-    "edited": lambda red: one_byte(red / "02.png"),
-}
-
-
-@pytest.mark.parametrize("change", OTHER_IMAGES)
-def test_a_resume_on_other_images_is_refused_though_the_steps_agree(
-    change, of_17, refuse, tmp_path
-):
+def test_a_resume_on_other_images_is_refused_though_the_steps_agree(of_17, refuse, tmp_path):
     shutil.copytree(of_17[0], tmp_path / "images")
-    OTHER_IMAGES[change](tmp_path / "images" / "red")
+    one_byte(tmp_path / "images" / "red" / "02.png")
     options = f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {tmp_path / 'images'}"
     line = refuse(of_17[1], options)
     was_and_now = r"the images in DATA\.PATH \(was [0-9a-f]{12} by .*, now [0-9a-f]{12} by "
@@ -588,9 +569,9 @@ def test_a_resume_on_other_images_is_refused_though_the_steps_agree(
 
 def test_at_an_epochs_edge_too_and_by_force_it_is_said(of_17, pretrain, refuse, tmp_path):
     folder = copy_of(of_17[1], tmp_path / "run", epoch=1)
-    shutil.copytree(of_17[0], tmp_path / "images")
-    OTHER_IMAGES["replaced"](tmp_path / "images" / "red")
-    options = f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {tmp_path / 'images'}"
+    images = Path(shutil.copytree(of_17[0], tmp_path / "images"))
+    shutil.copy(images / "red" / "01.png", images / "red" / "02.png")
+    options = f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {images}"
     assert "the images in DATA.PATH (was" in refuse(folder, options)
     done = pretrain(folder, f"{options} RESUME force")
     assert "warning: resuming with other options: the images in DATA.PATH (was" in done.stdout
@@ -663,29 +644,11 @@ def test_a_run_goes_on_at_the_same_place_within_its_epoch(steps, goes_on_at, tmp
     assert again.step == goes_on_at
 
 
-def test_a_forced_resume_with_another_optimizer_starts_its_moments_anew(
-    trained, pretrain, tmp_path
-):
-    folder = copy_of(trained, tmp_path / "run", epoch=3)
-    done = pretrain(folder, f"{TRAINED} TRAIN.OPTIMIZER sgd RESUME force")
-    assert "the optimizer starts without its moments" in done.stdout
-    groups = load(folder)["optimizer"]["param_groups"]
-    assert all(group["momentum"] == 0.9 for group in groups)
-
-
 def test_a_run_longer_than_asked_for_keeps_its_files_when_refused(trained, refuse):
     written = (trained / "config.yaml").read_bytes()
     line = refuse(trained, f"{TRAINED} TRAIN.EPOCHS 2")
     assert "is at step 8, beyond the run of 4 steps: raise --epochs." in line
     assert (trained / "config.yaml").read_bytes() == written
-
-
-def test_a_checkpoint_of_another_format_is_refused_and_kept(refuse, tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"format": 99}, path)
-    before = path.read_bytes()
-    assert "has checkpoint format 99" in refuse(tmp_path)
-    assert path.read_bytes() == before
 
 
 # Crops go on as they were made
