@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.loader import Batch
@@ -71,6 +71,14 @@ def small_config(**options) -> config.Node:
     return cfg
 
 
+def config_of(pairs: str) -> config.Node:
+    """The defaults with KEY VALUE pairs over them, as typed."""
+    cfg, words = config.defaults(), pairs.split()
+    for key, value in zip(words[::2], words[1::2], strict=True):
+        config.put(cfg, key, value, "the test")
+    return cfg
+
+
 def pretraining(
     cfg: config.Node, steps_per_epoch: int = 4, device: torch.device = ALONE.device
 ) -> Pretraining:
@@ -111,6 +119,15 @@ def crops_for(run: Pretraining, seed: int) -> list[Tensor]:
     return [crop[mine].to(run.world.device) for crop in crops]
 
 
+def shake(module: nn.Module, seed: int) -> nn.Module:
+    """Weights away from their initialisation, so that a swapped or unread one shows."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return module
+
+
 class Calls(TorchDispatchMode):
     """The names of the operators that run within it."""
 
@@ -146,6 +163,19 @@ def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
         if isinstance(inner, dict | list | tuple | torch.Tensor):
             found |= tensors(inner, f"{name}/{key}")
     return found
+
+
+def assert_same_bits(first, second) -> None:
+    """Tensors, in dicts too, of equal values and types; of all else equality."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for name in first:
+            assert_same_bits(first[name], second[name])
+    elif isinstance(first, Tensor):
+        assert torch.equal(first, second)
+        assert first.dtype == second.dtype
+    else:
+        assert first == second
 
 
 def assert_same_state(first: dict, second: dict) -> None:

@@ -1,8 +1,10 @@
-"""Small images of noise, files of them, and what compares crops with them."""
+"""Small images of noise, files of them and edits of these, and what compares crops with them."""
 
 import io
+import os
 import random
 import struct
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +45,18 @@ def save(root: Path, *names: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         noise(i).save(root / name)
     return root
+
+
+def edit(path: Path, place: int = -100) -> None:
+    """Other contents of the same length in the same file, which seems as old as before."""
+    status = path.stat()
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    with open(path, "r+b") as file:
+        file.seek(place, os.SEEK_END if place < 0 else os.SEEK_SET)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def pixels(crop: torch.Tensor) -> np.ndarray:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from datasets import contents
 from datasets.contents import cache_folder, digests
 from datasets.folder import ImageFolder
 from datasets.shards import ImageShards
-from tests.datasets.photographs import encoded, noise
+from tests.datasets.photographs import edit, encoded, noise
 from tests.datasets.test_shards import write_tar
 
 
@@ -43,18 +42,6 @@ def tars(folder: Path, first: int = 0) -> Path:
         members = [(f"{i}.bmp", bitmap(first + i)) for i in (2 * shard, 2 * shard + 1)]
         write_tar(folder / f"{shard}.tar", members)
     return folder
-
-
-def edit(path: Path, place: int = -100) -> None:
-    """Other contents of the same length in the same file, which seems as old as before."""
-    status = path.stat()
-    time.sleep(0.02)  # more than a tick of the file system's clock
-    with open(path, "r+b") as file:
-        file.seek(place, os.SEEK_END if place < 0 else os.SEEK_SET)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 @pytest.mark.parametrize(

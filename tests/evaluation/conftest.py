@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.evaluation.runs import copy_of, save_run, works, write_data
+from tests.evaluation.runs import save_run, works, write_data
+from tests.runs import copy_of
 
 
 @pytest.fixture(scope="module")

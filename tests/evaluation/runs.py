@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import eval_linear
 import eval_retrieval
 import evaluate
 from tests.datasets import benchmark_trees as trees
-from tests.runs import pretraining, small_config
+from tests.runs import pretraining, shake, small_config
 from utils import checkpoint
 from utils.errors import run_script
 
@@ -64,15 +63,6 @@ def tied(seed: int, n: int, classes: int = 4) -> tuple[Tensor, Tensor]:
 def regression(c: float = 1.0) -> Pipeline:
     """scikit-learn's logistic regression on standardised features."""
     return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
-
-
-def shake(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Weights away from their initialisation, so that a swapped or unread one shows."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    return module
 
 
 def save_run(path: Path, **options) -> dict:
@@ -147,20 +137,3 @@ def write_data(root: Path, classes: int = CLASSES, train: int = TRAIN, test: int
             hue = (label + (n % 3 == 0)) % 3
             trees.save_image(root / split / f"class{label}" / f"{n}.jpg", hue, 100 * label + n)
     return root
-
-
-def copy_of(folder: Path, to: Path) -> Path:
-    return Path(shutil.copytree(folder, to))
-
-
-def assert_same_bits(first, second) -> None:
-    """Tensors, in dicts too, of equal values and types; of all else equality."""
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for name in first:
-            assert_same_bits(first[name], second[name])
-    elif isinstance(first, Tensor):
-        assert torch.equal(first, second)
-        assert first.dtype == second.dtype
-    else:
-        assert first == second

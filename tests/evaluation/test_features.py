@@ -21,8 +21,8 @@ from engine.evaluation.features import Reading
 from models.registry import BackboneSpec, build_backbone
 from tests.datasets.benchmark_trees import save_image
 from tests.disk import forked
-from tests.evaluation.runs import assert_same_bits
 from tests.processes import found_by_each
+from tests.runs import assert_same_bits
 from utils.distributed import ALONE, World
 from utils.errors import InputError
 from utils.files import replacing

@@ -9,18 +9,19 @@ import torch
 from safetensors.torch import save_file
 
 from engine.evaluation import feature_cache, opening
+from tests.datasets.photographs import edit
 from tests.evaluation.runs import (
     CLASSES,
     TEST,
     TRAIN,
     contents,
-    copy_of,
     figures,
     refusal,
     results,
     works,
     write_data,
 )
+from tests.runs import copy_of
 from utils import checkpoint, cli, distributed
 
 
@@ -56,11 +57,7 @@ def changed_data(data: Path, to: Path, change: str) -> Path:
     copy_of(data, to)
     one = to / "train" / "class0" / "0.jpg"
     if change == "contents":
-        # As long and as old as before: for instance another bitmap.
-        status, contents = one.stat(), bytearray(one.read_bytes())
-        contents[-100] ^= 1
-        one.write_bytes(contents)
-        os.utime(one, ns=(status.st_atime_ns, status.st_mtime_ns))
+        edit(one)
     elif change == "more":
         shutil.copy(one, to / "train" / "class6" / "z.jpg")
     else:

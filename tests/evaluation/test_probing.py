@@ -21,8 +21,10 @@ from engine.evaluation import feature_cache, linear
 from engine.evaluation.feature_cache import Features
 from models.pretrained import load_backbone
 from tests.datasets import benchmark_trees as trees
-from tests.evaluation.runs import contents, copy_of, refusal, regression, results, works
+from tests.datasets.photographs import edit
+from tests.evaluation.runs import contents, refusal, regression, results, works
 from tests.processes import PATIENCE, run_group, start_python
+from tests.runs import copy_of
 from utils.distributed import ALONE
 
 BASE = "--seed 3 --batch_size_per_gpu 16 --n_last_blocks 2"
@@ -280,10 +282,7 @@ def test_a_probe_of_other_settings_is_refused_and_kept(cached, given, tmp_path, 
 def test_a_probe_of_other_images_is_refused(cached, augmented, given, data, tmp_path):
     for split in ("train", "val"):
         changed = copy_of(data, tmp_path / split)
-        one = min((changed / split / "auk").iterdir())
-        held = bytearray(one.read_bytes())
-        held[-100] ^= 1  # as long as before
-        one.write_bytes(held)
+        edit(min((changed / split / "auk").iterdir()))
         for done, options in ((cached, CACHED), (augmented, f"{SGD} --val_freq 2")):
             folder = copy_of(done.folder, tmp_path / f"{split}{len(options)}")
             words = f"{options} --data_path {changed} --output_dir {folder}"

@@ -10,8 +10,9 @@ from torch import Tensor
 from engine.evaluation import feature_cache
 from export import export_backbone
 from tests.disk import full_disk
-from tests.evaluation.runs import contents, copy_of, figures, refusal, results, works
+from tests.evaluation.runs import contents, figures, refusal, results, works
 from tests.processes import run_python
+from tests.runs import copy_of
 from utils import checkpoint
 
 

@@ -9,8 +9,9 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from engine.evaluation import knn, retrieval, similarity
-from tests.evaluation.runs import assert_same_bits, blobs, tied
+from tests.evaluation.runs import blobs, tied
 from tests.processes import found_by_each, run_python
+from tests.runs import assert_same_bits
 from utils.distributed import ALONE, World
 
 FIGURES = ("rank1", "rank5", "map", "map_at_100_released", "queries_without_positives")

@@ -22,7 +22,6 @@ from tests.evaluation.runs import (
     CLASSES,
     TEST,
     TRAIN,
-    copy_of,
     figures,
     refusal,
     results,
@@ -30,6 +29,7 @@ from tests.evaluation.runs import (
     write_data,
 )
 from tests.processes import ROOT, free_port, run_group, run_python
+from tests.runs import copy_of
 
 ESVIT_YAML = """
 MODEL: {EMBED_DIM: 48, DEPTHS: [2], NUM_HEADS: [3], PATCH_SIZE: 8, IMG_SIZE: 32}

@@ -19,7 +19,8 @@ from engine.evaluation.source import (
 )
 from models.network import Network, Parts
 from models.registry import BackboneSpec, build_backbone
-from tests.evaluation.runs import save_run, shake
+from tests.evaluation.runs import save_run
+from tests.runs import shake
 from utils import checkpoint, cli
 from utils.config import defaults
 from utils.errors import InputError

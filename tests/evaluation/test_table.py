@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from models.registry import BackboneSpec, build_backbone
-from tests.evaluation.runs import contents, copy_of, refusal, results, works, write_data
+from tests.evaluation.runs import contents, refusal, results, works, write_data
 from tests.processes import run_group
+from tests.runs import copy_of
 
 COMMON = "--batch_size_per_gpu 16"
 PROBE = "--n_last_blocks 2 --epochs 3 --lr 0.1"

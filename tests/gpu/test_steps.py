@@ -17,8 +17,8 @@ from tests.gpu.steps import (
     step,
     unwaited,
 )
-from tests.runs import batch_of, checkpoint_of, crops_for, record_of, tensors
-from tests.training.test_guard import assert_same, everything
+from tests.runs import assert_same_bits, batch_of, checkpoint_of, crops_for, record_of, tensors
+from tests.training.test_guard import everything
 from utils import checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -86,7 +86,7 @@ def test_a_bad_step_changes_nothing_and_the_next_one_is_good(accelerator, optimi
     figures, _, good = run.train_step(iter([batch_of(crops)]))
     assert not good
     assert not figures["loss"].isfinite()
-    assert_same(everything(run), before)
+    assert_same_bits(everything(run), before)
     assert run.scaler.get_scale() == (scale / 2 if precision == "fp16" else scale)
     _, good = step(run, seed=2)
     assert good
@@ -111,7 +111,9 @@ def test_a_checkpoint_of_one_device_goes_on_on_the_other(accelerator, tmp_path, 
         assert places(other) == {second}
         assert other.scaler.state_dict() == run.scaler.state_dict()
         kept, found = everything(run), everything(other)
-        assert_same({k: v.cpu() for k, v in found.items()}, {k: v.cpu() for k, v in kept.items()})
+        assert_same_bits(
+            {k: v.cpu() for k, v in found.items()}, {k: v.cpu() for k, v in kept.items()}
+        )
         (wanted, _), (figures, good) = step(run, seed=1), step(other, seed=1)
         assert good
         in_value, _ = TOLERANCES[precision]

@@ -13,7 +13,7 @@ from models.mil import GatedAttention
 from models.network import HeadSpec, Network, Parts, make_teacher
 from models.pretrained import count_parameters
 from models.registry import resolve
-from utils import config
+from tests.runs import config_of
 from utils.errors import InputError
 
 # Figures that keep a forward at 224 pixels in milliseconds.
@@ -44,14 +44,6 @@ def _seed():
 def small(arch: str, drop_path: float = 0.0, **changed):
     spec = BackboneSpec(arch, **{**SMALL[ARCHITECTURES[arch]["family"]], **changed})
     return build_backbone(spec, drop_path)
-
-
-def tiny_cfg(options: str):
-    cfg = config.defaults()
-    words = options.split()
-    for key, value in zip(words[::2], words[1::2], strict=True):
-        config.put(cfg, key, value, "test")
-    return cfg
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -152,7 +144,7 @@ def test_a_spec_survives_plain_data():
     ids=["vit", "swin"],
 )
 def test_drop_path_is_the_students_alone_and_rises_to_the_last_block(network, network_options):
-    student, teacher = build.networks(tiny_cfg(f"{network_options} {network} MODEL.DROP_PATH 0.3"))
+    student, teacher = build.networks(config_of(f"{network_options} {network} MODEL.DROP_PATH 0.3"))
 
     def rates(network):
         return [

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.evaluation.source import load_source
 from models import BackboneSpec, build_backbone, load_backbone
 from models.hub import located
+from models.network import Network, Parts
 from models.pretrained import (
     HEADS,
     WeightsFile,
@@ -24,20 +25,13 @@ from models.pretrained import (
     select_state,
 )
 from models.recognition import provenance
+from tests.runs import shake
 from utils import config
 from utils.errors import InputError
 from utils.normalisation import IMAGENET
 
 VIT = {"embed_dim": 384, "depth": 1, "num_heads": 6}
 SMALL = "test_convnext.r160_in1k"
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(0.1 * torch.randn_like(value))
-    return model.eval()
 
 
 def renamed(state: dict[str, Tensor], *pairs: tuple[str, str]) -> dict[str, Tensor]:
@@ -130,7 +124,7 @@ if timm.is_model("vit_small_patch16_dinov3"):
 @pytest.mark.parametrize("maker", ORIGINALS)
 def test_an_originals_names_become_timms_and_its_maker_is_named(tmp_path, maker):
     published, name, figures, words, arch = ORIGINALS[maker]
-    model = shaken(timm.create_model(name, num_classes=0, **figures))
+    model = shake(timm.create_model(name, num_classes=0, **figures), 1).eval()
     torch.save(published(model), tmp_path / "x.pth")
     file = WeightsFile.read(tmp_path / "x.pth", spec=BackboneSpec(f"timm/{name}"))
     assert file.whose == words
@@ -147,7 +141,7 @@ def test_an_originals_names_become_timms_and_its_maker_is_named(tmp_path, maker)
 def test_weights_laid_out_for_another_size_are_those_that_timm_makes_of_them(name):
     maker = next(maker for maker, (_, model, *_) in ORIGINALS.items() if model == name)
     published, _, figures, _, _ = ORIGINALS[maker]
-    state = published(shaken(timm.create_model(name, num_classes=0, **figures)))
+    state = published(shake(timm.create_model(name, num_classes=0, **figures), 1).eval())
     state = select_state(state, "teacher", "the file")
     figures = {**figures, "img_size": 56}
     ours = timm.create_model(name, num_classes=0, **figures).eval()
@@ -169,11 +163,9 @@ def convnext(folder: Path, **facts) -> Path:
     return folder
 
 
-def network_of(arch: str, **figures) -> tuple[nn.Module, BackboneSpec]:
-    spec, network = BackboneSpec(arch, img_size=64, **figures), nn.Module()
-    network.head = network.head_dense = network.head_bag = network.pool = network.rationale = None
-    network.backbone = build_backbone(spec)
-    return network, spec
+def network_of(arch: str, **figures) -> tuple[Network, BackboneSpec]:
+    spec = BackboneSpec(arch, img_size=64, **figures)
+    return Network(build_backbone(spec), Parts()), spec
 
 
 def test_a_folder_says_its_model_and_another_one_is_refused_by_both_names(tmp_path):

@@ -18,7 +18,8 @@ from models import BackboneSpec, build_backbone, load_backbone
 from models.pretrained import load_pretrained, load_strictly, select_state
 from models.recognition import infer_spec
 from tests import goldens
-from utils import checkpoint, config
+from tests.runs import config_of, shake
+from utils import checkpoint
 from utils.errors import InputError
 
 SWIN = BackboneSpec("swin_tiny", 16, (1, 1, 2, 1), (1, 2, 4, 8))
@@ -155,18 +156,9 @@ def timm_features(model, images: torch.Tensor) -> torch.Tensor:
         return model.forward_features(images)
 
 
-def shaken(model):
-    """Weights away from their initialisation, so that a swapped pair shows."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def test_a_swin_of_timm_gives_timms_features(tmp_path):
-    model = shaken(
-        timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, num_classes=5)
-    )
+    model = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, num_classes=5)
+    shake(model, 1).eval()
     assert any(name.startswith("layers.1.downsample") for name in model.state_dict())
     backbone = load_backbone(save(tmp_path, {"model": model.state_dict()}))
     images = torch.randn(1, 3, 224, 224)
@@ -191,7 +183,8 @@ def test_timms_and_esvits_numbering_of_a_downsample_give_the_same_network(tmp_pa
 
 
 def test_a_deit_of_timm_gives_timms_features(tmp_path):
-    model = shaken(timm.create_model("deit_tiny_patch16_224", pretrained=False, num_classes=5))
+    model = timm.create_model("deit_tiny_patch16_224", pretrained=False, num_classes=5)
+    shake(model, 1).eval()
     backbone = load_backbone(save(tmp_path, model.state_dict()))
     images = torch.randn(2, 3, 224, 224)
     image, patches = backbone(images)
@@ -356,23 +349,15 @@ def test_another_format_is_refused(tmp_path, number):
 # Starting from weights
 
 
-def options(pairs: str):
-    cfg = config.defaults()
-    words = pairs.split()
-    for key, value in zip(words[::2], words[1::2], strict=True):
-        config.put(cfg, key, value, "test")
-    return cfg
-
-
 def network(pairs: str):
-    return build.networks(options(pairs))[0]
+    return build.networks(config_of(pairs))[0]
 
 
 def test_heads_of_the_same_shape_are_read_and_others_stay_fresh(tmp_path, network_options):
     source = network(f"{network_options} SEED 1")
     path = save(tmp_path, {"teacher": source.state_dict()})
     same = network(f"{network_options} SEED 2")
-    spec = build.backbone_spec(options(network_options))
+    spec = build.backbone_spec(config_of(network_options))
     assert load_pretrained(same, path, "teacher", spec) == [
         "backbone",
         "head",

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import BackboneSpec, build_backbone, load_backbone
+from models.network import Network, Parts
 from models.pretrained import WeightsFile, load_pretrained
 from models.recognition import infer_spec
 from utils.errors import InputError
@@ -201,9 +202,7 @@ def test_an_unusual_vit_to_start_from_is_refused_or_asked_for(tmp_path):
     state = {f"module.base_encoder.{name}": value for name, value in vit(48, 12).items()}
     path = write(tmp_path / "x.pth", {"state_dict": state})
     spec = BackboneSpec("deit_tiny", 48, (1,), patch_size=8, img_size=32)
-    network = torch.nn.Module()
-    network.head = network.head_dense = network.head_bag = network.pool = network.rationale = None
-    network.backbone = build_backbone(spec)
+    network = Network(build_backbone(spec), Parts())
     with pytest.raises(InputError, match=r"MODEL.NUM_HEADS \[12\]"):
         load_pretrained(network, path, "teacher", spec)
     asked = BackboneSpec("deit_tiny", 48, (1,), (3,), patch_size=8, img_size=32)
@@ -212,15 +211,12 @@ def test_an_unusual_vit_to_start_from_is_refused_or_asked_for(tmp_path):
 
 def test_heads_that_no_file_says_are_doubted_at_a_start_until_an_option_says_them(tmp_path, caplog):
     path = write(tmp_path / "x.pth", vit(216, 3))
-    network = torch.nn.Module()
-    network.head = network.head_dense = network.head_bag = network.pool = network.rationale = None
     for heads, doubt in (
         ((), "72 channels each: the file does not say; MODEL.NUM_HEADS says otherwise\n"),
         ((3,), ""),
     ):
         spec = BackboneSpec("deit_tiny", 216, (1,), heads, patch_size=8, img_size=32)
-        network.backbone = build_backbone(spec)
-        load_pretrained(network, path, "teacher", spec)
+        load_pretrained(Network(build_backbone(spec), Parts()), path, "teacher", spec)
         assert caplog.text.endswith(doubt)
         assert bool(caplog.text) == bool(doubt)
         caplog.clear()
@@ -272,9 +268,7 @@ def test_a_layout_that_the_file_shows_is_taken(tmp_path, kind):
 def test_another_layout_than_that_of_the_network_to_train_is_said(tmp_path, caplog):
     path = write(tmp_path / "x.pth", {"model": swin(448).state_dict()})
     spec = BackboneSpec("swin_tiny", 16, (1, 1, 1, 2), (1, 2, 4, 8), img_size=448)
-    network = torch.nn.Module()
-    network.head = network.head_dense = network.head_bag = network.pool = network.rationale = None
-    network.backbone = build_backbone(spec)
+    network = Network(build_backbone(spec), Parts())
     with caplog.at_level("WARNING"):
         load_pretrained(network, path, "teacher", spec)
     assert "laid out for 224 pixels" in caplog.text

@@ -18,6 +18,7 @@ import torch
 from engine.evaluation.source import load_source
 from engine.training.resume import Found, find, resume
 from tests.conftest import TRAINED
+from tests.datasets.photographs import edit
 from tests.processes import (
     PATIENCE,
     Script,
@@ -549,17 +550,9 @@ def of_17(images, pretrain, tmp_path_factory) -> tuple[Path, Path]:
     return root / "images", root / "run"
 
 
-def one_byte(path: Path) -> None:
-    """Another file of the same name, size and time."""
-    status, contents = path.stat(), bytearray(path.read_bytes())
-    contents[-20] ^= 1
-    path.write_bytes(contents)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 def test_a_resume_on_other_images_is_refused_though_the_steps_agree(of_17, refuse, tmp_path):
     shutil.copytree(of_17[0], tmp_path / "images")
-    one_byte(tmp_path / "images" / "red" / "02.png")
+    edit(tmp_path / "images" / "red" / "02.png")
     options = f"{TRAINED} TRAIN.EPOCHS 2 DATA.PATH {tmp_path / 'images'}"
     line = refuse(of_17[1], options)
     was_and_now = r"the images in DATA\.PATH \(was [0-9a-f]{12} by .*, now [0-9a-f]{12} by "
