@@ -136,6 +136,8 @@ def test_a_training_step_in_bfloat16_is_near_the_one_in_float32(name):
         run = pretraining(cfg)
         batches = iter([batch_of(random_crops(cfg.TRAIN.BATCH_SIZE_PER_GPU, seed=3))])
         figures[precision], *_ = run.train_step(batches)
+        weights = [*run.student.parameters(), *run.teacher.parameters()]
+        assert {value.dtype for value in weights} == {torch.float32}
     assert figures["bf16"].keys() == figures["fp32"].keys()
     for term, value in figures["fp32"].items():
         assert figures["bf16"][term].dtype == torch.float32
