@@ -15,16 +15,6 @@ from tests.processes import run_python
 from tests.runs import copy_of
 from utils import checkpoint
 
-
-def test_a_refusal_of_a_process_is_one_line_and_code_2(environment, data, tmp_path):
-    line = f"eval_retrieval.py --pretrained_weights {tmp_path}/no.pth --data_path {data}"
-    words = [*line.split(), "--output_dir", tmp_path]
-    done = run_python(*words, environment=environment, code=2)
-    assert done.stderr == f"error: there is no checkpoint at {tmp_path}/no.pth.\n"
-    assert done.stdout == ""
-    assert os.listdir(tmp_path) == []
-
-
 BAD = {
     "no checkpoint": ("--pretrained_weights IN/none.pth", "there is no checkpoint at IN/none.pth."),
     "no such key": (

@@ -389,11 +389,6 @@ def test_a_source_that_cannot_be_read_leaves_the_output_as_it_was(tmp_path):
     assert out.read_text() == "earlier"
 
 
-def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, script):
-    line = error_line(script(tmp_path / "none.pth", tmp_path / "out.pt", "esvit"))
-    assert line == f"error: there is no checkpoint at {tmp_path / 'none.pth'}."
-
-
 @pytest.mark.parametrize(
     ("form", "name"), [("timm", "out/model.safetensors"), ("esvit", "out.pth")]
 )

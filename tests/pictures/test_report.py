@@ -116,13 +116,6 @@ def test_a_report_refuses_bad_figures(flags, words, trained, images, monkeypatch
     assert words in capsys.readouterr().err
 
 
-def test_a_report_names_what_is_missing(images, environment, tmp_path):
-    arguments = ("--output_dir", tmp_path, "--gallery", images, "--queries", images)
-    done = run_python("report.py", *arguments, environment=environment, code=2)
-    assert done.stderr.startswith("error: there is no checkpoint at")
-    assert "Traceback" not in done.stderr
-
-
 def test_boxes_reach_the_report_and_its_random_network_is_the_one_the_run_began_with(
     environment, tmp_path, pretrain
 ):

@@ -27,7 +27,6 @@ import report
 from engine.evaluation import feature_cache
 from models import load_backbone
 from tests.conftest import NETWORK
-from tests.processes import run_python
 from tests.runs import checkpoint_of, pretraining, small_config
 from utils import checkpoint
 from utils.errors import InputError, run_script
@@ -146,13 +145,6 @@ def test_every_script_refuses_it_in_a_line(name, folder, harm, refusal):
     refusal(script, words.replace("IN/", f"{folder('zip')}/"))
     pickle.loads(pickle.dumps(Runs(os.system, f"touch {harm}")))
     assert harm.exists(), "the payload is real"
-
-
-def test_a_process_of_its_own_refuses_it_in_a_line(folder, harm, environment):
-    script, words = SCRIPTS["training goes on"]
-    words = words.replace("IN/", f"{folder('zip')}/").split()
-    done = run_python(f"{script.__name__}.py", *words, environment=environment, code=2)
-    assert_refused(done.stderr, harm)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
