@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -130,20 +132,47 @@ def knn_options(images) -> str:
     )
 
 
+class Done(NamedTuple):
+    """How a script ended inside this process, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def refusal_of(done: Done) -> str:
+    """The one line on stderr of a script that refuses."""
+    assert done.code == 2, done
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
 @pytest.fixture
-def refuse(command, capfd, monkeypatch) -> Callable[..., str]:
+def called(capfd, monkeypatch) -> Callable[..., Done]:
+    """A script's main in this process, as its last lines run it: called(script, *words)."""
+
+    def call(script: ModuleType, *words) -> Done:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+        code = 0
+        try:
+            run_script(script.main)
+        except SystemExit as end:
+            code = end.code
+        return Done(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refuse(command, called) -> Callable[..., str]:
     """main_cmd.py's one line on stderr for a command that it refuses, inside this process."""
     import main_cmd
 
     def run(folder, options: str = "", flags=()) -> str:
-        monkeypatch.setattr(sys, "argv", command(folder, options, flags=flags))
-        with pytest.raises(SystemExit) as caught:
-            run_script(main_cmd.main)
-        assert caught.value.code == 2
-        captured = capfd.readouterr()
-        (line,) = captured.err.splitlines()
-        assert line.startswith("error: ")
-        assert "loss" not in captured.out
-        return line
+        _, *words = command(folder, options, flags=flags)
+        done = called(main_cmd, *words)
+        assert "loss" not in done.out
+        return refusal_of(done)
 
     return run

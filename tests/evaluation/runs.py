@@ -5,7 +5,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import eval_knn
 import eval_linear
 import eval_retrieval
 import evaluate
+from tests.conftest import Done, refusal_of
 from tests.datasets import benchmark_trees as trees
 from tests.runs import pretraining, shake, small_config
 from utils import checkpoint
@@ -79,12 +79,6 @@ def save_run(path: Path, **options) -> dict:
     return torch.load(path, weights_only=True)
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 def call(name: str, *words) -> Done:
     """Run a script's main in this process, as its last lines do."""
     line = " ".join(map(str, words)).split()
@@ -109,11 +103,7 @@ def works(name: str, *words) -> str:
 
 def refusal(name: str, *words) -> str:
     """The one line of a refusal."""
-    done = call(name, *words)
-    assert done.code == 2, done
-    (line,) = done.err.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
+    return refusal_of(call(name, *words)).removeprefix("error: ")
 
 
 def results(folder: Path, name: str) -> dict:

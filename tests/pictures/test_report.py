@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ from datasets.synthetic_images import DIFFICULTIES
 from engine import build
 from engine.evaluation import pointing
 from engine.evaluation.source import load_source
+from tests.conftest import refusal_of
 from tests.processes import run_python
 from tests.runs import cfg_of
-from utils.errors import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,14 +105,10 @@ def test_a_report_of_images_without_labels_has_attention_and_no_knn(
         ("", "--gallery alone gives no figure: --queries names what is classified"),
     ],
 )
-def test_a_report_refuses_bad_figures(flags, words, trained, images, monkeypatch, capsys):
+def test_a_report_refuses_bad_figures(flags, words, trained, images, called):
     queries = f"--queries {images} {flags}" if flags else ""
     arguments = f"--output_dir {trained} --gallery {images} {queries}"
-    monkeypatch.setattr(sys, "argv", ["report.py", *arguments.split()])
-    with pytest.raises(SystemExit) as caught:
-        run_script(report.main)
-    assert caught.value.code == 2
-    assert words in capsys.readouterr().err
+    assert words in refusal_of(called(report, *arguments.split()))
 
 
 def test_boxes_reach_the_report_and_its_random_network_is_the_one_the_run_began_with(

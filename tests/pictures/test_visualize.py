@@ -35,10 +35,11 @@ from engine.pictures.matches import (
 from engine.pictures.shown import ShownImages
 from engine.pictures.views import Place, PlacedView, seeded_views, whole_views
 from models.registry import BackboneSpec, build_backbone
+from tests.conftest import refusal_of
 from tests.runs import RESNET, SWIN, small_config
 from tests.test_readme import ROOT, commands
 from utils import checkpoint, config
-from utils.errors import InputError, run_script
+from utils.errors import InputError
 
 
 class Page(HTMLParser):
@@ -115,21 +116,16 @@ def parts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def show(monkeypatch, capfd, tmp_path):
-    """visualize.py in this process: show("flags") -> the folder; show(..., code=2) -> stderr."""
+def show(called, tmp_path):
+    """visualize.py in this process: show("flags") -> the folder; show(..., code=2) -> the line."""
 
     def run(*words, code: int = 0) -> Path | str:
         out = tmp_path / "out"
-        words = [*words, "--output_dir", out, "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
-        if not code:
-            run_script(visualize.main)
-            return out
-        with pytest.raises(SystemExit) as caught:
-            run_script(visualize.main)
-        assert caught.value.code == code
-        (line,) = capfd.readouterr().err.splitlines()
-        return line
+        done = called(visualize, *words, "--output_dir", out, "--device", "cpu")
+        if code:
+            return refusal_of(done)
+        assert done.code == 0, done.err
+        return out
 
     return run
 
@@ -209,16 +205,17 @@ def test_files_without_boxes_or_classes_have_no_figures_of_them(files, images, s
 
 
 def test_an_unreadable_image_beyond_those_shown_is_said_and_left_out(
-    files, images, tmp_path, show, capfd
+    files, images, tmp_path, called
 ):
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     _, second, *_ = sorted(folder.rglob("*.png"))
     count = len(list(folder.rglob("*.png")))
     second.write_text("no image")
-    out = show("--checkpoint", files["vit"], "--images", folder, "--count", 1, "--tsne", 0)
-    results = json.loads((out / "visualize.json").read_text())
+    words = "--checkpoint", files["vit"], "--images", folder, "--count", 1, "--tsne", 0
+    done = called(visualize, *words, "--output_dir", tmp_path / "out", "--device", "cpu")
+    results = json.loads((tmp_path / "out" / "visualize.json").read_text())
     assert results["steadiness"][-1]["images"] == count - 1
-    assert str(second) in capfd.readouterr().out
+    assert str(second) in done.out
 
 
 def test_the_seed_decides_the_views_and_nothing_else_does(images):

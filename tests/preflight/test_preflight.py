@@ -27,7 +27,7 @@ from tests.processes import found_by_each, run_group
 from tests.runs import RESNET, batch_of, checkpoint_of, pretraining, small_config
 from utils import checkpoint, cli
 from utils.distributed import ALONE
-from utils.errors import InputError, run_script
+from utils.errors import InputError
 
 GIB = 2**30
 
@@ -50,19 +50,14 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def check(monkeypatch, capsys):
+def check(called):
     """main_cmd.py --check in this process: check(options, code) -> (stdout, stderr)."""
 
     def run(options: str, code: int = 0) -> tuple[str, str]:
         words = [*NETWORK.split(), "TRAIN.BATCH_SIZE_PER_GPU", "4", *options.split()]
-        monkeypatch.setattr(sys, "argv", ["main_cmd.py", "--check", *words])
-        if code:
-            with pytest.raises(SystemExit) as caught:
-                run_script(main_cmd.main)
-            assert caught.value.code == code
-        else:
-            run_script(main_cmd.main)
-        return tuple(capsys.readouterr())
+        done = called(main_cmd, "--check", *words)
+        assert done.code == code, done.err
+        return done.out, done.err
 
     return run
 

@@ -1,5 +1,6 @@
 """compare.py: a study of real runs, its resumption, its figures beside plain ones, its tables."""
 
+import functools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from engine.studies.evaluation import figures_and_zeros
 from engine.studies.results import StudyResults
 from engine.studies.runs import IDENTITY, STDOUT, run_of
 from engine.studies.spec import load
+from tests.conftest import Done
 from tests.processes import PATIENCE, run_group, run_python, start_python
 from tests.studies.studies import TINY, study_file
 from utils import checkpoint, lock
@@ -72,21 +75,9 @@ def finished(tmp_path_factory, environment) -> Path:
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd):
-    """compare.py in this process: its exit code, its stdout and its line on stderr."""
-
-    def run(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        code = 0
-        try:
-            run_script(compare.main)
-        except SystemExit as end:
-            code = end.code
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def run_here(called) -> Callable[..., Done]:
+    """compare.py in this process."""
+    return functools.partial(called, compare)
 
 
 def results(output: Path) -> dict[str, dict]:

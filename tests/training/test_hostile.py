@@ -7,7 +7,6 @@ import functools
 import io
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,10 +25,10 @@ import main_cmd
 import report
 from engine.evaluation import feature_cache
 from models import load_backbone
-from tests.conftest import NETWORK
+from tests.conftest import NETWORK, refusal_of
 from tests.runs import checkpoint_of, pretraining, small_config
 from utils import checkpoint
-from utils.errors import InputError, run_script
+from utils.errors import InputError
 
 
 class Runs:
@@ -82,15 +81,11 @@ def assert_refused(error: str, harm: Path) -> None:
 
 
 @pytest.fixture
-def refusal(capfd, monkeypatch, harm) -> Callable[[ModuleType, str], str]:
+def refusal(called, harm) -> Callable[[ModuleType, str], str]:
     """The line of a script, inside this process, that must refuse the file."""
 
     def run(script: ModuleType, words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["script.py", *words.split()])
-        with pytest.raises(SystemExit) as caught:
-            run_script(script.main)
-        assert caught.value.code == 2
-        line = capfd.readouterr().err
+        line = refusal_of(called(script, *words.split()))
         assert_refused(line, harm)
         return line
 
