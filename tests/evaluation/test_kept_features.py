@@ -113,7 +113,7 @@ def test_poolings_are_kept_beside_each_other(basic, knn_dump, tmp_path):
 
 
 def test_features_of_the_last_blocks_serve_knn_and_retrieval(
-    basic, data, weights, knn_dump, retrieval_alone, tmp_path
+    basic, knn_dump, retrieval_alone, tmp_path
 ):
     """What the linear probe keeps, with the patches' mean, holds the image feature."""
     line = f"{basic} --dump_features {tmp_path} --num_workers 0 --device cpu"

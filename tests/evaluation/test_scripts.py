@@ -50,7 +50,7 @@ def plain(environment, data, weights, tmp_path_factory) -> tuple[Path, Completed
     return place / "eval_knn_checkpoint", done
 
 
-def test_a_plain_process_writes_beside_its_checkpoint(plain, weights):
+def test_a_plain_process_writes_beside_its_checkpoint(plain):
     folder, done = plain
     assert sorted(os.listdir(folder)) == ["classes.png", "knn.json", "tsne.png"]
     assert done.stderr == ""
@@ -286,7 +286,7 @@ def has_hues(pixels: np.ndarray) -> bool:
     return all((strong == channel).sum() > 500 for channel in range(3))
 
 
-def test_retrieval_of_kept_features_shows_images_that_have_moved(weights, data, knn_dump, tmp_path):
+def test_retrieval_of_kept_features_shows_images_that_have_moved(weights, data, tmp_path):
     """The files are the same under another root, which the fingerprint allows."""
     copy_of(data, tmp_path / "old")
     words = f"--pretrained_weights {weights} --dump_features {tmp_path}/kept"

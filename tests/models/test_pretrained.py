@@ -374,7 +374,7 @@ def test_heads_of_the_same_shape_are_read_and_others_stay_fresh(tmp_path, networ
     assert torch.equal(other.head.mlp[0].weight, before)
 
 
-def test_a_run_starts_from_a_references_file_at_step_0(tmp_path, network_options, images, pretrain):
+def test_a_run_starts_from_a_references_file_at_step_0(tmp_path, network_options, pretrain):
     source = network(f"{network_options} LOSS.OBJECTIVE esvit SEED 9")
     state = {f"module.{name}": value for name, value in source.state_dict().items()}
     path = save(tmp_path, reference_file(state, state))
@@ -394,7 +394,7 @@ def test_a_run_starts_from_a_references_file_at_step_0(tmp_path, network_options
         torch.testing.assert_close(written["teacher"][name], value)
 
 
-def test_a_state_is_chosen_by_key(tmp_path):
+def test_a_state_is_chosen_by_key():
     both = {"student": {"w": torch.zeros(1)}, "teacher": {"w": torch.ones(1)}}
     assert select_state(both, "student", "x")["w"] == 0
     assert select_state(both, "teacher", "x")["w"] == 1

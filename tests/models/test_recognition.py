@@ -225,7 +225,7 @@ def test_heads_that_no_file_says_are_doubted_at_a_start_until_an_option_says_the
 # The size that windows are laid out for
 
 
-def test_a_swin_that_does_not_say_its_layout_is_taken_as_the_usual_one(tmp_path):
+def test_a_swin_that_does_not_say_its_layout_is_taken_as_the_usual_one():
     spec, doubts = infer_spec(
         build_backbone(
             BackboneSpec("swin_tiny", 16, (1, 1, 1, 2), (1, 2, 4, 8), window_size=12, img_size=384)

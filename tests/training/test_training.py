@@ -478,7 +478,7 @@ def test_a_run_made_to_collapse_is_warned_about_and_the_same_with_both_on_is_not
     assert log_of(tmp_path)[-1]["teacher_entropy"] == pytest.approx(entropy, abs=0.05)
 
 
-def test_a_run_that_is_well_is_not_warned_about(trained, pretrain, tmp_path):
+def test_a_run_that_is_well_is_not_warned_about(pretrain, tmp_path):
     done = pretrain(tmp_path, "TRAIN.EPOCHS 15 PRINT_FREQ 1 TRAIN.BASE_LR 0.001")
     assert not warnings_of_training(done)
     assert not done.stderr
