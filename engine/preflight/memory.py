@@ -77,9 +77,7 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
         **_stored(cfg, student, teacher),
         crops=4 * crop_values(cfg),
         activations=kept_of_few + (batch - few) * kept_of_image,
-        # On a GPU clipping keeps a buffer of their size (engine/training/optim.py).
-        gradients=_bytes(p for p in student.parameters() if p.requires_grad)
-        * (2 if device.type == "cuda" and cfg.TRAIN.CLIP_GRAD else 1),
+        gradients=_bytes(p for p in student.parameters() if p.requires_grad),
         # Two matrices [rows, K] of float32; contrast has no prototypes.
         loss=0 if objective.projects else 2 * 4 * elements + 3 * prototypes,
         checkpoint=checkpoint_size(cfg, student, teacher),

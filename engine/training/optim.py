@@ -99,48 +99,19 @@ def take_moments(optimizer: torch.optim.Optimizer, saved: dict) -> bool:
     return True
 
 
-class Clipping:
-    """Scales each gradient on its own by limit / (norm + 1e-6) where that is < 1.
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale each gradient on its own by limit / (norm + 1e-6) where that is < 1; limit 0: none.
 
-    Not by the global norm [esvit]. On a GPU one kernel scales many tensors only by factors of
-    their shapes: there the factors are spread over a buffer as large as the gradients, which is
-    kept, since to cut it up anew at each step would take the host as long as a kernel for each.
+    Not by the global norm [esvit]. Returns the norms before clipping of the gradients that there
+    are, float32 [P]; nothing is fetched to the host.
     """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
-        self._spread: tuple[Tensor, list[Tensor], Tensor, list[Tensor]] | None = None
-
-    @torch.no_grad()
-    def __call__(self, limit: float) -> Tensor:
-        """Clip what gradients there are; limit 0 clips nothing.
-
-        Returns their norms before clipping, float32 [P]; nothing is fetched to the host.
-        """
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        if limit > 0:
-            scales = ((norms + 1e-6).reciprocal() * limit).clamp(max=1.0)
-            spread = self._spread_over(gradients, scales) if scales.is_cuda else scales.unbind()
-            torch._foreach_mul_(gradients, spread)
-        return norms
-
-    def _spread_over(self, gradients: list[Tensor], scales: Tensor) -> list[Tensor]:
-        """scales [P] -> a tensor like each gradient, filled with its scale."""
-        if self._spread is None or len(self._spread[3]) != len(gradients):
-            # Multiples of 4, so that every piece begins where vectors of 4 are read.
-            sizes = [gradient.numel() + -gradient.numel() % 4 for gradient in gradients]
-            kept, buffer = torch.empty_like(scales), scales.new_empty(sum(sizes))
-            sources = [scale.expand(size) for scale, size in zip(kept, sizes, strict=True)]
-            pieces = [
-                piece.as_strided(gradient.shape, gradient.stride())
-                for piece, gradient in zip(buffer.split(sizes), gradients, strict=True)
-            ]
-            self._spread = kept, sources, buffer, pieces
-        kept, sources, buffer, pieces = self._spread
-        kept.copy_(scales)
-        torch.cat(sources, out=buffer)
-        return pieces
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if limit > 0:
+        scales = ((norms + 1e-6).reciprocal() * limit).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scales.unbind())
+    return norms
 
 
 def cancel_last_layer(module: nn.Module) -> None:

@@ -61,7 +61,6 @@ class Pretraining:
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.clip = optim.Clipping(self.student.parameters())
         self.ema = optim.TeacherEMA(self.student, self.teacher)
         self.guard = StepGuard([self.student, self.teacher], self.world.device)
         # Statistics that stay as they came tell nobody's key, and need no shuffling.
@@ -173,7 +172,7 @@ class Pretraining:
 
         # Each parameter's gradient is clipped on its own.
         self.scaler.unscale_(self.optimizer)
-        norms = self.clip(cfg.TRAIN.CLIP_GRAD)
+        norms = optim.clip(self.student.parameters(), cfg.TRAIN.CLIP_GRAD)
         if epoch < cfg.TRAIN.FREEZE_LAST_LAYER:
             optim.cancel_last_layer(self.student)
         figures["grad_norm"] = norms.norm()

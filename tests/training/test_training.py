@@ -16,7 +16,7 @@ from torch import nn
 from engine import build
 from engine.training.health import PATIENCE, CollapseWatch, effective_rank
 from engine.training.lines import Lines
-from engine.training.optim import Clipping, TeacherEMA, build_optimizer, parameter_groups, set_rates
+from engine.training.optim import TeacherEMA, build_optimizer, clip, parameter_groups, set_rates
 from engine.training.record import Window
 from tests.runs import (
     CLOCKED,
@@ -324,7 +324,7 @@ def test_gradients_are_clipped_each_by_its_own_norm(limit):
         parameter.grad = size * torch.randn_like(parameter)
     parameters.append(nn.Parameter(torch.zeros(2)))
     gradients = [p.grad.clone() for p in parameters[:-1]]
-    norms = Clipping(parameters)(limit)
+    norms = clip(parameters, limit)
     for parameter, gradient in zip(parameters, gradients, strict=False):
         norm = gradient.norm()
         scale = min(1.0, limit / (norm.item() + 1e-6)) if limit else 1.0
