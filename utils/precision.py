@@ -24,6 +24,11 @@ def precision_of(cfg: Node, device: torch.device, option: str = "TRAIN.PRECISION
     return wanted
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions that torch uses for bfloat16; without, it emulates them."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Autocast for networks and the products in losses; what needs float32 keeps it by itself."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")

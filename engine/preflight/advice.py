@@ -13,7 +13,9 @@ from datasets.shards import ImageShards
 from datasets.splits import HELD_OUT, TRAINING
 from engine import build
 from models.registry import resolve
+from utils import precision
 from utils.config import Node, crops_on_device, knn_folders
+from utils.distributed import kind_of_device
 from utils.options import OPTIONS
 
 LARGE_STEP = 0.25  # of the data
@@ -25,6 +27,12 @@ def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
     yield from _of_data(cfg, images)
     yield from _of_batch(cfg, processes, len(images))
     yield from _of_temperatures(cfg)
+    in_bf16_on_cpu = cfg.TRAIN.PRECISION == "bf16" and kind_of_device(cfg.DEVICE) == "cpu"
+    if in_bf16_on_cpu and not precision.cpu_has_bfloat16():
+        yield (
+            "TRAIN.PRECISION bf16: this CPU has no instructions for it, and a step takes many "
+            "times as long as by fp32"
+        )
     if crops_on_device(cfg) and 0 < cfg.DATA.CACHE_SIZE < cfg.AUG.GLOBAL_CROPS_SIZE:
         yield (
             f"DATA.CACHE_SIZE {cfg.DATA.CACHE_SIZE} is below AUG.GLOBAL_CROPS_SIZE "

@@ -25,7 +25,7 @@ from tests.conftest import NETWORK, save_images
 from tests.datasets import benchmark_trees as trees
 from tests.processes import found_by_each, run_group
 from tests.runs import RESNET, batch_of, checkpoint_of, pretraining, small_config
-from utils import checkpoint, cli
+from utils import checkpoint, cli, precision
 from utils.distributed import ALONE
 from utils.errors import InputError
 
@@ -221,6 +221,17 @@ def test_a_window_for_a_network_that_is_none_of_our_swins_is_said(data):
     own = {"MODEL__ARCH": "timm/test_vit2", "MODEL__IMG_SIZE": 32}
     assert [said(**of_swin), said(MODEL__WINDOW_SIZE=14), said()] == [False, True, False]
     assert said(**RESNET | own | {"MODEL__WINDOW_SIZE": 14})
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_on_a_cpu_without_it_is_said(data, monkeypatch, has):
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: has)
+
+    def said(wanted: str) -> bool:
+        cfg = small_config(TRAIN__PRECISION=wanted, DEVICE="cpu")
+        return any("no instructions" in line for line in advice.warnings(cfg, 1, ImageFolder(data)))
+
+    assert [said("bf16"), said("fp32"), said("auto")] == [not has, False, False]
 
 
 def test_a_micro_batch_of_one_image_is_no_comparison(data):
