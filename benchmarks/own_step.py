@@ -3,6 +3,7 @@
 Started by benchmarks.step in a process of its own: python -m benchmarks.own_step SETTINGS.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -18,6 +19,8 @@ from engine.training.step import Pretraining
 from utils import config
 from utils.distributed import ALONE, World
 from utils.errors import run_script
+
+SAME_ARITHMETIC = ("TRAIN.COMPILE", "TRAIN.CHECKPOINTING", "LOSS.CHUNK_MIB")
 
 
 def options(settings: dict) -> config.Node:
@@ -66,8 +69,13 @@ def count_flops(settings: dict) -> int:
 
     Without TRAIN.COMPILE, whose graphs hide them, and TRAIN.CHECKPOINTING, which adds to them.
     """
-    plain = {"TRAIN.COMPILE": False, "TRAIN.CHECKPOINTING": False}
-    run = pretraining(settings | {"options": settings["options"] | plain})
+    options = {k: v for k, v in settings["options"].items() if k not in SAME_ARITHMETIC}
+    return _counted(json.dumps(settings | {"precision": "fp32", "options": options}))
+
+
+@functools.cache
+def _counted(settings: str) -> int:
+    run = pretraining(json.loads(settings))
     with FlopCounterMode(display=False) as counter:
         run.train_step(drawn_batches(run))
     return counter.get_total_flops()

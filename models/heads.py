@@ -31,12 +31,12 @@ class Prototypes(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP in_dim -> hidden -> ... -> bottleneck, then the unit sphere; prototypes beside it.
+    """DINO's head, or MoCo v2's: an MLP, then the unit sphere; prototypes beside it.
 
-    layers: linears in the MLP (3 by default, GELU between). Linears are trunc_normal(0.02)
-    with zero bias; `use_bn` puts a BatchNorm after every linear but the last. out_dim: prototypes;
-    0 for none, where the embeddings meet another head's. projects: MoCo v2's projection (2 linears
-    there), with ReLU, PyTorch's initialisation and no prototypes.
+    layers: linears in the MLP, in_dim -> hidden -> ... -> bottleneck, 3 by default, GELU between.
+    They are trunc_normal(0.02) with zero bias; `use_bn` puts a BatchNorm after each but the last.
+    out_dim: prototypes; 0 for none, where the embeddings meet another head's. projects: MoCo v2's
+    projection (it has 2 linears), with ReLU, PyTorch's initialisation and no prototypes.
     """
 
     def __init__(

@@ -42,23 +42,23 @@ class BackboneSpec:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-FIGURES = ("embed_dim", "depths", "num_heads", "patch_size")
+SHAPE = ("embed_dim", "depths", "num_heads", "patch_size")
 
 
-def _of(family: str, *figures: int | tuple[int, ...]) -> dict:
-    return {"family": family, **dict(zip(FIGURES, figures, strict=False))}
+def _shaped(family: str, *shape: int | tuple[int, ...]) -> dict:
+    return {"family": family, **dict(zip(SHAPE, shape, strict=True))}
 
 
 ARCHITECTURES = {
-    "swin_tiny": _of("swin", 96, (2, 2, 6, 2), (3, 6, 12, 24), 4),
-    "swin_small": _of("swin", 96, (2, 2, 18, 2), (3, 6, 12, 24), 4),
-    "swin_base": _of("swin", 128, (2, 2, 18, 2), (4, 8, 16, 32), 4),
-    "swin_large": _of("swin", 192, (2, 2, 18, 2), (6, 12, 24, 48), 4),
-    "deit_tiny": _of("vit", 192, (12,), (3,), 16),
-    "deit_small": _of("vit", 384, (12,), (6,), 16),
-    "vit_small": _of("vit", 384, (12,), (6,), 16),
-    "vit_base": _of("vit", 768, (12,), (12,), 16),
-    "resnet50": _of("resnet"),
+    "swin_tiny": _shaped("swin", 96, (2, 2, 6, 2), (3, 6, 12, 24), 4),
+    "swin_small": _shaped("swin", 96, (2, 2, 18, 2), (3, 6, 12, 24), 4),
+    "swin_base": _shaped("swin", 128, (2, 2, 18, 2), (4, 8, 16, 32), 4),
+    "swin_large": _shaped("swin", 192, (2, 2, 18, 2), (6, 12, 24, 48), 4),
+    "deit_tiny": _shaped("vit", 192, (12,), (3,), 16),
+    "deit_small": _shaped("vit", 384, (12,), (6,), 16),
+    "vit_small": _shaped("vit", 384, (12,), (6,), 16),
+    "vit_base": _shaped("vit", 768, (12,), (12,), 16),
+    "resnet50": {"family": "resnet"},
 }
 
 
@@ -76,7 +76,7 @@ def resolve(spec: BackboneSpec) -> dict:
         )
     else:
         figures = dict(ARCHITECTURES[spec.arch])
-    own = {name: getattr(spec, name) for name in FIGURES if getattr(spec, name)}
+    own = {name: getattr(spec, name) for name in SHAPE if getattr(spec, name)}
     if figures["family"] in ("resnet", "timm"):
         if own:
             options = ", ".join(f"MODEL.{name.upper()}" for name in own)

@@ -1,6 +1,6 @@
 """Vision Transformer (Dosovitskiy et al. 2020; DeiT, Touvron et al. 2020) on timm's parts.
 
-It differs from timm's in one function: the position embeddings of another crop size are
+It differs from timm's in one point: the position embeddings of another crop size are
 resized bicubically without antialiasing, as in DINO and EsViT (timm antialiases).
 """
 

@@ -30,6 +30,7 @@ LAST = "checkpoint.pth"
 PREVIOUS = "checkpoint_previous.pth"
 BEST = "checkpoint_best.pth"
 WEIGHTS = "model.safetensors"  # in a folder for timm
+ENDINGS = (".pth", ".pt", ".bin", ".safetensors")  # of files of weights, ours and others'
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pth")
 # What rebuilds the networks, and what a run needs to go on (resume.py).
 _OF_NETWORKS = ("config", "model", "student", "teacher")
@@ -96,8 +97,7 @@ def load_file(path: str | Path) -> Any:
     path = Path(path)
     try:
         if path.is_dir():
-            kinds = (".pth", ".pt", ".bin", ".safetensors")
-            held = sorted(file.name for file in path.iterdir() if file.suffix in kinds)[:4]
+            held = sorted(file.name for file in path.iterdir() if file.suffix in ENDINGS)[:4]
             hint = f"name a file in it ({', '.join(held)})" if held else "name the file"
             raise InputError(f"{path} is a folder, not a checkpoint: {hint}.")
         if not path.is_file():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils import config, options
+from utils.checkpoint import ENDINGS
 from utils.config import Node
 from utils.errors import InputError
 from utils.options import OPTIONS, SECTIONS, Option
@@ -219,8 +220,8 @@ def split_pairs(
     """Take the KEY VALUE pairs out: argparse cannot, a flag with nargs='+' would swallow them.
 
     An option's exact name always is a key. Another word is one, if a wrong one, when it looks
-    like SECTION.KEY in capitals, or is an option's name in small letters, and is neither the value
-    of the flag before it nor a file. switches: flags without a value.
+    like SECTION.KEY or is in capitals, and is neither the value of the flag before it nor a file.
+    switches: flags without a value.
     """
     rest: list[str] = []
     pairs: list[tuple[str, str]] = []
@@ -230,10 +231,8 @@ def split_pairs(
         before = arguments[place - 1] if place else ""
         is_value = before.startswith("--") and "=" not in before and before not in switches
         head, dot, _ = word.partition(".")
-        looks_like_key = bool(dot and head) and (
-            head in SECTIONS or word.isupper() or word.upper() in OPTIONS
-        )
-        looks_like_key = looks_like_key and not os.path.exists(word)
+        looks_like_key = bool(dot and head) and (head.upper() in SECTIONS or word.isupper())
+        is_value = is_value or word.endswith(ENDINGS) or os.path.exists(word)
         if word not in OPTIONS and (is_value or not looks_like_key):
             rest.append(word)
             place += 1

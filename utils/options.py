@@ -75,7 +75,7 @@ OPTIONS: dict[str, Option] = {}
 
 
 def section(name: str, *facts: Any) -> None:
-    """Begin a section, of these fields of Section: its options follow."""
+    """Begin a section: its options follow. facts: the other fields of Section, in their order."""
     SECTIONS[name] = Section(name, *facts)
 
 

@@ -25,8 +25,12 @@ def precision_of(cfg: Node, device: torch.device, option: str = "TRAIN.PRECISION
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions that torch uses for bfloat16; without, it emulates them."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether oneDNN takes bfloat16 on this CPU, or else torch emulates it; True where torch does
+    not say, as in a build without oneDNN."""
+    names = ("mkldnn", "onednn")
+    asked = (getattr(getattr(torch.ops, n), f"_is_{n}_bf16_supported", None) for n in names)
+    known = next(filter(None, asked), None)
+    return known is None or known()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -31,7 +31,7 @@ def warnings(cfg: Node, processes: int, images: StoredImages) -> Iterator[str]:
     if in_bf16_on_cpu and not precision.cpu_has_bfloat16():
         yield (
             "TRAIN.PRECISION bf16: this CPU has no instructions for it, and a step takes many "
-            "times as long as by fp32"
+            "times as long as in fp32"
         )
     if crops_on_device(cfg) and 0 < cfg.DATA.CACHE_SIZE < cfg.AUG.GLOBAL_CROPS_SIZE:
         yield (

@@ -25,7 +25,7 @@ class StepMemory:
     """Bytes of one process's tensors on its device; `checkpoint` is the size of the file.
 
     activations: what the student's forward of a micro-batch keeps for the backward pass. loss: the
-    logits of one chunk, and of each head student's and teacher's prototypes and their gradient.
+    logits of one chunk; for each head both networks' prototypes and the gradient of the student's.
     """
 
     student: int
@@ -67,11 +67,8 @@ def of_step(cfg: Node, world: World, student: Network, teacher: Network) -> Step
             kept.append(kept_by_forward(student, crops[objective.student_crops]))
     (few, more), (kept_of_few, kept_of_more) = SMALL_BATCHES, kept
     kept_of_image = (kept_of_more - kept_of_few) // (more - few)
-    prototypes = sum(
-        rows.nbytes
-        for head in (student.head, student.head_dense)
-        if head is not None and (rows := head.prototypes()) is not None
-    )
+    heads = [head for head in (student.head, student.head_dense) if head is not None]
+    prototypes = _bytes(head.last_layer.weight_v for head in heads if head.last_layer)
     elements = chunk_elements(device.type, cfg.LOSS.CHUNK_MIB)
     return StepMemory(
         **_stored(cfg, student, teacher),

@@ -88,7 +88,9 @@ class CollapseWatch:
 
     def load_state_dict(self, state: Mapping) -> None:
         self._bad = {cause: lines for cause, lines in state.items() if cause != "of_information"}
-        self._information = dict(state.get("of_information", {}))
+        information = state.get("of_information", {})
+        # An earlier version let one NaN in, which stayed.
+        self._information = dict(information) if math.isfinite(information.get("mean", 0)) else {}
 
     def _follow(self, information: float, temperature: float) -> None:
         """Targets of another temperature say more or less for that reason: they start anew."""

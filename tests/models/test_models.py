@@ -177,6 +177,19 @@ def test_the_head_gives_unit_embeddings_and_prototypes_of_norm_g():
     torch.testing.assert_close(F.normalize(head.prototypes(), dim=1), directions)
 
 
+def test_a_projection_is_plain_linears_with_relu_and_no_prototypes():
+    head = HeadSpec(out_dim=7, hidden_dim=16, bottleneck_dim=5, layers=2, projects=True).build(12)
+    torch.manual_seed(0)
+    wanted = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+    assert [type(module) for module in head.mlp] == [nn.Linear, nn.ReLU, nn.Linear]
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(head.mlp.state_dict()[name], value)
+    assert head.prototypes() is None
+    assert all(name.startswith("mlp.") for name in head.state_dict())
+    rows = torch.randn(3, 12)
+    torch.testing.assert_close(head(rows), F.normalize(wanted(rows), dim=-1))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_norm_last_layer_freezes_the_magnitudes_alone(frozen):
     head = DINOHead(12, 7, 16, 5, norm_last_layer=frozen)

@@ -225,6 +225,7 @@ def test_a_window_for_a_network_that_is_none_of_our_swins_is_said(data):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_bfloat16_on_a_cpu_without_it_is_said(data, monkeypatch, has):
+    assert isinstance(precision.cpu_has_bfloat16(), bool)
     monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: has)
 
     def said(wanted: str) -> bool:

@@ -70,15 +70,18 @@ def test_a_flags_upper_case_value_is_no_pair():
 
 
 def test_a_file_is_no_pair(tmp_path, monkeypatch):
-    """A section's name in small letters may begin a file's, and so may capitals where it is."""
+    """A section's name may begin that of a file of weights, or of any file that is there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "HEAD.PTH").touch()
-    names = ["a.pth", "cmd.pth", "moco.pth", "model.safetensors", "HEAD.PTH"]
+    (tmp_path / "data.tar").touch()
+    names = ["a.pth", "cmd.pth", "moco.pth", "model.safetensors", "HEAD.PTH", "data.tar"]
     rest, pairs = cli.split_pairs(["--checkpoint", *names, "SEED", "1"], ())
     assert rest == ["--checkpoint", *names]
     assert pairs == [("SEED", "1")]
     with pytest.raises(InputError, match=r"no option 'train\.epochs'\. Did you mean TRAIN\.EPOCHS"):
-        parse("train.epochs", "5")
+        parse("--mixup", "0", "train.epochs", "5")
+    with pytest.raises(InputError, match=r"unknown argument '--epoch'\. Did you mean --epochs"):
+        parse("--epoch", "5")
 
 
 def test_a_path_keeps_its_dots_digits_and_signs():
