@@ -53,4 +53,4 @@ def _recognition(queries: Tensor, keys: Tensor, teacher: Views, temperature: flo
     scores = torch.einsum("vbd,kid->vibk", queries / temperature, keys).log_softmax(-1)
     first = distributed.position() * teacher.batch
     own = scores[..., first : first + teacher.batch].diagonal(dim1=-2, dim2=-1)  # [V, I, B]
-    return -(pair_weights(teacher.count, len(queries), own) * own.mean(-1)).sum()
+    return (pair_weights(teacher.count, len(queries), own) * -own.mean(-1)).sum()
