@@ -20,6 +20,7 @@ from utils import config
 from utils.distributed import ALONE, World
 from utils.errors import run_script
 
+# Options without which a step's arithmetic is counted, once for contestants that differ in them.
 SAME_ARITHMETIC = ("TRAIN.COMPILE", "TRAIN.CHECKPOINTING", "LOSS.CHUNK_MIB")
 
 

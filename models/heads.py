@@ -56,7 +56,8 @@ class DINOHead(nn.Module):
         for index, (narrow, wide) in enumerate(itertools.pairwise(widths)):
             modules.append(nn.Linear(narrow, wide))
             if index < layers - 1:
-                modules += [nn.BatchNorm1d(hidden_dim)] if use_bn else []
+                if use_bn:
+                    modules.append(nn.BatchNorm1d(hidden_dim))
                 modules.append(nn.ReLU() if projects else nn.GELU())
         self.mlp = nn.Sequential(*modules)
         for module in () if projects else modules:

@@ -232,8 +232,7 @@ def split_pairs(
         is_value = before.startswith("--") and "=" not in before and before not in switches
         head, dot, _ = word.partition(".")
         looks_like_key = bool(dot and head) and (head.upper() in SECTIONS or word.isupper())
-        is_value = is_value or word.endswith(ENDINGS) or os.path.exists(word)
-        if word not in OPTIONS and (is_value or not looks_like_key):
+        if word not in OPTIONS and (not looks_like_key or is_value or _is_file(word)):
             rest.append(word)
             place += 1
             continue
@@ -242,6 +241,11 @@ def split_pairs(
         pairs.append((word, arguments[place + 1]))
         place += 2
     return rest, pairs
+
+
+def _is_file(word: str) -> bool:
+    """Of weights by its ending, there or not; any other where it is there."""
+    return word.endswith(ENDINGS) or os.path.exists(word)
 
 
 def _meant(text: str, option: Option) -> str:
